@@ -1,0 +1,114 @@
+"""Files that survive a crash and describe themselves.
+
+A checkpoint is a plain state dict. What made it rides along in the state dict's `_metadata`, which torch keeps and
+other code ignores: {"config": {...}, "class_names": [...], "step": n}, as JSON.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch as th
+
+from . import dist_util, files
+from .config import UserError
+
+METADATA_KEY = "improved_diffusion"
+
+
+def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Mapping[str, Any]) -> None:
+    """Write a state dict with its description. Raises UserError where that fails, leaving an older file whole."""
+    described: Any = OrderedDict((name, tensor.detach().cpu()) for name, tensor in state_dict.items())
+    described._metadata = OrderedDict(getattr(state_dict, "_metadata", {}))
+    described._metadata[METADATA_KEY] = {"json": json.dumps(metadata)}
+    save(described, path)
+
+
+def save(obj: Any, path: str) -> None:
+    """torch.save, so that a crash or a full disk leaves an older file whole."""
+    buffer = io.BytesIO()
+    th.save(obj, buffer)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    """(state dict on the CPU, its description, {} for a foreign file). Collective.
+
+    Nothing in the file is executed. Raises UserError for a missing, damaged or hostile file, or one of something else.
+    """
+    state_dict = dist_util.load_state_dict(path, map_location="cpu")
+    if not isinstance(state_dict, dict) or not all(isinstance(value, th.Tensor) for value in state_dict.values()):
+        raise UserError(f"{path} is not a model's state dict: give a modelNNNNNN.pt or an ema_*.pt")
+    entry = getattr(state_dict, "_metadata", {}).get(METADATA_KEY, {})
+    try:
+        metadata = json.loads(entry.get("json", "{}"))
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} holds a damaged description of its model: use another file") from None
+    return state_dict, metadata
+
+
+def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
+    """model.load_state_dict whose failure is one message that names the first differing tensor."""
+    own = model.state_dict()
+    for name in own.keys() | state_dict.keys():
+        if name not in state_dict or name not in own:
+            where = "lacks" if name not in state_dict else "has, and the model lacks,"
+            raise UserError(f"{path} does not fit the model: it {where} {name}: check the model's flags")
+        if own[name].shape != state_dict[name].shape:
+            raise UserError(
+                f"{path} does not fit the model: {name} is {tuple(state_dict[name].shape)} there and "
+                f"{tuple(own[name].shape)} in the model: check the model's flags"
+            )
+    model.load_state_dict(state_dict)
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """The step NNNNNN of a path that ends in modelNNNNNN.pt; 0 for another path."""
+    match = re.search(r"model(\d+)(?:\.[^/]*)?$", str(filename))
+    return int(match.group(1)) if match else 0
+
+
+def model_name(step: int) -> str:
+    """The file of the parameters at a step."""
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate: float | str, step: int) -> str:
+    """The file of a moving average at a step."""
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def optimizer_name(step: int) -> str:
+    """The file of the optimizer's state at a step."""
+    return f"opt{step:06d}.pt"
+
+
+def complete_sets(directory: str, ema_rates: Iterable[float | str]) -> list[int]:
+    """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer."""
+    if not files.is_dir(directory):
+        return []
+    names = set(files.list_dir(directory))
+    steps = sorted(int(m.group(1)) for m in (re.fullmatch(r"model(\d+)\.pt", name) for name in names) if m)
+    rates = list(ema_rates)
+    return [
+        step
+        for step in steps
+        if optimizer_name(step) in names and all(ema_name(rate, step) in names for rate in rates)
+    ]
+
+
+def find_in_set(main_checkpoint: str, name: str, what: str) -> str:
+    """The path of another part of the set that a modelNNNNNN.pt belongs to. Raises UserError where it is missing."""
+    directory = main_checkpoint.rsplit("/", 1)[0] if "/" in main_checkpoint else "."
+    path = files.join(directory, name)
+    if not files.exists(path):
+        raise UserError(
+            f"cannot resume from {main_checkpoint}: {what} {path} is missing; "
+            "to start at step 0 from these weights alone, use --init_checkpoint"
+        )
+    return path

@@ -1,0 +1,59 @@
+"""Likelihood terms: KL of Gaussians, and the Gaussian discretized to 256 levels. All values in nats."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch as th
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))), elementwise, in nats.
+
+    The arguments broadcast; some may be Python numbers, at least one must be a tensor.
+    """
+    tensor = next((v for v in (mean1, logvar1, mean2, logvar2) if isinstance(v, th.Tensor)), None)
+    if tensor is None:
+        raise ValueError("normal_kl needs at least one tensor among its arguments")
+    # exp() needs tensors; the means may stay numbers.
+    logvar1, logvar2 = (v if isinstance(v, th.Tensor) else th.tensor(v).to(tensor) for v in (logvar1, logvar2))
+    return 0.5 * (
+        -1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + ((mean1 - mean2) ** 2) * th.exp(-logvar2)
+    )
+
+
+def approx_standard_normal_cdf(x):
+    """The normal CDF, approximated by a tanh (Page 1977), as published checkpoints were trained."""
+    return 0.5 * (1.0 + th.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * th.pow(x, 3))))
+
+
+def discretized_gaussian_log_likelihood(x, *, means, log_scales):
+    """log P(x) in nats, elementwise, under a Gaussian discretized to 256 levels (DDPM eq. 13).
+
+    :param x: images in [-1, 1], from uint8 by x / 127.5 - 1.
+    :param means, log_scales: of x's shape; the Gaussian's mean and the log of its standard deviation.
+    """
+    if not x.shape == means.shape == log_scales.shape:
+        raise ValueError(
+            f"x {tuple(x.shape)}, means {tuple(means.shape)} and log_scales {tuple(log_scales.shape)} must agree in shape"
+        )
+    centered = x - means
+    inverse_std = th.exp(-log_scales)
+    cdf_above = approx_standard_normal_cdf(inverse_std * (centered + 1.0 / 255.0))
+    cdf_below = approx_standard_normal_cdf(inverse_std * (centered - 1.0 / 255.0))
+    # The outermost bins reach to infinity, so that the levels' probabilities add up to 1.
+    return th.where(
+        x < -0.999,
+        _safe_log(cdf_above),
+        th.where(x > 0.999, _safe_log(1.0 - cdf_below), _safe_log(cdf_above - cdf_below)),
+    )
+
+
+def _safe_log(probability):
+    return th.log(probability.clamp(min=1e-12))
+
+
+def nats_to_bits(nats):
+    """Bits from nats; divided by the number of dimensions by taking means."""
+    return nats / np.log(2.0)

@@ -1,0 +1,87 @@
+"""Layers and small helpers of the networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch as th
+from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+
+class SiLU(nn.SiLU):
+    """x * sigmoid(x)."""
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation computed in float32, whatever the input's type."""
+
+    def forward(self, x):
+        return super().forward(x.float()).type(x.dtype)
+
+
+def conv_nd(dims: int, *args, **kwargs) -> nn.Module:
+    """A convolution over 1, 2 or 3 dimensions."""
+    return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
+
+
+def linear(*args, **kwargs) -> nn.Linear:
+    """A fully connected layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args, **kwargs) -> nn.Module:
+    """An average pool over 1, 2 or 3 dimensions."""
+    return {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](*args, **kwargs)
+
+
+def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99) -> None:
+    """Move each target towards its source in place: target <- rate * target + (1 - rate) * source."""
+    for target, source in zip(target_params, source_params):
+        target.detach().mul_(rate).add_(source, alpha=1 - rate)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Zero the module's parameters and return it: a residual branch that starts as the identity."""
+    for p in module.parameters():
+        p.detach().zero_()
+    return module
+
+
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply the module's parameters by `scale` and return it."""
+    for p in module.parameters():
+        p.detach().mul_(scale)
+    return module
+
+
+def mean_flat(tensor: th.Tensor) -> th.Tensor:
+    """The mean over all dimensions but the first: [N, ...] -> [N]."""
+    return tensor.mean(dim=list(range(1, tensor.ndim)))
+
+
+def normalization(channels: int) -> nn.Module:
+    """The networks' norm: 32 groups in float32."""
+    return GroupNorm32(32, channels)
+
+
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
+    """Sinusoids of the timesteps: [N], fractional ones too -> [N, dim], cosines first; an odd dim ends in a zero."""
+    half = dim // 2
+    frequencies = th.exp(-math.log(max_period) * th.arange(half, dtype=th.float32, device=timesteps.device) / half)
+    angles = timesteps[:, None].float() * frequencies[None]  # [N, half]
+    embedding = th.cat([th.cos(angles), th.sin(angles)], dim=-1)
+    if dim % 2:
+        embedding = th.cat([embedding, th.zeros_like(embedding[:, :1])], dim=-1)
+    return embedding
+
+
+def checkpoint(func: Callable, inputs: tuple, params: Iterable, flag: bool):
+    """func(*inputs); with `flag` its activations are recomputed in the backward pass instead of kept.
+
+    `params` is accepted for published code; torch finds the parameters by itself.
+    """
+    if not flag:
+        return func(*inputs)
+    return torch_checkpoint(func, *inputs, use_reentrant=False)

@@ -1,0 +1,111 @@
+"""Which timesteps to train on: uniformly, or where the loss is large (IDDPM sec. 3.3)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch as th
+
+from . import dist_util
+from .config import unknown_name
+
+
+def create_named_schedule_sampler(name: str, diffusion) -> ScheduleSampler:
+    """`uniform` or `loss-second-moment` for a diffusion; another name raises UserError."""
+    samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}
+    if name not in samplers:
+        raise unknown_name("schedule sampler", name, samplers)
+    return samplers[name](diffusion)
+
+
+class ScheduleSampler(ABC):
+    """A distribution over timesteps, with the importance weights that keep the objective's mean unchanged."""
+
+    @abstractmethod
+    def weights(self) -> np.ndarray:
+        """Positive weights [T], not necessarily normalised."""
+
+    def sample(self, batch_size: int, device) -> tuple[th.Tensor, th.Tensor]:
+        """(t, weight), both [batch_size]: int64 timesteps and float32 1 / (T p_t). Draws from numpy's generator."""
+        w = self.weights()
+        p = w / np.sum(w)
+        indices = np.random.choice(len(p), size=(batch_size,), p=p)
+        weights = 1 / (len(p) * p[indices])
+        return th.from_numpy(indices).long().to(device), th.from_numpy(weights).float().to(device)
+
+
+class UniformSampler(ScheduleSampler):
+    """Every timestep alike."""
+
+    def __init__(self, diffusion):
+        self.diffusion = diffusion
+        self._weights = np.ones([diffusion.num_timesteps])
+
+    def weights(self):
+        return self._weights
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A sampler that learns from the losses of all ranks."""
+
+    def update_with_local_losses(self, local_ts: th.Tensor, local_losses: th.Tensor) -> None:
+        """Gather every rank's (timestep, loss) pairs, [n] each with n its own, and learn from them in rank order.
+
+        Collective: every rank must call it.
+        """
+        pairs = th.stack([local_ts.double(), local_losses.detach().double()]).cpu()  # [2, n]
+        gathered = th.cat(dist_util.all_gather_ragged(pairs.T.contiguous()))
+        self.update_with_all_losses([int(t) for t in gathered[:, 0]], gathered[:, 1].tolist())
+
+    @abstractmethod
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Learn from the pairs of all ranks; every rank gets the same."""
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """p_t proportional to sqrt(E[L_t^2]) over the last losses of each t (IDDPM eq. 18); uniform until all are known.
+
+    :param history_per_term: how many losses of each t are remembered.
+    :param uniform_prob: the share of uniform sampling that is mixed in.
+    """
+
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+        self.diffusion = diffusion
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term], dtype=np.float64)
+        self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+
+    def weights(self):
+        if not self._warmed_up():
+            return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
+        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        weights /= np.sum(weights)
+        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+
+    def update_with_all_losses(self, ts, losses):
+        for t, loss in zip(ts, losses):
+            if self._loss_counts[t] == self.history_per_term:
+                self._loss_history[t, :-1] = self._loss_history[t, 1:]  # the oldest goes first
+                self._loss_history[t, -1] = loss
+            else:
+                self._loss_history[t, self._loss_counts[t]] = loss
+                self._loss_counts[t] += 1
+
+    def _warmed_up(self) -> bool:
+        return bool((self._loss_counts == self.history_per_term).all())
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """The history, for a checkpoint."""
+        return {"loss_history": th.from_numpy(self._loss_history), "loss_counts": th.from_numpy(self._loss_counts)}
+
+    def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
+        """Restore what `state_dict` gave; another T or history length raises ValueError."""
+        if tuple(state["loss_history"].shape) != self._loss_history.shape:
+            raise ValueError(
+                f"the sampler's history is {tuple(state['loss_history'].shape)}, expected {self._loss_history.shape}"
+            )
+        self._loss_history = state["loss_history"].numpy().copy()
+        self._loss_counts = state["loss_counts"].numpy().copy()

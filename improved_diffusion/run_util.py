@@ -1,0 +1,234 @@
+"""What the scripts share: a run's folder, what it starts from, its data, its training loop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from . import __version__, checkpoint, dist_util, files, images, logger
+from .config import TrainConfig, UserError, comma_list, height_width
+from .image_datasets import ArrayImages, BatchStream, FolderImages, ImageDataset, open_images, read_classes
+from .resample import create_named_schedule_sampler
+from .script_util import adopt, build, resolve_channel_mult
+from .train_util import TrainLoop, get_blob_logdir
+
+CONFIG_FILE = "config.json"
+
+
+def start_run(options: argparse.Namespace, default_name: str) -> str:
+    """Join the other ranks and open the run's folder (--out_dir, else OPENAI_LOGDIR, else ./runs/<default_name>).
+
+    Returns the folder's absolute path, which is printed, as are the ranks. Collective.
+    """
+    dist_util.setup_dist()
+    out_dir = options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
+    logger.configure(dir=out_dir)
+    logger.log(dist_util.describe_ranks())
+    return logger.get_dir()
+
+
+def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
+    """Settle what a training run starts from, before anything is built; returns that checkpoint's metadata, or {}.
+
+    Resolves --resume to a file in `resume_checkpoint`, takes options that were not given from it (or, those of the
+    model, from --init_checkpoint), and each rank's batch size from --total_batch_size. Collective.
+    """
+    options.resume_checkpoint = dist_util.from_rank0(_find_resume, options)
+    metadata: dict[str, Any] = {}
+    source = options.resume_checkpoint or options.init_checkpoint
+    if source:
+        state_dict, metadata = checkpoint.load(source)
+        own = ("resume", "resume_checkpoint", "init_checkpoint", "out_dir", "given", "flags", "preset")
+        if "batch_size" in options.given:
+            own += ("total_batch_size",)
+        resumed = [name for name in vars(options) if name not in own]
+        adopt(options, source, state_dict, metadata, resumed if options.resume_checkpoint else None)
+    if options.resume_checkpoint:
+        options.init_checkpoint = ""
+    size = _training_size(options)
+    options.channel_mult = ",".join(map(str, resolve_channel_mult(size, options.channel_mult)))
+    _share_batch(options)
+    return metadata
+
+
+def _find_resume(options: argparse.Namespace) -> str:
+    """The modelNNNNNN.pt to go on from, "" to start afresh."""
+    wanted = options.resume or options.resume_checkpoint
+    folder = get_blob_logdir()
+    rates = comma_list(options.ema_rate, float)
+    if not wanted:
+        if checkpoint.complete_sets(folder, []):
+            raise UserError(f"{folder} holds checkpoints of an earlier run: --resume auto goes on with it, or choose another --out_dir")
+        return ""
+    if wanted == "auto":
+        rates = rates if "ema_rate" in options.given else _rates_in(folder)
+        steps = checkpoint.complete_sets(folder, rates)
+        if not steps:
+            logger.log(f"--resume auto: no complete checkpoint in {folder}, so training starts at step 0")
+            return ""
+        return files.join(folder, checkpoint.model_name(steps[-1]))
+    if files.is_dir(wanted):
+        steps = checkpoint.complete_sets(wanted, rates if "ema_rate" in options.given else _rates_in(wanted))
+        if not steps:
+            raise UserError(f"--resume {wanted}: no complete checkpoint (model, ema and opt files of one step) in that folder")
+        return files.join(wanted, checkpoint.model_name(steps[-1]))
+    return wanted
+
+
+def _rates_in(folder: str) -> list[float]:
+    """The EMA rates of the run that wrote into the folder."""
+    path = files.join(folder, CONFIG_FILE)
+    if not files.exists(path):
+        return []
+    try:
+        return comma_list(json.loads(files.read_bytes(path))["config"]["ema_rate"], float)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: remove it, or name the checkpoint with --resume PATH") from None
+
+
+def _training_size(options: argparse.Namespace) -> Any:
+    return options.large_size if hasattr(options, "large_size") else options.image_size
+
+
+def _share_batch(options: argparse.Namespace) -> None:
+    world_size = dist_util.get_world_size()
+    if options.total_batch_size:
+        if options.total_batch_size % world_size:
+            raise UserError(f"--total_batch_size {options.total_batch_size} cannot be shared evenly by {world_size} ranks")
+        share = options.total_batch_size // world_size
+        if "batch_size" in options.flags and options.batch_size != share:
+            raise UserError(
+                f"--batch_size {options.batch_size} on {world_size} ranks contradicts --total_batch_size "
+                f"{options.total_batch_size}: give one of them"
+            )
+        options.batch_size = share
+    options.total_batch_size = options.batch_size * world_size
+    logger.log(f"total batch: {options.total_batch_size} images a step ({options.batch_size} per rank x {world_size} ranks)")
+
+
+def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) -> BatchStream:
+    """The training images, described in the log and checked; settles the number of classes. Collective."""
+    source = open_images(options.data_dir)
+    classes, names = read_classes(source, options.labels, options.data_dir) if options.class_cond else (None, None)
+    dataset = ImageDataset(_training_size(options), source, classes, channels=options.channels)
+    data = BatchStream(
+        dataset, options.batch_size, class_names=names, seed=options.seed, random_flip=options.random_flip,
+        num_workers=options.num_workers,
+    )  # fmt: skip
+    for name in data.skipped_names():
+        logger.warn(f"{name} is unreadable and left out")
+    text = f"{options.data_dir}: {data.num_images} images"
+    if names is not None:
+        before = metadata.get("class_names")
+        if before and names != before and options.resume_checkpoint:
+            raise UserError(f"{options.data_dir} has the classes {names[:10]} but {options.resume_checkpoint} has {before[:10]}")
+        if options.num_classes and len(names) > options.num_classes:
+            raise UserError(f"{options.data_dir} has {len(names)} classes, more than --num_classes {options.num_classes}")
+        options.num_classes = options.num_classes or len(names)
+        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+    epochs = 10_000 * options.total_batch_size / data.num_images
+    logger.log(f"{text}; 10,000 steps are {epochs:.3g} epochs")
+    return data
+
+
+def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) -> None:
+    """Build the model and train it; `hooks(diffusion)` gives the loop's hooks. Collective."""
+    th.manual_seed(options.seed)
+    model, diffusion = build(options)
+    if options.init_checkpoint:
+        state_dict, _ = checkpoint.load(options.init_checkpoint)
+        checkpoint.load_into(model, state_dict, options.init_checkpoint)
+        logger.log(f"weights of {options.init_checkpoint}, from step 0")
+    model.to(dist_util.dev())
+    logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision if not options.use_fp16 else 'fp16'}")
+    if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
+        logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
+    config = {name: value for name, value in sorted(vars(options).items()) if name not in ("given", "flags", "preset")}
+    metadata = {"version": __version__, "config": config, "class_names": class_names}
+    if dist_util.get_rank() == 0:
+        folder = get_blob_logdir()
+        files.make_dirs(folder)
+        files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(metadata, indent=1).encode())
+    own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "sample_interval"}
+    arguments = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name not in own}
+    TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        batch_size=options.batch_size,
+        schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, diffusion),
+        seed=options.seed,
+        metadata=metadata,
+        hooks=hooks(diffusion),
+        **arguments,
+    ).run_loop()
+
+
+def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the samples of a checkpoint depend on."""
+    names = ("seed", "classes", "use_ddim", "ddim_eta", "clip_denoised", "timestep_respacing", "sigma_small")
+    request = {name: getattr(options, name) for name in names}
+    if hasattr(options, "base_samples"):
+        request["base_samples"] = os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
+    path = options.model_path if files.is_url(options.model_path) else os.path.abspath(options.model_path)
+    return {"model_path": path, "model_step": metadata.get("step"), **request}
+
+
+def samples_name(options: argparse.Namespace, steps: int) -> str:
+    """The default folder of a checkpoint's samples."""
+    path = os.path.abspath(options.model_path)
+    run, stem = os.path.basename(os.path.dirname(path)), os.path.splitext(os.path.basename(path))[0]
+    return f"{run}_{stem}_{steps}{'ddim' if options.use_ddim else ''}steps_seed{options.seed}"
+
+
+def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | None) -> tuple[Any, list[int] | None]:
+    """(uint8 images [N, h, w, C] of small_size, their classes or None) of --base_samples: an npz, a folder, a zip, or
+    one image. Images of another size are resized; an npz of another size raises UserError."""
+    path = options.base_samples
+    if path and files.exists(path) and images.is_image_name(path):
+        source: Any = FolderImages("", [path])
+    else:
+        source = open_images(path, "--base_samples")
+    size = height_width(options.small_size)
+    dataset = ImageDataset(options.small_size, source, channels=options.channels)
+    sizes = {dataset.read(i).size[::-1] for i in range(len(dataset))}
+    if sizes != {size}:
+        other = "x".join(map(str, next(s for s in sizes if s != size)))
+        if isinstance(source, ArrayImages):
+            raise UserError(f"--base_samples {path} has images of {other}, but the model takes {options.small_size}")
+        logger.log(f"base images of {other} are resized and centre-cropped to --small_size {options.small_size}")
+    array = np.stack([_uint8(dataset[i][0]) for i in range(len(dataset))])
+    labels = None
+    if isinstance(source, ArrayImages):
+        labels = None if source.labels is None else [int(y) for y in source.labels]
+    elif class_names:
+        prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
+        if set(prefixes) <= set(class_names):
+            labels = [list(class_names).index(prefix) for prefix in prefixes]
+    if labels and options.class_cond and max(labels) >= options.num_classes:
+        raise UserError(f"--base_samples {path} has the label {max(labels)}; the model has the classes 0..{options.num_classes - 1}")
+    return array, labels
+
+
+def _uint8(image: Any) -> Any:
+    return np.rint((image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # exact: the way back from x / 127.5 - 1
+
+
+def class_indices(options: argparse.Namespace, source: Any, metadata: dict[str, Any]) -> list[int]:
+    """The class of each image, in the numbering of the checkpoint. Raises UserError for a class that it does not have."""
+    found, names = read_classes(source, options.labels, options.data_dir)
+    trained = metadata.get("class_names") or names
+    unknown = sorted({names[i] for i in found} - set(trained))
+    if unknown:
+        raise UserError(f"{options.data_dir} has the class {unknown[0]}, which {options.model_path} was not trained on")
+    indices = [trained.index(names[i]) for i in found]
+    if max(indices) >= (options.num_classes or 1000):
+        raise UserError(f"{options.data_dir} has class {max(indices)}; {options.model_path} has {options.num_classes}")
+    return indices

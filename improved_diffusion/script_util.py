@@ -1,0 +1,398 @@
+"""Config <-> command line, and config -> model and diffusion."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from . import checkpoint, files, logger
+from .config import (
+    DiffusionConfig,
+    ModelConfig,
+    SuperResConfig,
+    UserError,
+    comma_list,
+    fixed_names,
+    height_width,
+    parse_size,
+    str2bool,
+    unknown_name,
+)
+from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from .presets import PRESETS, preset_options
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import SuperResModel, UNetModel, read_architecture
+
+NUM_CLASSES = 1000  # of a class-conditional model, where nothing says otherwise
+
+__all__ = [
+    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "create_gaussian_diffusion", "create_model",
+    "create_model_and_diffusion", "model_and_diffusion_defaults", "parse_options", "sr_create_model",
+    "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults", "str2bool",
+]  # fmt: skip
+
+
+# Command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors like all our others: one message, and the nearest flag where one is misspelt."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the given groups from the command line, as a namespace.
+
+    Flags win over --config, which wins over --preset, which wins over the defaults. `given` holds the names that were
+    not left at their defaults, `flags` those that came as flags. Raises UserError for a wrong name or value.
+    """
+    known = {f.name: f for group in groups for f in fields(group)}
+    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--preset", help=f"flags of a published model: {', '.join(PRESETS)}")
+    parser.add_argument("--config", help="YAML or JSON file of options, such as a run's config.json")
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__.strip().splitlines()[0].rstrip("."))
+        for f in fields(group):
+            kind = f.metadata["parse"]
+            extra: dict[str, Any] = {"nargs": "?", "const": "True", "metavar": "True|False"} if kind is str2bool else {}
+            if f.metadata["choices"]:
+                extra = {"metavar": "|".join(f.metadata["choices"])}
+            default = f.default if f.default != "" else "empty"
+            section.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"), **extra)
+    flags, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("--"):
+            raise unknown_name("flag", word.split("=")[0], [f"--{name}" for name in known])
+        raise UserError(f"unexpected argument {word!r}: every option is a flag, such as --batch_size 4")
+
+    values = vars(flags)
+    preset, config = values.pop("preset", None), values.pop("config", None)
+    given = {**(_from_preset(preset, known) if preset else {}), **(_from_file(config, known) if config else {}), **values}
+    if "batch_size" in values and "total_batch_size" not in values:
+        given.pop("total_batch_size", None)  # a preset's total gives way to a rank's own
+    namespace = argparse.Namespace(given=set(given), flags=set(values), preset=preset)
+    for group in groups:
+        options = group(**{f.name: given[f.name] for f in fields(group) if f.name in given})
+        for f in fields(group):
+            setattr(namespace, f.name, getattr(options, f.name))
+    return namespace
+
+
+def _from_preset(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    options = preset_options(name)
+    if "image_size" in known and "large_size" in options or "large_size" in known and "image_size" in options:
+        kind = "super-resolution" if "large_size" in options else "image"
+        raise UserError(f"--preset {name} is for the {kind} scripts: choose a preset of the other kind")
+    return {key: value for key, value in options.items() if key in known}  # a recipe has options of other scripts too
+
+
+def _from_file(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    text = files.read_bytes(path).decode("utf-8", errors="replace")
+    try:
+        if path.endswith((".yaml", ".yml")):
+            try:
+                import yaml
+            except ImportError:
+                raise UserError("--config with YAML needs the package pyyaml: pip install pyyaml, or write JSON") from None
+            content = yaml.safe_load(text)
+        else:
+            content = json.loads(text)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - yaml's own classes exist only where it is installed
+        raise UserError(f"--config {path} cannot be read: {error}") from None
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        content = content["config"]  # a run's config.json
+        return {key: value for key, value in content.items() if key in known}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold names and values, such as lr: 0.0001")
+    for key in content:
+        if key not in known:
+            raise unknown_name(f"option in {path}", key, known)
+    return content
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add a flag for each entry, of its value's type; None makes a string, True and False a str2bool."""
+    for name, value in default_dict.items():
+        kind = str if value is None else str2bool if isinstance(value, bool) else type(value)
+        parser.add_argument(f"--{name}", default=value, type=kind)
+
+
+def args_to_dict(args: Any, keys: Iterable[str]) -> dict[str, Any]:
+    """The given attributes of parsed arguments."""
+    return {key: getattr(args, key) for key in keys}
+
+
+# Factories
+
+
+def _published(*groups: type) -> dict[str, Any]:
+    return {f.name: f.default for group in groups for f in fields(group) if f.metadata["published"]}
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """The published options of create_model_and_diffusion and their defaults."""
+    return _published(ModelConfig, DiffusionConfig)
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """The published options of sr_create_model_and_diffusion and their defaults."""
+    defaults = _published(ModelConfig, DiffusionConfig, SuperResConfig)
+    del defaults["image_size"]
+    return defaults
+
+
+def create_model_and_diffusion(
+    image_size, class_cond, learn_sigma, sigma_small, num_channels, num_res_blocks, num_heads, num_heads_upsample,
+    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
+    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, channels=3, num_classes=0,
+    channel_mult="",
+):  # fmt: skip
+    """(UNetModel, SpacedDiffusion) for the given options; see ModelConfig and DiffusionConfig."""
+    model = create_model(
+        image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
+        num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
+    )  # fmt: skip
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
+        use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    return model, diffusion
+
+
+def sr_create_model_and_diffusion(
+    large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_heads_upsample,
+    attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
+    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, sigma_small=False, channels=3,
+    num_classes=0, channel_mult="",
+):  # fmt: skip
+    """(SuperResModel, SpacedDiffusion) for the given options; see SuperResConfig, ModelConfig and DiffusionConfig."""
+    model = sr_create_model(
+        large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
+        channel_mult,
+    )  # fmt: skip
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
+        use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    return model, diffusion
+
+
+def create_model(
+    image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
+    num_heads_upsample, use_scale_shift_norm, dropout, channels=3, num_classes=0, channel_mult="",
+):  # fmt: skip
+    """A UNetModel for images of `image_size`; see ModelConfig."""
+    return _build(
+        UNetModel, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
+        channel_mult,
+    )  # fmt: skip
+
+
+def sr_create_model(
+    large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels=3, num_classes=0,
+    channel_mult="",
+):  # fmt: skip
+    """A SuperResModel for images of `large_size`; it takes low-resolution images of any size."""
+    return _build(
+        SuperResModel, large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+        attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
+        channel_mult,
+    )  # fmt: skip
+
+
+def _build(
+    kind, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
+    num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
+):  # fmt: skip
+    mult = resolve_channel_mult(image_size, channel_mult)
+    for width in (m * num_channels for m in mult):
+        if width % 32:
+            raise UserError(f"--channel_mult {channel_mult} makes a level of {width} channels: it must be a multiple of 32")
+    try:
+        return kind(
+            in_channels=channels,
+            model_channels=num_channels,
+            out_channels=2 * channels if learn_sigma else channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_factors(image_size, attention_resolutions),
+            dropout=dropout,
+            channel_mult=mult,
+            num_classes=(num_classes or NUM_CLASSES) if class_cond else None,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def resolve_channel_mult(image_size: Any, channel_mult: str = "") -> tuple[float, ...]:
+    """The width of each level: as given, else by image size. Raises UserError where the levels do not divide the size."""
+    sides = height_width(image_size)
+    if channel_mult:
+        mult = tuple(int(m) if m == int(m) else m for m in comma_list(channel_mult, float))
+    else:
+        mult = _default_channel_mult(sides)
+    factor = 2 ** (len(mult) - 1)
+    if any(side % factor for side in sides):
+        raise UserError(
+            f"--image_size {parse_size(image_size)} cannot be halved {len(mult) - 1} times, as the {len(mult)} levels of "
+            f"--channel_mult {','.join(map(str, mult))} need: use a multiple of {factor}, or fewer levels"
+        )
+    return mult
+
+
+def _default_channel_mult(sides: tuple[int, int]) -> tuple[int, ...]:
+    published = {(256, 256): (1, 1, 2, 2, 4, 4), (64, 64): (1, 2, 3, 4), (32, 32): (1, 2, 2, 2)}
+    if sides in published:
+        return published[sides]
+    shorter = min(sides)
+    if shorter < 24:
+        wanted = (1, 2, 2) if shorter >= 12 else (1, 2)
+    elif shorter < 48:
+        wanted = (1, 2, 2, 2)
+    elif shorter < 96:
+        wanted = (1, 2, 3, 4)
+    else:
+        wanted = (1, 1, 2, 3, 4) if shorter < 192 else (1, 1, 2, 2, 4, 4)
+    levels = len(wanted)
+    while levels > 1 and any(side % 2 ** (levels - 1) for side in sides):
+        levels -= 1
+    if levels == 1:
+        raise UserError(f"--image_size {parse_size(sides)} has an odd side, which cannot be halved: use an even size")
+    return wanted[:levels]
+
+
+def attention_factors(image_size: Any, attention_resolutions: str) -> tuple[int, ...]:
+    """The downsampling factors of the levels whose (shorter) sides are listed; where none is exact, the nearest."""
+    side = min(height_width(image_size))
+    factors = []
+    for resolution in comma_list(attention_resolutions, int):
+        exact = side % resolution == 0 or side < resolution
+        factors.append(side // resolution if exact else 2 ** round(math.log2(side / resolution)))
+    return tuple(factors)
+
+
+def create_gaussian_diffusion(
+    *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+):  # fmt: skip
+    """A SpacedDiffusion for the given options; see DiffusionConfig."""
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    if learn_sigma:
+        var_type = ModelVarType.LEARNED_RANGE
+    else:
+        var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+# Checkpoints that describe themselves
+
+_MODEL_OPTIONS = [f.name for group in (ModelConfig, DiffusionConfig, SuperResConfig) for f in fields(group)]
+
+
+def build(options: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """(model, diffusion) for a namespace of options; super-resolution where they have a large_size."""
+    superres = hasattr(options, "large_size")
+    create = sr_create_model_and_diffusion if superres else create_model_and_diffusion
+    names = [*(sr_model_and_diffusion_defaults() if superres else model_and_diffusion_defaults()), "channels", "num_classes", "channel_mult"]
+    return create(**args_to_dict(options, names))
+
+
+def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any], metadata: Mapping[str, Any],
+          names: Iterable[str] | None = None) -> None:  # fmt: skip
+    """Take from a checkpoint the options that were not given. One that contradicts it raises UserError with both values.
+
+    :param names: the options that may be taken; those of the model and the diffusion unless given.
+    """
+    superres = hasattr(options, "large_size")
+    stored = dict(metadata.get("config", {}))
+    if stored and ("large_size" in stored) != superres:
+        kind = "a super-resolution" if "large_size" in stored else "an image"
+        raise UserError(f"{path} is {kind} model: use the {'super_res' if 'large_size' in stored else 'image'}_* scripts")
+    if not stored:
+        stored = _config_from_shapes(options, path, state_dict)
+        shown = ", ".join(f"{name}={value}" for name, value in stored.items())
+        logger.log(f"{path} has no description. Read off its shapes: {shown}. By flag or default: "
+                   + ", ".join(f"{name}={getattr(options, name)}" for name in sorted(fixed_names()) if hasattr(options, name) and name not in stored))
+    fixed = fixed_names()
+    for name in sorted(options.given & stored.keys() & fixed):
+        value, there = getattr(options, name), stored[name]
+        if name in ("channel_mult", "num_classes") and not value:
+            continue
+        if value != there:
+            raise UserError(f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag out")
+    for name in _MODEL_OPTIONS if names is None else names:
+        if name in stored and hasattr(options, name) and (name in fixed or name not in options.given):
+            setattr(options, name, stored[name])
+
+
+def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tensors' shapes say of a checkpoint that comes without a description."""
+    try:
+        arch = read_architecture(state_dict)
+    except (KeyError, IndexError, ValueError):
+        raise UserError(f"{path} is not a checkpoint of this method's networks") from None
+    superres = hasattr(options, "large_size")
+    channels = arch["in_channels"] // 2 if superres else arch["in_channels"]
+    if arch["out_channels"] not in (channels, 2 * channels):
+        other = "an image" if superres else "a super-resolution"
+        raise UserError(f"{path} is {other} model: use the other kind of script")
+    mult = arch["channel_mult"]
+    by_mult = {(1, 1, 2, 2, 4, 4): 256, (1, 2, 3, 4): 64, (1, 2, 2, 2): 32}
+    name = "large_size" if superres else "image_size"
+    size = getattr(options, name) if name in options.given else by_mult.get(mult, getattr(options, name))
+    side = min(height_width(size))
+    stored = {
+        name: size,
+        "channels": channels,
+        "num_channels": arch["model_channels"],
+        "num_res_blocks": arch["num_res_blocks"],
+        "channel_mult": ",".join(map(str, mult)),
+        "class_cond": arch["num_classes"] is not None,
+        "num_classes": arch["num_classes"] or 0,
+        "learn_sigma": arch["out_channels"] == 2 * channels,
+        "use_scale_shift_norm": arch["use_scale_shift_norm"],
+    }
+    listed = {f for f in attention_factors(size, options.attention_resolutions) if f < 2 ** len(mult)}
+    if listed != set(arch["attention_resolutions"]):
+        stored["attention_resolutions"] = ",".join(str(side // f) for f in reversed(arch["attention_resolutions"]))
+    return stored
+
+
+def load_model(options: argparse.Namespace) -> tuple[UNetModel, SpacedDiffusion, dict[str, Any]]:
+    """(model in eval mode on the CPU, diffusion, metadata) of --model_path; flags that training fixed need not be given.
+
+    Raises UserError for a flag that contradicts the checkpoint, and for a file that is not a checkpoint. Collective.
+    """
+    if not options.model_path:
+        raise UserError("--model_path is missing: name a checkpoint, such as runs/NAME/ema_0.9999_010000.pt")
+    state_dict, metadata = checkpoint.load(options.model_path)
+    adopt(options, options.model_path, state_dict, metadata)
+    model, diffusion = build(options)
+    checkpoint.load_into(model, state_dict, options.model_path)
+    return model.eval(), diffusion, metadata
