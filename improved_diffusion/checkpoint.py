@@ -52,10 +52,10 @@ def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     return state_dict, metadata
 
 
-def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
-    """model.load_state_dict whose failure is one message that names the first differing tensor."""
+def check_fits(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
+    """Raise UserError naming the first tensor in which a state dict differs from the model's, if one does."""
     own = model.state_dict()
-    for name in own.keys() | state_dict.keys():
+    for name in [*own, *state_dict]:
         if name not in state_dict or name not in own:
             where = "lacks" if name not in state_dict else "has, and the model lacks,"
             raise UserError(f"{path} does not fit the model: it {where} {name}: check the model's flags")
@@ -64,6 +64,11 @@ def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: st
                 f"{path} does not fit the model: {name} is {tuple(state_dict[name].shape)} there and "
                 f"{tuple(own[name].shape)} in the model: check the model's flags"
             )
+
+
+def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
+    """model.load_state_dict whose failure is one message."""
+    check_fits(model, state_dict, path)
     model.load_state_dict(state_dict)
 
 

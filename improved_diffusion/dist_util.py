@@ -65,7 +65,7 @@ def setup_dist() -> None:
     if dist.is_initialized():
         return
     launcher = detect_launcher()
-    store, rank, world_size, local_rank = {
+    store, rank, world_size, local_rank, local_size = {
         "python": _join_alone, "mpiexec": _join_by_mpi, "torchrun": _join_by_torchrun, "srun": _join_by_slurm,
     }[launcher]()  # fmt: skip
     backend = "gloo"
@@ -76,6 +76,8 @@ def setup_dist() -> None:
         backend = "cpu:gloo,cuda:nccl"
     else:
         _device = th.device("cpu")
+        if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            th.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))  # ranks on one host share its cores
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     if launcher != "python":
         sys.excepthook = _report_and_abort
@@ -89,13 +91,13 @@ def _leave() -> None:
 
 
 def _join_alone():
-    return dist.HashStore(), 0, 1, 0
+    return dist.HashStore(), 0, 1, 0, 1
 
 
 def _join_by_torchrun():
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
-    return store, rank, world_size, int(os.environ.get("LOCAL_RANK", 0))
+    return store, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _join_by_slurm():
@@ -104,7 +106,8 @@ def _join_by_slurm():
     job = int(os.environ.get("SLURM_JOB_ID", 0)) * 31 + int(os.environ.get("SLURM_STEP_ID", 0))
     port = int(os.environ.get("MASTER_PORT", 20000 + job % 20000))
     store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT)
-    return store, rank, world_size, int(os.environ.get("SLURM_LOCALID", 0))
+    local_size = int(re.match(r"\d*", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).group() or 1)  # such as 4(x2)
+    return store, rank, world_size, int(os.environ.get("SLURM_LOCALID", 0)), local_size
 
 
 def _first_host(nodelist: str) -> str:
@@ -135,7 +138,7 @@ def _join_by_mpi():
             f"mpiexec started {expected} ranks but mpi4py sees {world_size}: mpi4py uses another MPI library than "
             "this mpiexec; install both from one place (pip install mpi4py mpich)"
         )
-    local_rank = comm.Split_type(_mpi().COMM_TYPE_SHARED).Get_rank()
+    local = comm.Split_type(_mpi().COMM_TYPE_SHARED)
     hosts = comm.allgather(socket.gethostname())
     # The store chooses a free port itself, so that no other process can take it in between.
     store = None
@@ -146,7 +149,7 @@ def _join_by_mpi():
     host, port = comm.bcast(address)
     if store is None:
         store = dist.TCPStore(host, port, world_size, is_master=False, timeout=COLLECTIVE_TIMEOUT)
-    return store, rank, world_size, local_rank
+    return store, rank, world_size, local.Get_rank(), local.Get_size()
 
 
 def _own_address(hosts: list[str]) -> str:

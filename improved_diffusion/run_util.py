@@ -185,7 +185,7 @@ def samples_name(options: argparse.Namespace, steps: int) -> str:
     """The default folder of a checkpoint's samples."""
     path = os.path.abspath(options.model_path)
     run, stem = os.path.basename(os.path.dirname(path)), os.path.splitext(os.path.basename(path))[0]
-    return f"{run}_{stem}_{steps}{'ddim' if options.use_ddim else ''}steps_seed{options.seed}"
+    return f"{run}_{stem}_{steps}{'ddim' if getattr(options, 'use_ddim', False) else ''}steps_seed{options.seed}"
 
 
 def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | None) -> tuple[Any, list[int] | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -183,7 +182,6 @@ class TrainLoop:
             self.ddp_model = DistributedDataParallel(
                 model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 bucket_cap_mb=128,
             )
 
@@ -213,7 +211,7 @@ class TrainLoop:
         for ema in self.emas:
             path = dist_util.from_rank0(checkpoint.find_in_set, main, checkpoint.ema_name(ema.rate, named_step), "the moving average")
             state_dict, _ = checkpoint.load(path)
-            checkpoint.load_into(copy_to_meta(self.model), state_dict, path)
+            checkpoint.check_fits(self.model, state_dict, path)
             ema.load([state_dict[name].to(self.device).float() for name, _ in self.model.named_parameters()])
         state = dist_util.load_state_dict(opt_path, map_location="cpu")
         self._load_optimizer(state, opt_path)
@@ -410,11 +408,6 @@ class TrainLoop:
         checkpoint.save({**self.opt.state_dict(), "improved_diffusion": rest}, files.join(directory, checkpoint.optimizer_name(step)))
         self.last_saved = files.join(directory, checkpoint.model_name(step))
         logger.log(f"saved {self.last_saved}")
-
-
-def copy_to_meta(model: th.nn.Module) -> th.nn.Module:
-    """A copy of the model that has shapes but no values."""
-    return copy.deepcopy(model).to("meta")
 
 
 def get_blob_logdir() -> str:
