@@ -101,9 +101,7 @@ def complete_sets(directory: str, ema_rates: Iterable[float | str]) -> list[int]
     steps = sorted(int(m.group(1)) for m in (re.fullmatch(r"model(\d+)\.pt", name) for name in names) if m)
     rates = list(ema_rates)
     return [
-        step
-        for step in steps
-        if optimizer_name(step) in names and all(ema_name(rate, step) in names for rate in rates)
+        step for step in steps if optimizer_name(step) in names and all(ema_name(rate, step) in names for rate in rates)
     ]
 
 

@@ -121,15 +121,11 @@ class Config:
 class ModelConfig(Config):
     """The network."""
 
-    image_size: Any = option(
-        64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True
-    )
+    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
     num_channels: int = option(128, "width of the network's first level, a multiple of 32", fixed=True)
     num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
     num_heads: int = option(4, "attention heads", fixed=True)
-    num_heads_upsample: int = option(
-        -1, "attention heads on the way up; -1: as num_heads", fixed=True
-    )
+    num_heads_upsample: int = option(-1, "attention heads on the way up; -1: as num_heads", fixed=True)
     attention_resolutions: str = option(
         "16,8", "sides in pixels of the levels that have attention, comma-separated", fixed=True
     )
@@ -153,7 +149,11 @@ class ModelConfig(Config):
         self.require(self.num_channels > 0 and self.num_channels % 32 == 0, "num_channels", "must be a multiple of 32")
         self.require(self.num_res_blocks >= 1, "num_res_blocks", "must be at least 1")
         self.require(self.num_heads >= 1, "num_heads", "must be at least 1")
-        self.require(self.num_heads_upsample == -1 or self.num_heads_upsample >= 1, "num_heads_upsample", "must be -1 or positive")
+        self.require(
+            self.num_heads_upsample == -1 or self.num_heads_upsample >= 1,
+            "num_heads_upsample",
+            "must be -1 or positive",
+        )
         self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         self.require(1 <= self.channels <= 4, "channels", "must be 1 to 4")
         self.require(self.num_classes >= 0, "num_classes", "must not be negative")
@@ -171,9 +171,7 @@ class DiffusionConfig(Config):
     """The forward process and what the network predicts."""
 
     learn_sigma: bool = option(False, "learn the variance as well (IDDPM sec. 3.1)", fixed=True)
-    sigma_small: bool = option(
-        False, "with a fixed variance, take the posterior's (small) rather than beta (large)"
-    )
+    sigma_small: bool = option(False, "with a fixed variance, take the posterior's (small) rather than beta (large)")
     diffusion_steps: int = option(1000, "T, the number of noise levels the model is trained on", fixed=True)
     noise_schedule: str = option(
         "linear", "how alpha_bar falls over the steps", choices=("linear", "cosine"), fixed=True
@@ -183,12 +181,8 @@ class DiffusionConfig(Config):
     )
     use_kl: bool = option(False, "train on the variational bound alone (L_vlb) rather than the hybrid loss")
     predict_xstart: bool = option(False, "the network predicts x_0 rather than the noise", fixed=True)
-    rescale_timesteps: bool = option(
-        True, "the network sees t * 1000/T rather than t", fixed=True
-    )
-    rescale_learned_sigmas: bool = option(
-        True, "weigh the hybrid loss's bound by T/1000 (IDDPM eq. 16)"
-    )
+    rescale_timesteps: bool = option(True, "the network sees t * 1000/T rather than t", fixed=True)
+    rescale_learned_sigmas: bool = option(True, "weigh the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
 
     def validate(self) -> None:
         self.require(self.diffusion_steps >= 1, "diffusion_steps", "must be at least 1")
@@ -219,9 +213,7 @@ class DataConfig(Config):
     """The training images."""
 
     data_dir: str = option("", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads")
-    labels: str = extra(
-        "prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file"
-    )
+    labels: str = extra("prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file")
     random_flip: bool = extra(False, "mirror each image left-right half of the time")
     num_workers: int = extra(1, "processes that read and resize images, per rank; 0: in the training process")
 
@@ -253,13 +245,15 @@ class TrainConfig(Config):
     resume_checkpoint: str = option("", "modelNNNNNN.pt to go on from (the same as --resume PATH)")
     use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
     fp16_scale_growth: float = option(1e-3, "what a good step adds to log2 of fp16's loss scale")
-    precision: str = extra("fp32", "arithmetic of the network's torso; the master parameters stay fp32", choices=PRECISIONS)
+    precision: str = extra(
+        "fp32", "arithmetic of the network's torso; the master parameters stay fp32", choices=PRECISIONS
+    )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks")
     max_steps: int = extra(0, "steps to train for; 0: until lr_anneal_steps, or until stopped")
     max_hours: float = extra(0.0, "hours of wall clock after which training saves and ends; 0: no limit")
     lr_schedule: str = extra(
         "auto",
-        "course of the learning rate over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
+        "its course over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
         choices=LR_SCHEDULES,
     )
     lr_warmup_steps: int = extra(0, "steps over which the learning rate rises from 0")
@@ -274,8 +268,16 @@ class TrainConfig(Config):
     def validate(self) -> None:
         for name in ("batch_size", "log_interval", "save_interval"):
             self.require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("lr_anneal_steps", "total_batch_size", "max_steps", "max_hours", "lr_warmup_steps", "grad_clip",
-                     "weight_decay", "sample_interval"):
+        for name in (
+            "lr_anneal_steps",
+            "total_batch_size",
+            "max_steps",
+            "max_hours",
+            "lr_warmup_steps",
+            "grad_clip",
+            "weight_decay",
+            "sample_interval",
+        ):
             self.require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("lr", "adam_eps"):
             self.require(getattr(self, name) > 0 and math.isfinite(getattr(self, name)), name, "must be positive")
@@ -295,9 +297,7 @@ class TrainConfig(Config):
         if self.init_checkpoint and self.resume_checkpoint:
             raise UserError("--init_checkpoint starts at step 0 and --resume_checkpoint goes on: give one of them")
         if self.lr_schedule in ("linear", "cosine", "one-cycle") and not (self.lr_anneal_steps or self.max_steps):
-            raise UserError(
-                f"--lr_schedule {self.lr_schedule} needs an end: give --max_steps or --lr_anneal_steps"
-            )
+            raise UserError(f"--lr_schedule {self.lr_schedule} needs an end: give --max_steps or --lr_anneal_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,7 +322,9 @@ class SampleConfig(Config):
 class BaseSamplesConfig(Config):
     """The images that super-resolution starts from."""
 
-    base_samples: str = option("", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image")
+    base_samples: str = option(
+        "", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,7 @@ def _join_by_slurm():
     job = int(os.environ.get("SLURM_JOB_ID", 0)) * 31 + int(os.environ.get("SLURM_STEP_ID", 0))
     port = int(os.environ.get("MASTER_PORT", 20000 + job % 20000))
     store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT)
-    local_size = int(re.match(r"\d*", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")).group() or 1)  # such as 4(x2)
+    local_size = int(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])  # such as 4(x2),3
     return store, rank, world_size, int(os.environ.get("SLURM_LOCALID", 0)), local_size
 
 
@@ -144,7 +144,9 @@ def _join_by_mpi():
     store = None
     address = None
     if rank == 0:
-        store = dist.TCPStore("0.0.0.0", 0, world_size, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
+        store = dist.TCPStore(
+            "0.0.0.0", 0, world_size, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT
+        )
         address = (os.environ.get("MASTER_ADDR") or _own_address(hosts), store.port)
     host, port = comm.bcast(address)
     if store is None:
@@ -260,7 +262,7 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds objects other than tensors, which could run code when loaded; they were not loaded"
         raise UserError(
-            f"cannot load {path} ({len(data)} bytes): {reason}: the file is damaged or not a checkpoint; use another one"
+            f"cannot load {path} ({len(data)} bytes): {reason}: damaged, or not a checkpoint; use another file"
         ) from None
 
 
@@ -276,7 +278,7 @@ def run_script(main: Callable[[], None]) -> None:
     takes the others down."""
     try:
         main()
-    except BaseException as error:  # noqa: BLE001 - the last stop before the interpreter's own
+    except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             raise
         _report_and_abort(type(error), error, error.__traceback__)
@@ -298,7 +300,9 @@ def _report_and_abort(kind: type[BaseException], error: BaseException, tb: Any) 
     if many and rank:
         time.sleep(2)  # if rank 0 fails alike, its message is enough: it ends this process meanwhile
     who = f"rank {rank} on {socket.gethostname()}: " if many else ""
-    lost_peer = isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)|TCPStore", str(error))
+    lost_peer = isinstance(error, RuntimeError) and re.search(
+        r"gloo|NCCL|Connection (closed|reset)|TCPStore", str(error)
+    )
     if isinstance(error, UserError):
         print(f"{who}error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):

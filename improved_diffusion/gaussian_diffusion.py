@@ -161,7 +161,9 @@ class GaussianDiffusion:
             x0 = denoised_fn(x0)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-        mean = output if self.model_mean_type == ModelMeanType.PREVIOUS_X else self.q_posterior_mean_variance(x0, x, t)[0]
+        mean = (
+            output if self.model_mean_type == ModelMeanType.PREVIOUS_X else self.q_posterior_mean_variance(x0, x, t)[0]
+        )
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x0}
 
     def _split_variance(self, output, x, t):
@@ -169,7 +171,9 @@ class GaussianDiffusion:
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if output.shape != expected:
-            raise ValueError(f"the network gave {tuple(output.shape)} where {expected} is expected: does learn_sigma fit it?")
+            raise ValueError(
+                f"the network gave {tuple(output.shape)} where {expected} is expected: does learn_sigma fit it?"
+            )
         if not learned:
             names = (
                 ("fixed_large_variance", "fixed_large_log_variance")
@@ -186,7 +190,9 @@ class GaussianDiffusion:
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
         # DDPM eq. 4, solved for x_0
-        return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        return (
+            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        )
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         # DDPM eq. 7, solved for x_0
@@ -246,8 +252,8 @@ class GaussianDiffusion:
         :param progress: show a progress bar.
         :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
         """
-        return _last(self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn))  # fmt: skip
+        args = (model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+        return _last(self.p_sample_loop_progressive(*args))
 
     def p_sample_loop_progressive(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
@@ -255,15 +261,16 @@ class GaussianDiffusion:
     ):  # fmt: skip
         """p_sample_loop, yielding the dict of p_sample after each of the T steps."""
         yield from self._walk_down(
-            Ancestral(), model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+            Ancestral(), model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn
+        )
 
     def ddim_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
         progress=False, eta=0.0, noise_fn=None,
     ):  # fmt: skip
         """Samples by DDIM; arguments as in p_sample_loop."""
-        return _last(self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta, noise_fn))  # fmt: skip
+        args = (model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta, noise_fn)
+        return _last(self.ddim_sample_loop_progressive(*args))
 
     def ddim_sample_loop_progressive(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
@@ -271,7 +278,8 @@ class GaussianDiffusion:
     ):  # fmt: skip
         """ddim_sample_loop, yielding the dict of ddim_sample after each of the T steps."""
         yield from self._walk_down(
-            DDIM(eta), model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+            DDIM(eta), model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn
+        )
 
     def _walk_down(
         self, rule, model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn
@@ -293,12 +301,14 @@ class GaussianDiffusion:
     def ddim_reverse_sample_loop(
         self, model, x_start, clip_denoised=True, denoised_fn=None, model_kwargs=None, progress=False
     ):
-        """The noise [N, C, ...] that DDIM takes to x_start: its ODE walked from the image up to t = T-1 (DDIM sec. 5.4).
+        """The noise [N, C, ...] that DDIM takes to x_start: its ODE walked up from the image (DDIM sec. 5.4).
 
         `ddim_sample_loop(noise=...)` of the result gives back x_start, up to the steps' discretization.
         """
         # The clean image enters at t = 0, the least noisy level the network knows.
-        levels = [self._level(th.full((len(x_start),), t, device=x_start.device), x_start) for t in range(self.num_timesteps)]
+        levels = [
+            self._level(th.full((len(x_start),), t, device=x_start.device), x_start) for t in range(self.num_timesteps)
+        ]
         if len(levels) < 2:
             raise ValueError("inversion needs at least two timesteps")
         predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
@@ -359,7 +369,7 @@ class GaussianDiffusion:
         :return: dict of `total_bpd` and `prior_bpd` [N], and `vb`, `xstart_mse`, `mse` [N, T] for t = T-1 down to 0.
         """
         draw = noise_fn or th.randn_like
-        terms = {"vb": [], "xstart_mse": [], "mse": []}
+        terms: dict[str, list[th.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for step in reversed(range(self.num_timesteps)):
             t = th.full((len(x_start),), step, device=x_start.device)
             noise = draw(x_start)

@@ -1,7 +1,7 @@
 """Images on disk -> a seekable, sharded, endless stream of batches.
 
-The order is a function of (seed, epoch): batch k of a run takes the same images on any number of ranks, and the position
-in the stream follows from the step.
+The order is a function of (seed, epoch): batch k of a run takes the same images on any number of ranks, and the
+position in the stream follows from the step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FolderImages:
 
     def name(self, i: int) -> str:
         """The image's path below the folder."""
-        return self.paths[i][len(self.root):].lstrip("/\\") if self.root else self.paths[i]
+        return self.paths[i][len(self.root) :].lstrip("/\\") if self.root else self.paths[i]
 
     def describe(self, i: int) -> str:
         """The image's full name, for messages."""
@@ -60,7 +60,9 @@ class ZipImages:
     def __init__(self, path: str):
         self.path = path
         try:
-            members = [n for n in self._archive().namelist() if images.is_image_name(n) and not n.startswith("__MACOSX/")]
+            members = [
+                n for n in self._archive().namelist() if images.is_image_name(n) and not n.startswith("__MACOSX/")
+            ]
         except zipfile.BadZipFile as error:
             raise UserError(f"--data_dir {path} is not a readable zip: {error}") from None
         self.members = sorted(members, key=lambda name: name.split("/"))
@@ -161,12 +163,14 @@ def read_classes(source: Any, labels: str, data_dir: str) -> tuple[list[int], li
         table = _read_label_file(labels)
         missing = [name for name in names if name not in table]
         if missing:
-            raise UserError(f"--labels {labels} has no label for {missing[0]} and {len(missing) - 1} more of {len(names)} images")
+            raise UserError(
+                f"--labels {labels} has no label for {missing[0]} and {len(missing) - 1} more of {len(names)} images"
+            )
         found = [table[name] for name in names]
     if len(set(found)) == len(found) > 1:
         raise UserError(
-            f"--class_cond True with --labels {labels}: each of the {len(found)} images in {data_dir} would be a class of "
-            "its own; name the files class_number.png, or use --labels folder or a JSON file, or leave --class_cond out"
+            f"--class_cond True with --labels {labels}: each of the {len(found)} images in {data_dir} would be a class "
+            "of its own; name the files class_number.png, or use --labels folder or a JSON file, or drop --class_cond"
         )
     return _index_classes(found, data_dir)
 
@@ -189,7 +193,9 @@ def _read_label_file(path: str) -> dict[str, Any]:
             content = content["labels"]
         table = dict(content)
     except (ValueError, TypeError):
-        raise UserError(f'--labels {path}: expected JSON such as {{"cat/001.png": "cat"}} or [["001.png", 3]]') from None
+        raise UserError(
+            f'--labels {path}: expected JSON such as {{"cat/001.png": "cat"}} or [["001.png", 3]]'
+        ) from None
     for name, label in table.items():
         if isinstance(label, bool) or not isinstance(label, (int, str)):
             raise UserError(f"--labels {path}: the label of {name} must be a name or an integer, not {label!r}")
@@ -197,7 +203,7 @@ def _read_label_file(path: str) -> dict[str, Any]:
 
 
 class ImageDataset(Dataset):
-    """Every num_shards-th image from `shard` on, as (float32 [C, H, W] in [-1, 1], dict of "y" where there are classes).
+    """Every num_shards-th image from `shard` on, as (float32 [C, H, W] in [-1, 1], dict with "y" if there are classes).
 
     :param resolution: the side, or (height, width).
     :param image_paths: paths, or one of the image collections above.
@@ -260,7 +266,9 @@ def check_images(dataset: ImageDataset) -> list[int]:
         problems = {int(i): p for i, p in zip(indices, pool.map(problem, indices)) if p}
     if len(problems) > MAX_UNREADABLE * len(indices):
         first = "; ".join(list(problems.values())[:3])
-        raise UserError(f"{len(problems)} of {len(indices)} images are unreadable, more than 1%: {first}: repair or remove them")
+        raise UserError(
+            f"{len(problems)} of {len(indices)} images are unreadable, more than 1%: {first}: repair or remove them"
+        )
     return list(problems)
 
 
@@ -284,7 +292,7 @@ class _Stream(Dataset):
 
 
 class _Positions:
-    """The positions of one rank's batches, from a step on: of each step's positions, every world_size-th from its rank."""
+    """The positions of one rank's batches, from a step on: of each step's, every world_size-th from its rank."""
 
     def __init__(self, first_step: int, batch_size: int, rank: int, world_size: int):
         self.first_step, self.batch_size, self.rank, self.world_size = first_step, batch_size, rank, world_size
@@ -304,8 +312,18 @@ class BatchStream:
     Raises UserError where a rank's share is smaller than its batch.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, *, class_names: Sequence[str] | None = None, seed: int = 0,
-                 shuffle: bool = True, random_flip: bool = False, num_workers: int = 1, check: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        random_flip: bool = False,
+        num_workers: int = 1,
+        check: bool = True,
+    ):
         self.class_names = class_names
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -313,8 +331,8 @@ class BatchStream:
         share = len(dataset) // self.world_size
         if share < batch_size:
             raise UserError(
-                f"--batch_size {batch_size} is more than the {share} images that each of {self.world_size} ranks gets of "
-                f"{len(dataset)}: lower it" + (", or run fewer ranks" if self.world_size > 1 else "")
+                f"--batch_size {batch_size} is more than the {share} images that each of {self.world_size} ranks gets "
+                f"of {len(dataset)}: lower it" + (", or run fewer ranks" if self.world_size > 1 else "")
             )
         self.skipped = dist_util.from_rank0(check_images, dataset) if check else []
         self.stream = _Stream(dataset, seed, shuffle, random_flip, self.skipped)

@@ -45,7 +45,7 @@ def convert(image: Image.Image, channels: int, name: str) -> Image.Image:
     has = _CHANNELS[native_mode(image)]
     if channels == 3 or has == channels:
         return image.convert(MODES[channels])
-    if channels == 1 and has == 2 or channels == 4 and has == 2:
+    if (channels == 1 and has == 2) or (channels == 4 and has == 2):
         return image.convert(MODES[channels])
     raise UserError(f"{name} has {has} channel{'s' * (has > 1)} ({image.mode}) where --channels {channels} is asked: "
                     f"give --channels {has}, or convert the images")  # fmt: skip
@@ -109,7 +109,9 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
             arrays = {name: data[name] for name in ("arr_0", "arr_1") if name in data}
     except ValueError as error:
         if "Object arrays" in str(error) or "pickled" in str(error):
-            raise UserError(f"{path} holds Python objects, which could run code when loaded: save it again as numbers") from None
+            raise UserError(
+                f"{path} holds Python objects, which could run code when loaded: save it again as numbers"
+            ) from None
         raise UserError(f"{path} is not a readable npz: {error}") from None
     except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path} is not a readable npz: {error}") from None
@@ -123,7 +125,9 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} has arr_0 of shape {images.shape}: the last number must be 1 to 4 channels")
     labels = arrays.get("arr_1")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path} has arr_1 of {labels.dtype} {labels.shape}: expected an integer for each of {len(images)} images")
+        raise UserError(
+            f"{path} has arr_1 of {labels.dtype} {labels.shape}: expected an integer for each of {len(images)} images"
+        )
     return arrays
 
 
@@ -141,6 +145,8 @@ def resize_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
     while image.size[0] >= 2 * width and image.size[1] >= 2 * height:
         image = image.resize((image.size[0] // 2, image.size[1] // 2), resample=Image.Resampling.BOX)
     scale = max(width / image.size[0], height / image.size[1])
-    image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), resample=Image.Resampling.BICUBIC)
+    image = image.resize(
+        (round(image.size[0] * scale), round(image.size[1] * scale)), resample=Image.Resampling.BICUBIC
+    )
     left, top = (image.size[0] - width) // 2, (image.size[1] - height) // 2
     return image.crop((left, top, left + width, top + height))

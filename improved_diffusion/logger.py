@@ -32,7 +32,9 @@ class HumanOutputFormat:
         self.file = open(target, "a", encoding="utf-8") if isinstance(target, str) else target
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        cells = {key: f"{value:<8.3g}" if hasattr(value, "__float__") else str(value) for key, value in sorted(kvs.items())}
+        cells = {
+            key: f"{value:<8.3g}" if hasattr(value, "__float__") else str(value) for key, value in sorted(kvs.items())
+        }
         if not cells:
             return
         left, right = max(map(len, cells)), max(map(len, cells.values()))
@@ -170,7 +172,9 @@ class Logger:
 _current: Logger | None = None
 
 
-def configure(dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None, log_suffix: str = "") -> None:
+def configure(
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None, log_suffix: str = ""
+) -> None:
     """Log into a folder: `dir`, else OPENAI_LOGDIR, else a new ./runs/<script>-<time>.
 
     :param format_strs: the outputs; unless given, by OPENAI_LOG_FORMAT on rank 0, OPENAI_LOG_FORMAT_MPI on the others.
@@ -229,7 +233,9 @@ atexit.register(reset)
 
 
 @contextmanager
-def scoped_configure(dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None) -> Iterator[None]:
+def scoped_configure(
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None
+) -> Iterator[None]:
     """configure() for the length of a with statement."""
     global _current
     previous, _current = _current, None

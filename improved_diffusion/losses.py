@@ -18,9 +18,7 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
         raise ValueError("normal_kl needs at least one tensor among its arguments")
     # exp() needs tensors; the means may stay numbers.
     logvar1, logvar2 = (v if isinstance(v, th.Tensor) else th.tensor(v).to(tensor) for v in (logvar1, logvar2))
-    return 0.5 * (
-        -1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + ((mean1 - mean2) ** 2) * th.exp(-logvar2)
-    )
+    return 0.5 * (-1.0 + logvar2 - logvar1 + th.exp(logvar1 - logvar2) + ((mean1 - mean2) ** 2) * th.exp(-logvar2))
 
 
 def approx_standard_normal_cdf(x):
@@ -36,7 +34,7 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     """
     if not x.shape == means.shape == log_scales.shape:
         raise ValueError(
-            f"x {tuple(x.shape)}, means {tuple(means.shape)} and log_scales {tuple(log_scales.shape)} must agree in shape"
+            f"x {tuple(x.shape)}, means {tuple(means.shape)}, log_scales {tuple(log_scales.shape)} must agree in shape"
         )
     centered = x - means
     inverse_std = th.exp(-log_scales)

@@ -21,7 +21,9 @@ class Preset:
     reported: str
 
 
-_HYBRID = dict(num_res_blocks=3, learn_sigma=True, diffusion_steps=4000, noise_schedule="cosine", lr=1e-4, total_batch_size=128)
+_HYBRID = dict(
+    num_res_blocks=3, learn_sigma=True, diffusion_steps=4000, noise_schedule="cosine", lr=1e-4, total_batch_size=128
+)
 _VLB = dict(use_kl=True, schedule_sampler="loss-second-moment")
 _PLAIN_TIMESTEPS = dict(rescale_learned_sigmas=False, rescale_timesteps=False)
 _CIFAR10 = dict(_HYBRID, image_size=32, dropout=0.3, max_steps=500_000)
@@ -33,26 +35,76 @@ PRESETS = {
     "imagenet64-hybrid": Preset(_IMAGENET64, "NLL 3.57, FID 19.2"),
     "imagenet64-vlb": Preset({**_IMAGENET64, **_VLB}, "NLL 3.53, FID 40.1"),
     "imagenet64-cond": Preset(
-        dict(image_size=64, num_channels=192, num_res_blocks=3, learn_sigma=True, class_cond=True, diffusion_steps=4000,
-             noise_schedule="cosine", **_PLAIN_TIMESTEPS, lr=3e-4, total_batch_size=2048, max_steps=250_000),
+        dict(
+            image_size=64,
+            num_channels=192,
+            num_res_blocks=3,
+            learn_sigma=True,
+            class_cond=True,
+            diffusion_steps=4000,
+            noise_schedule="cosine",
+            **_PLAIN_TIMESTEPS,
+            lr=3e-4,
+            total_batch_size=2048,
+            max_steps=250_000,
+        ),
         "FID 2.92 at 250 steps",
     ),
     "upsample64-256": Preset(
-        dict(large_size=256, small_size=64, num_channels=192, learn_sigma=True, class_cond=True, diffusion_steps=4000,
-             noise_schedule="linear", **_PLAIN_TIMESTEPS, lr=3e-4, total_batch_size=256, max_steps=500_000),
+        dict(
+            large_size=256,
+            small_size=64,
+            num_channels=192,
+            learn_sigma=True,
+            class_cond=True,
+            diffusion_steps=4000,
+            noise_schedule="linear",
+            **_PLAIN_TIMESTEPS,
+            lr=3e-4,
+            total_batch_size=256,
+            max_steps=500_000,
+        ),
         "no score of its own",
     ),
     "lsun-bedroom": Preset(
-        dict(image_size=256, num_heads=1, learn_sigma=True, use_scale_shift_norm=False, attention_resolutions="16",
-             diffusion_steps=1000, noise_schedule="linear", **_PLAIN_TIMESTEPS, lr=1e-4, total_batch_size=128,
-             max_steps=1_200_000),
+        dict(
+            image_size=256,
+            num_heads=1,
+            learn_sigma=True,
+            use_scale_shift_norm=False,
+            attention_resolutions="16",
+            diffusion_steps=1000,
+            noise_schedule="linear",
+            **_PLAIN_TIMESTEPS,
+            lr=1e-4,
+            total_batch_size=128,
+            max_steps=1_200_000,
+        ),
         "no score of its own",
     ),
     "ddpm-cifar10": Preset(
-        dict(image_size=32, num_res_blocks=2, attention_resolutions="16", num_heads=1, dropout=0.1,
-             use_scale_shift_norm=False, diffusion_steps=1000, noise_schedule="linear", lr=2e-4, lr_schedule="constant",
-             lr_warmup_steps=5000, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, weight_decay=0.0, grad_clip=1.0,
-             random_flip=True, total_batch_size=128, ema_rate="0.9999", max_steps=800_000),
+        dict(
+            image_size=32,
+            num_res_blocks=2,
+            attention_resolutions="16",
+            num_heads=1,
+            dropout=0.1,
+            use_scale_shift_norm=False,
+            diffusion_steps=1000,
+            noise_schedule="linear",
+            lr=2e-4,
+            lr_schedule="constant",
+            lr_warmup_steps=5000,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_eps=1e-8,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            random_flip=True,
+            total_batch_size=128,
+            ema_rate="0.9999",
+            max_steps=800_000,
+        ),
         "FID 3.17",
     ),
 }

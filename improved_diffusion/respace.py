@@ -49,7 +49,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 def _ddim_stride(num_timesteps: int, text: str) -> set[int]:
     try:
-        desired = int(text[len("ddim"):])
+        desired = int(text[len("ddim") :])
     except ValueError:
         raise UserError(f"timestep_respacing {text!r}: expected ddim and a number, such as ddim50") from None
     for stride in range(1, max(num_timesteps, 2)):

@@ -45,9 +45,9 @@ def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
     source = options.resume_checkpoint or options.init_checkpoint
     if source:
         state_dict, metadata = checkpoint.load(source)
-        own = ("resume", "resume_checkpoint", "init_checkpoint", "out_dir", "given", "flags", "preset")
+        own = {"resume", "resume_checkpoint", "init_checkpoint", "out_dir", "given", "flags", "preset"}
         if "batch_size" in options.given:
-            own += ("total_batch_size",)
+            own.add("total_batch_size")
         resumed = [name for name in vars(options) if name not in own]
         adopt(options, source, state_dict, metadata, resumed if options.resume_checkpoint else None)
     if options.resume_checkpoint:
@@ -65,7 +65,9 @@ def _find_resume(options: argparse.Namespace) -> str:
     rates = comma_list(options.ema_rate, float)
     if not wanted:
         if checkpoint.complete_sets(folder, []):
-            raise UserError(f"{folder} holds checkpoints of an earlier run: --resume auto goes on with it, or choose another --out_dir")
+            raise UserError(
+                f"{folder} holds checkpoints of an earlier run: give --resume auto to go on, or another --out_dir"
+            )
         return ""
     if wanted == "auto":
         rates = rates if "ema_rate" in options.given else _rates_in(folder)
@@ -77,7 +79,9 @@ def _find_resume(options: argparse.Namespace) -> str:
     if files.is_dir(wanted):
         steps = checkpoint.complete_sets(wanted, rates if "ema_rate" in options.given else _rates_in(wanted))
         if not steps:
-            raise UserError(f"--resume {wanted}: no complete checkpoint (model, ema and opt files of one step) in that folder")
+            raise UserError(
+                f"--resume {wanted}: no complete checkpoint (model, ema and opt files of one step) in that folder"
+            )
         return files.join(wanted, checkpoint.model_name(steps[-1]))
     return wanted
 
@@ -101,7 +105,9 @@ def _share_batch(options: argparse.Namespace) -> None:
     world_size = dist_util.get_world_size()
     if options.total_batch_size:
         if options.total_batch_size % world_size:
-            raise UserError(f"--total_batch_size {options.total_batch_size} cannot be shared evenly by {world_size} ranks")
+            raise UserError(
+                f"--total_batch_size {options.total_batch_size} cannot be shared evenly by {world_size} ranks"
+            )
         share = options.total_batch_size // world_size
         if "batch_size" in options.flags and options.batch_size != share:
             raise UserError(
@@ -110,7 +116,9 @@ def _share_batch(options: argparse.Namespace) -> None:
             )
         options.batch_size = share
     options.total_batch_size = options.batch_size * world_size
-    logger.log(f"total batch: {options.total_batch_size} images a step ({options.batch_size} per rank x {world_size} ranks)")
+    logger.log(
+        f"total batch: {options.total_batch_size} images a step ({options.batch_size} per rank x {world_size} ranks)"
+    )
 
 
 def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) -> BatchStream:
@@ -128,9 +136,13 @@ def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) ->
     if names is not None:
         before = metadata.get("class_names")
         if before and names != before and options.resume_checkpoint:
-            raise UserError(f"{options.data_dir} has the classes {names[:10]} but {options.resume_checkpoint} has {before[:10]}")
+            raise UserError(
+                f"{options.data_dir} has the classes {names[:10]} but {options.resume_checkpoint} has {before[:10]}"
+            )
         if options.num_classes and len(names) > options.num_classes:
-            raise UserError(f"{options.data_dir} has {len(names)} classes, more than --num_classes {options.num_classes}")
+            raise UserError(
+                f"{options.data_dir} has {len(names)} classes, more than --num_classes {options.num_classes}"
+            )
         options.num_classes = options.num_classes or len(names)
         text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
     epochs = 10_000 * options.total_batch_size / data.num_images
@@ -147,7 +159,8 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
         checkpoint.load_into(model, state_dict, options.init_checkpoint)
         logger.log(f"weights of {options.init_checkpoint}, from step 0")
     model.to(dist_util.dev())
-    logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision if not options.use_fp16 else 'fp16'}")
+    options.precision = "fp16" if options.use_fp16 else options.precision
+    logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision}")
     if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
         logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
     config = {name: value for name, value in sorted(vars(options).items()) if name not in ("given", "flags", "preset")}
@@ -176,7 +189,9 @@ def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> d
     names = ("seed", "classes", "use_ddim", "ddim_eta", "clip_denoised", "timestep_respacing", "sigma_small")
     request = {name: getattr(options, name) for name in names}
     if hasattr(options, "base_samples"):
-        request["base_samples"] = os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
+        request["base_samples"] = (
+            os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
+        )
     path = options.model_path if files.is_url(options.model_path) else os.path.abspath(options.model_path)
     return {"model_path": path, "model_step": metadata.get("step"), **request}
 
@@ -213,7 +228,9 @@ def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | 
         if set(prefixes) <= set(class_names):
             labels = [list(class_names).index(prefix) for prefix in prefixes]
     if labels and options.class_cond and max(labels) >= options.num_classes:
-        raise UserError(f"--base_samples {path} has the label {max(labels)}; the model has the classes 0..{options.num_classes - 1}")
+        raise UserError(
+            f"--base_samples {path} has the label {max(labels)}; the model has the classes 0..{options.num_classes - 1}"
+        )
     return array, labels
 
 
@@ -222,7 +239,7 @@ def _uint8(image: Any) -> Any:
 
 
 def class_indices(options: argparse.Namespace, source: Any, metadata: dict[str, Any]) -> list[int]:
-    """The class of each image, in the numbering of the checkpoint. Raises UserError for a class that it does not have."""
+    """Each image's class in the checkpoint's numbering. Raises UserError for a class that the checkpoint lacks."""
     found, names = read_classes(source, options.labels, options.data_dir)
     trained = metadata.get("class_names") or names
     unknown = sorted({names[i] for i in found} - set(trained))

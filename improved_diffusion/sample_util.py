@@ -56,7 +56,9 @@ def choose_labels(options: Any, metadata: Mapping[str, Any]) -> Labels | None:
     """The labels that --classes, or chance, gives a conditional model; None for an unconditional one."""
     if not options.class_cond:
         if options.classes:
-            raise UserError(f"--classes {options.classes}: {options.model_path} was trained without classes (--class_cond)")
+            raise UserError(
+                f"--classes {options.classes}: {options.model_path} was trained without classes (--class_cond)"
+            )
         return None
     names = metadata.get("class_names")
     num_classes = options.num_classes or 1000
@@ -64,7 +66,12 @@ def choose_labels(options: Any, metadata: Mapping[str, Any]) -> Labels | None:
 
 
 def draw_images(
-    diffusion: Any, model: th.nn.Module, options: Any, shape: Sequence[int], indices: Sequence[int], model_kwargs: Mapping[str, Any]
+    diffusion: Any,
+    model: th.nn.Module,
+    options: Any,
+    shape: Sequence[int],
+    indices: Sequence[int],
+    model_kwargs: Mapping[str, Any],
 ) -> np.ndarray:
     """The samples with the given numbers: uint8 [N, H, W, C].
 
@@ -112,12 +119,9 @@ def write_samples(
     for start in range(0, len(missing), batch_size * world_size):
         chunk = missing[start : start + batch_size * world_size]
         mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        drawn = th.from_numpy(draw(mine)) if mine else None
-        # Rank 0 always has a part of the chunk, so its shape serves the ranks that have none.
-        shape = dist_util.from_rank0(lambda: tuple(drawn.shape[1:])) if world_size > 1 else ()
-        parts = dist_util.all_gather_ragged(th.zeros(0, *shape, dtype=th.uint8) if drawn is None else drawn)
+        parts = dist_util.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
         if rank == 0:
-            for i, array in zip(chunk, th.cat(parts).numpy()):
+            for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
                 name = images.sample_name(i, labels.name(i) if labels else None)
                 files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
         bar.update(len(chunk))
@@ -143,8 +147,8 @@ def _prepare(out_dir: str, num_samples: int, request: dict[str, Any]) -> list[in
         for name in sorted(before.keys() | request.keys()):
             if before.get(name) != request.get(name):
                 raise UserError(
-                    f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose another "
-                    f"--out_dir, or remove {path} and {png_dir}"
+                    f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose "
+                    f"another --out_dir, or remove {path} and {png_dir}"
                 )
     elif _existing(png_dir):
         raise UserError(f"{png_dir} holds images of unknown origin: choose another --out_dir")
@@ -170,7 +174,9 @@ def _finish(out_dir: str, num_samples: int, labels: Labels | None, beside: Calla
     images.save_npz(path, all_images, *label_array)
     shown = all_images[:100]
     if beside is not None:
-        shown = np.stack([pair for i, image in enumerate(shown[:50]) for pair in (_enlarge(beside(i), image.shape), image)])
+        shown = np.stack(
+            [pair for i, image in enumerate(shown[:50]) for pair in (_enlarge(beside(i), image.shape), image)]
+        )
     images.save_grid(files.join(out_dir, "samples.png"), shown, columns=10 if len(shown) >= 50 else None)
     logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {num_samples} PNGs in {png_dir}")
     return path
@@ -187,7 +193,9 @@ class PreviewGrid:
     :param model_kwargs: of the given number of images, on the device.
     """
 
-    def __init__(self, diffusion: Any, shape: Sequence[int], count: int, model_kwargs: Mapping[str, Any], out_dir: str, seed: int):
+    def __init__(
+        self, diffusion: Any, shape: Sequence[int], count: int, model_kwargs: Mapping[str, Any], out_dir: str, seed: int
+    ):
         self.diffusion, self.shape, self.count, self.seed = diffusion, shape, count, seed
         self.model_kwargs, self.out_dir = model_kwargs, out_dir
 
@@ -202,7 +210,11 @@ class PreviewGrid:
         noise_fn = SeededNoise(range(self.seed, self.seed + self.count))
         try:
             sample = self.diffusion.ddim_sample_loop(
-                model, (self.count, *self.shape), model_kwargs=dict(self.model_kwargs), device=loop.device, noise_fn=noise_fn
+                model,
+                (self.count, *self.shape),
+                model_kwargs=dict(self.model_kwargs),
+                device=loop.device,
+                noise_fn=noise_fn,
             )
         finally:
             model.load_state_dict(own)

@@ -54,11 +54,13 @@ class Ancestral(Rule):
         prediction = predict(x, here.t)
         # Drawn at the last step too, where it is not used: seeds depend on the order of the draws.
         noise = draw(x)
-        return Step(prediction.mean + _unless_clean(there, th.exp(0.5 * prediction.log_variance) * noise), prediction.x0)
+        return Step(
+            prediction.mean + _unless_clean(there, th.exp(0.5 * prediction.log_variance) * noise), prediction.x0
+        )
 
 
 class DDIM(Rule):
-    """DDIM (Song et al. 2020, eq. 12): deterministic for eta = 0, ancestral for eta = 1. Walks both ways for eta = 0."""
+    """DDIM (Song et al. 2020, eq. 12): deterministic for eta = 0, and then good both ways; ancestral for eta = 1."""
 
     def __init__(self, eta: float = 0.0):
         self.eta = eta

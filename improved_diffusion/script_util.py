@@ -57,14 +57,16 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
     parser.add_argument("--preset", help=f"flags of a published model: {', '.join(PRESETS)}")
     parser.add_argument("--config", help="YAML or JSON file of options, such as a run's config.json")
     for group in groups:
-        section = parser.add_argument_group(group.__doc__.strip().splitlines()[0].rstrip("."))
+        section = parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
         for f in fields(group):
             kind = f.metadata["parse"]
             extra: dict[str, Any] = {"nargs": "?", "const": "True", "metavar": "True|False"} if kind is str2bool else {}
             if f.metadata["choices"]:
                 extra = {"metavar": "|".join(f.metadata["choices"])}
             default = f.default if f.default != "" else "empty"
-            section.add_argument(f"--{f.name}", help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"), **extra)
+            section.add_argument(
+                f"--{f.name}", help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"), **extra
+            )
     flags, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
@@ -73,7 +75,11 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
 
     values = vars(flags)
     preset, config = values.pop("preset", None), values.pop("config", None)
-    given = {**(_from_preset(preset, known) if preset else {}), **(_from_file(config, known) if config else {}), **values}
+    given = {
+        **(_from_preset(preset, known) if preset else {}),
+        **(_from_file(config, known) if config else {}),
+        **values,
+    }
     if "batch_size" in values and "total_batch_size" not in values:
         given.pop("total_batch_size", None)  # a preset's total gives way to a rank's own
     namespace = argparse.Namespace(given=set(given), flags=set(values), preset=preset)
@@ -86,7 +92,7 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
 
 def _from_preset(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     options = preset_options(name)
-    if "image_size" in known and "large_size" in options or "large_size" in known and "image_size" in options:
+    if ("image_size" in known and "large_size" in options) or ("large_size" in known and "image_size" in options):
         kind = "super-resolution" if "large_size" in options else "image"
         raise UserError(f"--preset {name} is for the {kind} scripts: choose a preset of the other kind")
     return {key: value for key, value in options.items() if key in known}  # a recipe has options of other scripts too
@@ -99,13 +105,15 @@ def _from_file(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 import yaml
             except ImportError:
-                raise UserError("--config with YAML needs the package pyyaml: pip install pyyaml, or write JSON") from None
+                raise UserError(
+                    "--config with YAML needs the package pyyaml: pip install pyyaml, or write JSON"
+                ) from None
             content = yaml.safe_load(text)
         else:
             content = json.loads(text)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - yaml's own classes exist only where it is installed
+    except Exception as error:
         raise UserError(f"--config {path} cannot be read: {error}") from None
     if isinstance(content, dict) and isinstance(content.get("config"), dict):
         content = content["config"]  # a run's config.json
@@ -220,7 +228,9 @@ def _build(
     mult = resolve_channel_mult(image_size, channel_mult)
     for width in (m * num_channels for m in mult):
         if width % 32:
-            raise UserError(f"--channel_mult {channel_mult} makes a level of {width} channels: it must be a multiple of 32")
+            raise UserError(
+                f"--channel_mult {channel_mult} makes a level of {width} channels: it must be a multiple of 32"
+            )
     try:
         return kind(
             in_channels=channels,
@@ -241,7 +251,7 @@ def _build(
 
 
 def resolve_channel_mult(image_size: Any, channel_mult: str = "") -> tuple[float, ...]:
-    """The width of each level: as given, else by image size. Raises UserError where the levels do not divide the size."""
+    """Each level's width: as given, else by image size. Raises UserError where the levels do not divide the size."""
     sides = height_width(image_size)
     if channel_mult:
         mult = tuple(int(m) if m == int(m) else m for m in comma_list(channel_mult, float))
@@ -250,13 +260,14 @@ def resolve_channel_mult(image_size: Any, channel_mult: str = "") -> tuple[float
     factor = 2 ** (len(mult) - 1)
     if any(side % factor for side in sides):
         raise UserError(
-            f"--image_size {parse_size(image_size)} cannot be halved {len(mult) - 1} times, as the {len(mult)} levels of "
-            f"--channel_mult {','.join(map(str, mult))} need: use a multiple of {factor}, or fewer levels"
+            f"--image_size {parse_size(image_size)} cannot be halved {len(mult) - 1} times, as the {len(mult)} levels "
+            f"of --channel_mult {','.join(map(str, mult))} need: use a multiple of {factor}, or fewer levels"
         )
     return mult
 
 
 def _default_channel_mult(sides: tuple[int, int]) -> tuple[int, ...]:
+    wanted: tuple[int, ...]
     published = {(256, 256): (1, 1, 2, 2, 4, 4), (64, 64): (1, 2, 3, 4), (32, 32): (1, 2, 2, 2)}
     if sides in published:
         return published[sides]
@@ -319,13 +330,18 @@ def build(options: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """(model, diffusion) for a namespace of options; super-resolution where they have a large_size."""
     superres = hasattr(options, "large_size")
     create = sr_create_model_and_diffusion if superres else create_model_and_diffusion
-    names = [*(sr_model_and_diffusion_defaults() if superres else model_and_diffusion_defaults()), "channels", "num_classes", "channel_mult"]
+    names = [
+        *(sr_model_and_diffusion_defaults() if superres else model_and_diffusion_defaults()),
+        "channels",
+        "num_classes",
+        "channel_mult",
+    ]
     return create(**args_to_dict(options, names))
 
 
 def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any], metadata: Mapping[str, Any],
           names: Iterable[str] | None = None) -> None:  # fmt: skip
-    """Take from a checkpoint the options that were not given. One that contradicts it raises UserError with both values.
+    """Take the options that were not given from a checkpoint. A contradiction raises UserError with both values.
 
     :param names: the options that may be taken; those of the model and the diffusion unless given.
     """
@@ -333,19 +349,29 @@ def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any],
     stored = dict(metadata.get("config", {}))
     if stored and ("large_size" in stored) != superres:
         kind = "a super-resolution" if "large_size" in stored else "an image"
-        raise UserError(f"{path} is {kind} model: use the {'super_res' if 'large_size' in stored else 'image'}_* scripts")
+        raise UserError(
+            f"{path} is {kind} model: use the {'super_res' if 'large_size' in stored else 'image'}_* scripts"
+        )
     if not stored:
         stored = _config_from_shapes(options, path, state_dict)
         shown = ", ".join(f"{name}={value}" for name, value in stored.items())
-        logger.log(f"{path} has no description. Read off its shapes: {shown}. By flag or default: "
-                   + ", ".join(f"{name}={getattr(options, name)}" for name in sorted(fixed_names()) if hasattr(options, name) and name not in stored))
+        logger.log(
+            f"{path} has no description. Read off its shapes: {shown}. By flag or default: "
+            + ", ".join(
+                f"{name}={getattr(options, name)}"
+                for name in sorted(fixed_names())
+                if hasattr(options, name) and name not in stored
+            )
+        )
     fixed = fixed_names()
     for name in sorted(options.given & stored.keys() & fixed):
         value, there = getattr(options, name), stored[name]
         if name in ("channel_mult", "num_classes") and not value:
             continue
         if value != there:
-            raise UserError(f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag out")
+            raise UserError(
+                f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag out"
+            )
     for name in _MODEL_OPTIONS if names is None else names:
         if name in stored and hasattr(options, name) and (name in fixed or name not in options.given):
             setattr(options, name, stored[name])
@@ -385,7 +411,7 @@ def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapp
 
 
 def load_model(options: argparse.Namespace) -> tuple[UNetModel, SpacedDiffusion, dict[str, Any]]:
-    """(model in eval mode on the CPU, diffusion, metadata) of --model_path; flags that training fixed need not be given.
+    """(model in eval mode on the CPU, diffusion, metadata) of --model_path; what training fixed need not be given.
 
     Raises UserError for a flag that contradicts the checkpoint, and for a file that is not a checkpoint. Collective.
     """

@@ -134,7 +134,7 @@ class TrainLoop:
         self.precision = "fp16" if use_fp16 else precision
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.schedule_sampler: Any = schedule_sampler or UniformSampler(diffusion)
         self.lr_anneal_steps = lr_anneal_steps
         if lr_schedule not in LR_SCHEDULES:
             raise unknown_name("lr_schedule", lr_schedule, LR_SCHEDULES)
@@ -207,9 +207,13 @@ class TrainLoop:
     def _load_rest(self) -> None:
         """The averages, the optimizer and what was saved with it. A missing part is an error that names it."""
         main, named_step = self.resume_checkpoint, self.resume_step
-        opt_path = dist_util.from_rank0(checkpoint.find_in_set, main, checkpoint.optimizer_name(named_step), "the optimizer's state")
+        opt_path = dist_util.from_rank0(
+            checkpoint.find_in_set, main, checkpoint.optimizer_name(named_step), "the optimizer's state"
+        )
         for ema in self.emas:
-            path = dist_util.from_rank0(checkpoint.find_in_set, main, checkpoint.ema_name(ema.rate, named_step), "the moving average")
+            path = dist_util.from_rank0(
+                checkpoint.find_in_set, main, checkpoint.ema_name(ema.rate, named_step), "the moving average"
+            )
             state_dict, _ = checkpoint.load(path)
             checkpoint.check_fits(self.model, state_dict, path)
             ema.load([state_dict[name].to(self.device).float() for name, _ in self.model.named_parameters()])
@@ -219,7 +223,7 @@ class TrainLoop:
         self.resume_step = rest.get("step", named_step)
         restored = ["model", *(f"EMA {rate}" for rate in self.ema_rate), "optimizer"]
         for name, part in (("loss_scale", self.loss_scale), ("schedule_sampler", self.schedule_sampler)):
-            if not hasattr(part, "load_state_dict"):
+            if part is None or not hasattr(part, "load_state_dict"):
                 continue
             if name not in rest:
                 logger.warn(f"{opt_path} has no {name} (it comes from other code): that part starts afresh")
@@ -252,7 +256,9 @@ class TrainLoop:
             self._run(bar)
         except KeyboardInterrupt:
             where = f"the last checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written"
-            raise KeyboardInterrupt(f"training stopped after {self.absolute_step} steps; {where}; --resume auto goes on") from None
+            raise KeyboardInterrupt(
+                f"training stopped after {self.absolute_step} steps; {where}; --resume auto goes on"
+            ) from None
         finally:
             bar.close()
 
@@ -346,7 +352,8 @@ class TrainLoop:
                 total_steps=self.lr_anneal_steps or self.max_steps,
                 warmup_steps=self.lr_warmup_steps,
             )
-        self.opt.found_inf = bad  # the fused step looks at it on the device and leaves everything as it was
+        # The fused step looks at it on the device, and leaves everything as it was where it is 1.
+        self.opt.found_inf = bad  # type: ignore[attr-defined]
         self.opt.step()
         if self.precision != "fp32":
             master_params_to_model_params(self.model_params, self.master_params)
@@ -373,8 +380,8 @@ class TrainLoop:
         hopeless = self.lg_loss_scale < MIN_LOG_LOSS_SCALE if self.loss_scale else True
         if means.get("skipped_steps", 0) == 1 and hopeless:
             raise UserError(
-                f"the gradient was not finite in any step up to {self.absolute_step} since the last row of the log: lower "
-                f"--lr, set --grad_clip 1, or use --precision fp32; the last checkpoint is {self.last_saved or 'none'}"
+                f"the gradient was not finite in any step up to {self.absolute_step} since the last row of the log: "
+                f"lower --lr, give --grad_clip 1, or --precision fp32; last checkpoint: {self.last_saved or 'none'}"
             )
         return {"loss": f"{means.get('loss', math.nan):.4g}"}
 
@@ -397,15 +404,20 @@ class TrainLoop:
         files.make_dirs(directory)
         done = self.resume_step + self.steps_done
         description = {**self.metadata, "step": done}
-        checkpoint.save_state_dict(self.state_dict_of(self.master_params), files.join(directory, checkpoint.model_name(step)), description)
+        checkpoint.save_state_dict(
+            self.state_dict_of(self.master_params), files.join(directory, checkpoint.model_name(step)), description
+        )
         for ema in self.emas:
             path = files.join(directory, checkpoint.ema_name(ema.rate, step))
             checkpoint.save_state_dict(self.state_dict_of(ema.params), path, {**description, "ema_rate": ema.rate})
         rest: dict[str, Any] = {"step": done}
         for name, part in (("loss_scale", self.loss_scale), ("schedule_sampler", self.schedule_sampler)):
-            if hasattr(part, "state_dict"):
+            if part is not None and hasattr(part, "state_dict"):
                 rest[name] = part.state_dict()
-        checkpoint.save({**self.opt.state_dict(), "improved_diffusion": rest}, files.join(directory, checkpoint.optimizer_name(step)))
+        checkpoint.save(
+            {**self.opt.state_dict(), "improved_diffusion": rest},
+            files.join(directory, checkpoint.optimizer_name(step)),
+        )
         self.last_saved = files.join(directory, checkpoint.model_name(step))
         logger.log(f"saved {self.last_saved}")
 
@@ -416,7 +428,7 @@ def get_blob_logdir() -> str:
 
 
 def find_resume_checkpoint() -> str | None:
-    """A checkpoint to go on from whatever the arguments say; None. Replace it where jobs are restarted automatically."""
+    """A checkpoint to go on from, whatever the arguments say: none, unless this function is replaced."""
     return None
 
 

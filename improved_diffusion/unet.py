@@ -244,9 +244,7 @@ class UNetModel(nn.Module):
                     factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
-        self.out = nn.Sequential(
-            normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1))
-        )
+        self.out = nn.Sequential(normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
 
     def _convert_torso(self, convert) -> None:
         for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
@@ -297,7 +295,7 @@ class UNetModel(nn.Module):
 
     def forward(self, x, timesteps, y=None):
         """The network's output [N, out_channels, ...] for x [N, in_channels, ...], timesteps [N] and labels y [N]."""
-        for _, h in self._torso(x, timesteps, y):
+        for _, h in self._torso(x, timesteps, y):  # noqa: B007 - the last one counts, and no other is kept
             pass
         return self.out(h.type(x.dtype))
 
@@ -323,10 +321,10 @@ class SuperResModel(UNetModel):
             raise ValueError("a super-resolution model needs low_res")
         return th.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], dim=1)
 
-    def forward(self, x, timesteps, low_res=None, **kwargs):
+    def forward(self, x, timesteps, low_res=None, **kwargs):  # type: ignore[override]
         return super().forward(self._with_low_res(x, low_res), timesteps, **kwargs)
 
-    def get_feature_vectors(self, x, timesteps, low_res=None, **kwargs):
+    def get_feature_vectors(self, x, timesteps, low_res=None, **kwargs):  # type: ignore[override]
         return super().get_feature_vectors(self._with_low_res(x, low_res), timesteps, **kwargs)
 
 

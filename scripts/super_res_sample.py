@@ -3,7 +3,16 @@
 import torch as th
 
 from improved_diffusion import dist_util
-from improved_diffusion.config import BaseSamplesConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, SuperResConfig, UserError, height_width
+from improved_diffusion.config import (
+    BaseSamplesConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    SuperResConfig,
+    UserError,
+    height_width,
+)
 from improved_diffusion.images import from_uint8
 from improved_diffusion.run_util import describe_request, read_base_samples, samples_name, start_run
 from improved_diffusion.sample_util import Labels, choose_labels, draw_images, write_samples
@@ -11,7 +20,9 @@ from improved_diffusion.script_util import load_model, parse_options
 
 
 def main():
-    options = parse_options((BaseSamplesConfig, SampleConfig, SuperResConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__)
+    options = parse_options(
+        (BaseSamplesConfig, SampleConfig, SuperResConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__
+    )
     dist_util.setup_dist()
     model, diffusion, metadata = load_model(options)
     base, base_labels = read_base_samples(options, metadata.get("class_names"))
@@ -20,7 +31,9 @@ def main():
     labels = choose_labels(options, metadata)
     if labels and not options.classes:
         if base_labels is None:
-            raise UserError(f"{options.model_path} is class-conditional and {options.base_samples} has no classes: give --classes")
+            raise UserError(
+                f"{options.model_path} is class-conditional and {options.base_samples} has no classes: give --classes"
+            )
         labels = Labels(labels.num_classes, options.seed, base_labels, labels.class_names)
     out_dir = start_run(options, samples_name(options, diffusion.num_timesteps))
     model.to(dist_util.dev())

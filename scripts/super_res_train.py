@@ -3,7 +3,15 @@
 import torch.nn.functional as F
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, RunConfig, SuperResConfig, TrainConfig, height_width
+from improved_diffusion.config import (
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    SuperResConfig,
+    TrainConfig,
+    height_width,
+)
 from improved_diffusion.run_util import open_training_data, prepare_training, start_run, train
 from improved_diffusion.script_util import parse_options
 
