@@ -93,12 +93,18 @@ def optimizer_name(step: int) -> str:
     return f"opt{step:06d}.pt"
 
 
-def complete_sets(directory: str, ema_rates: Iterable[float | str]) -> list[int]:
-    """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer."""
+def model_steps(directory: str) -> list[int]:
+    """The steps, in rising order, of which the folder holds the model."""
     if not files.is_dir(directory):
         return []
-    names = set(files.list_dir(directory))
-    steps = sorted(int(m.group(1)) for m in (re.fullmatch(r"model(\d+)\.pt", name) for name in names) if m)
+    matches = (re.fullmatch(r"model(\d+)\.pt", name) for name in files.list_dir(directory))
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def complete_sets(directory: str, ema_rates: Iterable[float | str]) -> list[int]:
+    """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer."""
+    steps = model_steps(directory)
+    names = set(files.list_dir(directory)) if steps else set()
     rates = list(ema_rates)
     return [
         step for step in steps if optimizer_name(step) in names and all(ema_name(rate, step) in names for rate in rates)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from . import dist_util, files, images
 from .config import UserError, height_width
@@ -280,15 +280,38 @@ class _Stream(Dataset):
         self.seed, self.shuffle, self.random_flip = seed, shuffle, random_flip
         self.usable = np.setdiff1d(np.arange(len(dataset)), np.array(skip, dtype=int))
         self.epoch, self.order = -1, self.usable
+        self.unreadable: set[int] = set()
 
     def __getitem__(self, position: int):
         epoch, place = divmod(position, len(self.usable))
         if self.shuffle and epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.usable)
-        array, out = self.dataset[int(self.order[place])]
+        try:
+            array, out = self._readable(place)
+        except UserError as error:
+            return error  # raised in a worker it would arrive wrapped in the worker's traceback
         if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
             array = np.ascontiguousarray(array[:, :, ::-1])
         return array, out
+
+    def _readable(self, place: int):
+        """The image at a place of the order; the next one's where it turns out to be unreadable, up to 1%."""
+        while True:
+            i = int(self.order[place % len(self.order)])
+            try:
+                return self.dataset[i]
+            except UnreadableImage as error:
+                if i not in self.unreadable:
+                    warnings.warn(f"{error}; another image takes its place", stacklevel=1)
+                self.unreadable.add(i)
+                if len(self.unreadable) > MAX_UNREADABLE * len(self.dataset):
+                    raise
+                place += 1
+
+
+def _collate(samples: list[Any]) -> Any:
+    """A batch, or the first error among its images."""
+    return next((s for s in samples if isinstance(s, UserError)), None) or default_collate(samples)
 
 
 class _Positions:
@@ -353,12 +376,16 @@ class BatchStream:
                 self.stream,
                 batch_sampler=_Positions(self.first_step, self.batch_size, self.rank, self.world_size),
                 num_workers=self.num_workers,
+                collate_fn=_collate,
                 pin_memory=th.cuda.is_available(),
                 # The workers draw nothing at random, and the training's generators must not be advanced.
                 generator=th.Generator(),
                 worker_init_fn=_one_thread if self.num_workers else None,
             ))  # fmt: skip
-        return next(self.batches)
+        batch = next(self.batches)
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
 
     def skipped_names(self) -> list[str]:
         """The unreadable images that are left out."""

@@ -35,20 +35,22 @@ def native_mode(image: Image.Image) -> str:
     """The mode in `MODES` that holds the image without loss."""
     if image.mode in _CHANNELS:
         return image.mode
-    if image.mode in ("1", "I", "I;16", "F"):
+    if image.mode == "1":
         return "L"
     return "RGBA" if "transparency" in image.info else "RGB"
 
 
 def convert(image: Image.Image, channels: int, name: str) -> Image.Image:
     """The image with the given number of channels. Raises UserError where colour would be lost or alpha made up."""
+    if image.mode[0] in "IF":
+        raise UserError(f"{name} has more than 8 bits per channel ({image.mode}): convert the images to 8 bits")
     has = _CHANNELS[native_mode(image)]
-    if channels == 3 or has == channels:
+    if channels == 3 or has == channels or has == 2:  # 2: grey with alpha loses no colour
         return image.convert(MODES[channels])
-    if (channels == 1 and has == 2) or (channels == 4 and has == 2):
-        return image.convert(MODES[channels])
-    raise UserError(f"{name} has {has} channel{'s' * (has > 1)} ({image.mode}) where --channels {channels} is asked: "
-                    f"give --channels {has}, or convert the images")  # fmt: skip
+    raise UserError(
+        f"{name} has {has} channel{'s' * (has > 1)} ({image.mode}) where --channels {channels} is asked: "
+        f"give --channels {has}, or convert the images"
+    )
 
 
 def to_image(array: np.ndarray) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import csv
 import datetime
+import io
 import json
 import os
 import sys
@@ -91,10 +92,11 @@ class CSVOutputFormat:
                 with self.path.open(newline="", encoding="utf-8") as f:
                     rows = list(csv.DictReader(f))
             self.keys += new
-            with self.path.open("w", newline="", encoding="utf-8") as f:
-                writer = csv.DictWriter(f, self.keys, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.keys, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+            files.write_bytes(self.path, text.getvalue().encode(), durable=False)  # a full disk leaves the older rows
         with self.path.open("a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, self.keys, restval="").writerow(dict(kvs))
 
@@ -137,8 +139,9 @@ class Logger:
     def dumpkvs(self) -> dict[str, Any]:
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
-            for output in self.output_formats:
-                output.writekvs(row)
+            with self._writing():
+                for output in self.output_formats:
+                    output.writekvs(row)
         self.values.clear()
         self.counts.clear()
         return row
@@ -160,9 +163,20 @@ class Logger:
 
     def log(self, *args: Any, level: int = INFO) -> None:
         if self.level <= level:
-            for output in self.output_formats:
-                if hasattr(output, "writeseq"):
-                    output.writeseq(args)
+            with self._writing():
+                for output in self.output_formats:
+                    if hasattr(output, "writeseq"):
+                        output.writeseq(args)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise files.UserError(
+                f"cannot write the log in {self.dir}: {error.strerror or error}: free some space or choose another "
+                "--out_dir; files written before are untouched"
+            ) from None
 
     def close(self) -> None:
         for output in self.output_formats:

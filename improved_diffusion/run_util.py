@@ -64,7 +64,7 @@ def _find_resume(options: argparse.Namespace) -> str:
     folder = get_blob_logdir()
     rates = comma_list(options.ema_rate, float)
     if not wanted:
-        if checkpoint.complete_sets(folder, []):
+        if _holds_a_run(folder):
             raise UserError(
                 f"{folder} holds checkpoints of an earlier run: give --resume auto to go on, or another --out_dir"
             )
@@ -72,6 +72,13 @@ def _find_resume(options: argparse.Namespace) -> str:
     if wanted == "auto":
         rates = rates if "ema_rate" in options.given else _rates_in(folder)
         steps = checkpoint.complete_sets(folder, rates)
+        if not steps and _holds_a_run(folder):
+            newest = checkpoint.model_name(checkpoint.model_steps(folder)[-1])
+            parts = ", ".join(["model", *(f"ema_{rate}" for rate in rates), "opt"])
+            raise UserError(
+                f"--resume auto: {folder} holds {newest}, but of no step all of {parts}: bring the missing files back "
+                "or choose another --out_dir; to start at step 0 from weights alone, use --init_checkpoint"
+            )
         if not steps:
             logger.log(f"--resume auto: no complete checkpoint in {folder}, so training starts at step 0")
             return ""
@@ -84,6 +91,11 @@ def _find_resume(options: argparse.Namespace) -> str:
             )
         return files.join(wanted, checkpoint.model_name(steps[-1]))
     return wanted
+
+
+def _holds_a_run(folder: str) -> bool:
+    """Whether a new run would overwrite another's checkpoints; what a first save left that was cut off does not."""
+    return any(checkpoint.model_steps(folder)) or bool(checkpoint.complete_sets(folder, []))
 
 
 def _rates_in(folder: str) -> list[float]:
@@ -159,19 +171,16 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
         checkpoint.load_into(model, state_dict, options.init_checkpoint)
         logger.log(f"weights of {options.init_checkpoint}, from step 0")
     model.to(dist_util.dev())
-    options.precision = "fp16" if options.use_fp16 else options.precision
+    if options.use_fp16:
+        options.precision, options.use_fp16 = "fp16", False
     logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision}")
     if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
         logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
     config = {name: value for name, value in sorted(vars(options).items()) if name not in ("given", "flags", "preset")}
     metadata = {"version": __version__, "config": config, "class_names": class_names}
-    if dist_util.get_rank() == 0:
-        folder = get_blob_logdir()
-        files.make_dirs(folder)
-        files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(metadata, indent=1).encode())
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "sample_interval"}
     arguments = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name not in own}
-    TrainLoop(
+    loop = TrainLoop(
         model=model,
         diffusion=diffusion,
         data=data,
@@ -181,7 +190,13 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
         metadata=metadata,
         hooks=hooks(diffusion),
         **arguments,
-    ).run_loop()
+    )
+    if dist_util.get_rank() == 0:
+        # Not before the loop has what it resumes from: a run that is refused leaves the older description.
+        folder = get_blob_logdir()
+        files.make_dirs(folder)
+        files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(metadata, indent=1).encode())
+    loop.run_loop()
 
 
 def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""A folder of PNGs that gets its name once it is complete: until then it is called NAME.partial, where a later run goes
+on. The scripts beside this file write through it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from improved_diffusion import files, images, logger
+from improved_diffusion.config import UserError
+
+MADE_FROM = "made_from.json"  # lies beside the images and says what they were made from
+
+
+def check_out_dir(out_dir: str, own_names: Iterable[str]) -> Path:
+    """The output folder, which may be new. Raises UserError where it holds anything but what the command puts there."""
+    _refuse_url(out_dir)
+    for name in os.listdir(out_dir) if os.path.isdir(out_dir) else ():
+        if name.removesuffix(".partial") not in own_names and not name.startswith("."):
+            raise UserError(f"{out_dir} is in use, it holds {name}: choose an output folder that is new or empty")
+    return Path(out_dir)
+
+
+def _refuse_url(path: str | os.PathLike) -> None:
+    if files.is_url(path):
+        raise UserError(f"cannot write to {path}: name a local folder, and copy it there afterwards")
+
+
+class NewFolder:
+    """The folder at `path`, to be made from what `made_from` says. A run with the same `made_from` goes on with it.
+
+    Raises UserError where something else is in its place.
+    """
+
+    def __init__(self, path: str | os.PathLike, **made_from: Any):
+        _refuse_url(path)
+        self.name = os.fspath(path)  # as the user wrote it, for messages
+        self.made_from = made_from
+        self.path = Path(os.path.realpath(path))
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.complete = self.path.exists() and self._is_ours(self.path)
+        if self.partial.exists():
+            self._is_ours(self.partial)
+        if self.path.exists() and not self.complete:
+            try:
+                self.path.rmdir()  # makes way for the complete one, now rather than after hours of work
+            except OSError as error:
+                raise UserError(f"cannot replace {self.path}: {error.strerror}: choose another folder") from None
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether the folder was made from the same; False where it is empty. Raises UserError for another's."""
+        try:
+            found = json.loads((folder / MADE_FROM).read_bytes())
+        except (OSError, ValueError):
+            if folder.is_dir() and not any(folder.iterdir()):
+                return False
+            raise UserError(f"{folder} holds other files: choose an output folder that is new or empty") from None
+        if found != self.made_from:
+            then, now = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (found, self.made_from))
+            raise UserError(f"{folder} was made from {then}; this is {now}: choose another output folder, or delete it")
+        return True
+
+    def write(self, items: Iterable[tuple[str, Any]], total: int, to_array: Callable[[Any], np.ndarray]) -> None:
+        """Write the `total` items, each (file name, source of an image); `to_array(source)` is uint8 [H, W, C].
+
+        What an earlier run wrote is kept. Raises UserError where the disk is full or an image is damaged.
+        """
+        if self.complete:
+            logger.log(f"{self.name} is complete already")
+            return
+        files.make_dirs(self.partial)
+        files.write_bytes(self.partial / MADE_FROM, json.dumps(self.made_from).encode())
+        done = self._whole_images()
+        todo = (item for item in items if item[0] not in done)
+
+        def write_one(item: tuple[str, Any]) -> None:
+            name, source = item
+            files.write_bytes(self.partial / name, images.encode_png(to_array(source)), durable=False)
+
+        progress = logger.Progress(f"writing {self.name}", total, "image", initial=len(done))
+        try:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and encoding run side by side
+                while chunk := list(itertools.islice(todo, 256)):
+                    progress.update(len(list(pool.map(write_one, chunk))))
+        finally:
+            progress.close()
+        if len(self._whole_images()) != total:
+            raise UserError(f"{self.partial} should hold {total} images and does not: delete it and run this again")
+        if hasattr(os, "sync"):
+            os.sync()  # else a power cut after the renaming could leave empty files in a folder that looks complete
+        try:
+            os.replace(self.partial, self.path)
+        except OSError as error:
+            raise UserError(f"cannot rename {self.partial} to {self.path}: {error.strerror}") from None
+        logger.log(f"{self.name} is complete: {total} images")
+
+    def _whole_images(self) -> set[str]:
+        """The names of the images written so far. What a killed run left half-written is removed."""
+        whole = set()
+        with os.scandir(self.partial) as entries:
+            for entry in entries:
+                if entry.name.endswith(".tmp"):
+                    os.unlink(entry)
+                elif entry.name.endswith(".png") and entry.stat().st_size:
+                    whole.add(entry.name)
+        return whole
