@@ -131,9 +131,7 @@ class ModelConfig(Config):
     )
     dropout: float = option(0.0, "dropout probability inside the residual blocks, while training")
     class_cond: bool = option(False, "condition the model on the images' classes", fixed=True)
-    use_checkpoint: bool = option(
-        False, "recompute activations in the backward pass: less memory, about a third more time"
-    )
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     use_scale_shift_norm: bool = option(
         True, "timestep and class scale and shift the norms, rather than being added", fixed=True
     )

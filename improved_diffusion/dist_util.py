@@ -181,7 +181,9 @@ def _check_devices() -> None:
     """No two ranks may have the same GPU: nccl would fail with a message that does not say so."""
     if dev().type != "cuda" or get_world_size() == 1:
         return
-    mine = (socket.gethostname(), str(th.cuda.get_device_properties(dev()).uuid))
+    properties = th.cuda.get_device_properties(dev())
+    gpu = getattr(properties, "uuid", (os.environ.get("CUDA_VISIBLE_DEVICES"), dev().index))  # torch 2.4 has no uuid
+    mine = (socket.gethostname(), str(gpu))
     taken: dict[tuple[str, str], int] = {}
     for rank, key in enumerate(all_gather_object(mine)):
         if key in taken:

@@ -20,6 +20,8 @@ from .script_util import adopt, build, resolve_channel_mult
 from .train_util import TrainLoop, get_blob_logdir
 
 CONFIG_FILE = "config.json"
+# What belongs to one start of a run and not to the run itself.
+_NOT_KEPT = {"given", "flags", "preset", "out_dir", "resume", "resume_checkpoint", "init_checkpoint"}
 
 
 def start_run(options: argparse.Namespace, default_name: str) -> str:
@@ -45,10 +47,8 @@ def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
     source = options.resume_checkpoint or options.init_checkpoint
     if source:
         state_dict, metadata = checkpoint.load(source)
-        own = {"resume", "resume_checkpoint", "init_checkpoint", "out_dir", "given", "flags", "preset"}
-        if "batch_size" in options.given:
-            own.add("total_batch_size")
-        resumed = [name for name in vars(options) if name not in own]
+        left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in options.given else set())
+        resumed = [name for name in vars(options) if name not in left_out]
         adopt(options, source, state_dict, metadata, resumed if options.resume_checkpoint else None)
     if options.resume_checkpoint:
         options.init_checkpoint = ""
@@ -173,10 +173,12 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
     model.to(dist_util.dev())
     if options.use_fp16:
         options.precision, options.use_fp16 = "fp16", False
+    if options.precision == "fp16" and dist_util.dev().type == "cpu":
+        logger.warn("float16 is slow on CPUs: --precision bf16 or fp32 is faster there")
     logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision}")
     if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
         logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
-    config = {name: value for name, value in sorted(vars(options).items()) if name not in ("given", "flags", "preset")}
+    config = {name: value for name, value in sorted(vars(options).items()) if name not in _NOT_KEPT}
     metadata = {"version": __version__, "config": config, "class_names": class_names}
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "sample_interval"}
     arguments = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name not in own}

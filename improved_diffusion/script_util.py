@@ -53,7 +53,12 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
     not left at their defaults, `flags` those that came as flags. Raises UserError for a wrong name or value.
     """
     known = {f.name: f for group in groups for f in fields(group)}
-    parser = _Parser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = _Parser(
+        usage="%(prog)s [--flag value ...]",
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     parser.add_argument("--preset", help=f"flags of a published model: {', '.join(PRESETS)}")
     parser.add_argument("--config", help="YAML or JSON file of options, such as a run's config.json")
     for group in groups:

@@ -357,9 +357,10 @@ class TrainLoop:
         self.opt.step()
         if self.precision != "fp32":
             master_params_to_model_params(self.model_params, self.master_params)
-        flat = flatten(self.master_params)
-        for ema in self.emas:
-            ema.update(flat, 1 - bad)
+        if self.emas:
+            flat = flatten(self.master_params)
+            for ema in self.emas:
+                ema.update(flat, 1 - bad)
         if self.loss_scale:
             self.loss_scale.update(bad)
 
