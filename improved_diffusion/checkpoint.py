@@ -47,7 +47,8 @@ def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     entry = getattr(state_dict, "_metadata", {}).get(METADATA_KEY, {})
     try:
         metadata = json.loads(entry.get("json", "{}"))
-    except (ValueError, AttributeError):
+        dict(metadata.get("config", {}))
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path} holds a damaged description of its model: use another file") from None
     return state_dict, metadata
 

@@ -104,7 +104,7 @@ def _join_by_slurm():
     rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     host = os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"])
     job = int(os.environ.get("SLURM_JOB_ID", 0)) * 31 + int(os.environ.get("SLURM_STEP_ID", 0))
-    port = int(os.environ.get("MASTER_PORT", 20000 + job % 20000))
+    port = int(os.environ.get("MASTER_PORT", 10000 + job % 20000))  # below the ports that connections get by chance
     store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT)
     local_size = int(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])  # such as 4(x2),3
     return store, rank, world_size, int(os.environ.get("SLURM_LOCALID", 0)), local_size
@@ -308,12 +308,18 @@ def _report_and_abort(kind: type[BaseException], error: BaseException, tb: Any) 
     if isinstance(error, UserError):
         print(f"{who}error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
-        print(f"{who}interrupted{': ' + str(error) if str(error) else ''}", file=sys.stderr)
+        if rank == 0:  # it alone knows what has been saved
+            print(f"{who}interrupted{': ' + str(error) if str(error) else ''}", file=sys.stderr)
     elif many and lost_peer:
-        print(f"{who}error: lost contact with another rank; its own message says why ({error})", file=sys.stderr)
+        print(
+            f"{who}error: lost contact with another rank: its own message says why; one that was killed, as for want "
+            f"of memory, leaves none ({str(error).strip().splitlines()[0]})",
+            file=sys.stderr,
+        )
     elif not isinstance(error, SystemExit):
         traceback.print_exception(kind, error, tb)
     sys.stderr.flush()
     if detect_launcher() == "mpiexec" and "mpi4py.MPI" in sys.modules and get_world_size() > 1:
+        time.sleep(0.5)  # the abort would overtake what was printed, and mpiexec would throw that away
         # Without this, MPI's own clean-up at exit would wait for the other ranks for ever.
         _mpi().COMM_WORLD.Abort(_exit_code(error))

@@ -93,11 +93,12 @@ def write_bytes(path: str | os.PathLike, data: bytes, durable: bool = True) -> N
         if durable:
             _fsync_dir(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}: free some space or choose another --out_dir; "
             "files written before are untouched"
         ) from None
+    finally:
+        temporary.unlink(missing_ok=True)  # there is one only where something, Ctrl-C too, came in between
 
 
 def _fsync_dir(path: Path) -> None:

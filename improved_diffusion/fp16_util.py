@@ -83,7 +83,7 @@ class LossScale:
 
     def update(self, overflow: th.Tensor) -> None:
         """Adjust after a step; `overflow` is 1 where a gradient was not finite, else 0."""
-        self.lg += th.where(overflow.bool(), -1.0, self.growth)
+        self.lg += th.where(overflow.bool(), th.full_like(self.lg, -1.0), self.growth)
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """What a checkpoint keeps."""

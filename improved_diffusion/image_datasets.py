@@ -10,9 +10,11 @@ import io
 import json
 import os
 import warnings
+import weakref
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -88,7 +90,14 @@ class ZipImages:
 @lru_cache(maxsize=4)
 def _open_zip(path: str, pid: int) -> zipfile.ZipFile:
     # One handle a process: workers that share one would read from each other's positions.
-    return zipfile.ZipFile(files.open_read(path))
+    f = files.open_read(path)
+    try:
+        archive = zipfile.ZipFile(f)
+    except BaseException:
+        f.close()
+        raise
+    weakref.finalize(archive, f.close)  # a ZipFile does not close what it was handed
+    return archive
 
 
 class ArrayImages:
@@ -172,13 +181,13 @@ def read_classes(source: Any, labels: str, data_dir: str) -> tuple[list[int], li
             f"--class_cond True with --labels {labels}: each of the {len(found)} images in {data_dir} would be a class "
             "of its own; name the files class_number.png, or use --labels folder or a JSON file, or drop --class_cond"
         )
-    return _index_classes(found, data_dir)
+    return _index_classes(found, labels)
 
 
-def _index_classes(found: list[Any], data_dir: str) -> tuple[list[int], list[str]]:
+def _index_classes(found: list[Any], where: str) -> tuple[list[int], list[str]]:
     if all(isinstance(label, int) for label in found):
         if min(found) < 0:
-            raise UserError(f"the labels of {data_dir} must not be negative, found {min(found)}")
+            raise UserError(f"the labels in {where} must not be negative, found {min(found)}: number them from 0")
         return found, [str(i) for i in range(max(found) + 1)]
     names = sorted({str(label) for label in found})
     index = {name: i for i, name in enumerate(names)}
@@ -224,11 +233,14 @@ class ImageDataset(Dataset):
 
     def read(self, idx: int) -> Image.Image:
         """The image at its own size."""
+        with _quiet():
+            return self.decode(idx)
+
+    def decode(self, idx: int) -> Image.Image:
+        """`read` with the warnings that Pillow gives."""
         i = self.local_indices[idx]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd metadata; the pixels decide
-                return self.source.read(i)
+            return self.source.read(i)
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             raise UnreadableImage(f"{self.source.describe(i)} is not a readable image: {error}") from None
 
@@ -239,6 +251,14 @@ class ImageDataset(Dataset):
         array = array[None] if array.ndim == 2 else np.transpose(array, [2, 0, 1])
         out = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
         return np.ascontiguousarray(array), out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of odd metadata: the pixels decide. For one thread at a time, as the filters are the process's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class UnreadableImage(UserError):
@@ -254,7 +274,7 @@ def check_images(dataset: ImageDataset) -> list[int]:
 
     def problem(idx):
         try:
-            image = dataset.read(idx)
+            image = dataset.decode(idx)
         except UnreadableImage as error:
             return str(error)
         images.convert(image, dataset.channels, dataset.source.describe(dataset.local_indices[idx]))
@@ -262,7 +282,7 @@ def check_images(dataset: ImageDataset) -> list[int]:
 
     # A zip's members are read one by one: its file has one position.
     threads = 1 if isinstance(dataset.source, ZipImages) else 4
-    with ThreadPoolExecutor(threads) as pool:
+    with _quiet(), ThreadPoolExecutor(threads) as pool:
         problems = {int(i): p for i, p in zip(indices, pool.map(problem, indices)) if p}
     if len(problems) > MAX_UNREADABLE * len(indices):
         first = "; ".join(list(problems.values())[:3])

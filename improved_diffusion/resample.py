@@ -87,6 +87,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts, losses):
         for t, loss in zip(ts, losses):
+            if not np.isfinite(loss):
+                continue  # its step is skipped as well, and one such weight would spoil them all
             if self._loss_counts[t] == self.history_per_term:
                 self._loss_history[t, :-1] = self._loss_history[t, 1:]  # the oldest goes first
                 self._loss_history[t, -1] = loss

@@ -16,7 +16,7 @@ from . import __version__, checkpoint, dist_util, files, images, logger
 from .config import TrainConfig, UserError, comma_list, height_width
 from .image_datasets import ArrayImages, BatchStream, FolderImages, ImageDataset, open_images, read_classes
 from .resample import create_named_schedule_sampler
-from .script_util import adopt, build, resolve_channel_mult
+from .script_util import NUM_CLASSES, adopt, build, resolve_channel_mult
 from .train_util import TrainLoop, get_blob_logdir
 
 CONFIG_FILE = "config.json"
@@ -244,9 +244,12 @@ def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | 
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
         if set(prefixes) <= set(class_names):
             labels = [list(class_names).index(prefix) for prefix in prefixes]
-    if labels and options.class_cond and max(labels) >= options.num_classes:
+    num_classes = options.num_classes or NUM_CLASSES
+    wrong = [label for label in labels or [] if not 0 <= label < num_classes]
+    if options.class_cond and wrong and not options.classes:
         raise UserError(
-            f"--base_samples {path} has the label {max(labels)}; the model has the classes 0..{options.num_classes - 1}"
+            f"--base_samples {path} has the label {wrong[0]}, but the model has the classes 0..{num_classes - 1}: "
+            "give an npz with those, or --classes"
         )
     return array, labels
 

@@ -116,16 +116,22 @@ def write_samples(
     if len(missing) < num_samples:
         logger.log(f"{num_samples - len(missing)} of {num_samples} samples are in {png_dir} already")
     bar = logger.Progress("sampling", num_samples, "image", initial=num_samples - len(missing))
-    for start in range(0, len(missing), batch_size * world_size):
-        chunk = missing[start : start + batch_size * world_size]
-        mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        parts = dist_util.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
-        if rank == 0:
-            for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
-                name = images.sample_name(i, labels.name(i) if labels else None)
-                files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
-        bar.update(len(chunk))
-    bar.close()
+    try:
+        for start in range(0, len(missing), batch_size * world_size):
+            chunk = missing[start : start + batch_size * world_size]
+            mine = chunk[rank * batch_size : (rank + 1) * batch_size]
+            parts = dist_util.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
+            if rank == 0:
+                for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
+                    name = images.sample_name(i, labels.name(i) if labels else None)
+                    files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
+            bar.update(len(chunk))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{bar.done} of {num_samples} samples are in {png_dir}; the same command goes on"
+        ) from None
+    finally:
+        bar.close()
     return dist_util.from_rank0(_finish, out_dir, num_samples, labels, beside)
 
 

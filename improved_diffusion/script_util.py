@@ -53,6 +53,8 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
     not left at their defaults, `flags` those that came as flags. Raises UserError for a wrong name or value.
     """
     known = {f.name: f for group in groups for f in fields(group)}
+    if "large_size" in known:
+        del known["image_size"]  # super-resolution has two sizes instead
     parser = _Parser(
         usage="%(prog)s [--flag value ...]",
         description=description,
@@ -63,7 +65,7 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
     parser.add_argument("--config", help="YAML or JSON file of options, such as a run's config.json")
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
-        for f in fields(group):
+        for f in (f for f in fields(group) if f.name in known):
             kind = f.metadata["parse"]
             extra: dict[str, Any] = {"nargs": "?", "const": "True", "metavar": "True|False"} if kind is str2bool else {}
             if f.metadata["choices"]:
@@ -75,7 +77,7 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
     flags, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
-            raise unknown_name("flag", word.split("=")[0], [f"--{name}" for name in known])
+            raise unknown_name("flag", word.split("=")[0], [f"--{name}" for name in (*known, "preset", "config")])
         raise UserError(f"unexpected argument {word!r}: every option is a flag, such as --batch_size 4")
 
     values = vars(flags)
@@ -90,14 +92,14 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
     namespace = argparse.Namespace(given=set(given), flags=set(values), preset=preset)
     for group in groups:
         options = group(**{f.name: given[f.name] for f in fields(group) if f.name in given})
-        for f in fields(group):
+        for f in (f for f in fields(group) if f.name in known):
             setattr(namespace, f.name, getattr(options, f.name))
     return namespace
 
 
 def _from_preset(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
     options = preset_options(name)
-    if ("image_size" in known and "large_size" in options) or ("large_size" in known and "image_size" in options):
+    if ("large_size" in known) != ("large_size" in options):
         kind = "super-resolution" if "large_size" in options else "image"
         raise UserError(f"--preset {name} is for the {kind} scripts: choose a preset of the other kind")
     return {key: value for key, value in options.items() if key in known}  # a recipe has options of other scripts too
@@ -390,7 +392,7 @@ def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapp
         raise UserError(f"{path} is not a checkpoint of this method's networks") from None
     superres = hasattr(options, "large_size")
     channels = arch["in_channels"] // 2 if superres else arch["in_channels"]
-    if arch["out_channels"] not in (channels, 2 * channels):
+    if channels > 4 or arch["out_channels"] not in (channels, 2 * channels):
         other = "an image" if superres else "a super-resolution"
         raise UserError(f"{path} is {other} model: use the other kind of script")
     mult = arch["channel_mult"]
@@ -411,7 +413,7 @@ def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapp
     }
     listed = {f for f in attention_factors(size, options.attention_resolutions) if f < 2 ** len(mult)}
     if listed != set(arch["attention_resolutions"]):
-        stored["attention_resolutions"] = ",".join(str(side // f) for f in reversed(arch["attention_resolutions"]))
+        stored["attention_resolutions"] = ",".join(str(side // f) for f in arch["attention_resolutions"])
     return stored
 
 

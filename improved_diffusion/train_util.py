@@ -255,9 +255,13 @@ class TrainLoop:
         try:
             self._run(bar)
         except KeyboardInterrupt:
-            where = f"the last checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written"
+            steps = checkpoint.complete_sets(get_blob_logdir(), self.ema_rate) if self.rank == 0 else []
+            where = "no checkpoint was written"
+            if steps:
+                newest = files.join(get_blob_logdir(), checkpoint.model_name(steps[-1]))
+                where = f"the last checkpoint is {newest}; --resume auto goes on"
             raise KeyboardInterrupt(
-                f"training stopped after {self.absolute_step} steps; {where}; --resume auto goes on"
+                f"training stopped after {self.resume_step + self.steps_done} steps; {where}"
             ) from None
         finally:
             bar.close()

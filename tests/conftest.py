@@ -1,0 +1,23 @@
+"""Every test starts from the same generators and settings, whatever ran before it."""
+
+import numpy as np
+import pytest
+import torch as th
+
+from improved_diffusion import logger
+
+SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
+            "DIFFUSION_TRAINING_TEST")  # fmt: skip
+
+th.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine cost more
+
+
+@pytest.fixture(autouse=True)
+def fresh_start(monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    th.manual_seed(0)
+    np.random.seed(0)
+    logger.reset()
+    yield
+    logger.reset()

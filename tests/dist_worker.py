@@ -1,0 +1,144 @@
+"""What each rank does in test_dist_util.py: `dist_worker.py TASK FOLDER`, started under a launcher.
+
+`all` runs every collective check and writes what this rank got to FOLDER/rankN.pt; in the other tasks rank 1 ends
+badly while the others wait for it.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch as th
+
+from improved_diffusion import dist_util, logger
+from improved_diffusion.config import UserError
+from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.script_util import create_gaussian_diffusion, create_model
+from improved_diffusion.train_util import TrainLoop
+
+STEPS, BATCH = 6, 4
+
+
+def step_images(step):
+    """The four images of a step, float32 [4, 3, 8, 8] in [-1, 1], and their classes."""
+    rng = np.random.default_rng(step)
+    images = rng.uniform(-1, 1, (BATCH, 3, 8, 8)).astype(np.float32)
+    return th.from_numpy(images), th.from_numpy(rng.integers(0, 3, BATCH))
+
+
+class ImageDecides:
+    """A diffusion whose timesteps and noise are functions of the image: every split of a batch draws the same."""
+
+    def __init__(self, diffusion):
+        self.diffusion = diffusion
+        self.num_timesteps = diffusion.num_timesteps
+
+    def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
+        seeds = [int(image.double().abs().sum() * 1e6) for image in x_start]
+        generators = [th.Generator().manual_seed(seed) for seed in seeds]
+        t = th.cat([th.randint(self.num_timesteps, (1,), generator=g) for g in generators])
+        noise = th.stack([th.randn(x_start.shape[1:], generator=g) for g in generators])
+        return self.diffusion.training_losses(model, x_start, t, model_kwargs=model_kwargs, noise=noise)
+
+
+def make_model():
+    """A small class-conditional model without the zeros that would keep most of its first gradients at 0."""
+    model = create_model(8, 32, 1, True, True, False, "4", 1, -1, True, 0.0, num_classes=3, channel_mult="1,1")
+    with th.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * th.randn(p.shape))
+    return model
+
+
+def six_steps(folder, microbatch=-1, split=(0, 1)):
+    """The parameters [n], as one vector, after six steps on four images each, and the last five gradients' mean norm.
+
+    :param split: this rank and the number of ranks.
+    """
+    rank, ranks = split
+    th.manual_seed(0)
+    model = make_model()
+    diffusion = create_gaussian_diffusion(steps=20, learn_sigma=True, noise_schedule="cosine")
+    data = ((images[rank::ranks], {"y": y[rank::ranks]}) for images, y in map(step_images, range(STEPS)))
+    logger.configure(str(folder), format_strs=[])
+    loop = TrainLoop(
+        model=model, diffusion=ImageDecides(diffusion), data=data, batch_size=BATCH // ranks, microbatch=microbatch,
+        lr=1e-3, ema_rate="0.9", log_interval=STEPS, save_interval=100, resume_checkpoint="", max_steps=STEPS,
+        # A bias before a norm of one channel a group has no gradient but rounding, which Adam would blow up to lr.
+        adam_eps=1e-6,
+    )  # fmt: skip
+    loop.run_loop()
+    return th.cat([p.detach().flatten() for p in model.parameters()]), loop.meter.read()["grad_norm"]
+
+
+def ragged(rank):
+    """What all_gather_ragged gives of one tensor of `rank` rows from each rank, and of int64 ones of rank + 1."""
+    rows = th.arange(rank * 2, dtype=th.float64).view(rank, 2) + 10 * rank
+    numbers = th.arange(rank + 1) + 100 * rank
+    return dist_util.all_gather_ragged(rows), dist_util.all_gather_ragged(numbers)
+
+
+def refused_by_rank0():
+    """The message with which from_rank0 ends on this rank where rank 0 refuses."""
+
+    def refuse():
+        raise UserError(f"refused by rank {dist_util.get_rank()}")
+
+    try:
+        dist_util.from_rank0(refuse)
+    except UserError as error:
+        return str(error)
+
+
+def learned_history(rank):
+    """What loss-second-moment remembers when rank 0 brings three losses and every other rank its number."""
+    sampler = LossSecondMomentResampler(SimpleNamespace(num_timesteps=4), history_per_term=3)
+    count = 3 if rank == 0 else rank
+    ts = th.arange(count) % 4
+    sampler.update_with_local_losses(ts, 10.0 * rank + th.arange(count, dtype=th.float32) + 1)
+    return sampler.state_dict()
+
+
+def everything(folder):
+    rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+    before = th.full((3,), float(rank))
+    dist_util.sync_params([before])
+    th.save(
+        dict(
+            rank=rank,
+            ranks=ranks,
+            device=str(dist_util.dev()),
+            described=dist_util.describe_ranks(),
+            gathered=dist_util.all_gather_object({"rank": rank}),
+            ragged=ragged(rank),
+            from_rank0=dist_util.from_rank0(lambda: f"from {rank}"),
+            refused=refused_by_rank0(),
+            history=learned_history(rank),
+            synced=before,
+            summed=dist_util.sum_over_ranks(th.tensor([rank + 1.0])),
+            six_steps=six_steps(folder / "run", split=(rank, ranks)),
+        ),
+        folder / f"rank{rank}.pt",
+    )
+
+
+def main():
+    task, folder = sys.argv[1], Path(sys.argv[2])
+    dist_util.setup_dist()
+    rank = dist_util.get_rank()
+    if task == "all":
+        everything(folder)
+        return
+    dist_util.barrier()
+    if rank == 1:
+        if task == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise {"mistaken": UserError, "crashed": RuntimeError}[task]("rank 1 alone is wrong")
+    dist_util.barrier()
+
+
+if __name__ == "__main__":
+    dist_util.run_script(main)

@@ -1,0 +1,163 @@
+"""Who imports whom, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+
+import pytest
+from helpers import ROOT
+
+PACKAGE = ROOT / "improved_diffusion"
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MODULES = [name for name in FILES if name != "__init__"]
+
+
+def imports(path, top_level_only=False):
+    """(module, name or None) of each import in a file; "." stands for the package itself."""
+    tree = ast.parse(path.read_text())
+    nested = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if top_level_only and node in nested:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                base = ["", *path.relative_to(PACKAGE).parts[: -node.level]]
+                module = "." + ".".join([part for part in (*base, module) if part])
+            found += [(module, alias.name) for alias in node.names]
+    return found
+
+
+def own(path):
+    """The modules of the package that a file imports."""
+    found = set()
+    for module, name in imports(path):
+        if module.startswith("improved_diffusion"):
+            module = "." + module.removeprefix("improved_diffusion").lstrip(".")
+        if module.startswith("."):
+            full = module[1:]
+            inner = f"{full}.{name}".lstrip(".")
+            found.add(inner if inner in FILES else full or "__init__")
+    return found
+
+
+def others(path, top_level_only=False):
+    """The packages that a file imports, other than ours and the standard library."""
+    tops = {module.split(".")[0] for module, _ in imports(path, top_level_only) if not module.startswith(".")}
+    return tops - set(sys.stdlib_module_names) - {"improved_diffusion"}
+
+
+GRAPH = {name: own(path) for name, path in FILES.items()}
+
+BASICS = {"config", "schedules", "losses", "nn"}
+SERVICES = {"ema", "resample", "checkpoint", "image_datasets", "images", "logger"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "config": set(), "schedules": set(), "losses": set(), "nn": set(), "fp16_util": set(),
+    "presets": {"config"},
+    "files": {"config"},
+    "samplers": {"schedules", "nn"},
+    "unet": {"nn", "fp16_util"},
+    "gaussian_diffusion": BASICS | {"samplers"},
+    "respace": BASICS | {"gaussian_diffusion"},
+    "dist_util": {"config", "files"},
+    **{name: BASICS | {"dist_util", "files"} for name in SERVICES - {"image_datasets"}},
+    "image_datasets": BASICS | {"dist_util", "files", "images"},
+    "train_util": BASICS | SERVICES | {"samplers", "gaussian_diffusion", "respace", "dist_util", "files", "fp16_util"},
+    "evaluation": set(), "evaluation.nll": set(),
+    "script_util": set(FILES) - {"train_util", "run_util", "sample_util"},
+    "run_util": set(FILES) - {"sample_util"},
+    "sample_util": set(FILES) - {"train_util", "run_util", "script_util", "unet"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_module_imports_only_what_lies_below_it(name):
+    assert name in MAY_IMPORT, "a new module needs its place in the table"
+    assert GRAPH[name] <= MAY_IMPORT[name]
+
+
+def test_no_imports_go_in_circles():
+    list(TopologicalSorter(GRAPH).static_order())
+
+
+def test_the_trainer_trains_whatever_it_is_given():
+    assert not GRAPH["train_util"] & {"unet", "script_util", "run_util", "presets"}
+
+
+def test_script_util_alone_knows_the_networks():
+    assert [name for name in MODULES if "unet" in GRAPH[name]] == ["script_util"]
+
+
+def test_options_are_turned_into_objects_by_script_util_and_the_scripts_helpers_only():
+    groups = {
+        node.name for node in ast.parse(FILES["config"].read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config") and node.name != "Config"
+    }  # fmt: skip
+    assert len(groups) > 5
+    users = {name for name in MODULES if groups & {imported for _, imported in imports(FILES[name])}}
+    assert users <= {"script_util", "run_util"}
+
+
+@pytest.mark.parametrize("name", ["run_util", "sample_util"])
+def test_what_the_scripts_share_serves_nothing_else(name):
+    assert [other for other in MODULES if name in GRAPH[other]] == []
+
+
+def test_nothing_imports_the_scripts():
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {"scripts", "tests"}
+    assert len(scripts) > 5
+    for path in FILES.values():
+        assert not scripts & {module.split(".")[0] for module, _ in imports(path)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_at_import_time_a_module_needs_torch_numpy_and_pillow_at_most(name):
+    allowed = {
+        "config": set(), "presets": set(), "files": set(), "__init__": set(),
+        "images": {"torch", "numpy", "PIL"}, "image_datasets": {"torch", "numpy", "PIL"},
+        "sample_util": {"torch", "numpy", "PIL"},
+    }  # fmt: skip
+    assert others(FILES[name], top_level_only=True) <= allowed.get(name, {"torch", "numpy"})
+
+
+OPTIONAL = ["mpi4py", "blobfile", "tqdm", "yaml", "sklearn", "scipy", "wandb", "tensorboard", "gradio", "diffusers"]
+
+
+@pytest.mark.parametrize("what", ["import improved_diffusion", "every module"])
+def test_importing_pulls_in_no_optional_package(what):
+    names = ["improved_diffusion", *(f"improved_diffusion.{name}" for name in MODULES if what == "every module")]
+    # What torch imports on its own account, tqdm for one, is not ours.
+    code = f"import sys{', torch' if what == 'every module' else ''}\nbefore = set(sys.modules)\n"
+    code += "\n".join([f"import {name}" for name in names])
+    code += f"\nprint([name for name in {OPTIONAL} if name in sys.modules and name not in before])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_is_longer_than_450_lines(name):
+    assert len(FILES[name].read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_module_says_what_it_is_for(name):
+    assert ast.get_docstring(ast.parse(FILES[name].read_text()))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_has_its_tests(name):
+    elsewhere = {"run_util": "scripts", "sample_util": "scripts", "presets": "config", "evaluation": "evaluation_nll"}
+    assert (ROOT / "tests" / f"test_{elsewhere.get(name, name.replace('.', '_'))}.py").exists()
