@@ -273,22 +273,24 @@ def test_microbatches_give_the_gradient_of_the_batchs_mean():
         th.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
-def test_importance_weights_multiply_the_losses():
-    class Twice:
-        def sample(self, batch_size, device):
-            return th.full((batch_size,), 7), th.full((batch_size,), 2.0)
+@pytest.mark.parametrize("microbatch", [-1, 3])
+def test_importance_weights_multiply_the_losses(microbatch):
+    class Fixed:
+        def __init__(self, weight):
+            self.weight = weight
 
-    class Once(Twice):
         def sample(self, batch_size, device):
-            return th.full((batch_size,), 7), th.full((batch_size,), 1.0)
+            return th.full((batch_size,), 7), th.full((batch_size,), self.weight)
 
-    norms = []
-    for sampler in (Once(), Twice()):
-        loop = make_loop(schedule_sampler=sampler)
+    norms, losses = [], []
+    for weight in (1.0, 2.0):
+        loop = make_loop(schedule_sampler=Fixed(weight), microbatch=microbatch)
         th.manual_seed(0)
         loop.forward_backward(*next(loop.data))
-        norms.append(th.cat([p.grad.flatten() for p in loop.model.parameters()]).norm())
+        norms.append(th.cat([p.grad.flatten() for p in loop.model.parameters()]).norm().item())
+        losses.append(loop.meter.read()["loss"])
     assert norms[1] / norms[0] == pytest.approx(2, rel=1e-4)
+    assert losses[1] / losses[0] == pytest.approx(2, rel=1e-6)  # the log shows what is minimised
 
 
 def test_a_run_is_a_function_of_its_seed():
