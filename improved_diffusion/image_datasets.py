@@ -27,6 +27,7 @@ from . import dist_util, files, images
 from .config import UserError, height_width
 
 MAX_CHECKED = 10_000  # images read before training starts; beyond, an even selection of so many
+MAX_CLASSES = 100_000  # a larger label is a mistake, and would make an embedding of that many rows
 MAX_UNREADABLE = 0.01  # the share of unreadable images that is skipped
 
 
@@ -188,6 +189,8 @@ def _index_classes(found: list[Any], where: str) -> tuple[list[int], list[str]]:
     if all(isinstance(label, int) for label in found):
         if min(found) < 0:
             raise UserError(f"the labels in {where} must not be negative, found {min(found)}: number them from 0")
+        if max(found) >= MAX_CLASSES:
+            raise UserError(f"the labels in {where} go up to {max(found)}: number the classes from 0, without gaps")
         return found, [str(i) for i in range(max(found) + 1)]
     names = sorted({str(label) for label in found})
     index = {name: i for i, name in enumerate(names)}
