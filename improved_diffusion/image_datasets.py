@@ -28,6 +28,7 @@ from .config import UserError, height_width
 
 MAX_CHECKED = 10_000  # images read before training starts; beyond, an even selection of so many
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would make an embedding of that many rows
+MAX_CACHED_BYTES = 2**28  # data sets that are smaller once resized stay in memory, in each process that reads them
 MAX_UNREADABLE = 0.01  # the share of unreadable images that is skipped
 
 
@@ -230,6 +231,7 @@ class ImageDataset(Dataset):
         self.local_indices = range(len(self.source))[shard::num_shards]
         self.local_classes = None if classes is None else classes[shard::num_shards]
         self.channels = channels
+        self.cache: dict[int, np.ndarray] = {}
 
     def __len__(self):
         return len(self.local_indices)
@@ -247,10 +249,18 @@ class ImageDataset(Dataset):
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
             raise UnreadableImage(f"{self.source.describe(i)} is not a readable image: {error}") from None
 
-    def __getitem__(self, idx):
+    def _pixels(self, idx: int) -> np.ndarray:
+        """The image as the network sees it, uint8 [H, W] or [H, W, C]."""
+        if idx in self.cache:
+            return self.cache[idx]
         image = images.resize_crop(self.read(idx), self.resolution)
-        image = images.convert(image, self.channels, self.source.describe(self.local_indices[idx]))
-        array = np.asarray(image, dtype=np.float32) / 127.5 - 1
+        array = np.asarray(images.convert(image, self.channels, self.source.describe(self.local_indices[idx])))
+        if len(self) * array.nbytes <= MAX_CACHED_BYTES:
+            self.cache[idx] = array
+        return array
+
+    def __getitem__(self, idx):
+        array = self._pixels(idx).astype(np.float32) / 127.5 - 1
         array = array[None] if array.ndim == 2 else np.transpose(array, [2, 0, 1])
         out = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
         return np.ascontiguousarray(array), out
@@ -324,11 +334,12 @@ class _Stream(Dataset):
             try:
                 return self.dataset[i]
             except UnreadableImage as error:
-                if i not in self.unreadable:
-                    warnings.warn(f"{error}; another image takes its place", stacklevel=1)
+                known = i in self.unreadable
                 self.unreadable.add(i)
                 if len(self.unreadable) > MAX_UNREADABLE * len(self.dataset):
                     raise
+                if not known:
+                    warnings.warn(f"{error}; another image takes its place", stacklevel=1)
                 place += 1
 
 
