@@ -207,11 +207,17 @@ class SuperResConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Config):
-    """The training images."""
+class SourceConfig(Config):
+    """The images."""
 
     data_dir: str = option("", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads")
     labels: str = extra("prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """The training images."""
+
     random_flip: bool = extra(False, "mirror each image left-right half of the time")
     num_workers: int = extra(1, "processes that read and resize images, per rank; 0: in the training process")
 
@@ -303,7 +309,7 @@ class SampleConfig(Config):
     """What to draw, and how."""
 
     model_path: str = option("", "checkpoint to sample from, preferably an ema_*.pt")
-    num_samples: int = option(10000, "images to make")
+    num_samples: int = option(10000, "images to make; super-resolution makes one of each base image unless told")
     batch_size: int = option(16, "images at once on each rank")
     use_ddim: bool = option(False, "deterministic DDIM steps rather than ancestral sampling")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1] at every step")
@@ -345,6 +351,13 @@ class RunConfig(Config):
 
     seed: int = extra(0, "all randomness follows from it")
     out_dir: str = extra("", "folder for everything that is written; empty: ./runs/<name>")
+
+    def validate(self) -> None:
+        self.require(self.seed >= 0, "seed", "must not be negative")
+        if "://" in self.out_dir:
+            raise UserError(
+                f"--out_dir {self.out_dir} must be a local folder: DIFFUSION_BLOB_LOGDIR puts checkpoints elsewhere"
+            )
 
 
 def fixed_names() -> set[str]:

@@ -35,7 +35,10 @@ def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
     # Only a step that srun started has this; the batch script itself has SLURM_NTASKS alone.
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         return "srun"
-    return "mpiexec" if "PMI_SIZE" in env or "PMIX_RANK" in env else "python"
+    # SLURM gives its own steps these too, such as an interactive shell.
+    if "SLURM_STEP_ID" not in env and ("PMI_SIZE" in env or "PMIX_RANK" in env):
+        return "mpiexec"
+    return "python"
 
 
 def get_rank() -> int:
@@ -80,7 +83,7 @@ def setup_dist() -> None:
             th.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))  # ranks on one host share its cores
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     if launcher != "python":
-        sys.excepthook = _report_and_abort
+        sys.excepthook = _end_by_exception
     atexit.register(_leave)
     _check_devices()
 
@@ -178,18 +181,25 @@ def _device_name() -> str:
 
 
 def _check_devices() -> None:
-    """No two ranks may have the same GPU: nccl would fail with a message that does not say so."""
-    if dev().type != "cuda" or get_world_size() == 1:
-        return
-    properties = th.cuda.get_device_properties(dev())
-    gpu = getattr(properties, "uuid", (os.environ.get("CUDA_VISIBLE_DEVICES"), dev().index))  # torch 2.4 has no uuid
-    mine = (socket.gethostname(), str(gpu))
-    taken: dict[tuple[str, str], int] = {}
-    for rank, key in enumerate(all_gather_object(mine)):
-        if key in taken:
+    """All ranks have GPUs, each its own, or none has: nccl would fail, or hang, without saying so."""
+    gpu = None
+    if dev().type == "cuda":
+        properties = th.cuda.get_device_properties(dev())
+        # torch 2.4 has no uuid
+        gpu = str(getattr(properties, "uuid", (os.environ.get("CUDA_VISIBLE_DEVICES"), dev().index)))
+    keys = all_gather_object((socket.gethostname(), gpu))
+    without = [rank for rank, (_, found) in enumerate(keys) if found is None]
+    if without and len(without) < len(keys):
+        raise UserError(
+            f"rank {without[0]} on {keys[without[0]][0]} finds no GPU where others do: mend its driver, leave the host "
+            'out, or run all on CPUs with CUDA_VISIBLE_DEVICES=""'
+        )
+    taken: dict[tuple[str, str | None], int] = {}
+    for rank, key in enumerate(keys):
+        if key in taken and key[1] is not None:
             raise UserError(
                 f"ranks {taken[key]} and {rank} on {key[0]} would share a GPU: start at most one rank per visible GPU "
-                f"(this one sees {th.cuda.device_count()}) on each host"
+                f'(this one sees {th.cuda.device_count()}) on each host, or on CPUs with CUDA_VISIBLE_DEVICES=""'
             )
         taken[key] = rank
 
@@ -198,6 +208,13 @@ def describe_ranks() -> str:
     """A line for each rank: rank -> host -> device. Collective."""
     rows = all_gather_object((socket.gethostname(), _device_name()))
     return "\n".join(f"rank {rank} -> {host} -> {device}" for rank, (host, device) in enumerate(rows))
+
+
+def to_device(tensor: th.Tensor, device: th.device) -> th.Tensor:
+    """The CPU tensor on a device, without waiting for what the device has still to do."""
+    if th.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def all_gather_object(obj: Any) -> list[Any]:
@@ -283,10 +300,15 @@ def run_script(main: Callable[[], None]) -> None:
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             raise
-        _report_and_abort(type(error), error, error.__traceback__)
-        sys.stdout.flush()
-        # Not sys.exit: a collective's threads, or a worker that is stuck, must not keep a failed process alive.
-        os._exit(_exit_code(error))
+        _end_by_exception(type(error), error, error.__traceback__)
+
+
+def _end_by_exception(kind: type[BaseException], error: BaseException, tb: Any) -> None:
+    """Report the error and end this process, and under mpiexec the others."""
+    _report_and_abort(kind, error, tb)
+    sys.stdout.flush()
+    # Not sys.exit: a collective's threads, or a worker that is stuck, must not keep a failed process alive.
+    os._exit(_exit_code(error))
 
 
 def _exit_code(error: BaseException) -> int:
@@ -303,17 +325,23 @@ def _report_and_abort(kind: type[BaseException], error: BaseException, tb: Any) 
         time.sleep(2)  # if rank 0 fails alike, its message is enough: it ends this process meanwhile
     who = f"rank {rank} on {socket.gethostname()}: " if many else ""
     lost_peer = isinstance(error, RuntimeError) and re.search(
-        r"gloo|NCCL|Connection (closed|reset)|TCPStore", str(error)
+        r"Connection (closed|reset|refused)|remote process exited|[Tt]imed out", str(error)
     )
     if isinstance(error, UserError):
         print(f"{who}error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         if rank == 0:  # it alone knows what has been saved
             print(f"{who}interrupted{': ' + str(error) if str(error) else ''}", file=sys.stderr)
+    elif isinstance(error, th.cuda.OutOfMemoryError):
+        print(
+            f"{who}error: the GPU's memory is full: lower --batch_size or --microbatch, or use --use_checkpoint or "
+            f"--precision bf16 ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
     elif many and lost_peer:
         print(
             f"{who}error: lost contact with another rank: its own message says why; one that was killed, as for want "
-            f"of memory, leaves none ({str(error).strip().splitlines()[0]})",
+            f"of memory, leaves none ({str(error).strip()})",
             file=sys.stderr,
         )
     elif not isinstance(error, SystemExit):

@@ -207,6 +207,8 @@ def configure(
         format_strs = os.environ.get(*names).split(",")
     try:
         outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    except ValueError as error:
+        raise files.UserError(f"OPENAI_LOG_FORMAT: {error}") from None
     except OSError as error:
         raise files.UserError(f"cannot write into {dir}: {error.strerror}: choose another --out_dir") from None
     if _current is not None:

@@ -33,7 +33,8 @@ class ScheduleSampler(ABC):
         p = w / np.sum(w)
         indices = np.random.choice(len(p), size=(batch_size,), p=p)
         weights = 1 / (len(p) * p[indices])
-        return th.from_numpy(indices).long().to(device), th.from_numpy(weights).float().to(device)
+        t, weight = th.from_numpy(indices).long(), th.from_numpy(weights).float()
+        return dist_util.to_device(t, device), dist_util.to_device(weight, device)
 
 
 class UniformSampler(ScheduleSampler):

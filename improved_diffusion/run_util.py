@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import torch as th
 
 from . import __version__, checkpoint, dist_util, files, images, logger
-from .config import TrainConfig, UserError, comma_list, height_width
+from .config import TrainConfig, UserError, comma_list, fixed_names, height_width
 from .image_datasets import ArrayImages, BatchStream, FolderImages, ImageDataset, open_images, read_classes
 from .resample import create_named_schedule_sampler
 from .script_util import NUM_CLASSES, adopt, build, resolve_channel_mult
@@ -90,6 +92,11 @@ def _find_resume(options: argparse.Namespace) -> str:
                 f"--resume {wanted}: no complete checkpoint (model, ema and opt files of one step) in that folder"
             )
         return files.join(wanted, checkpoint.model_name(steps[-1]))
+    if not re.fullmatch(r"model\d+\.pt", wanted.replace("\\", "/").rpartition("/")[2]):
+        raise UserError(
+            f"--resume {wanted}: name a modelNNNNNN.pt, with its ema_* and opt files beside it, or a folder; to start "
+            "at step 0 from the weights of any other file, use --init_checkpoint"
+        )
     return wanted
 
 
@@ -203,14 +210,27 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
 
 def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:
     """What the samples of a checkpoint depend on."""
-    names = ("seed", "classes", "use_ddim", "ddim_eta", "clip_denoised", "timestep_respacing", "sigma_small")
-    request = {name: getattr(options, name) for name in names}
+    names = {
+        "seed",
+        "classes",
+        "use_ddim",
+        "ddim_eta",
+        "clip_denoised",
+        "timestep_respacing",
+        "sigma_small",
+    } | fixed_names()
+    request = {name: getattr(options, name) for name in sorted(names) if hasattr(options, name)}
+    request["model_sha256"] = dist_util.from_rank0(_sha256, options.model_path)
     if hasattr(options, "base_samples"):
         request["base_samples"] = (
             os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
         )
     path = options.model_path if files.is_url(options.model_path) else os.path.abspath(options.model_path)
     return {"model_path": path, "model_step": metadata.get("step"), **request}
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(files.read_bytes(path)).hexdigest()
 
 
 def samples_name(options: argparse.Namespace, steps: int) -> str:

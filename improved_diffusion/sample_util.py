@@ -16,6 +16,7 @@ from . import dist_util, files, images, logger
 from .config import UserError
 from .samplers import SeededNoise
 
+NUM_CLASSES = 1000  # of a published class-conditional checkpoint
 REQUEST_FILE = "samples.json"
 PNG_DIR = "samples"
 
@@ -49,7 +50,7 @@ class Labels:
     def name(self, i: int) -> str:
         """The class's name, or its index where it has none."""
         label = self.index(i)
-        return self.class_names[label] if self.class_names else str(label)
+        return self.class_names[label] if self.class_names and label < len(self.class_names) else str(label)
 
 
 def choose_labels(options: Any, metadata: Mapping[str, Any]) -> Labels | None:
@@ -61,7 +62,7 @@ def choose_labels(options: Any, metadata: Mapping[str, Any]) -> Labels | None:
             )
         return None
     names = metadata.get("class_names")
-    num_classes = options.num_classes or 1000
+    num_classes = len(names) if names else options.num_classes or NUM_CLASSES  # no more than were trained
     return Labels(num_classes, options.seed, parse_classes(options.classes, names, num_classes), names)
 
 
@@ -213,20 +214,24 @@ class PreviewGrid:
         params = loop.emas[0].params if loop.emas else loop.master_params
         model.load_state_dict(loop.state_dict_of(params))
         model.eval()
-        noise_fn = SeededNoise(range(self.seed, self.seed + self.count))
+        parts = []
         try:
-            sample = self.diffusion.ddim_sample_loop(
-                model,
-                (self.count, *self.shape),
-                model_kwargs=dict(self.model_kwargs),
-                device=loop.device,
-                noise_fn=noise_fn,
-            )
+            # In parts as small as training's, so that a preview needs no more memory than a step.
+            for start in range(0, self.count, loop.microbatch):
+                numbers = range(start, min(start + loop.microbatch, self.count))
+                sample = self.diffusion.ddim_sample_loop(
+                    model,
+                    (len(numbers), *self.shape),
+                    model_kwargs={key: value[numbers.start : numbers.stop] for key, value in self.model_kwargs.items()},
+                    device=loop.device,
+                    noise_fn=SeededNoise([self.seed + i for i in numbers]),
+                )
+                parts.append(images.to_uint8(sample))
         finally:
             model.load_state_dict(own)
             model.train()
         directory = files.join(self.out_dir, "previews")
         files.make_dirs(directory)
         path = files.join(directory, f"step_{loop.absolute_step + 1:06d}.png")
-        images.save_grid(path, images.to_uint8(sample))
+        images.save_grid(path, np.concatenate(parts))
         logger.log(f"wrote {path}")

@@ -82,13 +82,11 @@ def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] 
 
     values = vars(flags)
     preset, config = values.pop("preset", None), values.pop("config", None)
-    given = {
-        **(_from_preset(preset, known) if preset else {}),
-        **(_from_file(config, known) if config else {}),
-        **values,
-    }
-    if "batch_size" in values and "total_batch_size" not in values:
-        given.pop("total_batch_size", None)  # a preset's total gives way to a rank's own
+    chosen = {**(_from_file(config, known) if config else {}), **values}
+    given = {**(_from_preset(preset, known) if preset else {}), **chosen}
+    for source in (chosen, values):
+        if "batch_size" in source and "total_batch_size" not in source:
+            given.pop("total_batch_size", None)  # the total of a weaker source gives way to a rank's own
     namespace = argparse.Namespace(given=set(given), flags=set(values), preset=preset)
     for group in groups:
         options = group(**{f.name: given[f.name] for f in fields(group) if f.name in given})

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util, images, logger
-from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, NLLConfig, RunConfig
+from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig, SourceConfig
 from improved_diffusion.evaluation.nll import summarize_bound
 from improved_diffusion.image_datasets import ImageDataset, open_images
 from improved_diffusion.run_util import class_indices, samples_name, start_run
@@ -15,7 +15,7 @@ from improved_diffusion.script_util import load_model, parse_options
 
 
 def main():
-    options = parse_options((NLLConfig, DataConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__)
+    options = parse_options((NLLConfig, SourceConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__)
     dist_util.setup_dist()
     model, diffusion, metadata = load_model(options)
     source = open_images(options.data_dir)

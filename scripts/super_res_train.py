@@ -28,6 +28,7 @@ class WithLowRes:
 
     def __next__(self):
         batch, kwargs = next(self.data)
+        batch = batch.to(dist_util.dev(), non_blocking=True)
         return batch, {**kwargs, "low_res": F.interpolate(batch, self.size, mode="area")}
 
 

@@ -1,5 +1,9 @@
 """Every test starts from the same generators and settings, whatever ran before it."""
 
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
+
 import numpy as np
 import pytest
 import torch as th

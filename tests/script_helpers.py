@@ -59,7 +59,14 @@ def environment(**variables):
     )
     env = {name: value for name, value in os.environ.items() if not foreign.match(name)}
     programs = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
-    return {**env, "PATH": programs, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    return {
+        **env,
+        "PATH": programs,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **variables,
+    }
 
 
 def without_mpi4py(env, how="forbidden"):
