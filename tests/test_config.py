@@ -371,3 +371,12 @@ def test_a_ranks_own_batch_size_replaces_the_presets_total():
     assert (options.batch_size, options.total_batch_size) == (4, 0)
     options = parse("image_train", "--preset", "cifar10-hybrid", "--total_batch_size", "64")
     assert options.total_batch_size == 64
+
+
+def test_a_files_batch_size_replaces_the_presets_total_too(config_file):
+    options = parse("image_train", "--preset", "cifar10-hybrid", "--config", config_file({"batch_size": 16}))
+    assert (options.batch_size, options.total_batch_size) == (16, 0)
+    both = config_file({"batch_size": 16, "total_batch_size": 32})
+    options = parse("image_train", "--preset", "cifar10-hybrid", "--config", both)
+    assert (options.batch_size, options.total_batch_size) == (16, 32)
+    assert parse("image_train", "--config", both, "--batch_size", "4").total_batch_size == 0

@@ -364,6 +364,15 @@ def test_classes_are_named_or_numbered(model, tmp_path):
     assert sorted(os.listdir(tmp_path / "samples/samples")) == names
 
 
+def test_only_classes_that_were_trained_are_drawn_from_a_larger_embedding(training, tmp_path):
+    args = [*training, "--num_classes", 1000, "--max_steps", 1, "--out_dir", "run"]
+    call("image_train", *args, cwd=tmp_path).succeed()
+    sampling = ["--model_path", "run/ema_0.9999_000000.pt", "--num_samples", 6, "--timestep_respacing", 2]
+    call("image_sample", *sampling, "--out_dir", "samples", cwd=tmp_path).succeed()
+    assert state_of(tmp_path / "run/model000000.pt")["label_emb.weight"].shape[0] == 1000
+    assert set(samples_of(tmp_path / "samples")[1]) == {0, 1}
+
+
 def test_ddim_in_fewer_steps_has_a_folder_of_its_own(model, tmp_path):
     args = ["--model_path", model, "--num_samples", 1, "--use_ddim", "--timestep_respacing", "ddim5"]
     call("image_sample", *args, cwd=tmp_path).succeed()

@@ -535,3 +535,54 @@ def test_interrupted_sampling(place, tmp_path):
     assert result.code == 130
     assert result.err.startswith("interrupted: ") and result.err.count("\n") == 1
     assert f"of 1000 samples are in {tmp_path / 'samples/samples'}; the same command goes on" in result.err
+
+
+# What looks right and is not
+
+
+def test_an_average_is_not_resumed_as_if_it_were_the_model(prepared, own_run, tmp_path):
+    wanted = own_run / "ema_0.9999_000002.pt"
+    result = call("image_train", *prepared.training, "--resume", wanted, "--out_dir", "next", cwd=tmp_path)
+    refused(result, wanted, "name a modelNNNNNN.pt", "--init_checkpoint")
+
+
+def test_samples_of_a_checkpoint_that_has_changed_are_not_passed_off_as_new(prepared, own_run, tmp_path):
+    model = own_run / "ema_0.9999_000002.pt"
+    sampling = ["--model_path", model, "--num_samples", 2, "--timestep_respacing", 2, "--out_dir", "samples"]
+    call("image_sample", *sampling, cwd=tmp_path).succeed()
+    state = th.load(model, weights_only=True)
+    state["out.2.bias"] += 0.1
+    th.save(state, model)
+    refused(call("image_sample", *sampling, cwd=tmp_path), "holds samples made with model_sha256", "another --out_dir")
+
+
+def test_samples_of_a_foreign_checkpoint_by_other_flags_are_not_passed_off_as_new(prepared, tmp_path):
+    state = {name: tensor.clone() for name, tensor in th.load(prepared.model, weights_only=True).items()}
+    th.save(state, tmp_path / "foreign.pt")
+    flags = ["--image_size", 16, "--channel_mult", "1,1", "--timestep_respacing", 2]
+    sampling = ["--model_path", tmp_path / "foreign.pt", *flags, "--num_samples", 2, "--out_dir", "samples"]
+    call("image_sample", *sampling, cwd=tmp_path).succeed()
+    result = call("image_sample", *sampling, "--noise_schedule", "cosine", cwd=tmp_path)
+    refused(result, "samples made with noise_schedule", "cosine")
+
+
+def test_negative_seed(prepared, tmp_path):
+    refused(call("image_train", *prepared.training, "--seed", -1, cwd=tmp_path), "--seed -1 must not be negative")
+
+
+def test_out_dir_on_blob_storage(prepared, tmp_path):
+    result = call("image_train", *prepared.training, "--out_dir", "gs://bucket/run", cwd=tmp_path)
+    refused(result, "--out_dir gs://bucket/run must be a local folder", "DIFFUSION_BLOB_LOGDIR")
+
+
+def test_unknown_log_format(prepared, tmp_path):
+    environment = {"OPENAI_LOG_FORMAT": "stdout,xml"}
+    result = call("image_train", *prepared.training, "--out_dir", "run", cwd=tmp_path, env=environment)
+    refused(result, "OPENAI_LOG_FORMAT", "'xml'", "csv")
+
+
+def test_integer_labels_out_of_all_proportion(prepared, tmp_path):
+    names = sorted(path.name for path in prepared.data.iterdir())
+    (tmp_path / "labels.json").write_text(json.dumps({name: 10**9 + i % 2 for i, name in enumerate(names)}))
+    result = call("image_train", *prepared.training, "--labels", "labels.json", cwd=tmp_path)
+    refused(result, "labels.json", "1000000001", "from 0")
