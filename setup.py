@@ -19,7 +19,7 @@ setup(
         "yaml": ["pyyaml>=6.0"],
         "digits": ["scikit-learn>=1.3"],
         "lsun": ["lmdb>=1.4"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "scikit-learn>=1.3", "pyyaml>=6.0", "mpich"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "scikit-learn>=1.3", "pyyaml>=6.0", "mpich", "diffusers>=0.30"],
         "dev": ["ruff>=0.6", "mypy>=1.11", "pre-commit>=3.8", "types-PyYAML"],
     },
 )
