@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+NUM_CLASSES = 1000  # of a class-conditional model, where nothing says otherwise
+
 
 class UserError(ValueError):
     """A mistake of the user's that one clear message explains: it names the culprit and the remedy."""

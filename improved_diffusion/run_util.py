@@ -15,10 +15,10 @@ import numpy as np
 import torch as th
 
 from . import __version__, checkpoint, dist_util, files, images, logger
-from .config import TrainConfig, UserError, comma_list, fixed_names, height_width
+from .config import NUM_CLASSES, TrainConfig, UserError, comma_list, fixed_names, height_width
 from .image_datasets import ArrayImages, BatchStream, FolderImages, ImageDataset, open_images, read_classes
 from .resample import create_named_schedule_sampler
-from .script_util import NUM_CLASSES, adopt, build, resolve_channel_mult
+from .script_util import adopt, build, resolve_channel_mult
 from .train_util import TrainLoop, get_blob_logdir
 
 CONFIG_FILE = "config.json"
@@ -286,6 +286,6 @@ def class_indices(options: argparse.Namespace, source: Any, metadata: dict[str, 
     if unknown:
         raise UserError(f"{options.data_dir} has the class {unknown[0]}, which {options.model_path} was not trained on")
     indices = [trained.index(names[i]) for i in found]
-    if max(indices) >= (options.num_classes or 1000):
+    if max(indices) >= (options.num_classes or NUM_CLASSES):
         raise UserError(f"{options.data_dir} has class {max(indices)}; {options.model_path} has {options.num_classes}")
     return indices

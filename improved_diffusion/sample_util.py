@@ -13,10 +13,9 @@ import torch as th
 from PIL import Image
 
 from . import dist_util, files, images, logger
-from .config import UserError
+from .config import NUM_CLASSES, UserError
 from .samplers import SeededNoise
 
-NUM_CLASSES = 1000  # of a published class-conditional checkpoint
 REQUEST_FILE = "samples.json"
 PNG_DIR = "samples"
 

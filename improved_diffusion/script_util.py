@@ -11,6 +11,7 @@ from typing import Any
 
 from . import checkpoint, files, logger
 from .config import (
+    NUM_CLASSES,
     DiffusionConfig,
     ModelConfig,
     SuperResConfig,
@@ -26,8 +27,6 @@ from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named
 from .presets import PRESETS, preset_options
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel, read_architecture
-
-NUM_CLASSES = 1000  # of a class-conditional model, where nothing says otherwise
 
 __all__ = [
     "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "create_gaussian_diffusion", "create_model",
