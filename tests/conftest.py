@@ -1,6 +1,7 @@
 """Every test starts from the same generators and settings, whatever ran before it."""
 
 import os
+import signal
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
 
@@ -13,6 +14,8 @@ from improved_diffusion import logger
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
             "DIFFUSION_TRAINING_TEST")  # fmt: skip
 
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 th.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine cost more
 
 
