@@ -13,13 +13,25 @@ setup(
         "numpy>=1.26",
         "pillow>=10.0",
         "tqdm>=4.60",
+        "matplotlib>=3.7",  # imported where curves are drawn
     ],
     extras_require={
         "mpi": ["mpich"],
         "yaml": ["pyyaml>=6.0"],
         "digits": ["scikit-learn>=1.3"],
         "lsun": ["lmdb>=1.4"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "scikit-learn>=1.3", "pyyaml>=6.0", "mpich", "diffusers>=0.30"],
+        "tensorboard": ["tensorboard>=2.14"],
+        "wandb": ["wandb>=0.17"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "scikit-learn>=1.3",
+            "pyyaml>=6.0",
+            "mpich",
+            "diffusers>=0.30",
+            "tensorboard>=2.14",
+            "wandb>=0.17",
+        ],
         "dev": ["ruff>=0.6", "mypy>=1.11", "pre-commit>=3.8", "types-PyYAML"],
     },
 )

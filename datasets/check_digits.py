@@ -10,7 +10,7 @@ from PIL import Image
 
 from improved_diffusion import dist_util
 from improved_diffusion.config import UserError
-from improved_diffusion.image_datasets import open_images
+from improved_diffusion.image_sources import open_images
 
 SIDE = 8  # of the original digits; samples are averaged down to it
 

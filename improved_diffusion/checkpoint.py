@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
@@ -21,19 +21,29 @@ from .config import UserError
 METADATA_KEY = "improved_diffusion"
 
 
-def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Mapping[str, Any]) -> None:
-    """Write a state dict with its description. Raises UserError where that fails, leaving an older file whole."""
-    described: Any = OrderedDict((name, tensor.detach().cpu()) for name, tensor in state_dict.items())
+def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -> dict[str, th.Tensor]:
+    """A copy of the state dict, in host memory, that carries its description."""
+    described: Any = OrderedDict((name, tensor.detach().to("cpu", copy=True)) for name, tensor in state_dict.items())
     described._metadata = OrderedDict(getattr(state_dict, "_metadata", {}))
     described._metadata[METADATA_KEY] = {"json": json.dumps(metadata)}
-    save(described, path)
+    return described
+
+
+def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Mapping[str, Any]) -> None:
+    """Write a state dict with its description. Raises UserError where that fails, leaving an older file whole."""
+    save(describe(state_dict, metadata), path)
+
+
+def to_bytes(obj: Any) -> memoryview:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    th.save(obj, buffer)
+    return buffer.getbuffer()
 
 
 def save(obj: Any, path: str) -> None:
     """torch.save, so that a crash or a full disk leaves an older file whole."""
-    buffer = io.BytesIO()
-    th.save(obj, buffer)
-    files.write_bytes(path, buffer.getvalue())
+    files.write_bytes(path, to_bytes(obj))
 
 
 def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
@@ -84,9 +94,9 @@ def model_name(step: int) -> str:
     return f"model{step:06d}.pt"
 
 
-def ema_name(rate: float | str, step: int) -> str:
-    """The file of a moving average at a step."""
-    return f"ema_{rate}_{step:06d}.pt"
+def ema_name(label: float | str, step: int) -> str:
+    """The file of a moving average at a step; the label is its rate, or what else tells it from others."""
+    return f"ema_{label}_{step:06d}.pt"
 
 
 def optimizer_name(step: int) -> str:
@@ -100,16 +110,6 @@ def model_steps(directory: str) -> list[int]:
         return []
     matches = (re.fullmatch(r"model(\d+)\.pt", name) for name in files.list_dir(directory))
     return sorted(int(match.group(1)) for match in matches if match)
-
-
-def complete_sets(directory: str, ema_rates: Iterable[float | str]) -> list[int]:
-    """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer."""
-    steps = model_steps(directory)
-    names = set(files.list_dir(directory)) if steps else set()
-    rates = list(ema_rates)
-    return [
-        step for step in steps if optimizer_name(step) in names and all(ema_name(rate, step) in names for rate in rates)
-    ]
 
 
 def find_in_set(main_checkpoint: str, name: str, what: str) -> str:

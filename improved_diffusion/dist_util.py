@@ -10,48 +10,42 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch as th
 import torch.distributed as dist
 
-from . import files
+from . import files, rendezvous, watchdog
 from .config import UserError
+from .rendezvous import detect_launcher, rank_by_environment
+from .watchdog import working
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+__all__ = [
+    "all_gather_object", "all_gather_ragged", "barrier", "describe_ranks", "detect_launcher", "dev", "from_rank0",
+    "get_rank", "get_world_size", "load_state_dict", "run_script", "setup_dist", "sum_over_ranks", "sync_params",
+    "to_device", "working",
+]  # fmt: skip
+
+# Long, for rank 0 may work while the others wait in a collective: ranks that are gone are the watchdog's to notice.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+STOPPED = 75  # the exit code of a run that was asked to stop, and saved: EX_TEMPFAIL, run it again
+
+_CONNECTIONS = (
+    "the hosts must reach each other on every port (see to the firewall); GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+    "name the network interface to use"
+)
 
 _device: th.device | None = None
-
-
-def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
-    """What started this process, by its environment: python, mpiexec, torchrun or srun."""
-    if "RANK" in env and "WORLD_SIZE" in env and "MASTER_ADDR" in env:
-        return "torchrun"
-    # mpiexec may have started its own helpers by srun, so its variables come first.
-    if "OMPI_COMM_WORLD_SIZE" in env or "HYDI_CONTROL_FD" in env or "MPI_LOCALNRANKS" in env:
-        return "mpiexec"
-    # Only a step that srun started has this; the batch script itself has SLURM_NTASKS alone.
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        return "srun"
-    # SLURM gives its own steps these too, such as an interactive shell.
-    if "SLURM_STEP_ID" not in env and ("PMI_SIZE" in env or "PMIX_RANK" in env):
-        return "mpiexec"
-    return "python"
+_self_test = ""
 
 
 def get_rank() -> int:
     """This process's rank; known before setup_dist() too."""
     if dist.is_initialized():
         return dist.get_rank()
-    names = {
-        "python": (),
-        "torchrun": ("RANK",),
-        "srun": ("SLURM_PROCID",),
-        "mpiexec": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"),
-    }
-    return next((int(os.environ[name]) for name in names[detect_launcher()] if name in os.environ), 0)
+    return rank_by_environment()
 
 
 def get_world_size() -> int:
@@ -62,109 +56,83 @@ def get_world_size() -> int:
 def setup_dist() -> None:
     """Join the other ranks: gloo on CPUs, nccl between GPUs. A process started alone is rank 0 of 1.
 
-    Raises UserError where ranks share a GPU, and where mpiexec is used without mpi4py or an MPI library.
+    From here on a rank that dies, freezes or is cut off ends the others within a minute, with a message.
+    Raises UserError where ranks are missing, cannot connect, or share a GPU, and where mpiexec is used without mpi4py
+    or an MPI library.
     """
-    global _device
+    global _device, _self_test
     if dist.is_initialized():
         return
     launcher = detect_launcher()
-    store, rank, world_size, local_rank, local_size = {
-        "python": _join_alone, "mpiexec": _join_by_mpi, "torchrun": _join_by_torchrun, "srun": _join_by_slurm,
-    }[launcher]()  # fmt: skip
-    backend = "gloo"
-    if th.cuda.is_available():
-        # A scheduler may show each rank its own GPU only; where it shows all, the local rank chooses.
-        _device = th.device("cuda", local_rank % th.cuda.device_count())
-        th.cuda.set_device(_device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        _device = th.device("cpu")
-        if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            th.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))  # ranks on one host share its cores
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     if launcher != "python":
         sys.excepthook = _end_by_exception
-    atexit.register(_leave)
+        watchdog.identify(f"rank {get_rank()} on {socket.gethostname()}: ", _abort if launcher == "mpiexec" else None)
+    limit_s = rendezvous.START_TIMEOUT + 15  # the steps of the start have their own limits, with better messages
+    with working("the other ranks to start: look at what they printed, and see that all were started", limit_s):
+        joined = rendezvous.join()
+        rows = rendezvous.meet(joined)
+        hosts = [host for host, _ in rows]
+        rendezvous.choose_interface(joined.rank, rows)
+    backend = _choose_device(joined)
+    with working(f"the ranks' connections to each other: {_CONNECTIONS}", limit_s):
+        try:
+            dist.init_process_group(
+                backend, store=joined.store, rank=joined.rank, world_size=joined.world_size, timeout=COLLECTIVE_TIMEOUT
+            )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the ranks cannot connect to each other ({reason}): {_CONNECTIONS}") from None
     _check_devices()
+    if joined.world_size > 1:
+        watchdog.start(joined.rank, hosts)
+        with working(f"the first collectives: {_CONNECTIONS}", limit_s):
+            _self_test = _test_collectives(len(set(hosts)))
+    atexit.register(_leave)
+
+
+def _choose_device(joined: rendezvous.Joined) -> str:
+    """Set this rank's device; the backend for it."""
+    global _device
+    if th.cuda.is_available():
+        # A scheduler may show each rank its own GPU only; where it shows all, the local rank chooses.
+        _device = th.device("cuda", joined.local_rank % th.cuda.device_count())
+        th.cuda.set_device(_device)
+        return "cpu:gloo,cuda:nccl"
+    _device = th.device("cpu")
+    if joined.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks on one host share its cores.
+        th.set_num_threads(max(1, (os.cpu_count() or 1) // joined.local_size))
+    return "gloo"
+
+
+def _test_collectives(hosts: int) -> str:
+    """What the collectives give is right on this rank's kinds of device; a line that says how long they take."""
+    rank, ranks = get_rank(), get_world_size()
+    times = []
+    for device in {th.device("cpu"): 0, dev(): 0}:
+        for _ in range(2):  # the first one also makes the connections
+            values = th.full((1 << 20,), rank + 1.0, device=device)
+            barrier()
+            started = time.perf_counter()
+            dist.all_reduce(values)
+            total = values.sum().item() / len(values)  # waits for the device
+            seconds = time.perf_counter() - started
+        number = th.full((1,), float(rank), device=device)
+        dist.broadcast(number, ranks - 1)
+        if total != ranks * (ranks + 1) / 2 or number.item() != ranks - 1:
+            raise UserError(
+                f"a test of the collectives on {device} went wrong: the sum of 1..{ranks} came as {total:g}, rank "
+                f"{ranks - 1}'s number as {number.item():g}: see that all ranks run the same version of torch"
+            )
+        times.append(f"{1e3 * seconds:.1f} ms on {device.type}")
+    names = f"{ranks} ranks on {hosts} host{'s' if hosts > 1 else ''}"
+    return f"collectives: {names}, all-reduce of 4 MiB in {', '.join(times)}"
 
 
 def _leave() -> None:
+    watchdog.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _join_alone():
-    return dist.HashStore(), 0, 1, 0, 1
-
-
-def _join_by_torchrun():
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=COLLECTIVE_TIMEOUT))
-    return store, rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def _join_by_slurm():
-    rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
-    host = os.environ.get("MASTER_ADDR") or _first_host(os.environ["SLURM_STEP_NODELIST"])
-    job = int(os.environ.get("SLURM_JOB_ID", 0)) * 31 + int(os.environ.get("SLURM_STEP_ID", 0))
-    port = int(os.environ.get("MASTER_PORT", 10000 + job % 20000))  # below the ports that connections get by chance
-    store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=COLLECTIVE_TIMEOUT)
-    local_size = int(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])  # such as 4(x2),3
-    return store, rank, world_size, int(os.environ.get("SLURM_LOCALID", 0)), local_size
-
-
-def _first_host(nodelist: str) -> str:
-    """The first host of a SLURM list such as `node[03-05,9],other`."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodelist)
-    if match is None:
-        raise UserError(f"cannot read SLURM_STEP_NODELIST {nodelist!r}: set MASTER_ADDR to the first host")
-    return "".join(part or "" for part in match.groups())
-
-
-def _mpi():
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"mpiexec needs mpi4py and an MPI library ({error}): pip install mpi4py mpich, or start the ranks by "
-            "torchrun --nproc-per-node N, which needs neither"
-        ) from None
-    return MPI
-
-
-def _join_by_mpi():
-    comm = _mpi().COMM_WORLD
-    rank, world_size = comm.Get_rank(), comm.Get_size()
-    expected = int(os.environ.get("PMI_SIZE", os.environ.get("OMPI_COMM_WORLD_SIZE", world_size)))
-    if world_size != expected:
-        raise UserError(
-            f"mpiexec started {expected} ranks but mpi4py sees {world_size}: mpi4py uses another MPI library than "
-            "this mpiexec; install both from one place (pip install mpi4py mpich)"
-        )
-    local = comm.Split_type(_mpi().COMM_TYPE_SHARED)
-    hosts = comm.allgather(socket.gethostname())
-    # The store chooses a free port itself, so that no other process can take it in between.
-    store = None
-    address = None
-    if rank == 0:
-        store = dist.TCPStore(
-            "0.0.0.0", 0, world_size, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT
-        )
-        address = (os.environ.get("MASTER_ADDR") or _own_address(hosts), store.port)
-    host, port = comm.bcast(address)
-    if store is None:
-        store = dist.TCPStore(host, port, world_size, is_master=False, timeout=COLLECTIVE_TIMEOUT)
-    return store, rank, world_size, local.Get_rank(), local.Get_size()
-
-
-def _own_address(hosts: list[str]) -> str:
-    """The address under which the given hosts, of which this is the first, reach this one."""
-    others = [host for host in hosts if host != hosts[0]]
-    if not others:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((others[0], 9))  # sends nothing: it only asks the kernel for the route
-        return probe.getsockname()[0]
 
 
 def dev() -> th.device:
@@ -205,9 +173,10 @@ def _check_devices() -> None:
 
 
 def describe_ranks() -> str:
-    """A line for each rank: rank -> host -> device. Collective."""
+    """A line for each rank, rank -> host -> device, and for more than one how long a collective takes. Collective."""
     rows = all_gather_object((socket.gethostname(), _device_name()))
-    return "\n".join(f"rank {rank} -> {host} -> {device}" for rank, (host, device) in enumerate(rows))
+    lines = [f"rank {rank} -> {host} -> {device}" for rank, (host, device) in enumerate(rows)]
+    return "\n".join([*lines, _self_test] if _self_test else lines)
 
 
 def to_device(tensor: th.Tensor, device: th.device) -> th.Tensor:
@@ -294,21 +263,26 @@ def sync_params(params: Iterable[th.Tensor]) -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: a user's mistake ends in one message and exit code 1, Ctrl-C in 130, and a rank that fails
-    takes the others down."""
+    takes the others down. SystemExit(75) on all ranks, a run that was asked to stop, ends each in order with that."""
     try:
         main()
     except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in (None, 0):
+        if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED):
             raise
         _end_by_exception(type(error), error, error.__traceback__)
 
 
 def _end_by_exception(kind: type[BaseException], error: BaseException, tb: Any) -> None:
     """Report the error and end this process, and under mpiexec the others."""
-    _report_and_abort(kind, error, tb)
-    sys.stdout.flush()
+    _report(kind, error, tb)
     # Not sys.exit: a collective's threads, or a worker that is stuck, must not keep a failed process alive.
-    os._exit(_exit_code(error))
+    watchdog.end_process(_exit_code(error))
+
+
+def _abort(code: int) -> None:
+    # Without this, MPI's own clean-up at exit would wait for the other ranks for ever.
+    if "mpi4py.MPI" in sys.modules and get_world_size() > 1:
+        rendezvous.mpi().COMM_WORLD.Abort(code)
 
 
 def _exit_code(error: BaseException) -> int:
@@ -317,16 +291,19 @@ def _exit_code(error: BaseException) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _report_and_abort(kind: type[BaseException], error: BaseException, tb: Any) -> None:
-    """Print what happened, once if all ranks fail alike, and end the other ranks."""
+def _report(kind: type[BaseException], error: BaseException, tb: Any) -> None:
+    """Print what happened, once if all ranks fail alike."""
     rank = get_rank()
     many = get_world_size() > 1 or detect_launcher() != "python"
+    lost_peer = bool(
+        many
+        and isinstance(error, RuntimeError)
+        and re.search(r"Connection (closed|reset|refused)|remote process exited|[Tt]imed out", str(error))
+    )
+    reason = watchdog.report_by_main(lost_peer)
     if many and rank:
         time.sleep(2)  # if rank 0 fails alike, its message is enough: it ends this process meanwhile
     who = f"rank {rank} on {socket.gethostname()}: " if many else ""
-    lost_peer = isinstance(error, RuntimeError) and re.search(
-        r"Connection (closed|reset|refused)|remote process exited|[Tt]imed out", str(error)
-    )
     if isinstance(error, UserError):
         print(f"{who}error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
@@ -338,16 +315,12 @@ def _report_and_abort(kind: type[BaseException], error: BaseException, tb: Any) 
             f"--precision bf16 ({str(error).splitlines()[0]})",
             file=sys.stderr,
         )
-    elif many and lost_peer:
-        print(
-            f"{who}error: lost contact with another rank: its own message says why; one that was killed, as for want "
-            f"of memory, leaves none ({str(error).strip()})",
-            file=sys.stderr,
+    elif lost_peer:
+        unknown = (
+            "lost contact with another rank: its own message says why; one that was killed, as for want of memory, "
+            f"leaves none ({str(error).strip()})"
         )
+        print(f"{who}error: {reason or unknown}", file=sys.stderr)
     elif not isinstance(error, SystemExit):
         traceback.print_exception(kind, error, tb)
     sys.stderr.flush()
-    if detect_launcher() == "mpiexec" and "mpi4py.MPI" in sys.modules and get_world_size() > 1:
-        time.sleep(0.5)  # the abort would overtake what was printed, and mpiexec would throw that away
-        # Without this, MPI's own clean-up at exit would wait for the other ranks for ever.
-        _mpi().COMM_WORLD.Abort(_exit_code(error))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch as th
 from torch._utils import _unflatten_dense_tensors
 
@@ -15,21 +18,27 @@ def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
     return th.cat([p.detach().reshape(-1) for p in params])
 
 
-class ParameterEMA:
-    """ema <- rate * ema + (1 - rate) * parameter, over all parameters in one pass.
+class _Average:
+    """What the averages share: average <- average + share * (parameters - average), in one pass over all parameters."""
 
-    :param rate: in [0, 1).
-    :param params: the initial values.
-    """
+    label: str  # what stands in the file's name, ema_LABEL_NNNNNN.pt
 
-    def __init__(self, rate: float, params: Sequence[th.Tensor]):
-        self.rate = rate
+    def __init__(self, params: Sequence[th.Tensor]):
         self.flat = flatten(params).clone()
         self.like = [th.empty(p.shape, device="meta") for p in params]
 
-    def update(self, flat_params: th.Tensor, applied: th.Tensor) -> None:
+    def share(self, step: int) -> float:
+        """How far the average moves towards the parameters at a step (from 0)."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of the average."""
+        raise NotImplementedError
+
+    def update(self, flat_params: th.Tensor, applied: th.Tensor, step: int) -> None:
         """Move towards the flat parameters; `applied` is 1, or 0 to stay where it is, on the device."""
-        self.flat.lerp_(flat_params, (1 - self.rate) * applied)
+        self.flat.lerp_(flat_params, self.share(step) * applied)
 
     @property
     def params(self) -> list[th.Tensor]:
@@ -39,3 +48,125 @@ class ParameterEMA:
     def load(self, params: Sequence[th.Tensor]) -> None:
         """Continue from the given values."""
         self.flat.copy_(flatten(params))
+
+
+class ParameterEMA(_Average):
+    """ema <- rate * ema + (1 - rate) * parameter.
+
+    :param rate: in [0, 1).
+    :param params: the initial values.
+    :param warmup: start fast: at step s the rate is min(rate, (1 + s) / (10 + s)).
+    """
+
+    def __init__(self, rate: float, params: Sequence[th.Tensor], warmup: bool = False):
+        super().__init__(params)
+        self.rate, self.warmup = rate, warmup
+        self.label = f"{rate}"
+
+    def share(self, step: int) -> float:
+        return 1 - (min(self.rate, (1 + step) / (10 + step)) if self.warmup else self.rate)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"ema_rate": self.rate}
+
+
+class PowerEMA(_Average):
+    """The power-function average (Karras et al. 2023, "EDM2", sec. 3.1), whose length grows with the training.
+
+    After t steps it is the mean of the parameters so far, weighted by the profile p(tau) = (gamma + 1) tau^gamma /
+    t^(gamma+1) on [0, t]: those that step n made, n = 1 ... t, stand for the times from n - 1 to n.
+
+    :param sigma_rel: the profile's standard deviation as a fraction of t, in (0, 12^-1/2).
+    :param params: the values before the first step, which the first update replaces.
+    """
+
+    def __init__(self, sigma_rel: float, params: Sequence[th.Tensor]):
+        super().__init__(params)
+        self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
+        self.label = f"sigma_rel{sigma_rel}"
+
+    def share(self, step: int) -> float:
+        return 1 - (1 - 1 / (step + 1)) ** (self.gamma + 1)  # 1 - beta_gamma(t) with t = step + 1
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"ema_sigma_rel": self.sigma_rel}
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """The relative width of the profile tau^gamma on [0, t], its standard deviation over t (EDM2 sec. 3.1)."""
+    return math.sqrt(gamma + 1) / (gamma + 2) / math.sqrt(gamma + 3)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent, not negative, whose profile has the given relative width.
+
+    Raises ValueError outside (0, 12^-1/2): wider than the plain mean, gamma = 0, there is none.
+    """
+    if not 0 < sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel {sigma_rel} must lie between 0 and 12^-1/2 = 0.2887")
+    s = sigma_rel**-2
+    # sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1. With s > 12 this cubic has exactly one positive root.
+    return float(max(root.real for root in np.roots([1, 7, 16 - s, 12 - s])))
+
+
+def profile_products(steps: Any, gammas: Any, other_steps: Any, other_gammas: Any) -> np.ndarray:
+    """<p, q>, the integral of the product of two profiles, for all pairs. Float64, [len(steps), len(other_steps)].
+
+    With s <= t, the profile of s and a and that of t and b share the times [0, s], so that (EDM2 alg. 3)
+    <p, q> = (a+1) (b+1) / (s^(a+1) t^(b+1)) * integral_0^s tau^(a+b) dtau = (a+1) (b+1) / (a+b+1) * (s/t)^b / t,
+    where nothing overflows, however large the exponents are.
+    """
+    t, g = (np.asarray(v, np.float64)[:, None] for v in (steps, gammas))
+    u, h = (np.asarray(v, np.float64)[None, :] for v in (other_steps, other_gammas))
+    later, exponent_of_later = np.maximum(t, u), np.where(t > u, g, h)
+    return (g + 1) * (h + 1) / (g + h + 1) * (np.minimum(t, u) / later) ** exponent_of_later / later
+
+
+def posthoc_weights(steps: Any, gammas: Any, target_step: float, target_gamma: float) -> np.ndarray:
+    """The weights of stored power-function averages whose sum is nearest to another one (EDM2 sec. 3.2, alg. 3).
+
+    An average is the integral of its profile times the parameters over time, whatever these are. So with the profiles
+    p_i of the stored averages and q of the wanted one, the weights w are those for which sum_i w_i p_i is nearest to q
+    in the mean square: A w = b with A_ij = <p_i, p_j> and b_i = <p_i, q>. Added here: sum_i w_i = 1, so that
+    parameters that stand still come out as they are; w moves along A^-1 1, which costs the least.
+
+    :param steps: the training steps done before each average was stored, at least 1; a snapshot's "step".
+    :param gammas: the exponents of the stored averages.
+    Returns float64 [len(steps)], 0 where the step is after target_step. `profile_error` says how near they come.
+    Raises ValueError where all steps are after it.
+    """
+    steps, gammas = np.asarray(steps, np.float64), np.asarray(gammas, np.float64)
+    used = steps <= target_step
+    if not used.any():
+        raise ValueError(f"no average was stored up to step {target_step}")
+    t, g = steps[used], gammas[used]
+    scale = np.sqrt((2 * g + 1) * t) / (g + 1)  # 1 / |p_i|, so that A has ones on its diagonal
+    products = profile_products(t, g, t, g) * scale[:, None] * scale
+    targets = profile_products(t, g, [target_step], [target_gamma])[:, 0] * scale
+    nearest, unit = _solve(products, np.stack([targets, scale], axis=1)).T * scale
+    weights = np.zeros(len(steps))
+    weights[used] = nearest + unit * (1 - nearest.sum()) / unit.sum()
+    return weights
+
+
+def _solve(products: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """A^-1 right; the shortest least-squares solution where profiles are, but for rounding, sums of one another."""
+    try:
+        # The diagonal of the Cholesky factor is what each profile has that those before it do not.
+        if np.linalg.cholesky(products).diagonal().min() > 1e-5:
+            return np.linalg.solve(products, right)
+    except np.linalg.LinAlgError:
+        pass
+    return np.linalg.lstsq(products, right, rcond=1e-12)[0]
+
+
+def profile_error(steps: Any, gammas: Any, weights: Any, target_step: float, target_gamma: float) -> float:
+    """How far the weighted sum of the stored profiles is from the wanted one, q: |sum_i w_i p_i - q| / |q|."""
+    steps, gammas = (
+        np.append(np.asarray(v, np.float64), last) for v, last in ((steps, target_step), (gammas, target_gamma))
+    )
+    difference = np.append(weights, -1.0)
+    products = profile_products(steps, gammas, steps, gammas)
+    return float(np.sqrt(max(difference @ products @ difference, 0.0) / products[-1, -1]))

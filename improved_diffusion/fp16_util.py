@@ -9,6 +9,7 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+MIN_LOG_LOSS_SCALE = -20.0  # below, float16 cannot hold this model's gradients at all
 
 
 def convert_module_to(module: nn.Module, dtype: th.dtype) -> None:
@@ -70,7 +71,10 @@ def zero_grad(model_params: Iterable[nn.Parameter]) -> None:
 
 
 class LossScale:
-    """float16's loss scale 2^lg, kept on the device: a good step adds `growth` to lg, an overflow takes 1 away."""
+    """float16's loss scale 2^lg, kept on the device: a good step adds `growth` to lg, an overflow takes 1 away.
+
+    It falls no lower than 2^MIN_LOG_LOSS_SCALE.
+    """
 
     def __init__(self, device: th.device | str, growth: float, lg: float = INITIAL_LOG_LOSS_SCALE):
         self.growth = growth
@@ -84,6 +88,7 @@ class LossScale:
     def update(self, overflow: th.Tensor) -> None:
         """Adjust after a step; `overflow` is 1 where a gradient was not finite, else 0."""
         self.lg += th.where(overflow.bool(), th.full_like(self.lg, -1.0), self.growth)
+        self.lg.clamp_(min=MIN_LOG_LOSS_SCALE)
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """What a checkpoint keeps."""

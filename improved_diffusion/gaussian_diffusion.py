@@ -362,16 +362,21 @@ class GaussianDiffusion:
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return nats_to_bits(mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)))
 
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, noise_fn=None):
+    def calc_bpd_loop(
+        self, model, x_start, clip_denoised=True, model_kwargs=None, noise_fn=None, timesteps=None, weights=None
+    ):
         """The whole variational bound of each image, term by term, in bits/dim.
 
         :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
-        :return: dict of `total_bpd` and `prior_bpd` [N], and `vb`, `xstart_mse`, `mse` [N, T] for t = T-1 down to 0.
+        :param timesteps: int64 [N, K], each image's own; T-1 down to 0 unless given.
+        :param weights: [N, K], what each term counts in `total_bpd`; 1 unless given.
+        :return: dict of `total_bpd` and `prior_bpd` [N], and `vb`, `xstart_mse`, `mse` [N, K].
         """
         draw = noise_fn or th.randn_like
         terms: dict[str, list[th.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-        for step in reversed(range(self.num_timesteps)):
-            t = th.full((len(x_start),), step, device=x_start.device)
+        if timesteps is None:
+            timesteps = th.arange(self.num_timesteps, device=x_start.device).flip(0).expand(len(x_start), -1)
+        for t in timesteps.unbind(dim=1):
             noise = draw(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
             with th.no_grad():
@@ -382,7 +387,8 @@ class GaussianDiffusion:
             terms["mse"].append(mean_flat((eps - noise) ** 2))
         stacked = {name: th.stack(values, dim=1) for name, values in terms.items()}
         prior_bpd = self._prior_bpd(x_start)
-        return {"total_bpd": stacked["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **stacked}
+        bound = stacked["vb"] if weights is None else stacked["vb"] * weights
+        return {"total_bpd": bound.sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **stacked}
 
 
 def _last(steps):

@@ -1,120 +1,31 @@
 """Key-value logging to the terminal and to files, and progress bars.
 
-Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv"); the other ranks write
+Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv,jsonl"); the other ranks write
 log-rankNNN.txt only.
 """
 
 from __future__ import annotations
 
 import atexit
-import csv
 import datetime
-import io
-import json
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import dist_util, files
+from .log_outputs import (  # published here
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,  # noqa: F401
+    make_output_format,
+)
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
-
-
-class HumanOutputFormat:
-    """Tables and messages, to a file or a terminal."""
-
-    def __init__(self, target: str | Any):
-        self.own = isinstance(target, str)
-        self.file = open(target, "a", encoding="utf-8") if isinstance(target, str) else target
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        cells = {
-            key: f"{value:<8.3g}" if hasattr(value, "__float__") else str(value) for key, value in sorted(kvs.items())
-        }
-        if not cells:
-            return
-        left, right = max(map(len, cells)), max(map(len, cells.values()))
-        rule = "-" * (left + right + 7)
-        rows = [f"| {key:<{left}} | {value:<{right}} |" for key, value in cells.items()]
-        self.writeseq(["\n".join([rule, *rows, rule])])
-
-    def writeseq(self, seq: Iterable[Any]) -> None:
-        text = " ".join(map(str, seq)) + "\n"
-        if self.file.isatty() and "tqdm" in sys.modules:
-            from tqdm import tqdm
-
-            with tqdm.external_write_mode(file=self.file):
-                self.file.write(text)
-        else:
-            self.file.write(text)
-        self.file.flush()
-
-    def close(self) -> None:
-        if self.own:
-            self.file.close()
-
-
-class JSONOutputFormat:
-    """A line of JSON for each dump."""
-
-    def __init__(self, filename: str):
-        self.file = open(filename, "a", encoding="utf-8")
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        row = {key: float(value) if hasattr(value, "__float__") else value for key, value in sorted(kvs.items())}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class CSVOutputFormat:
-    """A row for each dump; rows written earlier, by a run that goes on, are kept, and get new columns as they come."""
-
-    def __init__(self, filename: str):
-        self.path = Path(filename)
-        self.keys: list[str] = []
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as f:
-                self.keys = next(csv.reader(f), [])
-
-    def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        new = sorted(set(kvs) - set(self.keys))
-        if new:
-            rows = []
-            if self.keys:
-                with self.path.open(newline="", encoding="utf-8") as f:
-                    rows = list(csv.DictReader(f))
-            self.keys += new
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, self.keys, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-            files.write_bytes(self.path, text.getvalue().encode(), durable=False)  # a full disk leaves the older rows
-        with self.path.open("a", newline="", encoding="utf-8") as f:
-            csv.DictWriter(f, self.keys, restval="").writerow(dict(kvs))
-
-    def close(self) -> None:
-        """Nothing stays open between rows."""
-
-
-def make_output_format(format: str, ev_dir: str, log_suffix: str = ""):
-    """The output called `format`: stdout, log, json or csv. Raises ValueError for another name."""
-    if format == "stdout":
-        return HumanOutputFormat(sys.stdout)
-    if format == "log":
-        return HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt"))
-    if format == "json":
-        return JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json"))
-    if format == "csv":
-        return CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv"))
-    raise ValueError(f"unknown log format {format!r}: choose from stdout, log, json, csv")
 
 
 class Logger:
@@ -139,9 +50,8 @@ class Logger:
     def dumpkvs(self) -> dict[str, Any]:
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
-            with self._writing():
-                for output in self.output_formats:
-                    output.writekvs(row)
+            for output in self.output_formats:
+                output.writekvs(row)
         self.values.clear()
         self.counts.clear()
         return row
@@ -163,20 +73,23 @@ class Logger:
 
     def log(self, *args: Any, level: int = INFO) -> None:
         if self.level <= level:
-            with self._writing():
-                for output in self.output_formats:
-                    if hasattr(output, "writeseq"):
-                        output.writeseq(args)
+            for output in self.output_formats:
+                if hasattr(output, "writeseq"):
+                    output.writeseq(args)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise files.UserError(
-                f"cannot write the log in {self.dir}: {error.strerror or error}: free some space or choose another "
-                "--out_dir; files written before are untouched"
-            ) from None
+    def log_image(self, name: str, image: Any, step: int) -> None:
+        if self.level < DISABLED:
+            for output in self.output_formats:
+                if hasattr(output, "writeimage"):
+                    output.writeimage(name, image, step)
+
+    def drop_rows(self, first_step: int) -> int:
+        dropped = 0
+        for output in self.output_formats:
+            if hasattr(output, "drop_rows"):
+                count = output.drop_rows(first_step)
+                dropped += count if isinstance(output, CSVOutputFormat) else 0
+        return dropped
 
     def close(self) -> None:
         for output in self.output_formats:
@@ -203,7 +116,7 @@ def configure(
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
     if format_strs is None:
-        names = ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
+        names = ("OPENAI_LOG_FORMAT", "stdout,log,csv,jsonl") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
         format_strs = os.environ.get(*names).split(",")
     try:
         outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
@@ -284,6 +197,25 @@ def dumpkvs() -> dict[str, Any]:
     return get_current().dumpkvs()
 
 
+def drop_rows(first_step: int) -> int:
+    """Remove what an interrupted run has logged of `first_step` and later, which comes again where it goes on.
+
+    Rows without a step stay. Returns how many rows of the CSV went, a last one that a crash tore included.
+    """
+    return get_current().drop_rows(first_step)
+
+
+def log_image(name: str, image: Any, step: int) -> None:
+    """Hand an image, uint8 [H, W, C], to the outputs that take images."""
+    get_current().log_image(name, image, step)
+
+
+def add_output(output: Any) -> None:
+    """Write to one more output: an object with writekvs(row) and close(), and with writeseq(words),
+    writeimage(name, image, step) and drop_rows(first_step) if it takes those."""
+    get_current().output_formats.append(output)
+
+
 def getkvs() -> dict[str, Any]:
     """The row collected so far."""
     return get_current().values
@@ -353,11 +285,14 @@ class Progress:
     """How far a long work is, with rate and time left: a bar on a terminal, else a line now and then. Rank 0 only."""
 
     SECONDS_BETWEEN_LINES = 15.0
+    WINDOW_SECONDS = 60.0  # over which the rate is taken: what is slow at the start, or now and then, passes
 
     def __init__(self, description: str, total: int | None, unit: str, initial: int = 0):
         self.description, self.total, self.unit, self.initial = description, total, unit, initial
         self.done = initial
-        self.started = self.last_line = time.monotonic()
+        self.shown: dict[str, Any] = {}
+        self.last_line = time.monotonic()
+        self.marks = deque([(self.last_line, initial)])  # (time, done): one from before the window, and those in it
         self.silent = dist_util.get_rank() != 0
         self.bar = None
         if not self.silent and sys.stderr.isatty():
@@ -366,23 +301,34 @@ class Progress:
             self.bar = tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
 
     def update(self, n: int, **shown: Any) -> None:
-        """n more are done; `shown` stands beside the bar."""
+        """n more are done; `shown`, such as loss="0.12", stands beside the bar until others come."""
         self.done += n
+        self.shown = shown or self.shown
+        now = time.monotonic()
+        if now - self.marks[-1][0] >= self.WINDOW_SECONDS / 60:
+            self.marks.append((now, self.done))
+            while self.marks[1][0] <= now - self.WINDOW_SECONDS:
+                self.marks.popleft()
         if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
+            if shown:
+                self.bar.set_postfix_str(self._shown(), refresh=False)
             self.bar.update(n)
-        elif not self.silent and time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
+        elif not self.silent and now - self.last_line > self.SECONDS_BETWEEN_LINES:
+            self.last_line = now
             log(self.line())
+
+    def _shown(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.shown.items())
 
     def line(self) -> str:
         """The state as one line of text."""
-        rate = (self.done - self.initial) / max(time.monotonic() - self.started, 1e-9)
+        since, done_then = self.marks[0]
+        rate = (self.done - done_then) / max(time.monotonic() - since, 1e-9)
         text = f"{self.description}: {self.done}" + (f"/{self.total}" if self.total else "") + f" {self.unit}s"
         text += f", {rate:.3g} {self.unit}s/s"
         if self.total and rate:
             text += f", ETA {datetime.timedelta(seconds=round((self.total - self.done) / rate))}"
-        return text
+        return text + (f", {self._shown()}" if self.shown else "")
 
     def close(self) -> None:
         """Take the bar off, or write the last line."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
-import re
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,16 +15,20 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from . import __version__, checkpoint, dist_util, files, images, logger
+from . import __version__, checkpoint, checkpoint_sets, dist_util, files, images, logger
 from .config import NUM_CLASSES, TrainConfig, UserError, comma_list, fixed_names, height_width
-from .image_datasets import ArrayImages, BatchStream, FolderImages, ImageDataset, open_images, read_classes
+from .curves import write_curves
+from .dry_run import dry_run, warn_of_small_disk
+from .image_datasets import BatchStream, ImageDataset
+from .image_sources import ArrayImages, FolderImages, open_images, read_classes
 from .resample import create_named_schedule_sampler
 from .script_util import adopt, build, resolve_channel_mult
+from .trackers import make_trackers
 from .train_util import TrainLoop, get_blob_logdir
 
-CONFIG_FILE = "config.json"
 # What belongs to one start of a run and not to the run itself.
-_NOT_KEPT = {"given", "flags", "preset", "out_dir", "resume", "resume_checkpoint", "init_checkpoint"}
+_NOT_KEPT = {"given", "flags", "preset", "out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
+MANY_EPOCHS = 1000  # a run that sees each image more often than this may learn them by heart
 
 
 def start_run(options: argparse.Namespace, default_name: str) -> str:
@@ -33,7 +38,7 @@ def start_run(options: argparse.Namespace, default_name: str) -> str:
     """
     dist_util.setup_dist()
     out_dir = options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
-    logger.configure(dir=out_dir)
+    logger.configure(dir=out_dir, format_strs=["stdout"] if getattr(options, "dry_run", False) else None)
     logger.log(dist_util.describe_ranks())
     return logger.get_dir()
 
@@ -41,9 +46,11 @@ def start_run(options: argparse.Namespace, default_name: str) -> str:
 def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
     """Settle what a training run starts from, before anything is built; returns that checkpoint's metadata, or {}.
 
-    Resolves --resume to a file in `resume_checkpoint`, takes options that were not given from it (or, those of the
-    model, from --init_checkpoint), and each rank's batch size from --total_batch_size. Collective.
+    Claims the run's folder. Resolves --resume to a file in `resume_checkpoint`, takes options that were not given from
+    it (or, those of the model, from --init_checkpoint), and each rank's batch size from --total_batch_size. Collective.
     """
+    if not options.dry_run:
+        dist_util.from_rank0(_claim, get_blob_logdir())
     options.resume_checkpoint = dist_util.from_rank0(_find_resume, options)
     metadata: dict[str, Any] = {}
     source = options.resume_checkpoint or options.init_checkpoint
@@ -57,61 +64,97 @@ def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
     size = _training_size(options)
     options.channel_mult = ",".join(map(str, resolve_channel_mult(size, options.channel_mult)))
     _share_batch(options)
+    if options.resume_checkpoint:
+        _log_changes(options, metadata.get("config", {}))
     return metadata
+
+
+def _claim(folder: str) -> None:
+    files.make_dirs(folder)
+    files.lock(folder)
+    files.remove_leftovers(folder)
+
+
+def _log_changes(options: argparse.Namespace, before: dict[str, Any]) -> None:
+    changes = [
+        f"--{name} {before[name]} -> {getattr(options, name)}"
+        for name in sorted(before.keys() & options.given - _NOT_KEPT)
+        if before[name] != getattr(options, name)
+    ]
+    if changes:
+        logger.log(f"changed since the checkpoint was written: {', '.join(changes)}")
 
 
 def _find_resume(options: argparse.Namespace) -> str:
     """The modelNNNNNN.pt to go on from, "" to start afresh."""
     wanted = options.resume or options.resume_checkpoint
     folder = get_blob_logdir()
-    rates = comma_list(options.ema_rate, float)
     if not wanted:
-        if _holds_a_run(folder):
+        if _holds_a_run(folder) and not options.dry_run:
             raise UserError(
                 f"{folder} holds checkpoints of an earlier run: give --resume auto to go on, or another --out_dir"
             )
         return ""
     if wanted == "auto":
-        rates = rates if "ema_rate" in options.given else _rates_in(folder)
-        steps = checkpoint.complete_sets(folder, rates)
-        if not steps and _holds_a_run(folder):
-            newest = checkpoint.model_name(checkpoint.model_steps(folder)[-1])
-            parts = ", ".join(["model", *(f"ema_{rate}" for rate in rates), "opt"])
-            raise UserError(
-                f"--resume auto: {folder} holds {newest}, but of no step all of {parts}: bring the missing files back "
-                "or choose another --out_dir; to start at step 0 from weights alone, use --init_checkpoint"
-            )
-        if not steps:
-            logger.log(f"--resume auto: no complete checkpoint in {folder}, so training starts at step 0")
-            return ""
-        return files.join(folder, checkpoint.model_name(steps[-1]))
+        return _newest(options, folder) or _none_to_resume(options, folder)
     if files.is_dir(wanted):
-        steps = checkpoint.complete_sets(wanted, rates if "ema_rate" in options.given else _rates_in(wanted))
-        if not steps:
+        newest = _newest(options, wanted)
+        if not newest:
             raise UserError(
                 f"--resume {wanted}: no complete checkpoint (model, ema and opt files of one step) in that folder"
             )
-        return files.join(wanted, checkpoint.model_name(steps[-1]))
-    if not re.fullmatch(r"model\d+\.pt", wanted.replace("\\", "/").rpartition("/")[2]):
+        return newest
+    step = checkpoint_sets.step_of(wanted)
+    if step is None:
         raise UserError(
-            f"--resume {wanted}: name a modelNNNNNN.pt, with its ema_* and opt files beside it, or a folder; to start "
+            f"--resume {wanted}: name a modelNNNNNN.pt or another file of its set (ema_*, opt), or a folder; to start "
             "at step 0 from the weights of any other file, use --init_checkpoint"
         )
-    return wanted
+    folder = wanted.replace("\\", "/").rpartition("/")[0] or "."
+    problem = checkpoint_sets.problem_of(folder, step)
+    if problem:
+        raise UserError(f"--resume {wanted}: {problem}; --resume {folder} takes the newest checkpoint that is whole")
+    return files.join(folder, checkpoint.model_name(step))
+
+
+def _newest(options: argparse.Namespace, folder: str) -> str:
+    """The model's file of the newest whole set in a folder, "" where there is none."""
+    step = checkpoint_sets.newest_whole_set(folder, _wanted_labels(options, folder), logger.warn)
+    return "" if step is None else files.join(folder, checkpoint.model_name(step))
+
+
+def _none_to_resume(options: argparse.Namespace, folder: str) -> str:
+    """Start afresh, unless that would overwrite the rest of a run."""
+    if _holds_a_run(folder):
+        newest = checkpoint.model_name(checkpoint.model_steps(folder)[-1])
+        parts = ", ".join(["model", *(f"ema_{label}" for label in _wanted_labels(options, folder)), "opt", "manifest"])
+        raise UserError(
+            f"--resume auto: {folder} holds {newest}, but of no step all of {parts}, whole: bring the missing files "
+            "back or choose another --out_dir; to start at step 0 from weights alone, use --init_checkpoint"
+        )
+    logger.log(f"--resume auto: no complete checkpoint in {folder}, so training starts at step 0")
+    return ""
 
 
 def _holds_a_run(folder: str) -> bool:
     """Whether a new run would overwrite another's checkpoints; what a first save left that was cut off does not."""
-    return any(checkpoint.model_steps(folder)) or bool(checkpoint.complete_sets(folder, []))
+    return any(checkpoint.model_steps(folder)) or bool(checkpoint_sets.complete_sets(folder, []))
 
 
-def _rates_in(folder: str) -> list[float]:
-    """The EMA rates of the run that wrote into the folder."""
-    path = files.join(folder, CONFIG_FILE)
+def _ema_labels(rates: str, widths: str) -> list[str]:
+    return [*map(str, comma_list(rates, float)), *(f"sigma_rel{width}" for width in comma_list(widths, float))]
+
+
+def _wanted_labels(options: argparse.Namespace, folder: str) -> list[str]:
+    """The labels of the averages to resume: as given, else those that the run which wrote into the folder keeps."""
+    path = files.join(folder, checkpoint_sets.CONFIG_FILE)
+    if {"ema_rate", "ema_sigma_rel"} & options.given:
+        return _ema_labels(options.ema_rate, options.ema_sigma_rel)
     if not files.exists(path):
         return []
     try:
-        return comma_list(json.loads(files.read_bytes(path))["config"]["ema_rate"], float)
+        config = json.loads(files.read_bytes(path))["config"]
+        return _ema_labels(config["ema_rate"], config.get("ema_sigma_rel", ""))
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: remove it, or name the checkpoint with --resume PATH") from None
 
@@ -164,8 +207,14 @@ def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) ->
             )
         options.num_classes = options.num_classes or len(names)
         text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
-    epochs = 10_000 * options.total_batch_size / data.num_images
-    logger.log(f"{text}; 10,000 steps are {epochs:.3g} epochs")
+    steps = options.max_steps or options.lr_anneal_steps or 10_000
+    epochs = steps * options.total_batch_size / data.num_images
+    logger.log(f"{text}; {steps:,} steps are {epochs:.3g} epochs")
+    if epochs > MANY_EPOCHS:
+        logger.warn(
+            f"the run sees each image {epochs:,.0f} times and may learn them by heart: --val_dir shows whether it "
+            "does, --dropout and --random_flip help, and more images help most"
+        )
     return data
 
 
@@ -187,7 +236,7 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
         logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
     config = {name: value for name, value in sorted(vars(options).items()) if name not in _NOT_KEPT}
     metadata = {"version": __version__, "config": config, "class_names": class_names}
-    own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "sample_interval"}
+    own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     arguments = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name not in own}
     loop = TrainLoop(
         model=model,
@@ -197,15 +246,42 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
         schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, diffusion),
         seed=options.seed,
         metadata=metadata,
-        hooks=hooks(diffusion),
+        hooks=[] if options.dry_run else hooks(diffusion),
         **arguments,
     )
-    if dist_util.get_rank() == 0:
-        # Not before the loop has what it resumes from: a run that is refused leaves the older description.
-        folder = get_blob_logdir()
-        files.make_dirs(folder)
-        files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(metadata, indent=1).encode())
-    loop.run_loop()
+    with contextlib.closing(data):
+        if options.dry_run:
+            dry_run(loop)
+            return
+        if dist_util.get_rank() == 0:
+            # Not before the loop has what it resumes from: a run that is refused leaves the older description.
+            path = files.join(get_blob_logdir(), checkpoint_sets.CONFIG_FILE)
+            files.write_bytes(path, json.dumps(metadata, indent=1).encode())
+            for tracker in make_trackers(
+                comma_list(options.trackers, str.strip), logger.get_dir(), config, loop.resume_step
+            ):
+                logger.add_output(tracker)
+        dist_util.from_rank0(_open_trackers, options.trackers, config, loop.resume_step)
+        warn_of_small_disk(loop)
+        try:
+            loop.run_loop()
+        finally:
+            if dist_util.get_rank() == 0 and loop.step and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                _draw_curves(logger.get_dir())
+
+
+def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None:
+    for tracker in make_trackers(comma_list(names, str.strip), logger.get_dir(), config, resume_step):
+        logger.add_output(tracker)
+
+
+def _draw_curves(folder: str) -> None:
+    """curves.png of progress.csv; what goes wrong with it must not hide how the run ended."""
+    try:
+        write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"))
+        logger.log(f"wrote {os.path.join(folder, 'curves.png')}")
+    except (UserError, OSError) as error:
+        logger.warn(f"no curves.png: {error}")
 
 
 def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from . import dist_util, files, images, logger
 from .config import NUM_CLASSES, UserError
+from .low_res import pairs
 from .samplers import SeededNoise
 
 REQUEST_FILE = "samples.json"
@@ -180,57 +181,7 @@ def _finish(out_dir: str, num_samples: int, labels: Labels | None, beside: Calla
     images.save_npz(path, all_images, *label_array)
     shown = all_images[:100]
     if beside is not None:
-        shown = np.stack(
-            [pair for i, image in enumerate(shown[:50]) for pair in (_enlarge(beside(i), image.shape), image)]
-        )
+        shown = pairs(np.stack([beside(i) for i in range(len(shown[:50]))]), shown[:50])
     images.save_grid(files.join(out_dir, "samples.png"), shown, columns=10 if len(shown) >= 50 else None)
     logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {num_samples} PNGs in {png_dir}")
     return path
-
-
-def _enlarge(small: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return small.repeat(shape[0] // small.shape[0], axis=0).repeat(shape[1] // small.shape[1], axis=1)
-
-
-class PreviewGrid:
-    """A hook for TrainLoop: a grid of samples of the first moving average, from the same seeds every time.
-
-    :param shape: (C, H, W).
-    :param model_kwargs: of the given number of images, on the device.
-    """
-
-    def __init__(
-        self, diffusion: Any, shape: Sequence[int], count: int, model_kwargs: Mapping[str, Any], out_dir: str, seed: int
-    ):
-        self.diffusion, self.shape, self.count, self.seed = diffusion, shape, count, seed
-        self.model_kwargs, self.out_dir = model_kwargs, out_dir
-
-    def __call__(self, loop: Any) -> None:
-        if loop.rank != 0:
-            return
-        model = loop.model
-        own = {name: value.clone() for name, value in model.state_dict().items()}
-        params = loop.emas[0].params if loop.emas else loop.master_params
-        model.load_state_dict(loop.state_dict_of(params))
-        model.eval()
-        parts = []
-        try:
-            # In parts as small as training's, so that a preview needs no more memory than a step.
-            for start in range(0, self.count, loop.microbatch):
-                numbers = range(start, min(start + loop.microbatch, self.count))
-                sample = self.diffusion.ddim_sample_loop(
-                    model,
-                    (len(numbers), *self.shape),
-                    model_kwargs={key: value[numbers.start : numbers.stop] for key, value in self.model_kwargs.items()},
-                    device=loop.device,
-                    noise_fn=SeededNoise([self.seed + i for i in numbers]),
-                )
-                parts.append(images.to_uint8(sample))
-        finally:
-            model.load_state_dict(own)
-            model.train()
-        directory = files.join(self.out_dir, "previews")
-        files.make_dirs(directory)
-        path = files.join(directory, f"step_{loop.absolute_step + 1:06d}.png")
-        images.save_grid(path, np.concatenate(parts))
-        logger.log(f"wrote {path}")

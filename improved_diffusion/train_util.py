@@ -4,87 +4,38 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, files, logger
+from . import checkpoint, checkpoint_sets, dist_util, files, logger, train_state
 from .checkpoint import parse_resume_step_from_filename
 from .config import LR_SCHEDULES, PRECISIONS, UserError, comma_list, unknown_name
-from .ema import ParameterEMA, flatten
+from .ema import ParameterEMA, PowerEMA, flatten
 from .fp16_util import (
     INITIAL_LOG_LOSS_SCALE,
     LossScale,
     make_master_params,
     master_params_to_model_params,
     model_grads_to_master_grads,
-    unflatten_master_params,
 )
+from .lr_schedule import learning_rate
 from .resample import LossAwareSampler, UniformSampler
+from .step_stats import BadSteps, LossMeter, StepClock
+from .stop_signals import EXIT_RESUME, Agreement, StopSignals
 
 __all__ = [
-    "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_blob_logdir", "learning_rate", "log_loss_dict",
+    "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict",
     "parse_resume_step_from_filename",
 ]  # fmt: skip
 
-MIN_LOG_LOSS_SCALE = -20.0  # below, float16 cannot hold this model's gradients at all
-
-
-def learning_rate(step: int, *, lr: float, schedule: str, total_steps: int, warmup_steps: int = 0) -> float:
-    """The learning rate of a step (from 0).
-
-    `linear` and `cosine` fall from lr to 0 at total_steps; `one-cycle` (Smith & Topin 2018) rises from lr/25 over the
-    first 30% and falls to lr/250,000. The warm-up multiplies the schedule, reaching 1 after warmup_steps.
-    """
-    done = min(step / total_steps, 1.0) if total_steps else 0.0
-    if schedule == "linear":
-        lr *= 1 - done
-    elif schedule == "cosine":
-        lr *= 0.5 * (1 + math.cos(math.pi * done))
-    elif schedule == "one-cycle":
-        rise = 0.3
-        start, end, u = (lr / 25, lr, done / rise) if done < rise else (lr, lr / 250_000, (done - rise) / (1 - rise))
-        lr = end + (start - end) * 0.5 * (1 + math.cos(math.pi * u))
-    return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
-
-
-class LossMeter:
-    """Means of what a step reports, collected on the device and read when the log is written."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, th.Tensor] = {}  # name -> float64 [2]: sum and count
-
-    def add(self, name: str, values: th.Tensor, counted: th.Tensor | None = None) -> None:
-        """Add values of any shape; where `counted` (of the same shape) is 0 they are left out."""
-        counted = th.ones_like(values) if counted is None else counted
-        pair = th.stack([th.where(counted > 0, values, 0.0).double().sum(), counted.double().sum()])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def add_losses(self, num_timesteps: int, ts: th.Tensor, losses: dict[str, th.Tensor]) -> None:
-        """Add [N] losses, as a whole and by the quarter of the timesteps that each belongs to (name_q0..name_q3)."""
-        quartile = (4 * ts) // num_timesteps
-        for name, values in losses.items():
-            self.add(name, values)
-            values = values.double()
-            both = th.zeros(4, 2, dtype=th.float64, device=values.device)
-            both.index_add_(0, quartile, th.stack([values, th.ones_like(values)], dim=1))
-            for q in range(4):
-                key = f"{name}_q{q}"
-                self.sums[key] = self.sums[key] + both[q] if key in self.sums else both[q]
-
-    def read(self) -> dict[str, float]:
-        """The means over all ranks since the last call, {} where nothing was added. Collective."""
-        if not self.sums:
-            return {}
-        table = dist_util.sum_over_ranks(th.stack(list(self.sums.values()))).cpu()
-        means = {name: float(row[0] / row[1]) for name, row in zip(self.sums, table) if row[1]}
-        self.sums = {}
-        return means
+TIME_IS_UP = 1000  # what the ranks agree on where --max_hours are over; other numbers are signals
 
 
 def log_loss_dict(diffusion, ts, losses) -> None:
@@ -110,7 +61,12 @@ class TrainLoop:
     :param max_steps: where to end; 0: at lr_anneal_steps, or never.
     :param seed: makes each step a function of (seed, step, rank); None leaves the global generators alone.
     :param metadata: what to write about the model into each checkpoint, JSON.
-    :param hooks: (interval, function) pairs; function(loop) is called after every `interval` steps, on every rank.
+    :param hooks: (interval, function) pairs; function(loop) is called after every `interval` steps, on every rank,
+        before the step's row of the log and its checkpoint. One with a `name`, state_dict() and load_state_dict() is
+        saved with the checkpoints.
+    :param keep_last, keep_every: which checkpoints to keep, see checkpoint_sets.prune.
+    :param max_bad_steps: steps in a row without a finite gradient after which training stops.
+    :param ema_warmup, ema_sigma_rel: see ParameterEMA and PowerEMA.
     Collective: every rank makes one, with the same arguments.
     """
 
@@ -119,7 +75,8 @@ class TrainLoop:
         resume_checkpoint, use_fp16=False, fp16_scale_growth=1e-3, schedule_sampler=None, weight_decay=0.0,
         lr_anneal_steps=0, precision="fp32", max_steps=0, max_hours=0.0, lr_schedule="auto", lr_warmup_steps=0,
         grad_clip=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, seed=None, metadata=None,
-        hooks: Sequence[tuple[int, Callable[[TrainLoop], None]]] = (),
+        hooks: Sequence[tuple[int, Callable[[TrainLoop], None]]] = (), keep_last=0, keep_every=0, max_bad_steps=100,
+        ema_warmup=False, ema_sigma_rel="",
     ):  # fmt: skip
         self.model = model
         self.diffusion = diffusion
@@ -150,15 +107,18 @@ class TrainLoop:
         self.step = 0  # since this process started
         self.steps_done = 0  # like step, but already counted up while a step's results are saved
         self.resume_step = 0  # done before
+        self.saved_after = -1  # the steps that were done when a set was last written
         self.rank = dist_util.get_rank()
         self.global_batch = self.batch_size * dist_util.get_world_size()
         self.started = time.monotonic()
         self.meter = LossMeter()
-        self.last_saved: str | None = None
+        self.writer = checkpoint_sets.SetWriter(get_blob_logdir(), logger.log, logger.warn, keep_last, keep_every)
 
         self.model_params = list(model.parameters())
         self.device = self.model_params[0].device
-        self._load_model()
+        self.bad_steps = BadSteps(self.device)
+        self.max_bad_steps = max_bad_steps
+        resumed = self._load_model()
         if dist_util.get_world_size() > 1:
             dist_util.sync_params([*self.model_params, *model.buffers()])
         self.master_params = self.model_params
@@ -168,9 +128,17 @@ class TrainLoop:
         self.loss_scale = LossScale(self.device, fp16_scale_growth) if self.precision == "fp16" else None
         self.opt_args = dict(weight_decay=weight_decay, betas=(adam_beta1, adam_beta2), eps=adam_eps, fused=True)
         self.opt = th.optim.AdamW(self.master_params, lr=lr, **self.opt_args)
-        self.emas = [ParameterEMA(rate, self.master_params) for rate in self.ema_rate]
+        self.emas: list[ParameterEMA | PowerEMA] = [
+            *(ParameterEMA(rate, self.master_params, ema_warmup) for rate in self.ema_rate),
+            *(PowerEMA(width, self.master_params) for width in comma_list(ema_sigma_rel, float)),
+        ]
         if self.resume_checkpoint:
-            self._load_rest()
+            self.resume_step = train_state.restore(self, self.resume_checkpoint, self.resume_step, resumed)
+            self.writer.last_saved = self.resume_checkpoint
+            # Up to the last row that a run which had not ended there would have written.
+            dropped = logger.drop_rows((self.resume_step - 1) // self.log_interval * self.log_interval + 1)
+            if dropped:
+                logger.log(f"{dropped} rows of the log were written after that step: they are dropped, and come again")
             if hasattr(data, "seek"):
                 data.seek(self.resume_step)
             else:
@@ -195,52 +163,15 @@ class TrainLoop:
         """log2 of float16's loss scale. Waits for the device."""
         return float(self.loss_scale.lg) if self.loss_scale else INITIAL_LOG_LOSS_SCALE
 
-    # Resuming
-
-    def _load_model(self) -> None:
+    def _load_model(self) -> dict[str, Any]:
+        """Load the weights to go on from, if any; returns the description in their file."""
         self.resume_checkpoint = find_resume_checkpoint() or self.resume_checkpoint
-        if self.resume_checkpoint:
-            self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
-            state_dict, _ = checkpoint.load(self.resume_checkpoint)
-            checkpoint.load_into(self.model, state_dict, self.resume_checkpoint)
-
-    def _load_rest(self) -> None:
-        """The averages, the optimizer and what was saved with it. A missing part is an error that names it."""
-        main, named_step = self.resume_checkpoint, self.resume_step
-        opt_path = dist_util.from_rank0(
-            checkpoint.find_in_set, main, checkpoint.optimizer_name(named_step), "the optimizer's state"
-        )
-        for ema in self.emas:
-            path = dist_util.from_rank0(
-                checkpoint.find_in_set, main, checkpoint.ema_name(ema.rate, named_step), "the moving average"
-            )
-            state_dict, _ = checkpoint.load(path)
-            checkpoint.check_fits(self.model, state_dict, path)
-            ema.load([state_dict[name].to(self.device).float() for name, _ in self.model.named_parameters()])
-        state = dist_util.load_state_dict(opt_path, map_location="cpu")
-        self._load_optimizer(state, opt_path)
-        rest = state.get("improved_diffusion", {})
-        self.resume_step = rest.get("step", named_step)
-        restored = ["model", *(f"EMA {rate}" for rate in self.ema_rate), "optimizer"]
-        for name, part in (("loss_scale", self.loss_scale), ("schedule_sampler", self.schedule_sampler)):
-            if part is None or not hasattr(part, "load_state_dict"):
-                continue
-            if name not in rest:
-                logger.warn(f"{opt_path} has no {name} (it comes from other code): that part starts afresh")
-                continue
-            part.load_state_dict(rest[name])
-            restored.append(name)
-        logger.log(f"resumed {main} after {self.resume_step} steps: restored {', '.join(restored)}")
-
-    def _load_optimizer(self, state: Any, path: str) -> None:
-        try:
-            shapes = [tuple(entry["exp_avg"].shape) for _, entry in sorted(state["state"].items())]
-            groups = [{**group, **self.opt_args, "lr": self.lr} for group in state["param_groups"]]
-            if state["state"] and shapes != [tuple(p.shape) for p in self.master_params]:
-                raise ValueError("its shapes are those of another model or of another --precision")
-            self.opt.load_state_dict({"state": state["state"], "param_groups": groups})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} does not fit this run's optimizer: {error}") from None
+        if not self.resume_checkpoint:
+            return {}
+        self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
+        state_dict, metadata = checkpoint.load(self.resume_checkpoint)
+        checkpoint.load_into(self.model, state_dict, self.resume_checkpoint)
+        return metadata
 
     # Training
 
@@ -250,51 +181,69 @@ class TrainLoop:
         return self.step + self.resume_step
 
     def run_loop(self) -> None:
-        """Train until max_steps, max_hours or for ever, logging and saving on the way and at the end."""
+        """Train until max_steps, max_hours or for ever, logging and saving on the way and at the end.
+
+        SIGTERM, SIGUSR1 or SIGINT on any rank ends it after the same step on all, with a checkpoint and
+        SystemExit(EXIT_RESUME); a second SIGINT at once, with KeyboardInterrupt.
+        """
         bar = logger.Progress("training", self.max_steps or None, "step", initial=self.resume_step)
+        self.clock = StepClock(self.global_batch)
         try:
-            self._run(bar)
+            with StopSignals() as signals:
+                reason = self._run(bar, signals)
         except KeyboardInterrupt:
-            steps = checkpoint.complete_sets(get_blob_logdir(), self.ema_rate) if self.rank == 0 else []
-            where = "no checkpoint was written"
-            if steps:
-                newest = files.join(get_blob_logdir(), checkpoint.model_name(steps[-1]))
-                where = f"the last checkpoint is {newest}; --resume auto goes on"
             raise KeyboardInterrupt(
-                f"training stopped after {self.resume_step + self.steps_done} steps; {where}"
+                f"training stopped after {self.resume_step + self.steps_done} steps; last checkpoint: "
+                f"{self.writer.last_saved or 'none'}; --resume auto goes on from it"
             ) from None
         finally:
             bar.close()
+        if reason == TIME_IS_UP:
+            logger.log(f"--max_hours {self.max_hours} are over after {self.absolute_step} steps")
+        elif reason:
+            logger.log(
+                f"stopped by {signal.Signals(reason).name} after {self.absolute_step} steps; the same command with "
+                f"--resume auto goes on (exit code {EXIT_RESUME})"
+            )
+            raise SystemExit(EXIT_RESUME)
 
-    def _run(self, bar: logger.Progress) -> None:
-        while not self.max_steps or self.absolute_step < self.max_steps:
-            batch, cond = next(self.data)
+    def _run(self, bar: logger.Progress, signals: StopSignals) -> int:
+        """The loop itself; returns why it ended: 0 where it is finished, TIME_IS_UP, or a signal's number."""
+        agreement = Agreement()
+        reason = 0
+        while not reason and (not self.max_steps or self.absolute_step < self.max_steps):
+            with self.clock.waiting(), dist_util.working("the next batch of images"):
+                batch, cond = next(self.data)
             self.run_step(batch, cond)
+            for interval, hook in self.hooks:
+                if (self.absolute_step + 1) % interval == 0:
+                    hook(self)
             shown = {}
             if self.absolute_step % self.log_interval == 0:
                 shown = self._write_log()
             if self.absolute_step % self.save_interval == 0:
-                self.save()
+                self._save_in_background()
                 if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.absolute_step > 0:
-                    return
-            for interval, hook in self.hooks:
-                if (self.absolute_step + 1) % interval == 0:
-                    hook(self)
-            time_is_up = self.absolute_step % self.log_interval == 0 and self._time_is_up()
+                    break
             self.step += 1
             bar.update(1, **shown)
-            if time_is_up:
-                logger.log(f"--max_hours {self.max_hours} are over")
-                break
+            self.writer.collect()
+            reason = agreement.exchange(signals.received or (TIME_IS_UP if self._time_is_up() else 0))
+        agreement.finish()
+        if self.max_steps and self.absolute_step >= self.max_steps:
+            reason = 0  # whatever came in during the last step
         # The last step may have been saved already, under its own number.
-        if self.step and (self.absolute_step - 1) % self.save_interval != 0:
-            self.save()
+        if self.step and self.saved_after != self.resume_step + self.steps_done:
+            self._save_in_background()
+        if self.step and (self.absolute_step - 1) % self.log_interval:
+            self._write_log()  # what came after the last row; a run that goes on from here drops it again
+        self.writer.finish()
+        dist_util.barrier()  # a launcher may end all ranks once the first one leaves
+        return reason
 
     def _time_is_up(self) -> bool:
         """Whether rank 0's clock says so."""
-        if not self.max_hours:
-            return False
-        return dist_util.from_rank0(lambda: time.monotonic() - self.started >= self.max_hours * 3600)
+        return self.rank == 0 and 0 < self.max_hours * 3600 <= time.monotonic() - self.started
 
     def run_step(self, batch, cond) -> None:
         """One step on this rank's batch [N, C, H, W] and conditions (dict of [N, ...])."""
@@ -331,7 +280,9 @@ class TrainLoop:
                     noise=noise[part],
                 )
                 # Each microbatch carries its share of the batch's mean.
-                ((losses["loss"] * weights[part]).sum() / len(batch) * scale).backward()
+                total = (losses["loss"] * weights[part]).sum() / len(batch) * scale
+                # A loss that is not finite spoils every gradient, so that all ranks skip the step.
+                (total * th.where(th.isfinite(total), 1.0, math.nan)).backward()
             parts.append({key: value.detach() for key, value in losses.items()})
         all_losses = {key: th.cat([part[key] for part in parts]) for key in parts[0]}
         if isinstance(self.schedule_sampler, LossAwareSampler):
@@ -346,8 +297,11 @@ class TrainLoop:
             self.master_params[0].grad.mul_(1.0 / self.loss_scale.scale)
         norm = th.nn.utils.clip_grad_norm_(self.master_params, self.grad_clip or math.inf)
         bad = (~th.isfinite(norm)).float()
+        self.bad_steps.note(bad, self.absolute_step)
         self.meter.add("skipped_steps", bad)
         self.meter.add("grad_norm", norm, counted=1 - bad)
+        if self.grad_clip:
+            self.meter.add("grad_norm_clipped", norm.clamp(max=self.grad_clip), counted=1 - bad)
         for group in self.opt.param_groups:
             group["lr"] = learning_rate(
                 self.absolute_step,
@@ -364,7 +318,7 @@ class TrainLoop:
         if self.emas:
             flat = flatten(self.master_params)
             for ema in self.emas:
-                ema.update(flat, 1 - bad)
+                ema.update(flat, 1 - bad, self.absolute_step)
         if self.loss_scale:
             self.loss_scale.update(bad)
 
@@ -374,57 +328,67 @@ class TrainLoop:
         logger.logkv("samples", (self.absolute_step + 1) * self.global_batch)
 
     def _write_log(self) -> dict[str, str]:
-        """Write a row of the log; stop a run whose steps have all been skipped. Returns what the bar shows."""
+        """Write a row of the log; stop a run that makes no steps any more. Returns what the bar shows."""
         means = self.meter.read()
-        for key, value in means.items():
-            logger.logkv(key, value)
-        logger.logkv("lr", self.opt.param_groups[0]["lr"])
+        speed = self.clock.read()
+        logger.logkvs({**means, **speed, "lr": self.opt.param_groups[0]["lr"]})
         if self.loss_scale:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
         logger.dumpkvs()
-        hopeless = self.lg_loss_scale < MIN_LOG_LOSS_SCALE if self.loss_scale else True
-        if means.get("skipped_steps", 0) == 1 and hopeless:
+        in_row, first = self.bad_steps.read()
+        if in_row >= self.max_bad_steps:
             raise UserError(
-                f"the gradient was not finite in any step up to {self.absolute_step} since the last row of the log: "
-                f"lower --lr, give --grad_clip 1, or --precision fp32; last checkpoint: {self.last_saved or 'none'}"
+                f"{in_row} steps in a row had no finite loss and gradient (--max_bad_steps {self.max_bad_steps}), the "
+                f"first at step {first}: resume from the last good checkpoint, {self.writer.last_saved or 'none'}, "
+                "with a lower --lr, --grad_clip 1 or --precision fp32, and look at the data"
             )
-        return {"loss": f"{means.get('loss', math.nan):.4g}"}
+        return {
+            "loss": f"{means.get('loss', math.nan):.4g}",
+            "images": f"{speed['images_per_second']:.4g}/s",
+            "data": f"{speed['data_wait']:.0%}",
+            "memory": f"{speed['peak_gib']:.2f} GiB",
+        }
 
-    # Saving
+    # The parameters and their averages
 
     def state_dict_of(self, params: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
         """The model's state dict in float32 with the given master parameters, or averages, in place of its own."""
-        if self.precision != "fp32":
-            params = unflatten_master_params(self.model_params, params)
-        state_dict = self.model.state_dict()
-        for (name, _), value in zip(self.model.named_parameters(), params):
-            state_dict[name] = value.detach()
-        return state_dict
+        return train_state.state_dict_of(self, params)
+
+    @contextmanager
+    def using(self, params: Sequence[th.Tensor]) -> Iterator[None]:
+        """The model has the given master parameters, or averages, and is in eval mode; afterwards it is as before."""
+        own = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.model.load_state_dict(self.state_dict_of(params))
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+            self.model.train()
+
+    # Saving
 
     def save(self) -> None:
-        """Write modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt; rank 0 writes, the optimizer's last."""
-        if self.rank != 0:
-            return
-        directory, step = get_blob_logdir(), self.absolute_step
-        files.make_dirs(directory)
+        """Write the set of the current step: modelNNNNNN.pt, ema_LABEL_NNNNNN.pt, optNNNNNN.pt, manifestNNNNNN.json.
+
+        Rank 0 writes. Collective.
+        """
+        self._save_in_background()
+        self.writer.wait()
+
+    def _save_in_background(self) -> None:
         done = self.resume_step + self.steps_done
-        description = {**self.metadata, "step": done}
-        checkpoint.save_state_dict(
-            self.state_dict_of(self.master_params), files.join(directory, checkpoint.model_name(step)), description
-        )
-        for ema in self.emas:
-            path = files.join(directory, checkpoint.ema_name(ema.rate, step))
-            checkpoint.save_state_dict(self.state_dict_of(ema.params), path, {**description, "ema_rate": ema.rate})
-        rest: dict[str, Any] = {"step": done}
-        for name, part in (("loss_scale", self.loss_scale), ("schedule_sampler", self.schedule_sampler)):
-            if part is not None and hasattr(part, "state_dict"):
-                rest[name] = part.state_dict()
-        checkpoint.save(
-            {**self.opt.state_dict(), "improved_diffusion": rest},
-            files.join(directory, checkpoint.optimizer_name(step)),
-        )
-        self.last_saved = files.join(directory, checkpoint.model_name(step))
-        logger.log(f"saved {self.last_saved}")
+        parts = train_state.parts_of(self, self.absolute_step, done)
+        self.saved_after = done
+        if self.rank == 0:
+            self.writer.submit(self.absolute_step, done, parts)
+
+    def write_model(self, name: str, params: Sequence[th.Tensor], metadata: dict[str, Any]) -> None:
+        """Write the given parameters, or averages, to a file beside the checkpoints; rank 0 does, in the background."""
+        if self.rank == 0:
+            description = {**self.metadata, "step": self.resume_step + self.steps_done, **metadata}
+            self.writer.submit_file(name, checkpoint.describe(self.state_dict_of(params), description))
 
 
 def get_blob_logdir() -> str:

@@ -28,3 +28,11 @@ def fresh_start(monkeypatch):
     logger.reset()
     yield
     logger.reset()
+
+
+@pytest.fixture
+def out_dir(tmp_path, monkeypatch):
+    """Where a training loop in this test logs and saves."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # nothing here needs to survive a power cut
+    logger.configure(dir=str(tmp_path / "run"), format_strs=["csv"])
+    return tmp_path / "run"

@@ -1,19 +1,22 @@
 """What each rank does in test_dist_util.py: `dist_worker.py TASK FOLDER`, started under a launcher.
 
-`all` runs every collective check and writes what this rank got to FOLDER/rankN.pt; in the other tasks rank 1 ends
-badly while the others wait for it.
+`all` runs every collective check and writes what this rank got to FOLDER/rankN.pt; `absent`: rank 1 never joins; in
+`stopped` and `uneven` all end well, or rank 0 seconds after the others; in the other tasks rank 1 ends badly, or hangs,
+while the others wait for it. `dist_worker.py script PATH ARGUMENTS` runs a script of ours, as impatient as those.
 """
 
 import os
+import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch as th
 
-from improved_diffusion import dist_util, logger
+from improved_diffusion import dist_util, logger, rendezvous, watchdog
 from improved_diffusion.config import UserError
 from improved_diffusion.resample import LossSecondMomentResampler
 from improved_diffusion.script_util import create_gaussian_diffusion, create_model
@@ -64,6 +67,8 @@ def six_steps(folder, microbatch=-1, split=(0, 1)):
     diffusion = create_gaussian_diffusion(steps=20, learn_sigma=True, noise_schedule="cosine")
     data = ((images[rank::ranks], {"y": y[rank::ranks]}) for images, y in map(step_images, range(STEPS)))
     logger.configure(str(folder), format_strs=[])
+    rows = []
+    logger.add_output(SimpleNamespace(writekvs=lambda row: rows.append(dict(row)), close=lambda: None))
     loop = TrainLoop(
         model=model, diffusion=ImageDecides(diffusion), data=data, batch_size=BATCH // ranks, microbatch=microbatch,
         lr=1e-3, ema_rate="0.9", log_interval=STEPS, save_interval=100, resume_checkpoint="", max_steps=STEPS,
@@ -71,7 +76,7 @@ def six_steps(folder, microbatch=-1, split=(0, 1)):
         adam_eps=1e-6,
     )  # fmt: skip
     loop.run_loop()
-    return th.cat([p.detach().flatten() for p in model.parameters()]), loop.meter.read()["grad_norm"]
+    return th.cat([p.detach().flatten() for p in model.parameters()]), rows[-1]["grad_norm"]
 
 
 def ragged(rank):
@@ -125,20 +130,49 @@ def everything(folder):
     )
 
 
+def end_badly(task):
+    if task == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif task == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif task == "stuck":
+        with dist_util.working("the next batch of /data", 1):
+            time.sleep(60)
+    raise {"mistaken": UserError, "crashed": RuntimeError}[task]("rank 1 alone is wrong")
+
+
+def be_impatient():
+    """The same waits in a tenth of the time."""
+    watchdog.INTERVAL, watchdog.SILENCE = 0.5, 3
+    rendezvous.START_TIMEOUT = 4
+
+
 def main():
     task, folder = sys.argv[1], Path(sys.argv[2])
+    if task != "all":
+        be_impatient()
+    if task == "absent" and dist_util.get_rank() == 1:
+        time.sleep(15)
     dist_util.setup_dist()
     rank = dist_util.get_rank()
     if task == "all":
         everything(folder)
         return
     dist_util.barrier()
+    if task == "uneven" and rank == 0:
+        time.sleep(8)  # more than SILENCE
+    if task in ("stopped", "uneven"):
+        (folder / f"{task}{rank}").touch()
+        raise SystemExit(75 if task == "stopped" else 0)
     if rank == 1:
-        if task == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise {"mistaken": UserError, "crashed": RuntimeError}[task]("rank 1 alone is wrong")
+        end_badly(task)
     dist_util.barrier()
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1] == "script":
+    be_impatient()
+    rendezvous.START_TIMEOUT = 60
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+elif __name__ == "__main__":
     dist_util.run_script(main)

@@ -1,11 +1,15 @@
 """What several test files share."""
 
+import contextlib
 import importlib.util
 import json
+import subprocess
+import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch as th
 
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
@@ -92,3 +96,21 @@ def script_groups(name):
         module.main()
     except Captured as captured:
         return captured.args[0]
+
+
+@contextlib.contextmanager
+def small_disk(kib):
+    """A folder on a disk of its own that holds no more than `kib` KiB. Skips the test where it may not be mounted."""
+    folder = Path(tempfile.mkdtemp(prefix="small_disk"))
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()

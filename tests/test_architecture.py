@@ -63,6 +63,7 @@ GRAPH = {name: own(path) for name, path in FILES.items()}
 
 BASICS = {"config", "schedules", "losses", "nn"}
 SERVICES = {"ema", "resample", "checkpoint", "image_datasets", "images", "logger"}
+TRAINING = {"lr_schedule", "step_stats", "stop_signals", "checkpoint_sets", "train_state"}
 MAY_IMPORT = {
     "__init__": set(),
     "config": set(), "schedules": set(), "losses": set(), "nn": set(), "fp16_util": set(),
@@ -72,12 +73,29 @@ MAY_IMPORT = {
     "unet": {"nn", "fp16_util"},
     "gaussian_diffusion": BASICS | {"samplers"},
     "respace": BASICS | {"gaussian_diffusion"},
-    "dist_util": {"config", "files"},
-    **{name: BASICS | {"dist_util", "files"} for name in SERVICES - {"image_datasets"}},
-    "image_datasets": BASICS | {"dist_util", "files", "images"},
-    "train_util": BASICS | SERVICES | {"samplers", "gaussian_diffusion", "respace", "dist_util", "files", "fp16_util"},
+    "watchdog": set(), "rendezvous": {"config"},
+    "dist_util": {"config", "files", "rendezvous", "watchdog"},
+    **{name: BASICS | {"dist_util", "files"} for name in SERVICES - {"image_datasets", "logger"}},
+    "log_outputs": {"files"},
+    "logger": {"dist_util", "files", "log_outputs"},
+    "trackers": {"config", "dist_util", "files", "logger"},
+    "curves": {"config", "files"},
+    "image_sources": {"config", "files", "images"},
+    "image_datasets": BASICS | {"dist_util", "files", "images", "image_sources"},
+    "lr_schedule": set(),
+    "step_stats": {"dist_util"}, "stop_signals": {"dist_util"},
+    "checkpoint_sets": {"config", "checkpoint", "files"},
+    "train_state": {"config", "checkpoint", "dist_util", "fp16_util", "logger"},
+    "train_util": BASICS | SERVICES | TRAINING
+    | {"samplers", "gaussian_diffusion", "respace", "dist_util", "files", "fp16_util"},
+    "dry_run": {"dist_util", "files", "logger", "step_stats", "train_util"},
     "evaluation": set(), "evaluation.nll": set(),
-    "script_util": set(FILES) - {"train_util", "run_util", "sample_util"},
+    "low_res": {"config", "dist_util"},
+    "preview": {"config", "dist_util", "files", "images", "logger", "low_res", "samplers", "script_util"},
+    "validation": SERVICES - {"ema", "resample", "checkpoint"}
+    | {"config", "dist_util", "image_sources", "low_res", "samplers", "evaluation.nll"},
+    "posthoc": {"config", "checkpoint", "ema", "files", "logger"},
+    "script_util": set(FILES) - {"train_util", "run_util", "sample_util", "preview", "validation"},
     "run_util": set(FILES) - {"sample_util"},
     "sample_util": set(FILES) - {"train_util", "run_util", "script_util", "unet"},
 }  # fmt: skip
@@ -128,12 +146,15 @@ def test_at_import_time_a_module_needs_torch_numpy_and_pillow_at_most(name):
     allowed = {
         "config": set(), "presets": set(), "files": set(), "__init__": set(),
         "images": {"torch", "numpy", "PIL"}, "image_datasets": {"torch", "numpy", "PIL"},
-        "sample_util": {"torch", "numpy", "PIL"},
+        "image_sources": {"numpy", "PIL"}, "sample_util": {"torch", "numpy", "PIL"},
     }  # fmt: skip
     assert others(FILES[name], top_level_only=True) <= allowed.get(name, {"torch", "numpy"})
 
 
-OPTIONAL = ["mpi4py", "blobfile", "tqdm", "yaml", "sklearn", "scipy", "wandb", "tensorboard", "gradio", "diffusers"]
+OPTIONAL = [
+    "mpi4py", "blobfile", "tqdm", "yaml", "sklearn", "scipy", "wandb", "tensorboard", "matplotlib", "gradio",
+    "diffusers",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", ["import improved_diffusion", "every module"])
@@ -159,5 +180,8 @@ def test_every_module_says_what_it_is_for(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_has_its_tests(name):
-    elsewhere = {"run_util": "scripts", "sample_util": "scripts", "presets": "config", "evaluation": "evaluation_nll"}
+    elsewhere = {
+        "run_util": "scripts", "sample_util": "scripts", "presets": "config", "evaluation": "evaluation_nll",
+        "image_sources": "image_datasets",
+    }  # fmt: skip
     assert (ROOT / "tests" / f"test_{elsewhere.get(name, name.replace('.', '_'))}.py").exists()

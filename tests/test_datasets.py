@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion import image_datasets, logger
+from improved_diffusion import image_datasets, image_sources, logger
 from improved_diffusion.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,8 +88,8 @@ def test_digits_again_changes_nothing_and_they_are_training_data(run, tmp_path, 
     run("digits", "--out_dir", tmp_path)
     assert "is complete already" in capsys.readouterr().out
     assert modified_ns(tmp_path / "train") == before
-    source = image_datasets.open_images(str(tmp_path / "train"))
-    labels, names = image_datasets.read_classes(source, "prefix", str(tmp_path))
+    source = image_sources.open_images(str(tmp_path / "train"))
+    labels, names = image_sources.read_classes(source, "prefix", str(tmp_path))
     assert len(source) == 1500 and names == list("0123456789")
     array, out = image_datasets.ImageDataset(8, source, labels, channels=1)[0]
     assert array.shape == (1, 8, 8) and out["y"] == 0

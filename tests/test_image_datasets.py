@@ -16,7 +16,8 @@ from PIL import Image
 
 from improved_diffusion import dist_util, image_datasets, images
 from improved_diffusion.config import UserError
-from improved_diffusion.image_datasets import BatchStream, ImageDataset, load_data, open_images, read_classes
+from improved_diffusion.image_datasets import BatchStream, ImageDataset, load_data
+from improved_diffusion.image_sources import open_images, read_classes
 
 RNG = np.random.default_rng(7)
 PICTURES = RNG.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)

@@ -26,15 +26,16 @@ def read(path):
 # Where
 
 
-def test_default_outputs_are_stdout_log_and_csv(tmp_path, capsys):
+def test_default_outputs_are_stdout_log_csv_and_jsonl(tmp_path, capsys):
     logger.configure(dir=str(tmp_path))
     logger.logkv("loss", 0.5)
     logger.dumpkvs()
     logger.log("hello", 3)
-    assert sorted(os.listdir(tmp_path)) == ["log.txt", "progress.csv"]
+    assert sorted(os.listdir(tmp_path)) == ["log.txt", "progress.csv", "progress.jsonl"]
     text = read(tmp_path / "log.txt")
     assert "| loss | 0.5" in text and "hello 3\n" in text
     assert text == capsys.readouterr().out
+    assert json.loads(read(tmp_path / "progress.jsonl")) == {"loss": 0.5}
     assert logger.get_dir() == str(tmp_path)
 
 
@@ -44,7 +45,7 @@ def test_every_named_output(tmp_path):
     logger.dumpkvs()
     assert sorted(os.listdir(tmp_path)) == ["log-x.txt", "progress-x.csv", "progress-x.json"]
     assert json.loads(read(tmp_path / "progress-x.json")) == {"a": 1.5, "b": 2}
-    with pytest.raises(ValueError, match=r"'xml'.*stdout, log, json, csv"):
+    with pytest.raises(ValueError, match=r"'xml'.*stdout, log, json, csv, jsonl"):
         logger.configure(dir=str(tmp_path), format_strs=["xml"])
 
 
@@ -52,6 +53,8 @@ def test_environment_names_the_outputs_and_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "run"))
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "json")
     logger.configure()
+    logger.logkv("a", 1)
+    logger.dumpkvs()
     assert logger.get_dir() == str(tmp_path / "run") and os.listdir(tmp_path / "run") == ["progress.json"]
     logger.configure(dir=str(tmp_path / "other"))
     assert logger.get_dir() == str(tmp_path / "other")
@@ -207,6 +210,41 @@ def test_a_communicator_averages_over_its_ranks(tmp_path):
     assert len(rows(tmp_path / "progress.csv")) == 1
 
 
+class Pictures:
+    """An output of somebody else's, with all that an output may have."""
+
+    def __init__(self):
+        self.calls = []
+
+    def writekvs(self, row):
+        self.calls.append(row)
+
+    def writeimage(self, name, image, step):
+        self.calls.append((name, image, step))
+
+    def drop_rows(self, first_step):
+        self.calls.append(first_step)
+        return 99
+
+    def close(self):
+        self.calls.append("closed")
+
+
+def test_an_added_output_gets_rows_images_and_the_step_that_a_run_goes_on_from(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=["csv", "log"])
+    output, image = Pictures(), object()
+    logger.add_output(output)
+    for step in (1, 2, 3):
+        logger.logkv("step", step)
+        logger.dumpkvs()
+    logger.log_image("samples", image, 3)
+    assert logger.drop_rows(2) == 2
+    logger.set_level(logger.DISABLED)
+    logger.log_image("unseen", image, 4)
+    logger.reset()
+    assert output.calls == [{"step": 1}, {"step": 2}, {"step": 3}, ("samples", image, 3), 2, "closed"]
+
+
 # Progress
 
 
@@ -226,13 +264,48 @@ def test_progress_writes_a_line_now_and_then(capsys, monkeypatch):
     assert "training: 101 steps" in capsys.readouterr().out
 
 
-def test_progress_tells_the_time_left(monkeypatch):
+class Clock:
+    """time.monotonic, moved by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def test_progress_tells_the_time_left_and_what_is_shown(monkeypatch):
+    clock = Clock(monkeypatch)
     bar = logger.Progress("training", 1000, "step")
-    now = time.monotonic()
-    bar.started = now - 10
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    bar.done = 100
-    assert bar.line() == "training: 100/1000 steps, 10 steps/s, ETA 0:01:30"
+    clock.now += 10
+    bar.update(50, loss="0.5", images="12/s")
+    bar.update(50)  # the shown values stay
+    assert bar.line() == "training: 100/1000 steps, 10 steps/s, ETA 0:01:30, loss 0.5, images 12/s"
+    bar.update(0, loss="0.4")
+    assert bar.line().endswith("ETA 0:01:30, loss 0.4")
+
+
+def test_the_time_left_follows_the_recent_speed(monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = logger.Progress("training", 10_000, "step")
+    clock.now += 600  # such as compiling the first step
+    bar.update(1)
+    for _ in range(120):
+        clock.now += 1
+        bar.update(5)
+    assert bar.line() == "training: 601/10000 steps, 5 steps/s, ETA 0:31:20"
+    for _ in range(30):  # half of the window at another speed
+        clock.now += 1
+        bar.update(15)
+    assert ", 10 steps/s," in bar.line()
+    assert len(bar.marks) < 100
+
+
+def test_the_speed_of_steps_longer_than_the_window_is_right(monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = logger.Progress("training", 100, "step", initial=50)
+    for _ in range(5):
+        clock.now += 200
+        bar.update(1)
+    assert bar.line() == "training: 55/100 steps, 0.005 steps/s, ETA 2:30:00"
 
 
 def test_other_ranks_show_no_progress(monkeypatch, capsys):
@@ -252,6 +325,8 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     bar = logger.Progress("sampling", 4, "image")
-    bar.update(4, loss="0.5")
+    bar.update(2, loss="0.5")
+    bar.update(2)
     bar.close()
+    assert "loss 0.5" in terminal.getvalue().split("\r")[-1]
     assert "sampling" in terminal.getvalue() and "4/4" in terminal.getvalue()

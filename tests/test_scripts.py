@@ -94,8 +94,11 @@ def largest_difference(a, b):
 def test_training_writes_the_published_files(trained):
     folder, _ = trained
     sets = [f"{part}{step:06d}.pt" for step in (0, 3, 6) for part in ("model", "ema_0.9999_", "opt")]
-    assert {path.name for path in folder.iterdir()} == {*sets, "config.json", "log.txt", "progress.csv", "previews"}
+    sets += [f"manifest{step:06d}.json" for step in (0, 3, 6)]
+    others = {"config.json", "curves.png", "log.txt", "previews", "progress.csv", "progress.jsonl", ".lock"}
+    assert {path.name for path in folder.iterdir()} == {*sets, *others}
     assert pixels(folder / "previews/step_000006.png").shape[2] == 3
+    assert pixels(folder / "curves.png").size > 100_000
 
 
 def test_training_says_what_it_does_and_nothing_on_stderr(trained, animals):
@@ -104,7 +107,7 @@ def test_training_says_what_it_does_and_nothing_on_stderr(trained, animals):
     assert lines[0] == f"logging to {folder}"
     assert re.fullmatch(r"rank 0 -> \S+ -> (cpu|cuda:0 \(.*\))", lines[1])
     assert "total batch: 4 images a step (4 per rank x 1 ranks)" in lines
-    assert f"{animals}: 20 images of 2 classes (cat, dog); 10,000 steps are 2e+03 epochs" in lines
+    assert f"{animals}: 20 images of 2 classes (cat, dog); 6 steps are 1.2 epochs" in lines
     assert f"saved {folder / 'model000006.pt'}" in lines
     assert result.err == ""
     assert (folder / "log.txt").read_text() == result.out
@@ -113,8 +116,8 @@ def test_training_says_what_it_does_and_nothing_on_stderr(trained, animals):
 def test_the_log_has_a_row_for_each_interval(trained):
     with (trained[0] / "progress.csv").open(newline="") as f:
         rows = list(csv.DictReader(f))
-    assert [float(row["step"]) for row in rows] == [0, 2, 4]
-    assert [float(row["samples"]) for row in rows] == [4, 12, 20]
+    assert [float(row["step"]) for row in rows] == [0, 2, 4, 5]  # the last one is what was left
+    assert [float(row["samples"]) for row in rows] == [4, 12, 20, 24]
     assert all(float(row[name]) > 0 for row in rows for name in ("loss", "mse", "vb", "grad_norm", "lr"))
 
 
@@ -132,11 +135,11 @@ def killed(place, training):
     """A run under `mpiexec -n 2` that was killed in its midst: the folder, and the steps that its last set has seen."""
     folder = place / "killed"
     process = start("mpiexec", 2, "image_train", *training, "--save_interval", 2, "--out_dir", folder, cwd=place)
-    wait_for(lambda: (folder / "opt000004.pt").exists(), "the third checkpoint", process)
+    wait_for(lambda: (folder / "manifest000004.json").exists(), "the third checkpoint", process)
     for pid in started_by(process):
         os.kill(pid, signal.SIGKILL)
     wait(process)
-    return folder, max(int(path.stem[3:]) for path in folder.glob("opt*.pt")) + 1
+    return folder, max(int(path.stem[8:]) for path in folder.glob("manifest*.json")) + 1
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +152,7 @@ def resumed(place, training, killed):
 
 def test_a_run_killed_under_mpiexec_goes_on_by_resume_auto(resumed, killed):
     folder, steps, result = resumed
-    assert f"resumed {folder}/model{killed[1] - 1:06d}.pt after {killed[1]} steps" in result.out
+    assert f"resumed after {killed[1]} steps\n  model: {folder}/model{killed[1] - 1:06d}.pt" in result.out
     assert "total batch: 4 images a step (2 per rank x 2 ranks)" in result.out
     assert result.err == ""
     assert (folder / "log-rank001.txt").exists()
@@ -216,9 +219,10 @@ def test_the_published_environment_variables_name_the_folders_and_nothing_goes_t
     # DIFFUSION_TRAINING_TEST ends it, after the first save past the first step.
     result = python("image_train", *training, "--save_interval", 2, cwd=tmp_path / "cwd", env=env).succeed()
     assert result.out == result.err == ""
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"progress.json", "progress.csv"}
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"progress.json", "progress.csv", "curves.png"}
     sets = {f"{part}{step:06d}.pt" for step in (0, 2) for part in ("model", "ema_0.9999_", "opt")}
-    assert {path.name for path in (tmp_path / "blobs").iterdir()} == {*sets, "config.json"}
+    sets |= {f"manifest{step:06d}.json" for step in (0, 2)}
+    assert {path.name for path in (tmp_path / "blobs").iterdir()} == {*sets, "config.json", ".lock"}
     left = [path for name in ("tmp", "cwd") for path in (tmp_path / name).rglob("*")]
     assert [path for path in left if not path.name.startswith("torchinductor_")] == []  # torch makes that, empty
 

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The density of the timesteps that an estimate evaluates. Trained models' terms fall about as (t + 1)^-1.2, with either
+# noise schedule; an even share bounds the weights where they do not.
+DECAY = 1.2
+UNIFORM_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class BoundSummary:
@@ -50,3 +55,38 @@ def summarize_bound(
                 sums[name] = sums.get(name, 0.0) + values.astype(np.float64).sum(axis=0)
         report(len(totals), float(np.mean(totals)))
     return BoundSummary(np.array(totals), {name: total / len(totals) for name, total in sums.items()})
+
+
+def stratified_timesteps(num_timesteps: int, count: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps and weights whose sum_k weight[:, k] * term(t[:, k]) estimates sum_t term(t) without bias.
+
+    Systematic sampling (Madow 1949): t is taken with probability pi(t), at most once, and then weighs 1/pi(t). pi(0),
+    of the decoder's term, is 1; the others fall like the terms do. With `count` >= T the sum is exact.
+    :param count: timesteps for each image, at least 2 unless T is 1.
+    :param offsets: [N], in [0, 1); each image's own, drawn uniformly, makes the images' estimates independent.
+    :return: t int64 and weight float64, both [N, min(count, T)], t rising.
+    """
+    count = min(count, num_timesteps)
+    if count < 2 <= num_timesteps:
+        raise ValueError(f"count must be at least 2, for the decoder's term and the others, got {count}")
+    inclusion = _inclusion(num_timesteps, count)
+    points = np.asarray(offsets, dtype=np.float64)[:, None] + np.arange(count)
+    t = np.searchsorted(np.cumsum(inclusion), points, side="right").clip(max=num_timesteps - 1)
+    return t, 1 / inclusion[t]
+
+
+def _inclusion(num_timesteps: int, count: int) -> np.ndarray:
+    """pi [T], each in (0, 1], of sum `count`: proportional to the density, but where that would go above 1."""
+    inclusion = np.ones(num_timesteps)
+    if count == num_timesteps:
+        return inclusion
+    falling = np.arange(1.0, num_timesteps + 1) ** -DECAY
+    density = (1 - UNIFORM_SHARE) * falling / falling.sum() + UNIFORM_SHARE / num_timesteps
+    certain = np.arange(num_timesteps) == 0
+    while True:
+        others = density[~certain]
+        inclusion[~certain] = others / others.sum() * (count - certain.sum())
+        if (inclusion <= 1).all():
+            return inclusion
+        certain |= inclusion > 1
+        inclusion[certain] = 1

@@ -1,0 +1,66 @@
+"""Ending a run on request: signals become a flag, and all ranks act on it after the same step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+
+from . import dist_util
+
+EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is how SLURM's --signal=USR1@120 warns
+
+
+class StopSignals:
+    """A with statement in which the first of SIGNALS sets `received`; a second SIGINT interrupts at once.
+
+    Outside the main thread, where Python allows no handlers, nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+
+class Agreement:
+    """Lets all ranks see the same number after the same step, without any of them waiting for another."""
+
+    def __init__(self) -> None:
+        self.largest = th.zeros(1, dtype=th.int64)
+        self.work: Any = None
+
+    def exchange(self, mine: int) -> int:
+        """The largest number that a rank gave at the call before; of a single rank, at this one. Collective."""
+        if dist_util.get_world_size() == 1:
+            return mine
+        agreed = self.finish()
+        self.largest = th.tensor([mine])
+        # A CPU tensor, which gloo reduces in the background while the next step computes.
+        self.work = dist.all_reduce(self.largest, op=dist.ReduceOp.MAX, async_op=True)
+        return agreed
+
+    def finish(self) -> int:
+        """What the last exchange comes to; leaves nothing under way. Collective."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return int(self.largest)

@@ -1,0 +1,43 @@
+"""Trains on the GPU where waiting for it is an error: `gpu_steps.py PRECISION FOLDER`. Run by test_gpu.py."""
+
+import sys
+
+import torch as th
+from train_helpers import Data, make_loop
+
+from improved_diffusion import dist_util, logger
+from improved_diffusion.config import DiffusionConfig, ModelConfig
+from improved_diffusion.script_util import build, parse_options
+
+
+class PinnedData(Data):
+    """Batches in pinned memory, as the DataLoader gives them."""
+
+    def __next__(self):
+        batch, kwargs = super().__next__()
+        return batch.pin_memory(), kwargs
+
+
+def main():
+    dist_util.setup_dist()
+    logger.configure(dir=sys.argv[2], format_strs=["csv"])
+    flags = "--image_size 8 --num_channels 32 --channel_mult 1,1 --attention_resolutions 4 --learn_sigma --dropout 0.1"
+    model, diffusion = build(parse_options((ModelConfig, DiffusionConfig), "", flags.split()))
+    loop = make_loop(
+        model=model.to(dist_util.dev()), diffusion=diffusion, data=PinnedData(), precision=sys.argv[1], grad_clip=1.0,
+        ema_rate="0.9,0.99", ema_warmup=True, ema_sigma_rel="0.1", microbatch=2, max_steps=100, log_interval=1000,
+    )  # fmt: skip
+    for _ in range(3):  # tables of coefficients, cuDNN's plans, the optimizer's state
+        loop.run_step(*next(loop.data))
+        loop.step += 1
+    th.cuda.set_sync_debug_mode("error")
+    for _ in range(10):
+        loop.run_step(*next(loop.data))
+        loop.step += 1
+    th.cuda.set_sync_debug_mode("default")
+    means = loop.meter.read()
+    assert means["skipped_steps"] < 1 and means["loss"] > 0
+
+
+if __name__ == "__main__":
+    dist_util.run_script(main)
