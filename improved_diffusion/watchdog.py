@@ -102,34 +102,34 @@ class Watchdog(threading.Thread):
             dist.all_reduce(leaving, dist.ReduceOp.MIN, self.group)
         except (RuntimeError, ValueError) as error:
             in_time = time.monotonic() - started < SILENCE
-            self._lost(self._who_is_missing(str(error)), in_time)
+            self._lost(self._missing(str(error)), in_time)
             return True
         return bool(leaving.item())
 
-    def _who_is_missing(self, error: str) -> str:
-        """The barrier's error; a reduction that failed says nothing of ranks, so rank 0 asks once more."""
-        if self.rank == 0 and "monitoredBarrier" not in error:
+    def _missing(self, error: str) -> list[int]:
+        """The ranks that did not come to a meeting, as far as this one can know: on others than 0, rank 0."""
+        named = re.search(r"Ranks? ([\d, ]+?) failed to pass monitoredBarrier", error)
+        if named:
+            return [int(number) for number in named.group(1).split(",")]
+        # Of a connection that is closed torch says no rank; but from a rank that has ended nothing can be received.
+        ended = []
+        for rank in range(1, len(self.hosts)) if self.rank == 0 else ():
             try:
-                dist.monitored_barrier(self.group, timedelta(seconds=GRACE), wait_all_ranks=True)
-            except RuntimeError as named:
-                return str(named)
-        return error
+                dist.irecv(th.zeros(1), rank, self.group)
+            except RuntimeError:
+                ended.append(rank)
+        return ended or [0]
 
-    def _lost(self, error: str, in_time: bool) -> None:
-        """End this rank because of another, unless its main thread does it, with the same knowledge, by itself."""
-        missing = re.search(r"Ranks? ([\d, ]+?) failed to pass monitoredBarrier", error)
-        numbers = [int(number) for number in missing.group(1).split(",")] if missing else [0]
-        names = " and ".join(f"rank {number} on {self.hosts[number]}" for number in numbers)
+    def _lost(self, ranks: list[int], in_time: bool) -> None:
+        """End this rank because of others, unless its main thread does it, with the same knowledge, by itself."""
+        names = " and ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
         if not in_time:
-            self.reason = f"{names} did not answer for {SILENCE:.0f} s: the host is down, the network is cut, or the "
-            self.reason += f"process hangs; {_ADVICE}"
-        elif missing:
-            self.reason = (
-                f"lost contact with another rank: {names} ended; if it left no message it was killed, for want "
-            )
-            self.reason += f"of memory for instance; {_ADVICE}"
+            what = f"did not answer for {SILENCE:.0f} s: the host is down, the network is cut, or the process hangs"
+        elif self.rank == 0:
+            what = "ended; without a message if it was killed, as for want of memory"
         else:
-            self.reason = f"lost contact with another rank: {names} ended, and its message says why; {_ADVICE}"
+            what = "ended, and its message says why"
+        self.reason = f"{'lost contact with another rank: ' if in_time else ''}{names} {what}; {_ADVICE}"
         self.known.set()
         if not self.reported.wait(GRACE / 4 if self.rank == 0 else GRACE):
             _say(self.reason)

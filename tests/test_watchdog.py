@@ -38,37 +38,36 @@ def said(monkeypatch):
     return words
 
 
-TIMES_OUT = "[Rank 0]: Ranks 1, 2 failed to pass monitoredBarrier in 400 ms"
-FROM_RANK_0 = "Rank 1 successfully reached monitoredBarrier, but received errors while waiting for rank 0."
-
-
 @pytest.mark.parametrize(
-    ("rank", "error", "in_time", "expected"),
+    ("rank", "ranks", "in_time", "expected"),
     [
-        (0, TIMES_OUT, False, "rank 1 on nodea and rank 2 on nodeb did not answer for 0 s: the host is down"),
-        (
-            0,
-            TIMES_OUT,
-            True,
-            "lost contact with another rank: rank 1 on nodea and rank 2 on nodeb ended; if it left no",
-        ),
-        (1, FROM_RANK_0, False, "rank 0 on nodea did not answer for 0 s: the host is down, the network is cut"),
-        (1, FROM_RANK_0, True, "lost contact with another rank: rank 0 on nodea ended, and its message says why"),
+        (0, [1, 2], False, "rank 1 on nodea and rank 2 on nodeb did not answer for 0 s: the host is down"),
+        (0, [2], True, "lost contact with another rank: rank 2 on nodeb ended; without a message if it was killed"),
+        (1, [0], False, "rank 0 on nodea did not answer for 0 s: the host is down, the network is cut"),
+        (1, [0], True, "lost contact with another rank: rank 0 on nodea ended, and its message says why"),
     ],
 )
-def test_ranks_that_are_missing_are_named_with_their_hosts(rank, error, in_time, expected, said):
+def test_ranks_that_are_missing_are_named_with_their_hosts(rank, ranks, in_time, expected, said):
     watch = Watchdog(rank, ["nodea", "nodea", "nodeb"])
     with pytest.raises(Ended):
-        watch._lost(error, in_time)
+        watch._lost(ranks, in_time)
     (text,) = said.values()
     assert text.startswith(expected) and text.endswith("--resume auto goes on from the last checkpoint")
+
+
+def test_torchs_message_tells_which_ranks_are_missing():
+    watch = Watchdog(0, ["nodea", "nodea", "nodeb"])
+    assert watch._missing("[Rank 0]: Ranks 1, 2 failed to pass monitoredBarrier in 400 ms") == [1, 2]
+    assert watch._missing("[Rank 0]: Rank 2 failed to pass monitoredBarrier in 400 ms") == [2]
+    message = "Rank 1 successfully reached monitoredBarrier, but received errors while waiting for rank 0."
+    assert Watchdog(1, ["nodea", "nodea"])._missing(message) == [0]
 
 
 def test_the_main_threads_report_of_an_error_takes_the_place_of_the_threads(said, monkeypatch):
     watch = Watchdog(0, ["nodea", "nodeb"])
     monkeypatch.setattr(watchdog._process, "watch", watch)
     assert watchdog.report_by_main(lost_peer=False) == ""
-    watch._lost("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 400 ms", in_time=True)
+    watch._lost([1], in_time=True)
     assert not said
     assert "rank 1 on nodeb ended" in watchdog.report_by_main(lost_peer=True)
 
