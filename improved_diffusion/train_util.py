@@ -337,6 +337,7 @@ class TrainLoop:
         logger.dumpkvs()
         in_row, first = self.bad_steps.read()
         if in_row >= self.max_bad_steps:
+            self.writer.wait()
             raise UserError(
                 f"{in_row} steps in a row had no finite loss and gradient (--max_bad_steps {self.max_bad_steps}), the "
                 f"first at step {first}: resume from the last good checkpoint, {self.writer.last_saved or 'none'}, "

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
 
@@ -28,6 +29,8 @@ def fresh_start(monkeypatch):
     logger.reset()
     yield
     logger.reset()
+    if "script_helpers" in sys.modules:
+        sys.modules["script_helpers"].end_all()
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ STUBS = Path(__file__).resolve().parent / "stubs"
 SCRIPTS = ROOT / "scripts"
 TIMEOUT = 150
 MARK = "SCRIPT_TEST_RUN"  # set to something unique in all processes of one run
+_running = []  # the processes that this test has started
 
 # A model that trains in milliseconds.
 TINY = [
@@ -102,7 +103,23 @@ def start(launcher, ranks, script, *args, cwd, env=None, prefix=()):
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     process.mark = mark
+    _running.append(process)
     return process
+
+
+def end_all():
+    """End what a test that failed has left running."""
+    while _running:
+        process = _running.pop()
+        if process.poll() is None:
+            _kill(process)
+            process.communicate()
+
+
+def _kill(process):
+    for pid in started_by(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def started_by(process, **variables):
@@ -122,9 +139,7 @@ def wait(process, timeout=TIMEOUT):
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
-        for pid in started_by(process):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(process)
     return Finished(process.returncode, out, err, time.monotonic() - started)
 
 

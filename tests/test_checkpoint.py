@@ -250,18 +250,6 @@ def test_step_is_read_off_the_file_name(path, step):
     assert checkpoint.parse_resume_step_from_filename(path) == step
 
 
-def test_complete_sets_are_those_with_all_parts(tmp_path):
-    for name in ("model000000.pt", "ema_0.5_000000.pt", "opt000000.pt", "model000010.pt", "opt000010.pt",
-                 "model000002.pt", "ema_0.5_000002.pt", "ema_0.9_000002.pt", "opt000002.pt", "model000020.pt",
-                 ".model000030.pt.17.tmp", "ema_0.5_000030.pt", "opt000030.pt"):  # fmt: skip
-        (tmp_path / name).touch()
-    folder = str(tmp_path)
-    assert checkpoint.complete_sets(folder, []) == [0, 2, 10]
-    assert checkpoint.complete_sets(folder, ["0.5"]) == [0, 2]
-    assert checkpoint.complete_sets(folder, [0.5, 0.9]) == [2]
-    assert checkpoint.complete_sets(str(tmp_path / "nowhere"), []) == []
-
-
 def test_a_missing_part_of_a_set_is_named(saved):
     path, _ = saved
     assert checkpoint.find_in_set(str(path), path.name, "the model") == str(path)

@@ -203,6 +203,32 @@ def test_weights_of_another_run_start_at_step_0(trained, training, tmp_path):
     assert all(th.allclose(one[key], other[key], atol=1e-8) for key in one)
 
 
+def test_a_run_shows_how_it_is_going(training, animals, tmp_path):
+    """Validation, previews, trackers and curves together, and the best average can be sampled from."""
+    args = [*training, "--max_steps", 6, "--sample_interval", 3, "--val_dir", animals, "--val_interval", 2,
+            "--val_images", 8, "--trackers", "tensorboard,wandb", "--ema_rate", "0.5,0.9", "--ema_sigma_rel", "0.1",
+            "--save_interval", 2, "--keep_last", 1, "--out_dir", "run"]  # fmt: skip
+    result = python("image_train", *args, cwd=tmp_path, env={"WANDB_MODE": "offline"}).succeed()
+    folder = tmp_path / "run"
+    assert result.out.count("validation after ") == 3
+    with (folder / "progress.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [bool(row["val_bpd_ema_0.5"]) for row in rows] == [False, True, True, True]
+    names = [f"step_{step:06d}{kind}.png" for step in (3, 6) for kind in ("", "_raw")]
+    assert sorted(path.name for path in (folder / "previews").iterdir()) == names
+    assert list((folder / "tensorboard").glob("events.*")) and list((folder / "wandb").glob("offline-run-*"))
+    # Of the older sets only what other averages can be made of is left.
+    assert sorted(path.name for path in folder.glob("*.pt")) == sorted([
+        "best.pt", "model000006.pt", "ema_0.5_000006.pt", "ema_0.9_000006.pt", "opt000006.pt",
+        *(f"ema_sigma_rel0.1_{step:06d}.pt" for step in (0, 2, 4, 6)),
+    ])  # fmt: skip
+    call("posthoc_ema", "--run_dir", folder, "--sigma_rel", "0.15", cwd=tmp_path).succeed()
+    for name in ("best.pt", "ema_posthoc_sigma_rel0.15_000006.pt"):
+        sampling = ["--num_samples", 2, "--timestep_respacing", 2, "--out_dir", tmp_path / name]
+        call("image_sample", "--model_path", folder / name, *sampling, cwd=tmp_path).succeed()
+        assert len(samples_of(tmp_path / name)[0]) == 2
+
+
 # Where things go
 
 
