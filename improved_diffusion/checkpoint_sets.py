@@ -1,13 +1,14 @@
 """Checkpoints as sets: the files of one step, written together, described by a manifest, verified, kept or removed.
 
 A set is there once its manifest is, which is written last: {"step": steps done, "files": {name: {"bytes": n,
-"sha256": hex}}}. Folders of other code have no manifests; there a set is there once all its files are.
+"sha256": hex}}}. Other code writes no manifests; before the first one in a folder a set is there once its files are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from . import checkpoint, files
 from .config import UserError
 
-CONFIG_FILE = "config.json"  # in every folder that a run of ours writes into
+CONFIG_FILE = "config.json"  # what made the run, beside its checkpoints
 FAILURES_ALLOWED = 2  # saves in a row that may fail before the run stops
 
 _PARTS = re.compile(r"(model|opt|ema_.+_)(\d{6,})\.pt")
@@ -59,15 +60,19 @@ def write_set(directory: str, step: int, done: int, parts: Iterable[tuple[str, A
     files.write_bytes(files.join(directory, manifest_name(step)), json.dumps(manifest, indent=1).encode())
 
 
-def prune(directory: str, keep_last: int, keep_every: int) -> list[int]:
-    """Remove all sets but the newest `keep_last` and those of a multiple of `keep_every`; returns their steps.
+def _manifest_steps(names: Iterable[str]) -> list[int]:
+    return sorted(int(match.group(1)) for match in map(_MANIFEST.fullmatch, names) if match)
 
-    Snapshots of power-function averages stay. 0 keeps all; sets without a manifest are nobody's to remove.
+
+def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[int]:
+    """Of the sets up to `newest` remove all but the last `keep_last` and those of a multiple of `keep_every`.
+
+    Returns their steps. Snapshots of power-function averages stay. A `keep_last` of 0 keeps all; sets without a
+    manifest are nobody's to remove.
     """
     if not keep_last:
         return []
-    names = files.list_dir(directory)
-    steps = sorted(int(match.group(1)) for match in map(_MANIFEST.fullmatch, names) if match)
+    steps = [step for step in _manifest_steps(files.list_dir(directory)) if step <= newest]
     removed = [step for step in steps[:-keep_last] if not (keep_every and step % keep_every == 0)]
     for step in removed:
         manifest = read_manifest(directory, step) or {"files": {}}
@@ -76,6 +81,19 @@ def prune(directory: str, keep_last: int, keep_every: int) -> list[int]:
             if step_of(name) == step and "/" not in name and not name.startswith(_SNAPSHOT):
                 files.remove(files.join(directory, name))
     return removed
+
+
+def set_aside_after(directory: str, step: int) -> list[str]:
+    """Take the sets after a step out of sight, for a run that goes back to it: --resume auto would jump to them later.
+
+    Their manifests, and snapshots of power-function averages, get the ending .aside. Returns the manifests' names.
+    """
+    names = files.list_dir(directory) if files.is_dir(directory) else []
+    later = [manifest_name(number) for number in _manifest_steps(names) if number > step]
+    snapshots = [name for name in names if name.startswith(_SNAPSHOT) and (step_of(name) or 0) > step]
+    for name in later + snapshots:
+        files.rename(files.join(directory, name), files.join(directory, f"{name}.aside"))
+    return later
 
 
 class SetWriter:
@@ -96,41 +114,42 @@ class SetWriter:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.last_saved: str | None = None  # the model's file of the newest set
         self.failures = 0
+        self.beside: dict[str, Any] = {}  # file name -> content of what is written before the next set
         self.thread: threading.Thread | None = None
-        self.outcome: BaseException | str | None = None
+        self.failure: BaseException | None = None
+        self.remark: str | None = None  # what did not keep a set from being written
 
     def submit(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
         """Begin to write a set, once the one before is written."""
-        self._start(lambda: self._write(step, done, parts))
-
-    def submit_file(self, name: str, part: Any) -> None:
-        """Begin to write one file that belongs to no set."""
-        path = files.join(self.directory, name)
-
-        def write() -> str:
-            files.make_dirs(self.directory)
-            checkpoint.save(part, path)
-            return path
-
-        self._start(write)
-
-    def _start(self, work: Callable[[], str]) -> None:
         self.wait()
+        beside = dict(self.beside)
 
         def run() -> None:
+            self.failure = self.remark = None
             try:
-                self.outcome = work()
+                self._write(step, done, parts, beside)
             except BaseException as error:  # handed to the main thread
-                self.outcome = error
+                self.failure = error
 
         self.thread = threading.Thread(target=run, name="checkpoint writer", daemon=True)
         self.thread.start()
 
-    def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> str:
+    def write_beside(self, name: str, part: Any) -> None:
+        """Write a file of its own together with the next set: the set is there only if the file is."""
+        self.beside[name] = part
+
+    def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]], beside: dict[str, Any]) -> None:
+        files.make_dirs(self.directory)
+        for name, part in beside.items():
+            checkpoint.save(part, files.join(self.directory, name))
+            if self.beside[name] is part:  # no newer one has come meanwhile
+                del self.beside[name]
         write_set(self.directory, step, done, parts)
         self.last_saved = files.join(self.directory, checkpoint.model_name(step))
-        prune(self.directory, self.keep_last, self.keep_every)
-        return self.last_saved
+        try:
+            prune(self.directory, step, self.keep_last, self.keep_every)
+        except UserError as error:
+            self.remark = f"older checkpoints stay: {error}"
 
     def collect(self) -> None:
         """Report what has been written since the last call, or that it could not be.
@@ -160,14 +179,16 @@ class SetWriter:
         """Wait for what is under way; why it failed, if it did."""
         assert self.thread is not None
         self.thread.join()
-        self.thread, outcome = None, self.outcome
-        if isinstance(outcome, UserError):
+        self.thread = None
+        if isinstance(self.failure, UserError):
             self.failures += 1
-            return f"{outcome}; last good checkpoint: {self.last_saved or 'none'}"
-        if isinstance(outcome, BaseException):
-            raise outcome
+            return f"{self.failure}; last good checkpoint: {self.last_saved or 'none'}"
+        if self.failure is not None:
+            raise self.failure
         self.failures = 0
-        self.log(f"saved {outcome}")
+        self.log(f"saved {self.last_saved}")
+        if self.remark:
+            self.warn(self.remark)
         return None
 
 
@@ -188,16 +209,17 @@ def read_manifest(directory: str, step: int) -> dict[str, Any] | None:
 def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
     """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer.
 
-    Every set of a run of ours needs its manifest as well.
+    From the first manifest on, every set needs one: without it the set was not written to its end.
     """
     if not files.is_dir(directory):
         return []
     names = set(files.list_dir(directory))
     wanted = list(labels)
+    first_manifest = min(_manifest_steps(names), default=math.inf)
     steps = []
     for step in checkpoint.model_steps(directory):
         required = {checkpoint.optimizer_name(step), *(checkpoint.ema_name(label, step) for label in wanted)}
-        if CONFIG_FILE in names:
+        if step >= first_manifest:
             required.add(manifest_name(step))
         if required <= names:
             steps.append(step)
@@ -219,7 +241,10 @@ def _checker(directory: str) -> Callable[[tuple[str, Mapping[str, Any]]], str | 
         path = files.join(directory, name)
         if not files.exists(path):
             return f"{path} is missing"
-        data = files.read_bytes(path)
+        try:
+            data = files.read_bytes(path)
+        except UserError as error:
+            return str(error)
         if len(data) != entry["bytes"]:
             return f"{path} has {len(data)} bytes, not the {entry['bytes']} that were written"
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:

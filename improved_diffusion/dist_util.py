@@ -20,12 +20,12 @@ import torch.distributed as dist
 from . import files, rendezvous, watchdog
 from .config import UserError
 from .rendezvous import detect_launcher, rank_by_environment
-from .watchdog import working
+from .watchdog import beat, end_process, working
 
 __all__ = [
-    "all_gather_object", "all_gather_ragged", "barrier", "describe_ranks", "detect_launcher", "dev", "from_rank0",
-    "get_rank", "get_world_size", "load_state_dict", "run_script", "setup_dist", "sum_over_ranks", "sync_params",
-    "to_device", "working",
+    "all_gather_object", "all_gather_ragged", "barrier", "beat", "describe_ranks", "detect_launcher", "dev",
+    "end_process", "from_rank0", "get_rank", "get_world_size", "load_state_dict", "run_script", "setup_dist",
+    "sum_over_ranks", "sync_params", "to_device", "working",
 ]  # fmt: skip
 
 # Long, for rank 0 may work while the others wait in a collective: ranks that are gone are the watchdog's to notice.

@@ -120,9 +120,9 @@ def set_bytes(loop: TrainLoop) -> tuple[int, int]:
 
 
 def checkpoint_bytes(loop: TrainLoop) -> tuple[int, int]:
-    """(number of checkpoints, their bytes) that will lie on the disk at the end of the run."""
+    """(number of checkpoints, their bytes) that the run will add and leave on the disk at its end."""
     last = loop.max_steps or loop.resume_step + loop.save_interval
-    numbers = sorted({*range(0, last, loop.save_interval), last})
+    numbers = [n for n in sorted({*range(0, last, loop.save_interval), last}) if n >= loop.resume_step]
     writer = loop.writer
     kept = numbers
     if writer.keep_last:

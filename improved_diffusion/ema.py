@@ -86,6 +86,10 @@ class PowerEMA(_Average):
         self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
         self.label = f"sigma_rel{sigma_rel}"
 
+    def update(self, flat_params: th.Tensor, applied: th.Tensor, step: int) -> None:
+        # After a skipped step too: time goes on, and the parameters are what they were.
+        self.flat.lerp_(flat_params, self.share(step))
+
     def share(self, step: int) -> float:
         return 1 - (1 - 1 / (step + 1)) ** (self.gamma + 1)  # 1 - beta_gamma(t) with t = step + 1
 

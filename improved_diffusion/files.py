@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +31,13 @@ def join(directory: str | os.PathLike, name: str) -> str:
     return str(directory).rstrip("/") + "/" + name if is_url(directory) else os.path.join(directory, name)
 
 
+def same(path: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two paths, or two URLs, name the same folder or file."""
+    if is_url(path) or is_url(other):
+        return str(path).rstrip("/") == str(other).rstrip("/")
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 def exists(path: str | os.PathLike) -> bool:
     """Whether there is such a file or folder."""
     return _blobfile().exists(str(path)) if is_url(path) else os.path.exists(path)
@@ -40,46 +48,58 @@ def is_dir(path: str | os.PathLike) -> bool:
     return _blobfile().isdir(str(path)) if is_url(path) else os.path.isdir(path)
 
 
+@contextmanager
+def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[None]:
+    """What goes wrong with a disk or a storage service inside is a UserError: "cannot <what> <path>: ..."."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
+    except Exception as error:
+        if is_url(path) and isinstance(error, getattr(_blobfile(), "Error", ())):
+            raise UserError(f"cannot {what} {path}: {error}{advice}") from None
+        raise
+
+
 def list_dir(path: str | os.PathLike) -> list[str]:
-    """The names in a folder, sorted."""
-    return sorted(name.rstrip("/") for name in (_blobfile().listdir(str(path)) if is_url(path) else os.listdir(path)))
+    """The names in a folder, sorted. Raises UserError where it cannot be read."""
+    with _storage("read", path):
+        names = _blobfile().listdir(str(path)) if is_url(path) else os.listdir(path)
+        return sorted(name.rstrip("/") for name in names)
 
 
 def make_dirs(path: str | os.PathLike) -> None:
     """Make a folder and its parents. Raises UserError where that is not allowed."""
-    try:
+    with _storage("make the folder", path, ": choose another --out_dir"):
         _blobfile().makedirs(str(path)) if is_url(path) else os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}: choose another --out_dir") from None
 
 
 def open_read(path: str | os.PathLike) -> IO[bytes]:
     """The file opened for reading bytes. Raises UserError where there is none."""
-    try:
-        if not is_url(path):
-            return open(path, "rb")
-        blobfile = _blobfile()
-        try:
-            return blobfile.BlobFile(str(path), "rb", streaming=False)
-        except blobfile.Error as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    with _storage("read", path):
+        return _blobfile().BlobFile(str(path), "rb", streaming=False) if is_url(path) else open(path, "rb")
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """The file's contents."""
-    with open_read(path) as f:
+    """The file's contents. Raises UserError where they cannot be read."""
+    with _storage("read", path), open_read(path) as f:
         return f.read()
 
 
 def remove(path: str | os.PathLike) -> None:
     """Remove a file; one that is not there is no error. Raises UserError where that is not allowed."""
-    try:
-        if exists(path):
-            _blobfile().remove(str(path)) if is_url(path) else os.unlink(path)
-    except OSError as error:
-        raise UserError(f"cannot remove {path}: {error.strerror or error}") from None
+    with _storage("remove", path), suppress(FileNotFoundError):
+        _blobfile().remove(str(path)) if is_url(path) else os.unlink(path)
+
+
+def rename(path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+    """Give a file another name in its folder. Raises UserError where that is not allowed."""
+    with _storage("rename", path):
+        if is_url(path):
+            _blobfile().copy(str(path), str(new_path), overwrite=True)
+            _blobfile().remove(str(path))
+        else:
+            os.replace(path, new_path)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True) -> None:
@@ -97,41 +117,35 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
     Behind a URL each becomes visible as soon as it is complete.
     """
     staged: list[tuple[Path, Path]] = []
-    path: str | os.PathLike = ""
+    advice = ": free some space or choose another --out_dir; files written before are untouched"
     try:
         for path, data in contents:
-            if is_url(path):
-                _write_blob(str(path), data)
-                continue
-            target = Path(path)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-            staged.append((temporary, target))
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                if durable:
-                    os.fsync(f.fileno())
+            with _storage("write", path, advice):
+                if is_url(path):
+                    with _blobfile().BlobFile(str(path), "wb", streaming=False) as f:  # visible when it is complete
+                        f.write(data)
+                else:
+                    target = Path(path)
+                    staged.append((target.with_name(f".{target.name}.{os.getpid()}.tmp"), target))
+                    _write_file(staged[-1][0], data, durable)
         for temporary, target in staged:
-            os.replace(temporary, target)
+            with _storage("write", target, advice):
+                os.replace(temporary, target)
         if staged and durable:
-            _fsync_dir(staged[0][1].parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}: free some space or choose another --out_dir; "
-            "files written before are untouched"
-        ) from None
+            with _storage("write", staged[0][1], advice):
+                _fsync_dir(staged[0][1].parent)
     finally:
         for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)  # there is one only where something, Ctrl-C too, came in between
+            with suppress(OSError):
+                temporary.unlink()  # there is one only where something, Ctrl-C too, came in between
 
 
-def _write_blob(path: str, data: bytes | memoryview) -> None:
-    blobfile = _blobfile()
-    try:
-        with blobfile.BlobFile(path, "wb", streaming=False) as f:  # becomes visible when it is complete
-            f.write(data)
-    except blobfile.Error as error:
-        raise UserError(f"cannot write {path}: {error}: check the storage and your access to it") from None
+def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        if durable:
+            os.fsync(f.fileno())
 
 
 def remove_leftovers(directory: str | os.PathLike) -> None:
@@ -139,7 +153,7 @@ def remove_leftovers(directory: str | os.PathLike) -> None:
     if is_dir(directory) and not is_url(directory):
         for path in Path(directory).glob(".*.tmp"):
             if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-                path.unlink(missing_ok=True)
+                remove(path)
 
 
 def lock(directory: str | os.PathLike) -> None:
@@ -151,7 +165,9 @@ def lock(directory: str | os.PathLike) -> None:
         return
     import fcntl
 
-    handle = os.open(os.path.join(directory, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    path = os.path.join(directory, ".lock")
+    with _storage("write", path, ": choose another --out_dir"):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         # Of the process, unlike flock: the workers that read images do not inherit it, and cannot outlive it with it.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -216,7 +216,11 @@ class BatchStream:
 
     def close(self) -> None:
         """End the processes that read images; the next batch would start them again."""
-        self.batches = None
+        workers = getattr(self.batches, "_workers", [])
+        self.batches = None  # which lets them end by themselves
+        for worker in workers:
+            if worker.is_alive():  # it is stuck, and ignores SIGTERM
+                worker.kill()
 
     def __iter__(self) -> BatchStream:
         return self

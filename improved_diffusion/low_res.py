@@ -22,6 +22,7 @@ class WithLowRes:
 
     def __init__(self, data: Any, small_size: Any):
         self.data, self.small_size = data, small_size
+        self.num_images = data.num_images
 
     def seek(self, step: int) -> None:
         """Go on with the batch of step `step`."""

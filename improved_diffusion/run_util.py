@@ -38,7 +38,8 @@ def start_run(options: argparse.Namespace, default_name: str) -> str:
     """
     dist_util.setup_dist()
     out_dir = options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
-    logger.configure(dir=out_dir, format_strs=["stdout"] if getattr(options, "dry_run", False) else None)
+    only_said = ["stdout"] if dist_util.get_rank() == 0 else []
+    logger.configure(dir=out_dir, format_strs=only_said if getattr(options, "dry_run", False) else None)
     logger.log(dist_util.describe_ranks())
     return logger.get_dir()
 
@@ -50,7 +51,7 @@ def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
     it (or, those of the model, from --init_checkpoint), and each rank's batch size from --total_batch_size. Collective.
     """
     if not options.dry_run:
-        dist_util.from_rank0(_claim, get_blob_logdir())
+        dist_util.from_rank0(_claim, logger.get_dir(), get_blob_logdir())
     options.resume_checkpoint = dist_util.from_rank0(_find_resume, options)
     metadata: dict[str, Any] = {}
     source = options.resume_checkpoint or options.init_checkpoint
@@ -69,10 +70,11 @@ def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
     return metadata
 
 
-def _claim(folder: str) -> None:
-    files.make_dirs(folder)
-    files.lock(folder)
-    files.remove_leftovers(folder)
+def _claim(*folders: str) -> None:
+    for folder in dict.fromkeys(folders):
+        files.make_dirs(folder)
+        files.lock(folder)
+        files.remove_leftovers(folder)
 
 
 def _log_changes(options: argparse.Namespace, before: dict[str, Any]) -> None:
@@ -207,6 +209,9 @@ def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) ->
             )
         options.num_classes = options.num_classes or len(names)
         text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+    before = metadata.get("num_images", data.num_images)
+    if options.resume_checkpoint and before != data.num_images:
+        logger.warn(f"{options.data_dir} had {before} images before: from here on they come in another order")
     steps = options.max_steps or options.lr_anneal_steps or 10_000
     epochs = steps * options.total_batch_size / data.num_images
     logger.log(f"{text}; {steps:,} steps are {epochs:.3g} epochs")
@@ -235,7 +240,7 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
     if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
         logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
     config = {name: value for name, value in sorted(vars(options).items()) if name not in _NOT_KEPT}
-    metadata = {"version": __version__, "config": config, "class_names": class_names}
+    metadata = {"version": __version__, "config": config, "class_names": class_names, "num_images": data.num_images}
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     arguments = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name not in own}
     loop = TrainLoop(
@@ -252,22 +257,22 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
     with contextlib.closing(data):
         if options.dry_run:
             dry_run(loop)
+            with contextlib.suppress(OSError):
+                os.rmdir(logger.get_dir())  # where there was none before
             return
         if dist_util.get_rank() == 0:
             # Not before the loop has what it resumes from: a run that is refused leaves the older description.
             path = files.join(get_blob_logdir(), checkpoint_sets.CONFIG_FILE)
             files.write_bytes(path, json.dumps(metadata, indent=1).encode())
-            for tracker in make_trackers(
-                comma_list(options.trackers, str.strip), logger.get_dir(), config, loop.resume_step
-            ):
-                logger.add_output(tracker)
-        dist_util.from_rank0(_open_trackers, options.trackers, config, loop.resume_step)
+        dist_util.from_rank0(_open_trackers, options.trackers, config, loop.first_row)
         warn_of_small_disk(loop)
         try:
             loop.run_loop()
         finally:
-            if dist_util.get_rank() == 0 and loop.step and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                _draw_curves(logger.get_dir())
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                if dist_util.get_rank() == 0 and loop.step:
+                    _draw_curves(logger.get_dir())
+                logger.reset()  # the trackers' last rows leave before the ranks part, or are ended
 
 
 def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None:

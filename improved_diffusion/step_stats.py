@@ -29,10 +29,10 @@ class LossMeter:
         """Add [N] losses, as a whole and by the quarter of the timesteps that each belongs to (name_q0..name_q3)."""
         quartile = (4 * ts) // num_timesteps
         for name, values in losses.items():
-            self.add(name, values)
-            values = values.double()
+            finite = th.isfinite(values).double()  # the others are of skipped steps
+            self.add(name, values, counted=finite)
             both = th.zeros(4, 2, dtype=th.float64, device=values.device)
-            both.index_add_(0, quartile, th.stack([values, th.ones_like(values)], dim=1))
+            both.index_add_(0, quartile, th.stack([th.where(finite > 0, values.double(), 0.0), finite], dim=1))
             for q in range(4):
                 key = f"{name}_q{q}"
                 self.sums[key] = self.sums[key] + both[q] if key in self.sums else both[q]

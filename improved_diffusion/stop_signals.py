@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from types import FrameType
 from typing import Any
@@ -12,7 +13,8 @@ import torch.distributed as dist
 
 from . import dist_util
 
-EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
+EXIT_RESUME = dist_util.STOPPED
+GRACE = 2.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is how SLURM's --signal=USR1@120 warns
 
 
@@ -24,21 +26,43 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = 0  # the signal's number
+        self.interrupts = 0
+        self.left = threading.Event()
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # Python's handlers wait until the main thread returns from a collective or from the GPU. The numbers of the
+            # signals come through here at once.
+            self.reader, self.writer = socket.socketpair()
+            self.writer.setblocking(False)
+            self.fd_before = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._end_a_stuck_process, name="second Ctrl-C", daemon=True).start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self.left.set()
+        if self.before:
+            signal.set_wakeup_fd(self.fd_before)
+            self.writer.close()  # which ends the thread
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received:
-            raise KeyboardInterrupt
         self.received = self.received or number
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
+            raise KeyboardInterrupt
+
+    def _end_a_stuck_process(self) -> None:
+        interrupts = 0
+        with self.reader:
+            while numbers := self.reader.recv(64):
+                interrupts += numbers.count(bytes([signal.SIGINT]))
+                # The main thread, if it can, ends the process itself, and says more.
+                if interrupts > 1 and not self.left.wait(GRACE):
+                    dist_util.end_process(130)
 
 
 class Agreement:

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from . import dist_util, files, logger
-from .config import UserError, unknown_name
+from .config import UserError
 
 
 def make_trackers(names: Sequence[str], run_dir: str, config: Mapping[str, Any], resume_step: int = 0) -> list[Any]:
     """The named trackers, for logger.add_output; none on other ranks than 0.
 
+    :param names: of config.TRACKERS.
     :param run_dir: the run's folder, in which they keep their files.
     :param config: what W&B shows as the run's options.
-    :param resume_step: the step that the run goes on from.
-    Raises UserError for an unknown name, a missing package, and a W&B that cannot be reached or logged in to.
+    :param resume_step: the first step whose row is still to come.
+    Raises UserError for a missing package, and a W&B that cannot be reached or logged in to.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise unknown_name("--trackers", name, TRACKERS)
     if dist_util.get_rank() != 0:
         return []
     return [TRACKERS[name](run_dir, config, resume_step) for name in names]

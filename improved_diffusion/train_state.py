@@ -44,7 +44,7 @@ def parts_of(loop: Any, step: int, done: int) -> list[tuple[str, Any]]:
     for ema in loop.emas:
         described = checkpoint.describe(state_dict_of(loop, ema.params), {**description, **ema.description})
         parts.append((checkpoint.ema_name(ema.label, step), described))
-    rest = {"step": done, "meters": meters, "unwritten_log": _numbers(logger.getkvs())}
+    rest = {"step": done, "first_row": loop.first_row, "meters": meters, "unwritten_log": _numbers(logger.getkvs())}
     rest |= {name: part.state_dict() for name, part in _stateful(loop).items()}
     parts.append((checkpoint.optimizer_name(step), _to_host({**loop.opt.state_dict(), REST: rest})))
     return parts
@@ -105,6 +105,7 @@ def restore(loop: Any, main: str, named_step: int, metadata: Mapping[str, Any]) 
             restored.append(f"{name.replace('_', ' ')}: in the same file")
         elif name not in ("bad_steps",):
             logger.warn(f"{opt_path} has no {name} (another kind of run saved it): that part starts afresh")
+    loop.first_row = rest.get("first_row", done)
     _load_meter(loop, rest.get("meters", []))
     logger.logkvs(rest.get("unwritten_log", {}))
     logger.log(f"resumed after {done} steps\n" + "\n".join(f"  {line}" for line in restored))
@@ -125,10 +126,10 @@ def _check_step(path: str, metadata: Mapping[str, Any], done: int, opt_path: str
 
 def _load_optimizer(loop: Any, state: Any, path: str) -> None:
     try:
-        shapes = [tuple(entry["exp_avg"].shape) for _, entry in sorted(state["state"].items())]
         groups = [{**group, **loop.opt_args, "lr": loop.lr} for group in state["param_groups"]]
-        if state["state"] and shapes != [tuple(p.shape) for p in loop.master_params]:
-            raise ValueError("its shapes are those of another model or of another --precision")
+        for index, entry in state["state"].items():  # a parameter without a gradient has none
+            if index >= len(loop.master_params) or entry["exp_avg"].shape != loop.master_params[index].shape:
+                raise ValueError("its shapes are those of another model or of another --precision")
         loop.opt.load_state_dict({"state": state["state"], "param_groups": groups})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not fit this run's optimizer: {error}") from None

@@ -35,6 +35,8 @@ __all__ = [
     "parse_resume_step_from_filename",
 ]  # fmt: skip
 
+HOOK_LIMIT = 4 * 3600.0  # seconds after which a hook, or a save, counts as stuck
+SAVE_LIMIT = 3600.0
 TIME_IS_UP = 1000  # what the ranks agree on where --max_hours are over; other numbers are signals
 
 
@@ -107,6 +109,7 @@ class TrainLoop:
         self.step = 0  # since this process started
         self.steps_done = 0  # like step, but already counted up while a step's results are saved
         self.resume_step = 0  # done before
+        self.first_row = 0  # the first step whose row of the log is not written, or has to be written again
         self.saved_after = -1  # the steps that were done when a set was last written
         self.rank = dist_util.get_rank()
         self.global_batch = self.batch_size * dist_util.get_world_size()
@@ -135,8 +138,7 @@ class TrainLoop:
         if self.resume_checkpoint:
             self.resume_step = train_state.restore(self, self.resume_checkpoint, self.resume_step, resumed)
             self.writer.last_saved = self.resume_checkpoint
-            # Up to the last row that a run which had not ended there would have written.
-            dropped = logger.drop_rows((self.resume_step - 1) // self.log_interval * self.log_interval + 1)
+            dropped = logger.drop_rows(self.first_row)
             if dropped:
                 logger.log(f"{dropped} rows of the log were written after that step: they are dropped, and come again")
             if hasattr(data, "seek"):
@@ -211,18 +213,23 @@ class TrainLoop:
         """The loop itself; returns why it ended: 0 where it is finished, TIME_IS_UP, or a signal's number."""
         agreement = Agreement()
         reason = 0
+        self._leave_the_future()
         while not reason and (not self.max_steps or self.absolute_step < self.max_steps):
+            dist_util.beat(self.absolute_step + 1)
             with self.clock.waiting(), dist_util.working("the next batch of images"):
                 batch, cond = next(self.data)
             self.run_step(batch, cond)
             for interval, hook in self.hooks:
                 if (self.absolute_step + 1) % interval == 0:
-                    hook(self)
+                    with dist_util.working("previews or validation", HOOK_LIMIT):
+                        hook(self)
             shown = {}
             if self.absolute_step % self.log_interval == 0:
                 shown = self._write_log()
             if self.absolute_step % self.save_interval == 0:
-                self._save_in_background()
+                # Never over the set that the run has just been resumed from.
+                if self.step or self._resumed_set() != self.absolute_step:
+                    self._save_in_background()
                 if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.absolute_step > 0:
                     break
             self.step += 1
@@ -235,11 +242,28 @@ class TrainLoop:
         # The last step may have been saved already, under its own number.
         if self.step and self.saved_after != self.resume_step + self.steps_done:
             self._save_in_background()
-        if self.step and (self.absolute_step - 1) % self.log_interval:
+        if self.first_row < self.resume_step + self.steps_done:
             self._write_log()  # what came after the last row; a run that goes on from here drops it again
-        self.writer.finish()
+        with dist_util.working("the last checkpoint to be written", SAVE_LIMIT):
+            self.writer.finish()
+        dist_util.beat(0)
         dist_util.barrier()  # a launcher may end all ranks once the first one leaves
         return reason
+
+    def _resumed_set(self) -> int | None:
+        """The number of the set that this run goes on from, where that lies in its own folder."""
+        main = self.resume_checkpoint
+        if not main or not files.same(main.rpartition("/")[0] or ".", get_blob_logdir()):
+            return None
+        return parse_resume_step_from_filename(main)
+
+    def _leave_the_future(self) -> None:
+        """Sets after the one that the run goes on from belong to a course that it leaves."""
+        number = self._resumed_set()
+        if self.rank == 0 and number is not None:
+            names = checkpoint_sets.set_aside_after(get_blob_logdir(), number)
+            if names:
+                logger.log(f"later checkpoints are set aside: {', '.join(names)} (now with the ending .aside)")
 
     def _time_is_up(self) -> bool:
         """Whether rank 0's clock says so."""
@@ -335,6 +359,7 @@ class TrainLoop:
         if self.loss_scale:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
         logger.dumpkvs()
+        self.first_row = self.resume_step + self.steps_done
         in_row, first = self.bad_steps.read()
         if in_row >= self.max_bad_steps:
             self.writer.wait()
@@ -383,13 +408,14 @@ class TrainLoop:
         parts = train_state.parts_of(self, self.absolute_step, done)
         self.saved_after = done
         if self.rank == 0:
-            self.writer.submit(self.absolute_step, done, parts)
+            with dist_util.working("the checkpoint before to be written", SAVE_LIMIT):
+                self.writer.submit(self.absolute_step, done, parts)
 
     def write_model(self, name: str, params: Sequence[th.Tensor], metadata: dict[str, Any]) -> None:
-        """Write the given parameters, or averages, to a file beside the checkpoints; rank 0 does, in the background."""
+        """Write the given parameters, or averages, to a file beside the checkpoints, together with the next set."""
         if self.rank == 0:
             description = {**self.metadata, "step": self.resume_step + self.steps_done, **metadata}
-            self.writer.submit_file(name, checkpoint.describe(self.state_dict_of(params), description))
+            self.writer.write_beside(name, checkpoint.describe(self.state_dict_of(params), description))
 
 
 def get_blob_logdir() -> str:

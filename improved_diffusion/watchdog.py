@@ -36,6 +36,7 @@ class _Process:
         self.who = ""  # how its messages begin, such as "rank 1 on node7: "
         self.abort: Callable[[int], None] | None = None  # ends the job's other ranks
         self.work: working | None = None
+        self.step = 0  # the training step that the main thread is in, from 1; 0: in none
         self.watch: Watchdog | None = None
 
 
@@ -83,6 +84,8 @@ class Watchdog(threading.Thread):
         self.wake = threading.Event()
         self._seen: working | None = None
         self._seen_times = 0
+        self._steps: list[int] = []
+        self._same_steps_times = 0
 
     def run(self) -> None:
         over = False
@@ -95,16 +98,38 @@ class Watchdog(threading.Thread):
         """Wait for all ranks' threads; whether all of them are done."""
         # Rank 0 gives up first, for it alone learns who is missing.
         patience = SILENCE if self.rank == 0 else SILENCE + GRACE
-        leaving = th.tensor([int(self.leaving)])
+        mine = th.tensor([int(self.leaving), _process.step, int(_process.work is not None)])
+        rows = [th.zeros_like(mine) for _ in self.hosts]
         started = time.monotonic()
         try:
             dist.monitored_barrier(self.group, timedelta(seconds=patience), wait_all_ranks=True)
-            dist.all_reduce(leaving, dist.ReduceOp.MIN, self.group)
+            dist.all_gather(rows, mine, self.group)
         except (RuntimeError, ValueError) as error:
-            in_time = time.monotonic() - started < SILENCE
+            in_time = time.monotonic() - started < SILENCE if self.rank == 0 else "Timed out" not in str(error)
             self._lost(self._missing(str(error)), in_time)
             return True
-        return bool(leaving.item())
+        leaving, steps, working_on = zip(*(row.tolist() for row in rows))
+        self._check_steps(list(steps), any(working_on))
+        return all(leaving)
+
+    def _check_steps(self, steps: list[int], somebody_works: bool) -> None:
+        """End this rank where all are in training steps, and none has got on for as long as WORK_LIMIT."""
+        same = steps == self._steps and min(steps) > 0 and not somebody_works
+        self._same_steps_times = self._same_steps_times + 1 if same else 0
+        self._steps = steps
+        if self._same_steps_times * INTERVAL > WORK_LIMIT and not self.reported.is_set():
+            behind = [rank for rank, step in enumerate(steps) if step == min(steps)]
+            who = "all ranks" if len(behind) == len(steps) else self._names(behind)
+            _say(
+                f"no rank has finished a step for {WORK_LIMIT / 60:.0f} minutes: {who} did not come through step "
+                f"{min(steps) - 1}, in a collective or on a GPU that hangs; {_ADVICE}. This process is here:\n"
+                f"{_stack()}"
+            )
+            time.sleep(GRACE)  # all ranks find out in this meeting, and have something to say
+            end_process(1)
+
+    def _names(self, ranks: list[int]) -> str:
+        return " and ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
 
     def _missing(self, error: str) -> list[int]:
         """The ranks that did not come to a meeting, as far as this one can know: on others than 0, rank 0."""
@@ -122,14 +147,13 @@ class Watchdog(threading.Thread):
 
     def _lost(self, ranks: list[int], in_time: bool) -> None:
         """End this rank because of others, unless its main thread does it, with the same knowledge, by itself."""
-        names = " and ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
         if not in_time:
             what = f"did not answer for {SILENCE:.0f} s: the host is down, the network is cut, or the process hangs"
         elif self.rank == 0:
             what = "ended; without a message if it was killed, as for want of memory"
         else:
             what = "ended, and its message says why"
-        self.reason = f"{'lost contact with another rank: ' if in_time else ''}{names} {what}; {_ADVICE}"
+        self.reason = f"{'lost contact with another rank: ' if in_time else ''}{self._names(ranks)} {what}; {_ADVICE}"
         self.known.set()
         if not self.reported.wait(GRACE / 4 if self.rank == 0 else GRACE):
             _say(self.reason)
@@ -141,10 +165,8 @@ class Watchdog(threading.Thread):
         self._seen_times = self._seen_times + 1 if work is self._seen else 0
         self._seen = work
         if work is not None and self._seen_times * INTERVAL > work.limit_s and not self.reported.is_set():
-            frame = sys._current_frames().get(threading.main_thread().ident or 0)
-            stack = "".join(traceback.format_stack(frame)).rstrip()
             limit = f"{work.limit_s / 60:.0f} minutes" if work.limit_s >= 120 else f"{work.limit_s:.0f} s"
-            _say(f"waited {limit} for {work.what}; {_ADVICE}. The process is here:\n{stack}")
+            _say(f"waited {limit} for {work.what}; {_ADVICE}. The process is here:\n{_stack()}")
             end_process(1)
 
     def _alone_and_idle(self) -> bool:
@@ -154,6 +176,17 @@ class Watchdog(threading.Thread):
                 _process.watch = None
                 return True
         return False
+
+
+def _stack() -> str:
+    """Where the main thread is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(frame)).rstrip()
+
+
+def beat(step: int) -> None:
+    """The main thread begins training step `step`, from 1; 0: it trains no more."""
+    _process.step = step
 
 
 def identify(who: str, abort: Callable[[int], None] | None = None) -> None:

@@ -164,6 +164,13 @@ def main():
     if task in ("stopped", "uneven"):
         (folder / f"{task}{rank}").touch()
         raise SystemExit(75 if task == "stopped" else 0)
+    if task == "hanging":  # without a word of what it waits for
+        watchdog.WORK_LIMIT = 2.0
+        for step in range(1, 5):
+            dist_util.beat(step)
+            if rank == 1 and step == 4:
+                time.sleep(60)
+            dist_util.barrier()
     if rank == 1:
         end_badly(task)
     dist_util.barrier()

@@ -1,8 +1,9 @@
-"""What each rank does in test_survival.py: `survival_worker.py FOLDER FIRST LAST` trains ten steps, and rank 1's images
-are not numbers from step FIRST to LAST."""
+"""What each rank does in test_survival.py: `survival_worker.py FOLDER FIRST LAST` trains ten steps, and the last rank's
+images are not numbers from step FIRST to LAST. With python or torch as FIRST its third batch never comes."""
 
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch as th
@@ -11,8 +12,20 @@ from train_helpers import Data, make_loop, parameters_of
 from improved_diffusion import dist_util, logger
 
 
-class SpoiltOnRank1(Data):
-    """Batches that are not numbers on rank 1, at some steps."""
+class Stuck(Data):
+    """Two batches, and then a wait in Python or in C++."""
+
+    def __next__(self):
+        if self.step == 2:
+            (Path(sys.argv[1]) / "stuck").touch()
+            if sys.argv[2] == "python":
+                time.sleep(60)
+            th.linalg.svd(th.randn(5000, 5000))
+        return super().__next__()
+
+
+class SpoiltOnLastRank(Data):
+    """Batches that are not numbers on the last rank, at some steps."""
 
     def __next__(self):
         step = self.step
@@ -25,7 +38,8 @@ def main():
     folder = Path(sys.argv[1])
     dist_util.setup_dist()
     logger.configure(dir=str(folder), format_strs=["csv", "stdout"])
-    loop = make_loop(data=SpoiltOnRank1(), max_steps=10, log_interval=2, save_interval=3, max_bad_steps=4)
+    data = Stuck() if sys.argv[2] in ("python", "torch") else SpoiltOnLastRank()
+    loop = make_loop(data=data, max_steps=10, log_interval=2, save_interval=3, max_bad_steps=4)
     loop.run_loop()
     th.save(parameters_of(loop), folder / f"rank{dist_util.get_rank()}.pt")
 

@@ -1,9 +1,11 @@
 """Sets of checkpoint files: whole or not there, whatever happens while they are written, and which are kept."""
 
+import io
 import json
 import os
 import random
 import shutil
+import sys
 import threading
 
 import pytest
@@ -18,6 +20,7 @@ from improved_diffusion.checkpoint_sets import (
     problem_of,
     prune,
     read_manifest,
+    set_aside_after,
     step_of,
     write_set,
 )
@@ -102,7 +105,7 @@ def test_a_crash_between_renames_leaves_no_set(tmp_path, monkeypatch, at):
     with pytest.raises(KeyboardInterrupt):
         write_set(folder, 5, 5, parts(5))
     monkeypatch.undo()
-    assert complete_sets(folder, LABELS) == []
+    assert complete_sets(folder, LABELS) == ([] if at < 3 else [5])  # without its manifest alone it is whole
     assert not [name for name in names(folder) if name.endswith(".tmp")]
 
 
@@ -233,7 +236,7 @@ def test_every_file_of_a_set_names_its_step(path, step):
 )
 def test_which_sets_are_kept(tmp_path, last, every, left):
     folder = folder_of_sets(tmp_path / "run", 0, 10, 20, 30, 40)
-    removed = prune(folder, last, every)
+    removed = prune(folder, 40, last, every)
     assert complete_sets(folder, LABELS) == left
     assert sorted(removed + left) == [0, 10, 20, 30, 40]
     kept = {"config.json", *(name for step in left for name, _ in parts(step))}
@@ -245,7 +248,7 @@ def test_snapshots_of_power_function_averages_outlive_their_sets(tmp_path):
     for step in (1, 2):
         snapshot = (f"ema_sigma_rel0.05_{step:06d}.pt", {"weight": th.zeros(2)})
         write_set(folder, step, step, [*parts(step), snapshot])
-    prune(folder, 1, 0)
+    prune(folder, 2, 1, 0)
     assert "ema_sigma_rel0.05_000001.pt" in names(folder) and "model000001.pt" not in names(folder)
 
 
@@ -253,9 +256,27 @@ def test_files_of_nobodys_set_are_left_alone(tmp_path):
     folder = folder_of_sets(tmp_path / "run", 1, 2, 3)
     os.remove(os.path.join(folder, "manifest000001.json"))
     shutil.copy(os.path.join(folder, "model000002.pt"), os.path.join(folder, "best.pt"))
-    prune(folder, 1, 0)
+    prune(folder, 3, 1, 0)
     assert {"model000001.pt", "opt000001.pt", "best.pt"} <= set(names(folder))
-    assert complete_sets(folder, LABELS) == [3]
+    assert complete_sets(folder, LABELS) == [1, 3]  # older than any manifest, as other code's
+
+
+def test_sets_after_the_one_just_written_neither_count_nor_go(tmp_path):
+    folder = folder_of_sets(tmp_path / "run", 10, 20, 30, 50)
+    assert prune(folder, 30, 2, 0) == [10]
+    assert complete_sets(folder, LABELS) == [20, 30, 50]
+
+
+def test_later_sets_are_set_aside_and_lose_nothing(tmp_path):
+    folder = folder_of_sets(tmp_path / "run", 10, 20)
+    snapshot = ("ema_sigma_rel0.05_000030.pt", {"weight": th.zeros(2)})
+    write_set(folder, 30, 30, [*parts(30), snapshot])
+    before = names(folder)
+    assert set_aside_after(folder, 10) == ["manifest000020.json", "manifest000030.json"]
+    assert complete_sets(folder, LABELS) == [10]
+    aside = {"manifest000020.json", "manifest000030.json", "ema_sigma_rel0.05_000030.pt"}
+    assert names(folder) == sorted(f"{name}.aside" if name in aside else name for name in before)
+    assert set_aside_after(folder, 10) == [] == set_aside_after(str(tmp_path / "nowhere"), 0)
 
 
 # In the background
@@ -341,9 +362,128 @@ def test_an_error_of_ours_is_not_taken_for_a_full_disk(tmp_path):
         made.finish()
 
 
-def test_a_file_of_its_own_is_written_too(tmp_path):
+def test_a_file_beside_a_set_is_written_before_it(tmp_path):
     made, log, _ = writer(tmp_path)
-    made.submit_file("best.pt", {"weight": th.ones(2)})
+    made.write_beside("best.pt", {"weight": th.zeros(2)})
+    made.write_beside("best.pt", {"weight": th.ones(2)})
+    assert names(tmp_path) == []
+    made.submit(1, 1, parts(1))
     made.finish()
-    assert log == [f"saved {tmp_path / 'best.pt'}"] and made.last_saved is None
+    assert log == [f"saved {tmp_path / 'model000001.pt'}"] and made.beside == {}
     assert th.load(tmp_path / "best.pt", weights_only=True)["weight"].tolist() == [1, 1]
+
+
+def test_a_file_beside_a_set_that_cannot_be_written_is_tried_again_with_the_next(tmp_path, monkeypatch):
+    made, _, warnings = writer(tmp_path)
+    made.write_beside("best.pt", {"weight": th.ones(2)})
+    failing(monkeypatch, 1)
+    for step in (1, 2):
+        made.submit(step, step, parts(step))
+        made.wait()
+    assert len(warnings) == 1 and complete_sets(str(tmp_path), LABELS) == [2]
+    assert "best.pt" in names(tmp_path)
+
+
+def test_older_sets_that_cannot_be_removed_are_told_of_and_count_as_no_failure(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise UserError(f"cannot remove {path}: Permission denied")
+
+    monkeypatch.setattr(files, "remove", forbidden)
+    made, log, warnings = writer(tmp_path, keep_last=1)
+    for step in range(5):
+        made.submit(step, step, parts(step))
+    made.finish()
+    assert len(log) == 5 and made.failures == 0 and len(warnings) == 4
+    assert "older checkpoints stay: cannot remove" in warnings[0]
+
+
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), OSError(116, "Stale file handle")])
+def test_storage_that_is_gone_is_a_failed_save(tmp_path, monkeypatch, error):
+    made, _, warnings = writer(tmp_path)
+    made.submit(1, 1, parts(1))
+    made.wait()
+
+    def gone(*args, **kwargs):
+        raise error
+
+    for function in ("replace", "fsync", "unlink", "listdir"):
+        monkeypatch.setattr(os, function, gone)
+    made.submit(2, 2, parts(2))
+    made.wait()
+    monkeypatch.undo()
+    assert len(warnings) == 1 and error.strerror in warnings[0]
+    assert newest_whole_set(str(tmp_path), LABELS, Log()) == 1
+
+
+# On blob storage
+
+
+class BlobStorage:
+    """As much of blobfile as a dictionary can do."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        self.blobs, self.broken = {}, False
+
+    def _check(self):
+        if self.broken:
+            raise self.Error("the service does not answer")
+
+    def exists(self, path):
+        self._check()
+        return path in self.blobs or self.isdir(path)
+
+    def isdir(self, path):
+        return any(name.startswith(path.rstrip("/") + "/") for name in self.blobs)
+
+    def listdir(self, path):
+        self._check()
+        return [name[len(path) + 1 :] for name in self.blobs]
+
+    def makedirs(self, path):
+        self._check()
+
+    def remove(self, path):
+        self._check()
+        del self.blobs[path]
+
+    def copy(self, path, new_path, overwrite):
+        self.blobs[new_path] = self.blobs[path]
+
+    def BlobFile(self, path, mode, streaming):
+        storage = self
+
+        class Blob(io.BytesIO):
+            def close(self):
+                if mode == "wb":
+                    storage._check()
+                    storage.blobs[path] = self.getvalue()
+                super().close()
+
+        self._check()
+        return Blob(self.blobs[path] if mode == "rb" else b"")
+
+
+def test_sets_on_blob_storage_are_written_verified_pruned_and_set_aside(monkeypatch):
+    storage = BlobStorage()
+    monkeypatch.setitem(sys.modules, "blobfile", storage)
+    folder = "gs://bucket/run"
+    made, log, warnings = writer(folder, keep_last=2)
+    for step in (1, 2, 3):
+        made.submit(step, step, parts(step))
+    made.wait()
+    assert complete_sets(folder, LABELS) == [2, 3] and len(log) == 3
+    storage.blobs[f"{folder}/opt000003.pt"] = storage.blobs[f"{folder}/opt000003.pt"][:-1]
+    damaged = Log()
+    assert newest_whole_set(folder, LABELS, damaged) == 2 and "opt000003.pt has" in damaged[0]
+    assert set_aside_after(folder, 2) == ["manifest000003.json"] and complete_sets(folder, LABELS) == [2]
+    storage.broken = True
+    made.submit(4, 4, parts(4))
+    made.wait()
+    assert len(warnings) == 1 and "the service does not answer" in warnings[0]
+    storage.broken = False
+    made.submit(5, 5, parts(5))
+    made.finish()
+    assert complete_sets(folder, LABELS) == [2, 5]

@@ -7,7 +7,7 @@ import pytest
 from helpers import script_groups
 
 from improved_diffusion import config
-from improved_diffusion.config import UserError
+from improved_diffusion.config import UserError, WatchConfig
 from improved_diffusion.presets import PRESETS, preset_options
 from improved_diffusion.script_util import parse_options
 
@@ -380,3 +380,9 @@ def test_a_files_batch_size_replaces_the_presets_total_too(config_file):
     options = parse("image_train", "--preset", "cifar10-hybrid", "--config", both)
     assert (options.batch_size, options.total_batch_size) == (16, 32)
     assert parse("image_train", "--config", both, "--batch_size", "4").total_batch_size == 0
+
+
+def test_an_unknown_tracker_is_named():
+    assert WatchConfig(trackers="tensorboard, wandb").trackers == "tensorboard, wandb"
+    with pytest.raises(UserError, match="unknown --trackers 'tensorbord': did you mean tensorboard"):
+        WatchConfig(trackers="tensorbord")

@@ -138,6 +138,16 @@ def test_a_rank_that_hangs_in_its_own_work_says_where(launcher, tmp_path):
     assert re.search(r"dist_worker.py\", line \d+, in end_badly", result.err)
 
 
+@pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
+def test_a_step_that_never_ends_names_who_is_in_it(launcher, tmp_path):
+    """Rank 1 sleeps in its fourth step, while rank 0 waits for it in the same one's barrier."""
+    result = run(launcher, 2, WORKER, "hanging", tmp_path, cwd=tmp_path, timeout=60)
+    assert result.code == 1
+    message = f"rank 1 on {socket.gethostname()}: error: no rank has finished a step for 0 minutes: all ranks did not"
+    assert message in result.err
+    assert re.search(r"time\.sleep\(60\)", result.err)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ranks_that_stop_together_end_in_order_with_75(launcher, tmp_path):
     result = run(launcher, 2, WORKER, "stopped", tmp_path, cwd=tmp_path, timeout=60)

@@ -52,12 +52,21 @@ def test_average_of_a_constant_step_response():
     th.testing.assert_close(ema.params[0], th.full((3,), 1 - 0.9**20))
 
 
-@pytest.mark.parametrize("make", [ParameterEMA, PowerEMA, lambda rate, params: ParameterEMA(rate, params, True)])
-def test_a_skipped_step_leaves_the_average_alone(make):
-    ema = make(0.1, [th.ones(3)])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_a_skipped_step_leaves_the_average_alone(warmup):
+    ema = ParameterEMA(0.1, [th.ones(3)], warmup)
     for step in range(3):
         ema.update(th.full((3,), 5.0), ZERO, step)
     assert ema.params[0].tolist() == [1, 1, 1]
+
+
+def test_a_power_function_average_weighs_the_time_of_skipped_steps_too():
+    """The parameters stand still meanwhile, and its profile is one of time."""
+    ema, other = PowerEMA(0.1, [th.zeros(3)]), PowerEMA(0.1, [th.zeros(3)])
+    for step in range(6):
+        ema.update(th.full((3,), 5.0), ZERO if step % 2 else ONE, step)
+        other.update(th.full((3,), 5.0), ONE, step)
+    assert th.equal(ema.flat, other.flat)
 
 
 def test_average_is_a_copy_and_continues_from_given_values():

@@ -19,6 +19,12 @@ def test_quartiles_split_the_losses_by_timestep():
     assert meter.read() == {"norm": 3.0}
 
 
+def test_losses_that_are_no_numbers_are_left_out():
+    meter = LossMeter()
+    meter.add_losses(4, th.tensor([0, 0, 3]), {"loss": th.tensor([1.0, math.nan, math.inf])})
+    assert meter.read() == {"loss": 1.0, "loss_q0": 1.0}
+
+
 def test_sums_go_on_from_where_they_were_saved():
     values = [th.rand(3) for _ in range(6)]
     whole, first, second = LossMeter(), LossMeter(), LossMeter()

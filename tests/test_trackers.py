@@ -42,11 +42,6 @@ def test_the_trackers_are_those_of_the_option():
     assert tuple(trackers.TRACKERS) == TRACKERS
 
 
-def test_an_unknown_tracker_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"--trackers.*'tensorbord'.*did you mean tensorboard"):
-        trackers.make_trackers(["tensorbord"], str(tmp_path), {})
-
-
 def test_rank_0_alone_has_trackers(tmp_path, monkeypatch):
     monkeypatch.setattr(dist_util, "get_rank", lambda: 1)
     assert trackers.make_trackers(["tensorboard", "wandb"], str(tmp_path), {}) == []

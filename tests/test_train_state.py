@@ -252,6 +252,27 @@ def test_hooks_and_what_they_have_logged_since_the_last_row_are_restored(tmp_pat
     assert rows_without_times(tmp_path / "rest") == rows_without_times(tmp_path / "whole")
 
 
+def test_parameters_without_a_gradient_have_no_state_to_resume(tmp_path):
+    def model():
+        made = small_model()
+        made.time_embed.weight.requires_grad_(False)
+        return made
+
+    finished(model=model(), max_steps=2)
+    into(tmp_path / "rest")
+    finished(model=model(), max_steps=4, resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
+
+
+def test_rows_of_another_interval_are_dropped_as_far_as_they_come_again(tmp_path):
+    into(tmp_path / "run")
+    finished(max_steps=9, log_interval=2)
+    into(tmp_path / "run")
+    resumed = str(tmp_path / "run" / "model000009.pt")
+    finished(max_steps=20, log_interval=6, resume_checkpoint=resumed)
+    steps = [float(row["step"]) for row in log_rows(tmp_path / "run")]
+    assert steps == [0, 2, 4, 6, 8, 12, 18, 19]
+
+
 def test_sums_of_two_ranks_go_on_with_one(out_dir):
     finished(max_steps=3, log_interval=10)
     path = out_dir / "opt000003.pt"
