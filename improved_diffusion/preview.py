@@ -88,7 +88,7 @@ class PreviewGrid:
 def build_previews(options: Any, data: Any) -> list[tuple[int, PreviewGrid]]:
     """The hook that draws a grid every --sample_interval steps, with its interval; [] where there are to be none.
 
-    :param data: the BatchStream, whose first images are what a super-resolution model starts from.
+    :param data: the BatchStream, of whose images an even selection is what a super-resolution model starts from.
     """
     if not options.sample_interval:
         return []
@@ -103,9 +103,11 @@ def build_previews(options: Any, data: Any) -> list[tuple[int, PreviewGrid]]:
         if options.class_cond:
             kwargs["y"] = th.arange(count) % options.num_classes
     else:
-        first = [data.stream.dataset[int(i)] for i in data.stream.usable[:PREVIEWS]]
-        count = len(first)
-        batch, kwargs = th.utils.data.default_collate(first)
+        # Spread over the data, which often lie class by class.
+        usable = data.stream.usable
+        count = min(PREVIEWS, len(usable))
+        chosen = [usable[i * len(usable) // count] for i in range(count)]
+        batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
         kwargs["low_res"] = downsample(batch, options.small_size)
     kwargs = {key: value.to(dist_util.dev()) for key, value in kwargs.items()}
     shape = (options.channels, *height_width(size))

@@ -194,9 +194,10 @@ class TrainLoop:
             with StopSignals() as signals:
                 reason = self._run(bar, signals)
         except KeyboardInterrupt:
+            saved = self.writer.last_saved
+            where = f"last checkpoint: {saved}; --resume auto goes on from it" if saved else "no checkpoint was written"
             raise KeyboardInterrupt(
-                f"training stopped after {self.resume_step + self.steps_done} steps; last checkpoint: "
-                f"{self.writer.last_saved or 'none'}; --resume auto goes on from it"
+                f"training stopped after {self.resume_step + self.steps_done} steps; {where}"
             ) from None
         finally:
             bar.close()
@@ -404,12 +405,13 @@ class TrainLoop:
         self.writer.wait()
 
     def _save_in_background(self) -> None:
+        with dist_util.working("the checkpoint before to be written", SAVE_LIMIT):
+            self.writer.wait()  # before the next is copied to host memory, which may have no room for two
         done = self.resume_step + self.steps_done
         parts = train_state.parts_of(self, self.absolute_step, done)
         self.saved_after = done
         if self.rank == 0:
-            with dist_util.working("the checkpoint before to be written", SAVE_LIMIT):
-                self.writer.submit(self.absolute_step, done, parts)
+            self.writer.submit(self.absolute_step, done, parts)
 
     def write_model(self, name: str, params: Sequence[th.Tensor], metadata: dict[str, Any]) -> None:
         """Write the given parameters, or averages, to a file beside the checkpoints, together with the next set."""
