@@ -245,7 +245,8 @@ def test_the_published_environment_variables_name_the_folders_and_nothing_goes_t
     # DIFFUSION_TRAINING_TEST ends it, after the first save past the first step.
     result = python("image_train", *training, "--save_interval", 2, cwd=tmp_path / "cwd", env=env).succeed()
     assert result.out == result.err == ""
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"progress.json", "progress.csv", "curves.png", ".lock"}
+    logs = {"progress.json", "progress.csv", "curves.png", ".lock"}
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == logs
     sets = {f"{part}{step:06d}.pt" for step in (0, 2) for part in ("model", "ema_0.9999_", "opt")}
     sets |= {f"manifest{step:06d}.json" for step in (0, 2)}
     assert {path.name for path in (tmp_path / "blobs").iterdir()} == {*sets, "config.json", ".lock"}
