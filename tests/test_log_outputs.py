@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 import torch as th
@@ -151,19 +152,9 @@ def check_rows(folder, steps):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        allowed = subprocess.run(mount, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        allowed = False
-    if not allowed:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def small_disk():
+    with helpers.small_disk(64) as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_up_and_is_freed_costs_no_row(small_disk, capsys):
@@ -195,7 +186,7 @@ def test_a_disk_that_fills_up_and_is_freed_costs_no_row(small_disk, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_on_a_full_disk_goes_on_to_its_end(small_disk):
+def test_a_run_on_a_full_disk_goes_on_to_its_end(small_disk, tmp_path):
     """The logger as a whole, with stdout and stderr on the full disk too."""
     (small_disk / "filler").write_bytes(b"x" * 60 * 1024)
     code = """
@@ -212,9 +203,9 @@ os.write(3, b"the end")
     with open(small_disk / "out", "w") as out:
         done = subprocess.run(
             ["bash", "-c", 'exec 3>"$3"; exec "$1" -c "$2" "$4"', "-", sys.executable, code,
-             str(small_disk.parent / "end"), str(small_disk)], stdout=out, stderr=out,
+             str(tmp_path / "end"), str(small_disk)], stdout=out, stderr=out,
         )  # fmt: skip
-    assert done.returncode == 0 and (small_disk.parent / "end").read_text() == "the end"
+    assert done.returncode == 0 and (tmp_path / "end").read_text() == "the end"
     assert [int(row["step"]) for row in table(small_disk / "progress.csv")] == list(range(300))
     assert [row["step"] for row in json_rows(small_disk / "progress.jsonl")] == list(range(300))
 

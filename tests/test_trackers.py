@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import helpers
 import numpy as np
 import pytest
 from helpers import ROOT
@@ -113,19 +114,9 @@ def fill(path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        allowed = subprocess.run(mount, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        allowed = False
-    if not allowed:
-        pytest.skip("mounting a file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small_disk():
+    with helpers.small_disk(256) as folder:
+        yield folder
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard's own thread
