@@ -86,14 +86,18 @@ def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[
 def set_aside_after(directory: str, step: int) -> list[str]:
     """Take the sets after a step out of sight, for a run that goes back to it: --resume auto would jump to them later.
 
-    Their manifests, and snapshots of power-function averages, get the ending .aside. Returns the manifests' names.
+    Their files get the ending .aside, as do later snapshots of power-function averages. Returns the manifests' names.
     """
     names = files.list_dir(directory) if files.is_dir(directory) else []
-    later = [manifest_name(number) for number in _manifest_steps(names) if number > step]
-    snapshots = [name for name in names if name.startswith(_SNAPSHOT) and (step_of(name) or 0) > step]
-    for name in later + snapshots:
+    later = [number for number in _manifest_steps(names) if number > step]
+    found = [name for name in names if name.startswith(_SNAPSHOT) and (step_of(name) or 0) > step]
+    for number in later:
+        manifest = read_manifest(directory, number) or {"files": {}}
+        found += [name for name in manifest["files"] if step_of(name) == number and name in names]
+    # The manifests first: from then on none of these sets is there.
+    for name in dict.fromkeys([*map(manifest_name, later), *found]):
         files.rename(files.join(directory, name), files.join(directory, f"{name}.aside"))
-    return later
+    return [manifest_name(number) for number in later]
 
 
 class SetWriter:

@@ -35,7 +35,7 @@ def dry_run(loop: TrainLoop) -> None:
     rows = {
         "time per step": f"{per_step:.3g} s ({loop.global_batch / per_step:.4g} images/s)",
         "time in all": _time_in_all(loop, per_step),
-        "peak memory": f"{memory / 2**30:.2f} GiB of {_gib(_memory(loop.device)[1])} on each rank",
+        "peak memory": f"{_size(memory)} of {_size(_memory(loop.device)[1])} on each rank",
         "largest microbatch": f"{largest} ({'tried' if loop.device.type == 'cuda' else 'estimated'}; now "
         f"{loop.microbatch})",
         "checkpoints": _describe_disk(loop),
@@ -51,8 +51,8 @@ def _time_in_all(loop: TrainLoop, per_step: float) -> str:
     return f"{left.total_seconds() / 3600:.2f} hours to --max_steps {loop.max_steps:,}"
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 def _memory(device: th.device) -> tuple[int, int]:
@@ -140,8 +140,9 @@ def _describe_disk(loop: TrainLoop) -> str:
     count, total = checkpoint_bytes(loop)
     folder = get_blob_logdir()
     free = _free_disk(folder)
-    there = f"; {_gib(free)} are free in {folder}" if free is not None else ""
-    return f"{_gib(set_bytes(loop)[0])} each, {count} of them at the end: {_gib(total)}{there}"
+    there = f"; {_size(free)} are free in {folder}" if free is not None else ""
+    when = f"at --max_steps {loop.max_steps:,}" if loop.max_steps else "after the next --save_interval"
+    return f"{_size(set_bytes(loop)[0])} each, {count} of them {when}: {_size(total)}{there}"
 
 
 def warn_of_small_disk(loop: TrainLoop) -> None:
@@ -150,6 +151,6 @@ def warn_of_small_disk(loop: TrainLoop) -> None:
     count, total = checkpoint_bytes(loop)
     if free is not None and total > free:
         logger.warn(
-            f"the run's {count} checkpoints need {_gib(total)}, and {get_blob_logdir()} has {_gib(free)} free: give "
+            f"the run's {count} checkpoints need {_size(total)}, and {get_blob_logdir()} has {_size(free)} free: give "
             "--keep_last, a larger --save_interval, or another --out_dir"
         )

@@ -141,9 +141,10 @@ def open_images(data_dir: str, what: str = "--data_dir") -> Any:
     return found
 
 
-def read_classes(source: Any, labels: str, data_dir: str) -> tuple[list[int], list[str]]:
+def read_classes(source: Any, labels: str, data_dir: str, few: bool = False) -> tuple[list[int], list[str]]:
     """(the class index of each image, the classes' names). `labels` is prefix, folder or the path of a JSON file.
 
+    :param few: there may be no more than one image of each class.
     Raises UserError where the images have no classes of that kind.
     """
     if isinstance(source, ArrayImages):
@@ -165,7 +166,7 @@ def read_classes(source: Any, labels: str, data_dir: str) -> tuple[list[int], li
                 f"--labels {labels} has no label for {missing[0]} and {len(missing) - 1} more of {len(names)} images"
             )
         found = [table[name] for name in names]
-    if len(set(found)) == len(found) > 1:
+    if len(set(found)) == len(found) > 1 and not few:
         raise UserError(
             f"--class_cond True with --labels {labels}: each of the {len(found)} images in {data_dir} would be a class "
             "of its own; name the files class_number.png, or use --labels folder or a JSON file, or drop --class_cond"

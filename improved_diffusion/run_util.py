@@ -23,6 +23,7 @@ from .image_datasets import BatchStream, ImageDataset
 from .image_sources import ArrayImages, FolderImages, open_images, read_classes
 from .resample import create_named_schedule_sampler
 from .script_util import adopt, build, resolve_channel_mult
+from .stop_signals import catch_early_warning
 from .trackers import make_trackers
 from .train_util import TrainLoop, get_blob_logdir
 
@@ -37,6 +38,8 @@ def start_run(options: argparse.Namespace, default_name: str) -> str:
     Returns the folder's absolute path, which is printed, as are the ranks. Collective.
     """
     dist_util.setup_dist()
+    if hasattr(options, "max_steps"):
+        catch_early_warning()
     out_dir = options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
     only_said = ["stdout"] if dist_util.get_rank() == 0 else []
     logger.configure(dir=out_dir, format_strs=only_said if getattr(options, "dry_run", False) else None)
@@ -214,7 +217,7 @@ def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) ->
         logger.warn(f"{options.data_dir} had {before} images before: from here on they come in another order")
     steps = options.max_steps or options.lr_anneal_steps or 10_000
     epochs = steps * options.total_batch_size / data.num_images
-    logger.log(f"{text}; {steps:,} steps are {epochs:.3g} epochs")
+    logger.log(f"{text}; {steps:,} steps are {epochs:,.1f} epochs")
     if epochs > MANY_EPOCHS:
         logger.warn(
             f"the run sees each image {epochs:,.0f} times and may learn them by heart: --val_dir shows whether it "
@@ -239,6 +242,10 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
     logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision}")
     if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
         logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
+    if options.val_dir and 0 < options.max_steps < options.val_interval:
+        logger.warn(
+            f"--val_interval {options.val_interval} is more than --max_steps {options.max_steps}: no validation"
+        )
     config = {name: value for name, value in sorted(vars(options).items()) if name not in _NOT_KEPT}
     metadata = {"version": __version__, "config": config, "class_names": class_names, "num_images": data.num_images}
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}

@@ -18,6 +18,20 @@ GRACE = 2.0  # seconds
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is how SLURM's --signal=USR1@120 warns
 
 
+_early = 0  # the number of a signal that came before the training loop
+
+
+def catch_early_warning() -> None:
+    """From now on keep a SIGUSR1 for StopSignals: MPI libraries swallow it, and a scheduler warns only once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, _note_early)
+
+
+def _note_early(number: int, frame: FrameType | None) -> None:
+    global _early
+    _early = number
+
+
 class StopSignals:
     """A with statement in which the first of SIGNALS sets `received`; a second SIGINT interrupts at once.
 
@@ -25,7 +39,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.received = 0  # the signal's number
+        self.received = _early  # the signal's number
         self.interrupts = 0
         self.left = threading.Event()
         self.before: dict[int, Any] = {}

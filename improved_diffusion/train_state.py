@@ -108,6 +108,9 @@ def restore(loop: Any, main: str, named_step: int, metadata: Mapping[str, Any]) 
     loop.first_row = rest.get("first_row", done)
     _load_meter(loop, rest.get("meters", []))
     logger.logkvs(rest.get("unwritten_log", {}))
+    restored.append(
+        f"data: from step {done} on; log: from the row of step {loop.first_row} on, its sums in the same file"
+    )
     logger.log(f"resumed after {done} steps\n" + "\n".join(f"  {line}" for line in restored))
     return done
 

@@ -138,9 +138,6 @@ class TrainLoop:
         if self.resume_checkpoint:
             self.resume_step = train_state.restore(self, self.resume_checkpoint, self.resume_step, resumed)
             self.writer.last_saved = self.resume_checkpoint
-            dropped = logger.drop_rows(self.first_row)
-            if dropped:
-                logger.log(f"{dropped} rows of the log were written after that step: they are dropped, and come again")
             if hasattr(data, "seek"):
                 data.seek(self.resume_step)
             else:
@@ -188,6 +185,10 @@ class TrainLoop:
         SIGTERM, SIGUSR1 or SIGINT on any rank ends it after the same step on all, with a checkpoint and
         SystemExit(EXIT_RESUME); a second SIGINT at once, with KeyboardInterrupt.
         """
+        if self.max_steps and self.resume_step >= self.max_steps:
+            logger.log(f"nothing to do: {self.resume_step} of --max_steps {self.max_steps} steps are done")
+            return
+        self._go_back()
         bar = logger.Progress("training", self.max_steps or None, "step", initial=self.resume_step)
         self.clock = StepClock(self.global_batch)
         try:
@@ -214,7 +215,6 @@ class TrainLoop:
         """The loop itself; returns why it ended: 0 where it is finished, TIME_IS_UP, or a signal's number."""
         agreement = Agreement()
         reason = 0
-        self._leave_the_future()
         while not reason and (not self.max_steps or self.absolute_step < self.max_steps):
             dist_util.beat(self.absolute_step + 1)
             with self.clock.waiting(), dist_util.working("the next batch of images"):
@@ -258,8 +258,11 @@ class TrainLoop:
             return None
         return parse_resume_step_from_filename(main)
 
-    def _leave_the_future(self) -> None:
-        """Sets after the one that the run goes on from belong to a course that it leaves."""
+    def _go_back(self) -> None:
+        """What an earlier course of the run wrote after the checkpoint that it goes on from, this one writes anew."""
+        dropped = logger.drop_rows(self.first_row) if self.resume_checkpoint else 0
+        if dropped:
+            logger.log(f"{dropped} rows of the log were written after that step: they are dropped, and come again")
         number = self._resumed_set()
         if self.rank == 0 and number is not None:
             names = checkpoint_sets.set_aside_after(get_blob_logdir(), number)

@@ -177,7 +177,7 @@ def build_validation(options: Any, diffusion: Any, class_names: Sequence[str] | 
 
 
 def _class_indices(options: Any, source: Any, trained: Sequence[str]) -> list[int]:
-    found, names = read_classes(source, options.labels, options.val_dir)
+    found, names = read_classes(source, options.labels, options.val_dir, few=True)
     unknown = sorted({names[i] for i in found} - set(trained))
     if unknown:
         raise UserError(

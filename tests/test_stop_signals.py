@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from improved_diffusion import stop_signals
 from improved_diffusion.stop_signals import SIGNALS, Agreement, StopSignals
 
 
@@ -32,6 +33,16 @@ def test_a_second_ctrl_c_interrupts_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert signals.received == signal.SIGINT
+
+
+def test_a_warning_that_comes_before_the_loop_is_kept_for_it(monkeypatch):
+    monkeypatch.setattr(stop_signals, "_early", 0)
+    before = signal.getsignal(signal.SIGUSR1)
+    stop_signals.catch_early_warning()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with StopSignals() as signals:
+        assert signals.received == signal.SIGUSR1
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_handlers_are_put_back_after_an_error():

@@ -104,6 +104,19 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_documented_code(
         assert f"resumed after {steps} steps" in resumed.succeed().out
 
 
+def test_a_schedulers_warning_before_the_first_step_is_not_lost(training, tmp_path):
+    """MPI libraries have a handler for it that does nothing."""
+    folder = tmp_path / "run"
+    process = start("mpiexec", 2, "image_train", *training, "--out_dir", folder, cwd=tmp_path)
+    wait_for(lambda: "total batch" in read(folder / "log.txt"), "start", process)
+    os.kill(ranks_of(process)[0], signal.SIGUSR1)
+    assert assert_stopped(wait(process), folder, signal.SIGUSR1, 75) <= 3
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""
+
+
 @pytest.mark.parametrize("stuck_in", ["python", "torch"])
 def test_a_second_ctrl_c_ends_at_once(stuck_in, tmp_path):
     """In the midst of a step that takes for ever, in Python or, where Python's handlers are not called, in C++."""
@@ -218,6 +231,7 @@ def test_any_file_of_a_set_names_it(name, finished, training, tmp_path):
 def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(copied):
     args = ["--out_dir", copied, "--resume", copied / "model000000.pt", "--max_steps", 3]
     result = call("image_train", *args, cwd=copied.parent).succeed()
+    assert (copied / "model000008.pt.aside").exists()
     assert "later checkpoints are set aside: manifest000004.json, manifest000008.json" in result.out
     assert complete_sets(str(copied), LABELS) == [0, 3]
     assert "resumed after 3 steps" in resume(copied).succeed().out
@@ -333,9 +347,9 @@ def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(launcher, ranks, t
     for pattern in (
         r"time per step +\d.* s \(.* images/s\)",
         r"time in all +\d+\.\d\d hours to --max_steps 1,000",
-        r"peak memory +\d+\.\d\d GiB of \d+\.\d GiB",
+        r"peak memory +[\d.]+ [MG]iB of \d+\.\d GiB",
         rf"largest microbatch +\d+ \(estimated; now {4 // ranks}\)",
-        r"checkpoints +\d+\.\d GiB each, 11 of them at the end: \d+\.\d GiB; \d+\.\d GiB are free",
+        r"checkpoints +4.88 MiB each, 11 of them at --max_steps 1,000: 53.6 MiB; \d+\.\d GiB are free",
     ):
         assert re.search(pattern, text), f"{pattern} is not in\n{text}"
     assert result.out.count("dry run:") == 1 and not (tmp_path / "run").exists()

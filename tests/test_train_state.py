@@ -90,7 +90,7 @@ def test_what_was_restored_is_logged(tmp_path):
     make_loop(max_steps=4, use_fp16=True, resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
     text = (tmp_path / "rest" / "log.txt").read_text()
     restored = [line.split(":")[0].strip() for line in text.split("resumed after 2 steps\n")[1].splitlines()]
-    assert restored == ["model", "EMA 0.9", "optimizer", "loss scale", "bad steps"]
+    assert restored == ["model", "EMA 0.9", "optimizer", "loss scale", "bad steps", "data"]
 
 
 def test_a_finished_run_that_is_resumed_writes_nothing(tmp_path):
@@ -98,6 +98,16 @@ def test_a_finished_run_that_is_resumed_writes_nothing(tmp_path):
     into(tmp_path / "rest")
     finished(max_steps=2, resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
     assert not [name for name in os.listdir(tmp_path / "rest") if name.endswith(".pt")]
+    assert "nothing to do: 2 of --max_steps 2 steps are done" in (tmp_path / "rest" / "log.txt").read_text()
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_log(tmp_path):
+    into(tmp_path / "run")
+    finished(max_steps=3, log_interval=5)
+    before = (tmp_path / "run" / "progress.csv").read_bytes()
+    into(tmp_path / "run")
+    finished(max_steps=3, log_interval=5, resume_checkpoint=str(tmp_path / "run" / "model000003.pt"))
+    assert (tmp_path / "run" / "progress.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["opt000002.pt", "ema_0.9_000002.pt", "model000002.pt"])
