@@ -264,8 +264,9 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) 
     with contextlib.closing(data):
         if options.dry_run:
             dry_run(loop)
-            with contextlib.suppress(OSError):
-                os.rmdir(logger.get_dir())  # where there was none before
+            if dist_util.get_rank() == 0:
+                with contextlib.suppress(OSError):
+                    os.rmdir(logger.get_dir())  # where there was none before
             return
         if dist_util.get_rank() == 0:
             # Not before the loop has what it resumes from: a run that is refused leaves the older description.

@@ -17,6 +17,8 @@ def test_each_small_pixel_is_the_mean_of_its_area(size):
 
 
 class Data:
+    num_images = 3
+
     def __init__(self):
         self.calls = []
 
