@@ -32,12 +32,13 @@ def dry_run(loop: TrainLoop) -> None:
     per_step = sum(seconds[1:]) / (STEPS - 1)
     memory = peak_memory()
     largest = min(dist_util.all_gather_object(_largest_microbatch(loop, batch, cond)))
+    more = " or more" if largest >= LARGEST_TRIED else ""
+    how = "tried" if loop.device.type == "cuda" else "estimated"
     rows = {
         "time per step": f"{per_step:.3g} s ({loop.global_batch / per_step:.4g} images/s)",
         "time in all": _time_in_all(loop, per_step),
         "peak memory": f"{_size(memory)} of {_size(_memory(loop.device)[1])} on each rank",
-        "largest microbatch": f"{largest} ({'tried' if loop.device.type == 'cuda' else 'estimated'}; now "
-        f"{loop.microbatch})",
+        "largest microbatch": f"{largest}{more} ({how}; now {loop.microbatch})",
         "checkpoints": _describe_disk(loop),
     }
     width = max(map(len, rows))
