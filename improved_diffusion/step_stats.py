@@ -107,6 +107,13 @@ class StepClock:
         self.waited += time.perf_counter() - start
         self.steps += 1
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is no step, such as drawing previews: its time does not count."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
     def read(self) -> dict[str, float]:
         """Since the last call: images/s over all ranks, the share of the time spent waiting for data; and the most
         memory, in GiB, that this rank has used: of the GPU's, or without one, of the machine's."""

@@ -222,7 +222,7 @@ class TrainLoop:
             self.run_step(batch, cond)
             for interval, hook in self.hooks:
                 if (self.absolute_step + 1) % interval == 0:
-                    with dist_util.working("previews or validation", HOOK_LIMIT):
+                    with self.clock.aside(), dist_util.working("previews or validation", HOOK_LIMIT):
                         hook(self)
             shown = {}
             if self.absolute_step % self.log_interval == 0:

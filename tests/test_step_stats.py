@@ -78,6 +78,8 @@ def test_the_clock_counts_images_and_the_wait_for_them(monkeypatch):
     assert (speed["images_per_second"], speed["data_wait"]) == (4.0, 0.25)
     with clock.waiting():
         now[0] += 1.0
+    with clock.aside():
+        now[0] += 100.0
     assert clock.read()["images_per_second"] == 8.0
 
 
