@@ -4,7 +4,9 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch as th
 from helpers import ROOT, small_disk
-from script_helpers import TINY_IMAGE, call, python, run, start, started_by, wait, wait_for, write_images
+from script_helpers import TINY_IMAGE, call, environment, python, run, start, started_by, wait, wait_for, write_images
 
 from improved_diffusion.checkpoint_sets import complete_sets, problem_of
 
@@ -148,6 +150,7 @@ def test_two_runs_may_not_write_into_one_folder(training, tmp_path):
 # Kills
 
 
+@pytest.mark.timeout(900)
 def test_twenty_kills_change_nothing(tmp_path):
     """SIGKILL to all processes of a two-rank run, half of the times in the midst of a save."""
     argv = [sys.executable, str(ROOT / "benchmarks" / "kill_and_resume.py"), "--kills", "20", "--out", "result.json"]
@@ -160,11 +163,7 @@ def test_twenty_kills_change_nothing(tmp_path):
 
 
 def run_plain(argv, cwd):
-    import subprocess
-
-    from script_helpers import environment
-
-    return subprocess.run(argv, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=280)
+    return subprocess.run(argv, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=850)
 
 
 # Damaged checkpoints
@@ -181,8 +180,6 @@ def finished(training, tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    import shutil
-
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
