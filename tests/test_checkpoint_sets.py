@@ -89,10 +89,8 @@ def test_no_file_of_a_set_is_visible_before_all_are_written(tmp_path):
     assert seen == [[], [], []] and len(names(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("at", range(4))
-def test_a_crash_between_renames_leaves_no_set(tmp_path, monkeypatch, at):
-    """The first save of a run: nothing is there, or everything is."""
-    folder = folder_of_sets(tmp_path / "run")
+def crash_at_rename(monkeypatch, at):
+    """The process ends at the at-th rename from now on."""
     replace, calls = os.replace, []
 
     def crash(*args):
@@ -102,6 +100,13 @@ def test_a_crash_between_renames_leaves_no_set(tmp_path, monkeypatch, at):
         replace(*args)
 
     monkeypatch.setattr(os, "replace", crash)
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_crash_between_renames_leaves_no_set(tmp_path, monkeypatch, at):
+    """The first save of a run: nothing is there, or everything is."""
+    folder = folder_of_sets(tmp_path / "run")
+    crash_at_rename(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
         write_set(folder, 5, 5, parts(5))
     monkeypatch.undo()
@@ -113,15 +118,7 @@ def test_a_crash_between_renames_leaves_no_set(tmp_path, monkeypatch, at):
 def test_a_crash_while_a_set_is_replaced_is_noticed(tmp_path, monkeypatch, at):
     """A set of the same number, of a step later: the older one before it still counts."""
     folder = folder_of_sets(tmp_path / "run", 1, 5)
-    replace, calls = os.replace, []
-
-    def crash(*args):
-        calls.append(args)
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        replace(*args)
-
-    monkeypatch.setattr(os, "replace", crash)
+    crash_at_rename(monkeypatch, at)
     with pytest.raises(KeyboardInterrupt):
         write_set(folder, 5, 6, parts(5, 99.0, size=64))
     monkeypatch.undo()
