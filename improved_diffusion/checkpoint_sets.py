@@ -119,6 +119,7 @@ class SetWriter:
         self.last_saved: str | None = None  # the model's file of the newest set
         self.failures = 0
         self.beside: dict[str, Any] = {}  # file name -> content of what is written before the next set
+        self.taken: dict[str, Any] = {}  # those that are being written
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
         self.remark: str | None = None  # what did not keep a set from being written
@@ -126,12 +127,13 @@ class SetWriter:
     def submit(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
         """Begin to write a set, once the one before is written."""
         self.wait()
-        beside = dict(self.beside)
+        # Taken whole, so that this thread may note a newer file meanwhile; what cannot be written comes back.
+        self.taken, self.beside = self.beside, {}
 
         def run() -> None:
             self.failure = self.remark = None
             try:
-                self._write(step, done, parts, beside)
+                self._write(step, done, parts)
             except BaseException as error:  # handed to the main thread
                 self.failure = error
 
@@ -142,12 +144,10 @@ class SetWriter:
         """Write a file of its own together with the next set: the set is there only if the file is."""
         self.beside[name] = part
 
-    def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]], beside: dict[str, Any]) -> None:
+    def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
         files.make_dirs(self.directory)
-        for name, part in beside.items():
+        for name, part in self.taken.items():
             checkpoint.save(part, files.join(self.directory, name))
-            if self.beside[name] is part:  # no newer one has come meanwhile
-                del self.beside[name]
         write_set(self.directory, step, done, parts)
         self.last_saved = files.join(self.directory, checkpoint.model_name(step))
         try:
@@ -186,6 +186,7 @@ class SetWriter:
         self.thread = None
         if isinstance(self.failure, UserError):
             self.failures += 1
+            self.beside = {**self.taken, **self.beside}
             return f"{self.failure}; last good checkpoint: {self.last_saved or 'none'}"
         if self.failure is not None:
             raise self.failure

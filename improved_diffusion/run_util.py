@@ -218,7 +218,7 @@ def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) ->
     steps = options.max_steps or options.lr_anneal_steps or 10_000
     epochs = steps * options.total_batch_size / data.num_images
     logger.log(f"{text}; {steps:,} steps are {epochs:,.1f} epochs")
-    if epochs > MANY_EPOCHS:
+    if epochs > MANY_EPOCHS and (options.max_steps or options.lr_anneal_steps):
         logger.warn(
             f"the run sees each image {epochs:,.0f} times and may learn them by heart: --val_dir shows whether it "
             "does, --dropout and --random_flip help, and more images help most"
