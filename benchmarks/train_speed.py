@@ -17,8 +17,9 @@ from pathlib import Path
 import torch as th
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig
-from improved_diffusion.script_util import build, parse_options
+from improved_diffusion.script_util import build
 from improved_diffusion.train_util import TrainLoop
 
 VARIANTS = {

@@ -6,13 +6,14 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import dist_util, images, logger
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig, SourceConfig
 from improved_diffusion.evaluation.nll import summarize_bound
 from improved_diffusion.image_datasets import ImageDataset
 from improved_diffusion.image_sources import open_images
 from improved_diffusion.run_util import class_indices, samples_name, start_run
 from improved_diffusion.samplers import SeededNoise
-from improved_diffusion.script_util import load_model, parse_options
+from improved_diffusion.script_util import load_model
 
 
 def main():

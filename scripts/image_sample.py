@@ -3,10 +3,11 @@
 import torch as th
 
 from improved_diffusion import dist_util
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, height_width
 from improved_diffusion.run_util import describe_request, samples_name, start_run
 from improved_diffusion.sample_util import choose_labels, draw_images, write_samples
-from improved_diffusion.script_util import load_model, parse_options
+from improved_diffusion.script_util import load_model
 
 
 def main():

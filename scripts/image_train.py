@@ -1,10 +1,10 @@
 """Train a diffusion model on images."""
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig, WatchConfig
 from improved_diffusion.preview import build_previews
 from improved_diffusion.run_util import open_training_data, prepare_training, start_run, train
-from improved_diffusion.script_util import parse_options
 from improved_diffusion.validation import build_validation
 
 

@@ -1,9 +1,9 @@
 """Make moving averages of other lengths from the snapshots of a run trained with --ema_sigma_rel (EDM2 sec. 3.2)."""
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import PosthocConfig, UserError, comma_list
 from improved_diffusion.posthoc import rebuild
-from improved_diffusion.script_util import parse_options
 
 
 def main():

@@ -3,6 +3,7 @@
 import torch as th
 
 from improved_diffusion import dist_util
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import (
     BaseSamplesConfig,
     DiffusionConfig,
@@ -16,7 +17,7 @@ from improved_diffusion.config import (
 from improved_diffusion.images import from_uint8
 from improved_diffusion.run_util import describe_request, read_base_samples, samples_name, start_run
 from improved_diffusion.sample_util import Labels, choose_labels, draw_images, write_samples
-from improved_diffusion.script_util import load_model, parse_options
+from improved_diffusion.script_util import load_model
 
 
 def main():

@@ -1,6 +1,7 @@
 """Train a super-resolution model: large images from their own area-downsampled versions."""
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import (
     DataConfig,
     DiffusionConfig,
@@ -13,7 +14,6 @@ from improved_diffusion.config import (
 from improved_diffusion.low_res import WithLowRes
 from improved_diffusion.preview import build_previews
 from improved_diffusion.run_util import open_training_data, prepare_training, start_run, train
-from improved_diffusion.script_util import parse_options
 from improved_diffusion.validation import build_validation
 
 

@@ -6,8 +6,9 @@ import torch as th
 from train_helpers import Data, make_loop
 
 from improved_diffusion import dist_util, logger
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig
-from improved_diffusion.script_util import build, parse_options
+from improved_diffusion.script_util import build
 
 
 class PinnedData(Data):

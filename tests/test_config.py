@@ -7,9 +7,9 @@ import pytest
 from helpers import script_groups
 
 from improved_diffusion import config
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import UserError, WatchConfig
 from improved_diffusion.presets import PRESETS, preset_options
-from improved_diffusion.script_util import parse_options
 
 MODEL = dict(
     image_size=64, num_channels=128, num_res_blocks=2, num_heads=4, num_heads_upsample=-1,

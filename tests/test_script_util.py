@@ -10,6 +10,7 @@ from helpers import GOLDEN, golden_json, script_groups
 from test_config import MODEL, SUPER_RES
 
 from improved_diffusion import checkpoint, script_util
+from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import UserError
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
 from improved_diffusion.script_util import (
@@ -21,7 +22,6 @@ from improved_diffusion.script_util import (
     create_model_and_diffusion,
     load_model,
     model_and_diffusion_defaults,
-    parse_options,
     resolve_channel_mult,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,

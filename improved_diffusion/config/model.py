@@ -1,0 +1,103 @@
+"""The options of the network and of its diffusion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .base import Config, UserError, comma_list, extra, height_width, option, parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """The network."""
+
+    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
+    num_channels: int = option(128, "width of the network's first level, a multiple of 32", fixed=True)
+    num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
+    num_heads: int = option(4, "attention heads", fixed=True)
+    num_heads_upsample: int = option(-1, "attention heads on the way up; -1: as num_heads", fixed=True)
+    attention_resolutions: str = option(
+        "16,8", "sides in pixels of the levels that have attention, comma-separated", fixed=True
+    )
+    dropout: float = option(0.0, "dropout probability inside the residual blocks, while training")
+    class_cond: bool = option(False, "condition the model on the images' classes", fixed=True)
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    use_scale_shift_norm: bool = option(
+        True, "timestep and class scale and shift the norms, rather than being added", fixed=True
+    )
+    channels: int = extra(3, "channels of the images: 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha", fixed=True)
+    num_classes: int = extra(
+        0, "classes of a conditional model; 0: counted from the data, or as the checkpoint says", fixed=True
+    )
+    channel_mult: str = extra(
+        "", "width of each level in units of num_channels, comma-separated; empty: by image size", fixed=True
+    )
+
+    def validate(self) -> None:
+        self.require(self.num_channels > 0 and self.num_channels % 32 == 0, "num_channels", "must be a multiple of 32")
+        self.require(self.num_res_blocks >= 1, "num_res_blocks", "must be at least 1")
+        self.require(self.num_heads >= 1, "num_heads", "must be at least 1")
+        self.require(
+            self.num_heads_upsample == -1 or self.num_heads_upsample >= 1,
+            "num_heads_upsample",
+            "must be -1 or positive",
+        )
+        self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        self.require(1 <= self.channels <= 4, "channels", "must be 1 to 4")
+        self.require(self.num_classes >= 0, "num_classes", "must not be negative")
+        for name, kind in (("attention_resolutions", int), ("channel_mult", float)):
+            try:
+                numbers = comma_list(getattr(self, name), kind)
+            except ValueError:
+                raise UserError(f"--{name} {getattr(self, name)!r}: expected numbers such as 16,8") from None
+            if any(number <= 0 for number in numbers):
+                raise UserError(f"--{name} {getattr(self, name)!r}: every number must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(Config):
+    """The forward process and what the network predicts."""
+
+    learn_sigma: bool = option(False, "learn the variance as well (IDDPM sec. 3.1)", fixed=True)
+    sigma_small: bool = option(False, "with a fixed variance, take the posterior's (small) rather than beta (large)")
+    diffusion_steps: int = option(1000, "T, the number of noise levels the model is trained on", fixed=True)
+    noise_schedule: str = option(
+        "linear", "how alpha_bar falls over the steps", choices=("linear", "cosine"), fixed=True
+    )
+    timestep_respacing: str = option(
+        "", "steps to use: a count (250), counts per section (10,15,20) or a DDIM stride (ddim50); empty: all"
+    )
+    use_kl: bool = option(False, "train on the variational bound alone (L_vlb) rather than the hybrid loss")
+    predict_xstart: bool = option(False, "the network predicts x_0 rather than the noise", fixed=True)
+    rescale_timesteps: bool = option(True, "the network sees t * 1000/T rather than t", fixed=True)
+    rescale_learned_sigmas: bool = option(True, "weigh the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
+
+    def validate(self) -> None:
+        self.require(self.diffusion_steps >= 1, "diffusion_steps", "must be at least 1")
+        if self.noise_schedule == "linear" and self.diffusion_steps < 20:
+            raise UserError(
+                f"--diffusion_steps {self.diffusion_steps} with --noise_schedule linear makes a beta above 1: "
+                "take at least 20 steps, or --noise_schedule cosine"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResConfig(Config):
+    """The sizes of super-resolution."""
+
+    large_size: Any = option(256, "side of the images that are made, in pixels", parse=parse_size, fixed=True)
+    small_size: Any = option(64, "side of the low-resolution images given, in pixels", parse=parse_size, fixed=True)
+
+    def validate(self) -> None:
+        large, small = height_width(self.large_size), height_width(self.small_size)
+        if large[0] % small[0] or large[1] % small[1] or large[0] // small[0] != large[1] // small[1]:
+            raise UserError(
+                f"--large_size {self.large_size} must be a whole multiple of --small_size {self.small_size}"
+            )
+
+
+def fixed_names() -> set[str]:
+    """The options that training decides and sampling may not contradict."""
+    groups = (ModelConfig, DiffusionConfig, SuperResConfig)
+    return {f.name for group in groups for f in fields(group) if f.metadata["fixed"]}

@@ -1,0 +1,22 @@
+"""The options that every command has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Config, UserError, extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """The run itself."""
+
+    seed: int = extra(0, "all randomness follows from it")
+    out_dir: str = extra("", "folder for everything that is written; empty: ./runs/<name>")
+
+    def validate(self) -> None:
+        self.require(self.seed >= 0, "seed", "must not be negative")
+        if "://" in self.out_dir:
+            raise UserError(
+                f"--out_dir {self.out_dir} must be a local folder: DIFFUSION_BLOB_LOGDIR puts checkpoints elsewhere"
+            )

@@ -1,0 +1,163 @@
+"""The options of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .base import Config, UserError, comma_list, extra, option, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(Config):
+    """The images."""
+
+    data_dir: str = option("", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads")
+    labels: str = extra("prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """The training images."""
+
+    random_flip: bool = extra(False, "mirror each image left-right half of the time")
+    num_workers: int = extra(1, "processes that read and resize images, per rank; 0: in the training process")
+
+    def validate(self) -> None:
+        self.require(self.num_workers >= 0, "num_workers", "must not be negative")
+
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+MAX_SIGMA_REL = 0.28  # of a power-function average; a little less than that of the plain mean, 12^-1/2
+LR_SCHEDULES = ("auto", "constant", "linear", "cosine", "one-cycle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """The training loop."""
+
+    schedule_sampler: str = option(
+        "uniform",
+        "which timesteps to train on (loss-second-moment: IDDPM eq. 18)",
+        choices=("uniform", "loss-second-moment"),
+    )
+    lr: float = option(1e-4, "learning rate")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    lr_anneal_steps: int = option(0, "steps over which the learning rate falls to 0 and training ends; 0: no annealing")
+    batch_size: int = option(1, "images a step on each rank")
+    microbatch: int = option(-1, "images in one forward pass, to save memory; -1: the whole batch")
+    ema_rate: str = option("0.9999", "rates of the parameters' moving averages, comma-separated")
+    log_interval: int = option(10, "steps between rows of the log")
+    save_interval: int = option(10000, "steps between checkpoints")
+    resume_checkpoint: str = option("", "modelNNNNNN.pt to go on from (the same as --resume PATH)")
+    use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
+    fp16_scale_growth: float = option(1e-3, "what a good step adds to log2 of fp16's loss scale")
+    precision: str = extra(
+        "fp32", "arithmetic of the network's torso; the master parameters stay fp32", choices=PRECISIONS
+    )
+    total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks")
+    max_steps: int = extra(0, "steps to train for; 0: until lr_anneal_steps, or until stopped")
+    max_hours: float = extra(0.0, "hours of wall clock after which training saves and ends; 0: no limit")
+    lr_schedule: str = extra(
+        "auto",
+        "its course over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
+        choices=LR_SCHEDULES,
+    )
+    lr_warmup_steps: int = extra(0, "steps over which the learning rate rises from 0")
+    grad_clip: float = extra(0.0, "largest norm of the gradient; 0: no clipping")
+    adam_beta1: float = extra(0.9, "Adam's decay of the gradient's mean")
+    adam_beta2: float = extra(0.999, "Adam's decay of the gradient's square")
+    adam_eps: float = extra(1e-8, "Adam's epsilon")
+    resume: str = extra("", "auto: the newest complete checkpoint in out_dir, if any; or one of its files, or a folder")
+    init_checkpoint: str = extra("", "start at step 0 from these weights")
+    keep_last: int = extra(0, "checkpoints to keep, the newest; 0: all")
+    keep_every: int = extra(0, "with keep_last, keep those of each multiple of this many steps as well; 0: none")
+    max_bad_steps: int = extra(100, "steps in a row without a finite gradient after which training stops")
+    ema_warmup: bool = extra(False, "let the averages start fast: rate min(ema_rate, (1 + s)/(10 + s)) at step s")
+    ema_sigma_rel: str = extra(
+        "",
+        "relative widths of power-function averages, such as 0.05,0.10 (EDM2); posthoc_ema.py makes any other of them",
+    )
+    dry_run: bool = extra(False, "try three steps, say what the run will need, and write nothing")
+
+    def validate(self) -> None:
+        for name in ("batch_size", "log_interval", "save_interval"):
+            self.require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in (
+            "lr_anneal_steps",
+            "total_batch_size",
+            "max_steps",
+            "max_hours",
+            "lr_warmup_steps",
+            "grad_clip",
+            "weight_decay",
+            "keep_last",
+            "keep_every",
+        ):
+            self.require(getattr(self, name) >= 0, name, "must not be negative")
+        self.require(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
+        for name in ("lr", "adam_eps"):
+            self.require(getattr(self, name) > 0 and math.isfinite(getattr(self, name)), name, "must be positive")
+        for name in ("adam_beta1", "adam_beta2"):
+            self.require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")
+        try:
+            rates = comma_list(self.ema_rate, float)
+        except ValueError:
+            raise UserError(f"--ema_rate {self.ema_rate!r}: expected numbers such as 0.999,0.9999") from None
+        self.require(all(0 <= rate < 1 for rate in rates), "ema_rate", "must be in [0, 1)")
+        try:
+            widths = comma_list(self.ema_sigma_rel, float)
+        except ValueError:
+            raise UserError(f"--ema_sigma_rel {self.ema_sigma_rel!r}: expected numbers such as 0.05,0.10") from None
+        self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "ema_sigma_rel", "must be in (0, 0.28)")
+        if self.use_fp16 and self.precision == "bf16":
+            raise UserError("--use_fp16 True contradicts --precision bf16: give one of them")
+        if self.resume and self.resume_checkpoint and self.resume != self.resume_checkpoint:
+            raise UserError(
+                f"--resume {self.resume} contradicts --resume_checkpoint {self.resume_checkpoint}: give one of them"
+            )
+        if self.keep_every and not self.keep_last:
+            raise UserError(f"--keep_every {self.keep_every} needs --keep_last: without it every checkpoint is kept")
+        if self.init_checkpoint and self.resume_checkpoint:
+            raise UserError("--init_checkpoint starts at step 0 and --resume_checkpoint goes on: give one of them")
+        if self.lr_schedule in ("linear", "cosine", "one-cycle") and not (self.lr_anneal_steps or self.max_steps):
+            raise UserError(f"--lr_schedule {self.lr_schedule} needs an end: give --max_steps or --lr_anneal_steps")
+
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig(Config):
+    """What a run shows of itself."""
+
+    sample_interval: int = extra(0, "steps between grids of samples, of the model and of its first EMA; 0: none")
+    val_dir: str = extra("", "held-out images, given as data_dir is, on which the loss and bits/dim are watched")
+    val_interval: int = extra(5000, "steps between evaluations on val_dir")
+    val_images: int = extra(512, "images of val_dir to evaluate; at most all there are")
+    trackers: str = extra("", "where the log goes besides the files, comma-separated: tensorboard, wandb")
+
+    def validate(self) -> None:
+        self.require(self.sample_interval >= 0, "sample_interval", "must not be negative")
+        for name in ("val_interval", "val_images"):
+            self.require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in comma_list(self.trackers, str.strip):
+            if name not in TRACKERS:
+                raise unknown_name("--trackers", name, TRACKERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosthocConfig(Config):
+    """Averages made after training."""
+
+    run_dir: str = extra("", "folder or URL of a run trained with --ema_sigma_rel; the averages are written there too")
+    sigma_rel: str = extra("", "relative widths of the averages to make, such as 0.07,0.15, each in (0, 0.28)")
+    step: int = extra(-1, "the number in the snapshots' file names at which to make them; -1: the newest")
+
+    def validate(self) -> None:
+        try:
+            widths = comma_list(self.sigma_rel, float)
+        except ValueError:
+            raise UserError(f"--sigma_rel {self.sigma_rel!r}: expected numbers such as 0.07,0.15") from None
+        self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "sigma_rel", "must be in (0, 0.28)")
+        self.require(self.step >= -1, "step", "must be -1 or the number of a snapshot")
