@@ -6,14 +6,13 @@ DDPM is Ho et al. 2020 (arXiv 2006.11239), IDDPM Nichol & Dhariwal 2021 (arXiv 2
 
 from __future__ import annotations
 
-import enum
-
 import numpy as np
 import torch as th
 
+from .diffusion_types import LossType, ModelMeanType, ModelVarType
 from .losses import discretized_gaussian_log_likelihood, nats_to_bits, normal_kl
 from .nn import mean_flat
-from .samplers import DDIM, Ancestral, Level, Prediction, sample_loop
+from .samplers import DDIM, Ancestral, DDIMInversion, Level, Prediction, sample_loop
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
 
 __all__ = [
@@ -21,50 +20,24 @@ __all__ = [
 ]  # fmt: skip
 
 
-class ModelMeanType(enum.Enum):
-    """What the network predicts."""
-
-    PREVIOUS_X = enum.auto()  # x_{t-1}
-    START_X = enum.auto()  # x_0
-    EPSILON = enum.auto()  # the noise in x_t
-
-
-class ModelVarType(enum.Enum):
-    """The variance of p(x_{t-1} | x_t). LEARNED_RANGE interpolates between the two fixed ones (IDDPM eq. 15)."""
-
-    LEARNED = enum.auto()
-    FIXED_SMALL = enum.auto()
-    FIXED_LARGE = enum.auto()
-    LEARNED_RANGE = enum.auto()
-
-
-class LossType(enum.Enum):
-    """MSE adds the bound where the variance is learned; the rescaled kinds weigh the bound as if T were 1000 (MSE) or
-    sum it over all steps (KL)."""
-
-    MSE = enum.auto()
-    RESCALED_MSE = enum.auto()
-    KL = enum.auto()
-    RESCALED_KL = enum.auto()
-
-    def is_vb(self) -> bool:
-        """Whether the loss is the variational bound."""
-        return self in (LossType.KL, LossType.RESCALED_KL)
-
-
 class GaussianDiffusion:
     """Training and sampling for a given sequence of betas.
 
     :param betas: [T], each in (0, 1]; kept in float64.
     :param rescale_timesteps: give the network t * 1000/T, so that T does not change the range it sees.
+    :param min_snr_gamma: weigh the squared error by min(SNR, gamma) in x_0's terms (Hang et al. 2023); 0: as published.
     Raises ValueError for betas outside (0, 1].
     """
 
-    def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False):
+    def __init__(
+        self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False, min_snr_gamma=0.0
+    ):
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
+        self.min_snr_gamma = min_snr_gamma
+        self.mean_is_output = model_mean_type == ModelMeanType.PREVIOUS_X
 
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
@@ -93,8 +66,12 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = one_minus_prev * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
 
         large = np.append(first, betas[1:])
+        level_alpha_bar = np.concatenate([[1.0], self.alphas_cumprod, [0.0]])  # at t = -1..T
+        with np.errstate(divide="ignore"):
+            self._log_snr = (np.log(level_alpha_bar) - np.log(1.0 - level_alpha_bar)) / 2
         self._arrays = {
-            "level_alpha_bar": np.concatenate([[1.0], self.alphas_cumprod, [0.0]]),  # at t = -1..T
+            "level_alpha_bar": level_alpha_bar,
+            "mse_weights": self._mse_weights(),
             "log_betas": np.log(betas),
             "xstart_from_xprev": 1.0 / self.posterior_mean_coef1,
             "xstart_from_xt": self.posterior_mean_coef2 / self.posterior_mean_coef1,
@@ -102,6 +79,22 @@ class GaussianDiffusion:
             "fixed_large_log_variance": np.log(large),
         }
         self._on_device: dict[tuple[str, th.device], th.Tensor] = {}
+
+    def _mse_weights(self) -> np.ndarray:
+        """What each timestep's squared error counts, [T]: min(SNR, gamma) of an error in x_0 (Hang et al. 2023)."""
+        if not self.min_snr_gamma:
+            return np.ones(self.num_timesteps)
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        clipped = np.minimum(snr, self.min_snr_gamma)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # The same error in another quantity is larger or smaller by a factor.
+            factor = {
+                ModelMeanType.START_X: 1.0,
+                ModelMeanType.EPSILON: snr,
+                ModelMeanType.VELOCITY: snr + 1,
+                ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1**2,
+            }[self.model_mean_type]
+            return np.where(snr > 0, clipped / factor, 0.0 if self.model_mean_type != ModelMeanType.EPSILON else 1.0)
 
     def _at(self, name: str, t: th.Tensor, x: th.Tensor) -> th.Tensor:
         """The coefficient `name` at each t, as float32 that broadcasts over x: [N, 1, ...]."""
@@ -155,15 +148,15 @@ class GaussianDiffusion:
             x0 = self._predict_xstart_from_eps(x, t, output)
         elif self.model_mean_type == ModelMeanType.START_X:
             x0 = output
+        elif self.model_mean_type == ModelMeanType.VELOCITY:
+            x0 = self._predict_xstart_from_velocity(x, t, output)
         else:
             x0 = self._predict_xstart_from_xprev(x, t, output)
         if denoised_fn is not None:
             x0 = denoised_fn(x0)
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-        mean = (
-            output if self.model_mean_type == ModelMeanType.PREVIOUS_X else self.q_posterior_mean_variance(x0, x, t)[0]
-        )
+        mean = output if self.mean_is_output else self.q_posterior_mean_variance(x0, x, t)[0]
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x0}
 
     def _split_variance(self, output, x, t):
@@ -198,8 +191,18 @@ class GaussianDiffusion:
         # DDPM eq. 7, solved for x_0
         return self._at("xstart_from_xprev", t, x_t) * xprev - self._at("xstart_from_xt", t, x_t) * x_t
 
+    def _predict_xstart_from_velocity(self, x_t, t, velocity):
+        # Salimans & Ho 2022, app. D
+        return (
+            self._at("sqrt_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * velocity
+        )
+
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
         # DDPM eq. 4, solved for eps
+        if self.alphas_cumprod[-1] == 0:  # the published form divides by the signal, of which there is none at the end
+            return (x_t - self._at("sqrt_alphas_cumprod", t, x_t) * pred_xstart) / self._at(
+                "sqrt_one_minus_alphas_cumprod", t, x_t
+            )
         return (self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart) / self._at(
             "sqrt_recipm1_alphas_cumprod", t, x_t
         )
@@ -210,14 +213,15 @@ class GaussianDiffusion:
 
     # Sampling: façades of the one loop in `samplers`.
 
-    def _level(self, t, x) -> Level:
-        """The noise level at each t in -1..T."""
-        return Level(t, self._at("level_alpha_bar", t + 1, x))
+    def _level(self, t, x, index=None) -> Level:
+        """The noise level at each t in -1..T; `index` is the one that all samples share."""
+        log_snr = float("nan") if index is None else float(self._log_snr[index + 1])
+        return Level(t, self._at("level_alpha_bar", t + 1, x), log_snr)
 
     def _predictor(self, model, clip_denoised, denoised_fn, model_kwargs):
-        def predict(x, t):
-            out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-            eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
+        def predict(x, level):
+            out = self.p_mean_variance(model, x, level.t, clip_denoised, denoised_fn, model_kwargs)
+            eps = self._predict_eps_from_xstart(x, level.t, out["pred_xstart"])
             return Prediction(out["pred_xstart"], eps, out["mean"], out["log_variance"])
 
         return predict
@@ -241,49 +245,21 @@ class GaussianDiffusion:
             raise ValueError(f"DDIM is reversible for eta 0 only, got {eta}")
         return self._one_step(DDIM(), model, x, t, t + 1, clip_denoised, denoised_fn, model_kwargs)
 
-    def p_sample_loop(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, noise_fn=None,
+    def sample_loop_progressive(
+        self, rule, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+        progress=False, noise_fn=None, path=None,
     ):  # fmt: skip
-        """Samples of the given shape [N, C, ...] by ancestral sampling (DDPM alg. 2).
+        """Walk by any rule of `samplers`, yielding a dict of `sample` and `pred_xstart` [N, C, ...] after each step.
 
-        :param noise: x_T; drawn unless given.
+        :param shape: [N, C, ...] of the samples.
+        :param noise: where to start, at the path's first level; drawn unless given.
+        :param denoised_fn, clip_denoised: see p_mean_variance.
         :param device: where to sample; the model's device unless given.
         :param progress: show a progress bar.
         :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
+        :param path: the timesteps to visit, of this process; -1 is the clean image; T-1 down to -1 unless given. Where
+            it rises, noise is added.
         """
-        args = (model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
-        return _last(self.p_sample_loop_progressive(*args))
-
-    def p_sample_loop_progressive(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, noise_fn=None,
-    ):  # fmt: skip
-        """p_sample_loop, yielding the dict of p_sample after each of the T steps."""
-        yield from self._walk_down(
-            Ancestral(), model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn
-        )
-
-    def ddim_sample_loop(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, eta=0.0, noise_fn=None,
-    ):  # fmt: skip
-        """Samples by DDIM; arguments as in p_sample_loop."""
-        args = (model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta, noise_fn)
-        return _last(self.ddim_sample_loop_progressive(*args))
-
-    def ddim_sample_loop_progressive(
-        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, eta=0.0, noise_fn=None,
-    ):  # fmt: skip
-        """ddim_sample_loop, yielding the dict of ddim_sample after each of the T steps."""
-        yield from self._walk_down(
-            DDIM(eta), model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn
-        )
-
-    def _walk_down(
-        self, rule, model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn
-    ):
         if device is None:
             device = next(model.parameters()).device
         if not isinstance(shape, (tuple, list)):
@@ -294,9 +270,47 @@ class GaussianDiffusion:
             x = noise_fn(th.empty(*shape, device=device))
         else:
             x = th.randn(*shape, device=device)
-        levels = [self._level(th.full((shape[0],), t, device=device), x) for t in range(self.num_timesteps - 1, -2, -1)]
+        if path is None:
+            path = range(self.num_timesteps - 1, -2, -1)
+        levels = [self._level(th.full((shape[0],), t, device=device), x, t) for t in path]
         predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
         yield from sample_loop(rule, predict, x, levels, noise_fn or th.randn_like, progress)
+
+    def sample_loop(self, rule, model, shape, **kwargs):
+        """The samples [N, C, ...] at the end of sample_loop_progressive, whose arguments it takes."""
+        return _last(self.sample_loop_progressive(rule, model, shape, **kwargs))
+
+    def p_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+        progress=False, noise_fn=None,
+    ):  # fmt: skip
+        """Samples of the given shape [N, C, ...] by ancestral sampling (DDPM alg. 2); see sample_loop_progressive."""
+        args = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+        return _last(self.sample_loop_progressive(Ancestral(), model, shape, *args))
+
+    def p_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+        progress=False, noise_fn=None,
+    ):  # fmt: skip
+        """p_sample_loop, yielding the dict of p_sample after each of the T steps."""
+        args = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+        yield from self.sample_loop_progressive(Ancestral(), model, shape, *args)
+
+    def ddim_sample_loop(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+        progress=False, eta=0.0, noise_fn=None,
+    ):  # fmt: skip
+        """Samples by DDIM; arguments as in p_sample_loop."""
+        args = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+        return _last(self.sample_loop_progressive(DDIM(eta), model, shape, *args))
+
+    def ddim_sample_loop_progressive(
+        self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
+        progress=False, eta=0.0, noise_fn=None,
+    ):  # fmt: skip
+        """ddim_sample_loop, yielding the dict of ddim_sample after each of the T steps."""
+        args = (noise, clip_denoised, denoised_fn, model_kwargs, device, progress, noise_fn)
+        yield from self.sample_loop_progressive(DDIM(eta), model, shape, *args)
 
     def ddim_reverse_sample_loop(
         self, model, x_start, clip_denoised=True, denoised_fn=None, model_kwargs=None, progress=False
@@ -305,14 +319,12 @@ class GaussianDiffusion:
 
         `ddim_sample_loop(noise=...)` of the result gives back x_start, up to the steps' discretization.
         """
-        # The clean image enters at t = 0, the least noisy level the network knows.
-        levels = [
-            self._level(th.full((len(x_start),), t, device=x_start.device), x_start) for t in range(self.num_timesteps)
-        ]
-        if len(levels) < 2:
+        if self.num_timesteps < 2:
             raise ValueError("inversion needs at least two timesteps")
-        predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
-        return _last(sample_loop(DDIM(), predict, x_start, levels, th.zeros_like, progress))
+        # The clean image enters at t = 0, the least noisy level the network knows.
+        args = (x_start, clip_denoised, denoised_fn, model_kwargs, x_start.device, progress, th.zeros_like)
+        up = range(self.num_timesteps)
+        return _last(self.sample_loop_progressive(DDIMInversion(), model, tuple(x_start.shape), *args, path=up))
 
     # Losses
 
@@ -328,7 +340,8 @@ class GaussianDiffusion:
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The loss of each image at its timestep: dict of [N] tensors.
 
-        `loss` always; for the MSE kinds also `mse`, and `vb` where the variance is learned (IDDPM eq. 16).
+        `loss` always; for the MSE kinds also `mse`, and `vb` where the variance is learned (IDDPM eq. 16). `mse` is not
+        weighted, `loss` is.
         """
         if noise is None:
             noise = th.randn_like(x_start)
@@ -350,10 +363,18 @@ class GaussianDiffusion:
             target = noise
         elif self.model_mean_type == ModelMeanType.START_X:
             target = x_start
+        elif self.model_mean_type == ModelMeanType.VELOCITY:
+            target = (
+                self._at("sqrt_alphas_cumprod", t, x_t) * noise
+                - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_start
+            )
         else:
             target = self.q_posterior_mean_variance(x_start, x_t, t)[0]
         terms["mse"] = mean_flat((target - output) ** 2)
-        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        loss = terms["mse"]
+        if self.min_snr_gamma:
+            loss = self._at("mse_weights", t, x_t).flatten() * loss
+        terms["loss"] = loss + terms["vb"] if "vb" in terms else loss
         return terms
 
     def _prior_bpd(self, x_start):

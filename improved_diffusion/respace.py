@@ -8,7 +8,8 @@ import numpy as np
 import torch as th
 
 from .config import UserError
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, ModelMeanType
+from .schedules import alpha_bar_at
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -63,20 +64,41 @@ def _ddim_stride(num_timesteps: int, text: str) -> set[int]:
 class SpacedDiffusion(GaussianDiffusion):
     """The diffusion that skips to a subset of the steps of a base process.
 
-    :param use_timesteps: the base process's timesteps to keep.
+    :param use_timesteps: the timesteps to keep, in [0, T-1] of the base process; they may lie between whole ones.
     :param kwargs: the arguments of the base GaussianDiffusion.
     The network still sees the base process's timesteps, through `timestep_map` (new -> old).
     """
 
     def __init__(self, use_timesteps, **kwargs):
         base = np.array(kwargs.pop("betas"), dtype=np.float64)
+        self.base_betas, self.base_kwargs = base, dict(kwargs)
         self.use_timesteps = set(use_timesteps)
         self.original_num_steps = len(base)
         self.timestep_map = sorted(self.use_timesteps)
-        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < len(base):
+        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] <= len(base) - 1:
             raise ValueError(f"use_timesteps must be a non-empty subset of 0..{len(base) - 1}")
-        kept = np.cumprod(1.0 - base)[self.timestep_map]
+        self.base_alphas_cumprod = np.cumprod(1.0 - base)
+        kept = alpha_bar_at(self.base_alphas_cumprod, np.array(self.timestep_map))
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
+
+    def respaced(self, use_timesteps) -> SpacedDiffusion:
+        """The same base process on other timesteps, for sampling by any rule.
+
+        Where the network predicts x_{t-1} that is the base process's, at any subset; constructed directly, a
+        SpacedDiffusion takes it for that of its own larger step, as published.
+        """
+        timesteps = [int(t) if t == int(t) else float(t) for t in use_timesteps]
+        spaced = SpacedDiffusion(timesteps, betas=self.base_betas, **self.base_kwargs)
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            base = GaussianDiffusion(betas=self.base_betas, **self.base_kwargs)
+            for name in ("xstart_from_xprev", "xstart_from_xt"):
+                spaced._arrays[name] = np.interp(spaced.timestep_map, range(len(self.base_betas)), base._arrays[name])
+            spaced.mean_is_output = False
+        return spaced
+
+    def network_timestep(self, t: float) -> float:
+        """A timestep of the base process as the network sees it."""
+        return t * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
     def _scale_timesteps(self, t):
         key = ("timestep_map", t.device)

@@ -9,9 +9,10 @@ import numpy as np
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
-    """The betas [T] of a published schedule, float64.
+    """The betas [T] of a schedule, float64.
 
-    `linear` (DDPM sec. 4) keeps its total noise when T is not 1000 by scaling both ends; `cosine` is IDDPM eq. 17.
+    `linear` (DDPM sec. 4) keeps its total noise when T is not 1000 by scaling both ends; `cosine` is IDDPM eq. 17;
+    `sigmoid` is that of Jabri et al. 2022 (arXiv 2212.11972) from -3 to 3 with temperature 1.
     Raises NotImplementedError for a name it does not know.
     """
     if schedule_name == "linear":
@@ -19,7 +20,14 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
         return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
     if schedule_name == "cosine":
         return betas_for_alpha_bar(num_diffusion_timesteps, lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
-    raise NotImplementedError(f"unknown beta schedule {schedule_name!r}: choose linear or cosine")
+    if schedule_name == "sigmoid":
+        first, last = _sigmoid(-3.0), _sigmoid(3.0)
+        return betas_for_alpha_bar(num_diffusion_timesteps, lambda u: (last - _sigmoid(6 * u - 3)) / (last - first))
+    raise NotImplementedError(f"unknown beta schedule {schedule_name!r}: choose linear, cosine or sigmoid")
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def betas_for_alpha_bar(
@@ -31,3 +39,44 @@ def betas_for_alpha_bar(
     """
     T = num_diffusion_timesteps
     return np.array([min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta) for i in range(T)])
+
+
+def _betas(alpha_bar: np.ndarray) -> np.ndarray:
+    """The betas [T] whose cumulative product of 1 - beta is alpha_bar [T]."""
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+def shift_schedule(betas: np.ndarray, shift: float) -> np.ndarray:
+    """The betas [T] of the schedule whose signal-to-noise ratio is that of `betas` divided by shift^2.
+
+    A larger image needs more noise to hide the same: shift is its side over the one that the schedule is made for, 64
+    (Hoogeboom et al. 2023, arXiv 2301.11093, eq. 5).
+    """
+    alpha_bar = np.cumprod(1.0 - betas)
+    return _betas(alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar)))
+
+
+def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """The betas [T] of the schedule rescaled to end in pure noise, alpha_bar = 0 (Lin et al. 2024, alg. 1)."""
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    return _betas((root[0] * (root - root[-1]) / (root[0] - root[-1])) ** 2)
+
+
+# Between the timesteps. In the angle with cos^2 = alpha_bar the cosine schedule is a straight line, and others are as
+# good as straight from one timestep to the next; unlike log-SNR it is finite at both ends.
+
+
+def alpha_bar_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """alpha_bar [K] at any timesteps t [K] in [0, T-1], whole or not, of a schedule alpha_bar [T]; float64."""
+    t = np.asarray(t, dtype=np.float64)
+    between = np.cos(np.interp(t, np.arange(len(alpha_bar)), _angle(alpha_bar))) ** 2
+    return np.where(t == np.floor(t), alpha_bar[t.astype(int)], between)
+
+
+def timestep_of_sigma(alpha_bar: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """The timesteps t [K] in [0, T-1], rarely whole, of noise levels sigma [K] in EDM's unit, sqrt(1/alpha_bar - 1)."""
+    return np.interp(np.arctan(sigma), _angle(alpha_bar), np.arange(len(alpha_bar)))
+
+
+def _angle(alpha_bar: np.ndarray) -> np.ndarray:
+    return np.arctan2(np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar))

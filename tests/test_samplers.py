@@ -11,20 +11,47 @@ import pytest
 import torch as th
 from helpers import make_diffusion, slope, stand_in_network
 
-from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from improved_diffusion.respace import space_timesteps
-from improved_diffusion.samplers import DDIM, Ancestral, Level, Prediction, Rule, SeededNoise, Step, sample_loop
+from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.samplers import (
+    DDIM,
+    PLMS,
+    RULES,
+    Ancestral,
+    Euler,
+    Heun,
+    Inpaint,
+    Level,
+    Prediction,
+    Rule,
+    SDEDPMSolverPP,
+    SeededNoise,
+    Step,
+    sample_loop,
+    slerp,
+)
+from improved_diffusion.schedules import zero_terminal_snr
+from improved_diffusion.timestep_grids import NAMES, churned, repaint_path, straight_path, timestep_grid
 
 MU, S = 0.15, 0.25
 FIXED = (ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE)
 
 
 class GaussianWorld:
-    """A diffusion of `kept` of T steps, and its exact network."""
+    """A diffusion of `count` of T steps, evenly spaced or on a grid, and its exact network."""
 
-    def __init__(self, T, count=None, schedule="cosine", mean=ModelMeanType.START_X, var=ModelVarType.LEARNED):
+    def __init__(
+        self, T, count=None, schedule="cosine", mean=ModelMeanType.START_X, var=ModelVarType.LEARNED, grid=None,
+        churn=0.0,
+    ):  # fmt: skip
         kept = space_timesteps(T, [count or T])
+        self.schedule = schedule
         self.diffusion = make_diffusion(T, kept, schedule, mean, var, LossType.KL)
+        self.path = straight_path(len(kept))
+        if grid:
+            base = self.diffusion.base_alphas_cumprod
+            levels, self.path = churned(timestep_grid(grid, count, base), base, churn)
+            self.diffusion = self.diffusion.respaced(levels)
         d = self.diffusion
         self.alpha_bar = d.alphas_cumprod  # float64 [n]
         self.x_mean = np.sqrt(self.alpha_bar) * MU
@@ -35,7 +62,8 @@ class GaussianWorld:
 
     def model(self, x, t):
         """The exact network: of x_0 or the noise, and the exact log-variance where it is learned."""
-        index = np.searchsorted(self.diffusion.timestep_map, t.numpy())
+        # Rounded to float32 on its way here, where it lies between whole timesteps.
+        index = np.abs(np.subtract.outer(t.numpy(), self.diffusion.timestep_map)).argmin(1)
 
         def at(array):
             return th.from_numpy(array[index]).float().view(-1, *[1] * (x.ndim - 1))
@@ -43,6 +71,13 @@ class GaussianWorld:
         out = MU + at(self.gain) * (x - at(self.x_mean))
         if self.diffusion.model_mean_type == ModelMeanType.EPSILON:
             out = (x - at(np.sqrt(self.alpha_bar)) * out) / at(np.sqrt(1 - self.alpha_bar))
+        elif self.diffusion.model_mean_type == ModelMeanType.VELOCITY:
+            out = (at(np.sqrt(self.alpha_bar)) * x - out) / at(np.sqrt(1 - self.alpha_bar))
+        elif self.diffusion.model_mean_type == ModelMeanType.PREVIOUS_X:
+            d = self.diffusion
+            base = make_diffusion(d.original_num_steps, None, self.schedule)
+            t = np.array(d.timestep_map)[index]
+            out = base.q_posterior_mean_variance(out, x, th.from_numpy(t).long())[0]
         if self.diffusion.model_var_type == ModelVarType.LEARNED:
             out = th.cat([out, at(np.log(self.reverse_variance)).expand_as(x)], dim=1)
         return out
@@ -200,6 +235,220 @@ def test_ddim_with_noise_gives_the_data_too(eta):
     assert sample.std().item() == pytest.approx(S, rel=0.03)
 
 
+# Every rule
+
+STOCHASTIC = ("ancestral", "dpmpp_2m_sde")
+DETERMINISTIC = [name for name in RULES if name not in STOCHASTIC]
+
+
+def error_at_the_last_level(name, world, x):
+    """Of a walk from the grid's first level to its last, before the clean image: the mean distance to the flow."""
+    options = dict(noise=x, clip_denoised=False, device="cpu", path=world.path[:-1])
+    sample = world.diffusion.sample_loop(RULES[name](), world.model, x.shape, **options)
+    return (sample - world.flow(x, -1, 0)).abs().mean().item()
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_error_falls_at_the_rules_order(name, schedule):
+    """From 40 steps on, where the first steps of a multistep rule weigh little."""
+    counts, errors = (40, 57, 80, 113), []
+    for count in counts:
+        world = GaussianWorld(1000, count, schedule, grid="karras")
+        errors.append(error_at_the_last_level(name, world, world.start(1).double()))
+    assert slope(np.log(counts), np.log(errors)) == pytest.approx(-RULES[name]().order, abs=0.25)
+
+
+@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if RULES[name]().order > 1])
+def test_rules_of_second_order_and_above_are_accurate_to_a_thousandth_in_100_evaluations(name):
+    rule = RULES[name]()
+    count = max(n for n in range(1, 101) if rule.evaluations(n) <= 100)
+    world = GaussianWorld(1000, count, grid="logsnr")
+    assert error_at_the_last_level(name, world, world.start(1)) < 1e-3
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("mean", list(ModelMeanType), ids=lambda m: m.name)
+@pytest.mark.parametrize("var", [ModelVarType.FIXED_LARGE, ModelVarType.LEARNED], ids=lambda v: v.name)
+def test_whatever_the_network_predicts_the_samples_are_the_flows(name, mean, var):
+    """On whole timesteps, on which one that predicts x_{t-1} is trained."""
+    world = GaussianWorld(1000, 50, "linear", mean, var, grid="ddim")
+    x = world.start(1)
+    options = dict(noise=x, clip_denoised=False, device="cpu", path=world.path)
+    sample = world.diffusion.sample_loop(RULES[name](), world.model, x.shape, **options)
+    assert (sample - world.flow(x, -1)).abs().mean().item() < (0.05 if name in ("ddim", "euler") else 0.04)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("grid", [*NAMES, "0,3.5,20,77.25,99"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_rule_walks_every_grid_of_any_length(name, grid, count):
+    """To finite samples in range, evaluating the network as often as it says, at the grid's timesteps."""
+    count = 5 if grid[0] == "0" else count
+    base = make_diffusion(100)
+    levels = timestep_grid(grid, count, base.alphas_cumprod)
+    diffusion, rule, seen = base.respaced(levels), RULES[name](), []
+
+    def network(x, t):
+        seen.append(t[0].item())
+        return stand_in_network(False)(x, t)
+
+    sample = diffusion.sample_loop(rule, network, (2, 1, 4, 4), device="cpu")
+    assert sample.isfinite().all() and (count > 1 or sample.abs().max() < 1.001)
+    assert len(seen) == rule.evaluations(count)
+    assert seen[0] == pytest.approx(levels[-1]) and {round(t, 3) for t in seen} == {round(t, 3) for t in levels}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_starts_at_a_signal_to_noise_ratio_of_zero(name):
+    """Where only x_0, or v, can be predicted, and the rules in log-SNR stand on an infinity."""
+    for mean in (ModelMeanType.START_X, ModelMeanType.VELOCITY):
+        diffusion = SpacedDiffusion(
+            range(50), betas=zero_terminal_snr(get_named_beta_schedule("linear", 50)), model_mean_type=mean,
+            model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE,
+        )  # fmt: skip
+
+        def network(x, t, diffusion=diffusion, mean=mean):  # that always sees the same image
+            alpha_bar = th.from_numpy(diffusion.alphas_cumprod)[t].float().view(-1, 1, 1, 1)
+            if mean == ModelMeanType.START_X:
+                return th.full_like(x, 0.3)
+            return (alpha_bar.sqrt() * x - 0.3) / (1 - alpha_bar).sqrt()
+
+        sample = diffusion.sample_loop(RULES[name](), network, (2, 1, 4, 4), device="cpu")
+        th.testing.assert_close(sample, th.full_like(sample, 0.3), rtol=0, atol=1e-3)
+
+
+# Stochastic rules, on two pixels that depend on each other
+
+MEAN = th.tensor([0.3, -0.2])
+COVARIANCE = th.tensor([[0.5, 0.3], [0.3, 0.4]])
+
+
+def correlated_network(diffusion):
+    """The exact one of x_0 ~ N(MEAN, COVARIANCE), x of shape [N, 2, 1, 1]."""
+
+    def model(x, t):
+        index = np.abs(np.subtract.outer(t.numpy(), diffusion.timestep_map)).argmin(1)[0]
+        alpha_bar = diffusion.alphas_cumprod[index]
+        variance = alpha_bar * COVARIANCE.double() + (1 - alpha_bar) * th.eye(2)
+        gain = math.sqrt(alpha_bar) * COVARIANCE.double() @ th.linalg.inv(variance)
+        return (MEAN + (x[:, :, 0, 0].double() - math.sqrt(alpha_bar) * MEAN) @ gain.T).float()[..., None, None]
+
+    return model
+
+
+@pytest.mark.parametrize(
+    "rule,count,grid,churn",
+    [
+        (Ancestral, 250, "uniform", 0),
+        (lambda: DDIM(1.0), 250, "uniform", 0),
+        (lambda: DDIM(0.5), 200, "uniform", 0),
+        (SDEDPMSolverPP, 100, "logsnr", 0),
+        (SDEDPMSolverPP, 100, "karras", 0),
+        (Heun, 60, "karras", 20),
+        (Euler, 200, "karras", 40),
+    ],
+)
+def test_stochastic_rules_give_the_datas_mean_and_covariance(rule, count, grid, churn):
+    base = make_diffusion(1000, mean=ModelMeanType.START_X)
+    levels, path = churned(timestep_grid(grid, count, base.alphas_cumprod), base.alphas_cumprod, churn)
+    assert len(path) == count + 1 or (churn and len(path) > 1.9 * count)
+    diffusion, n = base.respaced(levels), 10_000
+    sample = diffusion.sample_loop(
+        rule(), correlated_network(diffusion), (n, 2, 1, 1), clip_denoised=False, device="cpu", path=path
+    )[:, :, 0, 0]
+    # Five standard errors, and as much again as the finite steps may leave.
+    for i in range(2):
+        assert sample[:, i].mean().item() == pytest.approx(
+            MEAN[i].item(), abs=5 * math.sqrt(COVARIANCE[i, i] / n) + 0.005
+        )
+    error = (th.cov(sample.T) - COVARIANCE).abs().max().item()
+    assert error < 5 * math.sqrt(2 / n) * 0.5 + 0.01
+
+
+def test_noise_of_the_sde_and_of_churn_decides_the_sample():
+    base = make_diffusion(100, mean=ModelMeanType.START_X)
+    levels, path = churned(timestep_grid("karras", 10, base.alphas_cumprod), base.alphas_cumprod, 5.0)
+    diffusion = base.respaced(levels)
+    x = th.randn(1, 1, 4, 4)
+    for make, way in ((SDEDPMSolverPP, None), (Euler, path), (Heun, path)):
+        samples = [
+            diffusion.sample_loop(make(), stand_in_network(False), x.shape, noise=x, device="cpu", path=way)
+            for _ in range(2)
+        ]
+        assert (samples[0] != samples[1]).any()
+
+
+# Paths that rise
+
+
+def test_an_image_noised_and_denoised_again_stays_near_where_little_noise_is_added():
+    """A path that starts at the image."""
+    world = GaussianWorld(100)
+    x = world.flow(world.start(4), -1)
+    distances = []
+    for top in (1, 30, 99):
+        path = [-1, *range(top, -2, -1)]
+        for rule in (Ancestral(), PLMS()):
+            sample = world.diffusion.sample_loop(
+                rule, world.model, x.shape, noise=x, clip_denoised=False, device="cpu", path=path
+            )
+            assert_moments(sample, MU, S**2 if top > 1 else sample.var().item())
+        distances.append((sample - x).abs().mean().item())
+    assert distances[0] < 0.04 < distances[1] < distances[2]
+
+
+def test_rising_draws_from_the_forward_process():
+    """By one long rise or by two short ones, the moments are those of q(x_t | x_0)."""
+    diffusion, start = make_diffusion(50), th.full((1, 1, 200, 200), 0.5)
+    for path in ([-1, 30], [-1, 10, 30]):
+        *_, last = diffusion.sample_loop_progressive(Ancestral(), None, start.shape, start, device="cpu", path=path)
+        alpha_bar = diffusion.alphas_cumprod[30]
+        assert_moments(last["sample"], 0.5 * math.sqrt(alpha_bar), 1 - alpha_bar)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_inpainting_keeps_the_known_pixels_and_continues_them(name):
+    """Of images of one grey each, with the exact network: the unknown half becomes the known half's grey."""
+    base = make_diffusion(250, mean=ModelMeanType.START_X)
+    count = 25 if RULES[name]().order > 1 else 50
+    diffusion = base.respaced(timestep_grid("ddim", count, base.alphas_cumprod))
+
+    def network(x, t):
+        """The exact one of x_0 = g everywhere with g ~ N(0, 1): what all pixels say together of g."""
+        alpha_bar = diffusion.base_alphas_cumprod[int(t[0])]
+        n = x[0].numel()
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        return (math.sqrt(alpha_bar) * mean / (alpha_bar + (1 - alpha_bar) / n)).expand_as(x)
+
+    image, unknown = th.linspace(-0.8, 0.8, 5).view(5, 1, 1, 1).repeat(1, 1, 8, 8), th.zeros(8, 8)
+    unknown[:, :4] = 1
+    path = repaint_path(count, 10, 5)
+    sample = diffusion.sample_loop(
+        Inpaint(RULES[name](), image, unknown), network, image.shape, clip_denoised=False, device="cpu", path=path
+    )
+    assert (sample[..., 4:] == image[..., 4:]).all()
+    assert (sample[..., :4] - image[..., :4]).abs().mean() < 0.1
+
+
+# Between two noises
+
+
+def test_slerp_of_a_noise_with_itself_is_that_noise():
+    a = th.randn(3, 1, 8, 8)
+    for weight in (0.0, 0.3, 1.0):
+        assert (slerp(a, a, weight) == a).all()
+
+
+def test_slerp_goes_from_one_to_the_other_and_stays_a_noise_on_the_way():
+    a, b = th.randn(2, 3, 32, 32), th.randn(2, 3, 32, 32)
+    th.testing.assert_close(slerp(a, b, 0.0), a)
+    th.testing.assert_close(slerp(a, b, 1.0), b)
+    middle = slerp(a, b, 0.5)
+    assert middle.std().item() == pytest.approx(1, abs=0.05)  # a straight line would give 0.71
+    th.testing.assert_close((middle * a).sum((1, 2, 3)), (middle * b).sum((1, 2, 3)), rtol=0.05, atol=10)
+
+
 # The loop and the rules
 
 
@@ -210,11 +459,11 @@ def test_a_rule_is_its_step_and_the_loop_walks_the_levels():
 
         def step(self, predict, x, here, there, draw):
             self.visited.append((here.t.item(), there.t.item()))
-            return Step(x / 2, predict(x, here.t))
+            return Step(x / 2, predict(x, here))
 
     levels = [Level(th.tensor([t]), th.ones(1, 1)) for t in (2, 1, 0, -1)]
     rule = Halve()
-    out = list(sample_loop(rule, lambda x, t: x + t, th.full((1, 1), 8.0), levels, th.zeros_like))
+    out = list(sample_loop(rule, lambda x, level: x + level.t, th.full((1, 1), 8.0), levels, th.zeros_like))
     assert rule.visited == [(2, 1), (1, 0), (0, -1)]
     assert [(o["sample"].item(), o["pred_xstart"].item()) for o in out] == [(4, 10), (2, 5), (1, 2)]
 
