@@ -12,6 +12,8 @@ from typing import IO
 
 from .config import UserError
 
+_ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
+
 
 def is_url(path: str | os.PathLike) -> bool:
     """Whether the path is blobfile's to handle."""
@@ -117,27 +119,52 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
     Behind a URL each becomes visible as soon as it is complete.
     """
     staged: list[tuple[Path, Path]] = []
-    advice = ": free some space or choose another --out_dir; files written before are untouched"
     try:
         for path, data in contents:
-            with _storage("write", path, advice):
+            with _storage("write", path, _ADVICE):
                 if is_url(path):
                     with _blobfile().BlobFile(str(path), "wb", streaming=False) as f:  # visible when it is complete
                         f.write(data)
                 else:
                     target = Path(path)
-                    staged.append((target.with_name(f".{target.name}.{os.getpid()}.tmp"), target))
+                    staged.append((_temporary(target), target))
                     _write_file(staged[-1][0], data, durable)
         for temporary, target in staged:
-            with _storage("write", target, advice):
+            with _storage("write", target, _ADVICE):
                 os.replace(temporary, target)
         if staged and durable:
-            with _storage("write", staged[0][1], advice):
+            with _storage("write", staged[0][1], _ADVICE):
                 _fsync_dir(staged[0][1].parent)
     finally:
         for temporary, _ in staged:
             with suppress(OSError):
                 temporary.unlink()  # there is one only where something, Ctrl-C too, came in between
+
+
+@contextmanager
+def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A local file to write piece by piece, which takes the older one's place when the block ends without an error.
+
+    It is then there even after a power cut. Raises UserError (disk full, no permission), leaving the older one alone.
+    """
+    target = Path(path)
+    temporary = _temporary(target)
+    with _storage("write", path, _ADVICE):
+        try:
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, target)
+            _fsync_dir(target.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()  # there is one only where something, Ctrl-C too, came in between
+
+
+def _temporary(target: Path) -> Path:
+    """Where what will be `target` is written until it is whole; `remove_leftovers` knows the form."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
@@ -148,24 +175,25 @@ def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
             os.fsync(f.fileno())
 
 
-def remove_leftovers(directory: str | os.PathLike) -> None:
-    """Remove what writers that were killed have left half-written in a folder."""
+def remove_leftovers(directory: str | os.PathLike, prefix: str = "") -> None:
+    """Remove what writers that were killed have left half-written in a folder, of files whose names begin so."""
     if is_dir(directory) and not is_url(directory):
-        for path in Path(directory).glob(".*.tmp"):
+        for path in Path(directory).glob(f".{prefix}*.tmp"):
             if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
                 remove(path)
 
 
-def lock(directory: str | os.PathLike) -> None:
+def lock(directory: str | os.PathLike, name: str = ".lock") -> None:
     """Claim a folder until this process ends; without effect on URLs, where there are no locks.
 
+    :param name: of the file that is locked: claims under different names do not touch each other.
     Raises UserError where another process on this machine, or on the same network file system, holds it.
     """
     if is_url(directory):
         return
     import fcntl
 
-    path = os.path.join(directory, ".lock")
+    path = os.path.join(directory, name)
     with _storage("write", path, ": choose another --out_dir"):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -72,6 +72,7 @@ class GaussianDiffusion:
         self._arrays = {
             "level_alpha_bar": level_alpha_bar,
             "mse_weights": self._mse_weights(),
+            "score_weight": self._score_weight(),
             "log_betas": np.log(betas),
             "xstart_from_xprev": 1.0 / self.posterior_mean_coef1,
             "xstart_from_xt": self.posterior_mean_coef2 / self.posterior_mean_coef1,
@@ -95,6 +96,18 @@ class GaussianDiffusion:
                 ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1**2,
             }[self.model_mean_type]
             return np.where(snr > 0, clipped / factor, 0.0 if self.model_mean_type != ModelMeanType.EPSILON else 1.0)
+
+    def _score_weight(self) -> np.ndarray:
+        """What a unit of the score adds to the network's output, [T] (Dhariwal & Nichol 2021, alg. 2: the noise)."""
+        alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = {
+                ModelMeanType.START_X: sigma**2 / alpha,
+                ModelMeanType.EPSILON: -sigma,
+                ModelMeanType.VELOCITY: -sigma / alpha,
+                ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1 * sigma**2 / alpha,
+            }[self.model_mean_type]
+        return np.where(alpha > 0, weight, 0.0)
 
     def _at(self, name: str, t: th.Tensor, x: th.Tensor) -> th.Tensor:
         """The coefficient `name` at each t, as float32 that broadcasts over x: [N, 1, ...]."""

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from . import dist_util, images
 from .config import UserError, height_width
 from .image_sources import FolderImages, ZipImages, open_images, read_classes
+from .nn import NULL_LABEL
 
 MAX_CHECKED = 10_000  # images read before training starts; beyond, an even selection of so many
 MAX_CACHED_BYTES = 2**28  # data sets that are smaller once resized stay in memory, in each process that reads them
@@ -121,9 +122,11 @@ def check_images(dataset: ImageDataset) -> list[int]:
 class _Stream(Dataset):
     """Position in the endless order -> image. Position g is in epoch g // N, and a function of (seed, epoch)."""
 
-    def __init__(self, dataset: ImageDataset, seed: int, shuffle: bool, random_flip: bool, skip: Sequence[int]):
+    def __init__(
+        self, dataset: ImageDataset, seed: int, shuffle: bool, random_flip: bool, label_drop: float, skip: Sequence[int]
+    ):
         self.dataset = dataset
-        self.seed, self.shuffle, self.random_flip = seed, shuffle, random_flip
+        self.seed, self.shuffle, self.random_flip, self.label_drop = seed, shuffle, random_flip, label_drop
         self.usable = np.setdiff1d(np.arange(len(dataset)), np.array(skip, dtype=int))
         self.epoch, self.order = -1, self.usable
         self.unreadable: set[int] = set()
@@ -138,6 +141,8 @@ class _Stream(Dataset):
             return error  # raised in a worker it would arrive wrapped in the worker's traceback
         if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
             array = np.ascontiguousarray(array[:, :, ::-1])
+        if self.label_drop and np.random.default_rng((self.seed, epoch, place, 1)).random() < self.label_drop:
+            out = {**out, "y": np.array(NULL_LABEL, dtype=np.int64)}
         return array, out
 
     def _readable(self, place: int):
@@ -179,6 +184,7 @@ class BatchStream:
     """An endless iterator of (float32 [batch_size, C, H, W], dict of int64 "y" [batch_size] where there are classes).
 
     `seek(step)` moves it to the batch that step `step` of a run takes.
+    :param label_drop: the share of images that come without their class, as NULL_LABEL.
     Raises UserError where a rank's share is smaller than its batch.
     """
 
@@ -191,6 +197,7 @@ class BatchStream:
         seed: int = 0,
         shuffle: bool = True,
         random_flip: bool = False,
+        label_drop: float = 0.0,
         num_workers: int = 1,
         check: bool = True,
     ):
@@ -205,7 +212,7 @@ class BatchStream:
                 f"of {len(dataset)}: lower it" + (", or run fewer ranks" if self.world_size > 1 else "")
             )
         self.skipped = dist_util.from_rank0(check_images, dataset) if check else []
-        self.stream = _Stream(dataset, seed, shuffle, random_flip, self.skipped)
+        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.skipped)
         self.num_images = len(self.stream.usable)
         self.batches: Iterator[Any] | None = None
         self.first_step = 0

@@ -6,8 +6,9 @@ import io
 import math
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch as th
@@ -18,6 +19,7 @@ from .config import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+SHOWN_SIDE = 48  # to which small images are enlarged where people look at them
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
@@ -65,13 +67,38 @@ def encode_png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def is_whole_png(data: bytes) -> bool:
+    """Whether these are the bytes of a PNG with nothing cut off or changed, by its checksums: nothing is decoded."""
+    try:
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """The bytes of a PNG of `encode_png` -> uint8 [H, W, C]. Raises ValueError where they are damaged."""
+    if not is_whole_png(data):  # decoding alone takes some changed bytes for other colours
+        raise ValueError("not a whole PNG")
+    try:
+        array = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
+    return array[..., None] if array.ndim == 2 else array
+
+
+def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
+    """uint8 [N, H, W, C], enlarged pixel by pixel until the shorter side has at least `min_side`."""
+    factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
 def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_side: int = 0) -> np.ndarray:
     """uint8 [N, H, W, C] -> one image [H', W', C], row by row, as square as it gets.
 
     :param min_side: enlarge small images, pixel by pixel, until their shorter side has as many.
     """
-    factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    images = enlarge(images, min_side)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -84,7 +111,31 @@ def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_si
 
 def save_grid(path: str, images: np.ndarray, columns: int | None = None) -> None:
     """Write `grid` of uint8 [N, H, W, C] as a PNG, small images enlarged."""
-    files.write_bytes(path, encode_png(grid(images, columns, min_side=48)))
+    files.write_bytes(path, encode_png(grid(images, columns, min_side=SHOWN_SIDE)))
+
+
+def save_strip(path: str, rows: np.ndarray) -> None:
+    """Write uint8 [R, K, H, W, C], such as R images at K steps, as a PNG with a row for each image."""
+    save_grid(path, rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+
+
+def save_gif(path: str, frames: np.ndarray, milliseconds: int = 100) -> None:
+    """Write uint8 [K, H, W, C] as a GIF that runs for ever, small images enlarged, what is transparent on white.
+
+    :param milliseconds: how long each frame is shown; a GIF counts in tens of them.
+    """
+    first, *others = [_opaque(to_image(frame)) for frame in enlarge(frames, SHOWN_SIDE)]
+    buffer = io.BytesIO()
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode in ("L", "RGB"):
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return white.convert("RGB")
 
 
 def sample_name(index: int, class_name: str | None) -> str:
@@ -94,11 +145,36 @@ def sample_name(index: int, class_name: str | None) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', class_name)}_{index:06d}.png"
 
 
-def save_npz(path: str, *arrays: np.ndarray) -> None:
-    """Write arrays as arr_0, arr_1, ... of an npz; a crash leaves an older file whole."""
-    buffer = io.BytesIO()
-    np.savez(buffer, *arrays)
-    files.write_bytes(path, buffer.getvalue())
+class Rows(NamedTuple):
+    """A uint8 array that is never in memory as a whole: `rows` yields array[0], array[1], ..."""
+
+    shape: tuple[int, ...]
+    rows: Iterable[np.ndarray]
+
+
+def save_npz(path: str, *arrays: np.ndarray | Rows) -> None:
+    """Write arrays as arr_0, arr_1, ... of an npz, as np.savez does; a crash leaves an older file whole."""
+    with files.open_write(path) as f, zipfile.ZipFile(f, "w") as archive:
+        for i, array in enumerate(arrays):
+            with archive.open(f"arr_{i}.npy", "w", force_zip64=True) as member:  # it may pass 4 GiB
+                if isinstance(array, Rows):
+                    _write_rows(member, array)
+                else:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _write_rows(f: IO[bytes], array: Rows) -> None:
+    """Write what np.save writes of the array."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(f, header)
+    written = 0
+    for row in array.rows:
+        if row.dtype != np.uint8 or row.shape != array.shape[1:]:
+            raise ValueError(f"row {written} of uint8 {array.shape} is {row.dtype} {row.shape}")
+        f.write(row.tobytes())
+        written += 1
+    if written != array.shape[0]:
+        raise ValueError(f"{written} rows came of {array.shape[0]}")
 
 
 def load_npz(path: str) -> dict[str, np.ndarray]:

@@ -9,6 +9,8 @@ import torch as th
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+NULL_LABEL = -1  # the class of an image whose class is hidden
+
 
 class SiLU(nn.SiLU):
     """x * sigmoid(x)."""

@@ -13,7 +13,7 @@ from . import dist_util, files, images, logger
 from .config import UserError, height_width
 from .low_res import downsample, pairs
 from .samplers import SeededNoise
-from .script_util import create_gaussian_diffusion
+from .timestep_grids import timestep_grid
 
 PREVIEWS = 64  # images in a grid
 STEPS = 25  # of DDIM, for each image
@@ -85,18 +85,16 @@ class PreviewGrid:
         return samples
 
 
-def build_previews(options: Any, data: Any) -> list[tuple[int, PreviewGrid]]:
+def build_previews(options: Any, diffusion: Any, data: Any) -> list[tuple[int, PreviewGrid]]:
     """The hook that draws a grid every --sample_interval steps, with its interval; [] where there are to be none.
 
+    :param diffusion: that the model is trained on.
     :param data: the BatchStream, of whose images an even selection is what a super-resolution model starts from.
     """
     if not options.sample_interval:
         return []
-    quick = create_gaussian_diffusion(
-        steps=options.diffusion_steps, learn_sigma=options.learn_sigma, sigma_small=options.sigma_small,
-        noise_schedule=options.noise_schedule, predict_xstart=options.predict_xstart,
-        rescale_timesteps=options.rescale_timesteps, timestep_respacing=str(min(STEPS, options.diffusion_steps)),
-    )  # fmt: skip
+    grid = timestep_grid("uniform", min(STEPS, diffusion.original_num_steps), diffusion.base_alphas_cumprod)
+    quick = diffusion.respaced(grid)
     size, count, kwargs = getattr(options, "large_size", None), PREVIEWS, {}
     if size is None:
         size = options.image_size

@@ -100,6 +100,13 @@ class SpacedDiffusion(GaussianDiffusion):
         """A timestep of the base process as the network sees it."""
         return t * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
+    def score_weight(self, timesteps: th.Tensor, x: th.Tensor) -> th.Tensor:
+        """What a unit of the score, the gradient of log p(x_t), adds to the network's mean part at the network's
+        `timesteps` [N]: [N, 1, ...]. 0 where there is no signal."""
+        seen = self._scale_timesteps(th.arange(self.num_timesteps, device=timesteps.device)).float()
+        index = (seen[None] - timesteps.float()[:, None]).abs().argmin(dim=1)
+        return self._at("score_weight", index, x)
+
     def _scale_timesteps(self, t):
         key = ("timestep_map", t.device)
         if key not in self._on_device:

@@ -16,7 +16,16 @@ import numpy as np
 import torch as th
 
 from . import __version__, checkpoint, checkpoint_sets, dist_util, files, images, logger
-from .config import NUM_CLASSES, TrainConfig, UserError, comma_list, fixed_names, height_width
+from .config import (
+    NUM_CLASSES,
+    GuidanceConfig,
+    SamplerConfig,
+    TrainConfig,
+    UserError,
+    comma_list,
+    fixed_names,
+    height_width,
+)
 from .curves import write_curves
 from .dry_run import dry_run, warn_of_small_disk
 from .image_datasets import BatchStream, ImageDataset
@@ -190,12 +199,15 @@ def _share_batch(options: argparse.Namespace) -> None:
 
 def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) -> BatchStream:
     """The training images, described in the log and checked; settles the number of classes. Collective."""
+    label_drop = getattr(options, "label_drop", 0.0)
+    if label_drop and not options.class_cond:
+        raise UserError(f"--label_drop {label_drop} hides classes, of which there are none: give --class_cond True")
     source = open_images(options.data_dir)
     classes, names = read_classes(source, options.labels, options.data_dir) if options.class_cond else (None, None)
     dataset = ImageDataset(_training_size(options), source, classes, channels=options.channels)
     data = BatchStream(
         dataset, options.batch_size, class_names=names, seed=options.seed, random_flip=options.random_flip,
-        num_workers=options.num_workers,
+        label_drop=label_drop, num_workers=options.num_workers,
     )  # fmt: skip
     for name in data.skipped_names():
         logger.warn(f"{name} is unreadable and left out")
@@ -226,8 +238,12 @@ def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) ->
     return data
 
 
-def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any) -> None:
-    """Build the model and train it; `hooks(diffusion)` gives the loop's hooks. Collective."""
+def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any, build: Any = build) -> None:
+    """Build the model and train it. Collective.
+
+    :param hooks: diffusion -> the loop's hooks.
+    :param build: options -> (model, diffusion, or whatever else has num_timesteps and training_losses).
+    """
     th.manual_seed(options.seed)
     model, diffusion = build(options)
     if options.init_checkpoint:
@@ -299,17 +315,12 @@ def _draw_curves(folder: str) -> None:
 
 def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:
     """What the samples of a checkpoint depend on."""
-    names = {
-        "seed",
-        "classes",
-        "use_ddim",
-        "ddim_eta",
-        "clip_denoised",
-        "timestep_respacing",
-        "sigma_small",
-    } | fixed_names()
+    names = {"seed", "classes", "timestep_respacing", "sigma_small"} | fixed_names()
+    names |= {f.name for group in (SamplerConfig, GuidanceConfig) for f in fields(group)} - {"print_steps"}
     request = {name: getattr(options, name) for name in sorted(names) if hasattr(options, name)}
-    request["model_sha256"] = dist_util.from_rank0(_sha256, options.model_path)
+    for name in ("model", "guide", "classifier"):
+        if getattr(options, f"{name}_path", ""):
+            request[f"{name}_sha256"] = dist_util.from_rank0(_sha256, getattr(options, f"{name}_path"))
     if hasattr(options, "base_samples"):
         request["base_samples"] = (
             os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
@@ -322,11 +333,13 @@ def _sha256(path: str) -> str:
     return hashlib.sha256(files.read_bytes(path)).hexdigest()
 
 
-def samples_name(options: argparse.Namespace, steps: int) -> str:
+def samples_name(options: argparse.Namespace, sampler: str, steps: int) -> str:
     """The default folder of a checkpoint's samples."""
     path = os.path.abspath(options.model_path)
     run, stem = os.path.basename(os.path.dirname(path)), os.path.splitext(os.path.basename(path))[0]
-    return f"{run}_{stem}_{steps}{'ddim' if getattr(options, 'use_ddim', False) else ''}steps_seed{options.seed}"
+    rule = "" if sampler == "ancestral" else sampler
+    scale = getattr(options, "guidance_scale", 1)
+    return f"{run}_{stem}_{steps}{rule}steps{'' if scale == 1 else f'_scale{scale:g}'}_seed{options.seed}"
 
 
 def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | None) -> tuple[Any, list[int] | None]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from PIL import Image
 
 from . import dist_util, files, images, logger
 from .config import NUM_CLASSES, UserError
 from .low_res import pairs
-from .samplers import SeededNoise
 
 REQUEST_FILE = "samples.json"
 PNG_DIR = "samples"
+SHOWN = 100  # images in the grid
+SHOWN_STEPS = 8  # images whose steps are shown
+HELD_FRAMES = 10
 
 
 def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int) -> list[int]:
@@ -53,45 +54,65 @@ class Labels:
         return self.class_names[label] if self.class_names and label < len(self.class_names) else str(label)
 
 
-def choose_labels(options: Any, metadata: Mapping[str, Any]) -> Labels | None:
-    """The labels that --classes, or chance, gives a conditional model; None for an unconditional one."""
+class Classes(NamedTuple):
+    """What the labels of a model mean."""
+
+    num: int
+    names: Sequence[str] | None
+
+
+def classes_of(options: Any, metadata: Mapping[str, Any]) -> Classes | None:
+    """The classes of a model, no more than it was trained on; None for an unconditional one."""
     if not options.class_cond:
+        return None
+    names = metadata.get("class_names")
+    return Classes(len(names) if names else options.num_classes or NUM_CLASSES, names)
+
+
+def choose_labels(options: Any, classes: Classes | None) -> Labels | None:
+    """The labels that --classes, or chance, gives a model with classes; None for one without."""
+    if classes is None:
         if options.classes:
             raise UserError(
                 f"--classes {options.classes}: {options.model_path} was trained without classes (--class_cond)"
             )
         return None
-    names = metadata.get("class_names")
-    num_classes = len(names) if names else options.num_classes or NUM_CLASSES  # no more than were trained
-    return Labels(num_classes, options.seed, parse_classes(options.classes, names, num_classes), names)
+    wanted = parse_classes(options.classes, classes.names, classes.num)
+    return Labels(classes.num, options.seed, wanted, classes.names)
 
 
-def draw_images(
-    diffusion: Any,
-    model: th.nn.Module,
-    options: Any,
-    shape: Sequence[int],
-    indices: Sequence[int],
-    model_kwargs: Mapping[str, Any],
-) -> np.ndarray:
-    """The samples with the given numbers: uint8 [N, H, W, C].
+def label_kwargs(labels: Labels | None, indices: Sequence[int]) -> dict[str, th.Tensor]:
+    """What a model with classes takes for the samples with these numbers: `y` [N] on the device."""
+    return {"y": th.tensor([labels.index(i) for i in indices], device=dist_util.dev())} if labels else {}
 
-    :param shape: (C, H, W).
-    """
-    loop = diffusion.p_sample_loop
-    extra = {}
-    if options.use_ddim:
-        loop, extra = diffusion.ddim_sample_loop, {"eta": options.ddim_eta}
-    sample = loop(
-        model,
-        (len(indices), *shape),
-        clip_denoised=options.clip_denoised,
-        model_kwargs=model_kwargs,
-        device=dist_util.dev(),
-        noise_fn=SeededNoise([options.seed + i for i in indices]),
-        **extra,
-    )
+
+def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
+    """Where a progressive sampling loop ends: uint8 [N, H, W, C]."""
+    for out in steps:
+        sample = out["sample"]
     return images.to_uint8(sample)
+
+
+def write_steps(
+    walk: Callable[[list[int]], Iterator[Mapping[str, th.Tensor]]], out_dir: str, num_samples: int, count: int
+) -> None:
+    """steps.png and steps.gif: `count` of the predictions of x_0 on the way to the first samples. Collective.
+
+    :param walk: sample numbers -> a progressive sampling loop; the samples are drawn again.
+    """
+    if count:
+        dist_util.from_rank0(_write_steps, walk, out_dir, min(num_samples, SHOWN_STEPS), count)
+
+
+def _write_steps(walk: Any, out_dir: str, num_samples: int, count: int) -> None:
+    frames = [images.to_uint8(out["pred_xstart"]) for out in walk(list(range(num_samples)))]
+    chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
+    shown = np.stack([frames[k] for k in chosen])  # [K, N, H, W, C]
+    strip, gif = files.join(out_dir, "steps.png"), files.join(out_dir, "steps.gif")
+    images.save_strip(strip, shown.swapaxes(0, 1))
+    held = [len(shown) - 1] * HELD_FRAMES  # the result is to be seen, before it starts again
+    images.save_gif(gif, np.stack([images.grid(shown[k]) for k in [*range(len(shown)), *held]]))
+    logger.log(f"wrote {strip} and {gif}: {len(chosen)} of {len(frames)} steps of the first {num_samples} samples")
 
 
 def write_samples(
@@ -106,34 +127,53 @@ def write_samples(
 ) -> str:
     """Make samples 0..num_samples-1: PNGs as they come, then the npz and a grid. Returns the npz's path. Collective.
 
-    Samples that an interrupted run with the same request left behind are kept.
+    Samples that an interrupted run with the same request left behind are kept, but for damaged ones. No more than a
+    batch of images, or those of the grid, is held in memory.
     :param draw: sample numbers -> uint8 [N, H, W, C]; each rank calls it with its share.
     :param request: what the samples depend on; a folder that holds samples of another request raises UserError.
     :param beside: an image [h, w, C] to show beside sample i in the grid.
     """
     missing = dist_util.from_rank0(_prepare, out_dir, num_samples, dict(request))
-    rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
     png_dir = files.join(out_dir, PNG_DIR)
     if len(missing) < num_samples:
         logger.log(f"{num_samples - len(missing)} of {num_samples} samples are in {png_dir} already")
     bar = logger.Progress("sampling", num_samples, "image", initial=num_samples - len(missing))
     try:
-        for start in range(0, len(missing), batch_size * world_size):
-            chunk = missing[start : start + batch_size * world_size]
-            mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-            parts = dist_util.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
-            if rank == 0:
-                for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
-                    name = images.sample_name(i, labels.name(i) if labels else None)
-                    files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
-            bar.update(len(chunk))
+        with closing(bar):
+            _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
+        return dist_util.from_rank0(_finish, out_dir, num_samples, labels, beside)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{bar.done} of {num_samples} samples are in {png_dir}; the same command goes on"
-        ) from None
-    finally:
-        bar.close()
-    return dist_util.from_rank0(_finish, out_dir, num_samples, labels, beside)
+        raise KeyboardInterrupt(_saved(bar, png_dir)) from None
+
+
+def _saved(bar: logger.Progress, png_dir: str) -> str:
+    return f"{bar.done} of {bar.total} samples are in {png_dir}; the same command goes on"
+
+
+def _draw_missing(
+    draw: Callable[[list[int]], np.ndarray],
+    missing: list[int],
+    batch_size: int,
+    png_dir: str,
+    labels: Labels | None,
+    bar: logger.Progress,
+) -> None:
+    """Draw the missing samples, a batch on each rank at a time; rank 0 writes them. Collective."""
+    rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
+    for start in range(0, len(missing), batch_size * world_size):
+        chunk = missing[start : start + batch_size * world_size]
+        mine = chunk[rank * batch_size : (rank + 1) * batch_size]
+        parts = dist_util.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
+        if rank:
+            bar.update(len(chunk))
+            continue
+        for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
+            name = images.sample_name(i, labels.name(i) if labels else None)
+            try:
+                files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
+            except UserError as error:
+                raise UserError(f"{error}. {_saved(bar, png_dir)}") from None
+            bar.update(1)
 
 
 def _existing(png_dir: str) -> dict[int, str]:
@@ -142,9 +182,12 @@ def _existing(png_dir: str) -> dict[int, str]:
 
 
 def _prepare(out_dir: str, num_samples: int, request: dict[str, Any]) -> list[int]:
-    """The numbers of the samples still to be made."""
+    """The numbers of the samples still to be made. Claims the folder."""
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
     files.make_dirs(png_dir)
+    files.lock(out_dir, ".samples.lock")  # a name of its own: a training run may write into the same folder
+    files.remove_leftovers(png_dir)
+    files.remove_leftovers(out_dir, "samples")
     request = json.loads(json.dumps(request))
     if files.exists(path):
         try:
@@ -160,28 +203,45 @@ def _prepare(out_dir: str, num_samples: int, request: dict[str, Any]) -> list[in
     elif _existing(png_dir):
         raise UserError(f"{png_dir} holds images of unknown origin: choose another --out_dir")
     files.write_bytes(path, json.dumps(request, indent=1).encode())
-    existing = _existing(png_dir)
-    return [i for i in range(num_samples) if i not in existing]
+    existing = {i: files.join(png_dir, name) for i, name in _existing(png_dir).items() if i < num_samples}
+    # PNGs are not forced to the disk one by one, so a power cut may have damaged some. Reading them all takes a small
+    # part of the time that `_finish` needs to decode them.
+    damaged = {i for i, png in existing.items() if not images.is_whole_png(files.read_bytes(png))}
+    if damaged:
+        logger.log(f"samples that are damaged are made again: {len(damaged)}, {existing[min(damaged)]} for one")
+    return [i for i in range(num_samples) if i not in existing or i in damaged]
+
+
+def _read_samples(png_dir: str, names: Iterable[str]) -> Iterator[np.ndarray]:
+    """uint8 [H, W, C] of each PNG. Raises UserError for a damaged one and for one of another size than the first."""
+    first, shape = "", None
+    for name in names:
+        path = files.join(png_dir, name)
+        try:
+            array = images.decode_png(files.read_bytes(path))
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it and run the same command again") from None
+        if shape is None:
+            first, shape = path, array.shape
+        elif array.shape != shape:
+            raise UserError(
+                f"{path} holds an image of {array.shape}, {first} one of {shape} (height, width, channels): remove the "
+                "one that is not a sample of this model and run the same command again"
+            )
+        yield array
 
 
 def _finish(out_dir: str, num_samples: int, labels: Labels | None, beside: Callable[[int], np.ndarray] | None) -> str:
     png_dir = files.join(out_dir, PNG_DIR)
-    names = _existing(png_dir)
-    arrays = []
-    for i in range(num_samples):
-        path = files.join(png_dir, names[i])
-        try:
-            array = np.asarray(Image.open(io.BytesIO(files.read_bytes(path))))
-        except (OSError, SyntaxError):
-            raise UserError(f"{path} is damaged: remove it and run the same command again") from None
-        arrays.append(array[..., None] if array.ndim == 2 else array)
-    all_images = np.stack(arrays)
-    label_array = [np.array([labels.index(i) for i in range(num_samples)])] if labels else []
-    path = files.join(out_dir, f"samples_{'x'.join(map(str, all_images.shape))}.npz")
-    images.save_npz(path, all_images, *label_array)
-    shown = all_images[:100]
+    existing = _existing(png_dir)
+    names = [existing[i] for i in range(num_samples)]
+    shown = np.stack(list(_read_samples(png_dir, names[:SHOWN])))
+    shape = (num_samples, *shown.shape[1:])
+    label_array = [np.array([labels.index(i) for i in range(num_samples)], np.int64)] if labels else []
+    path = files.join(out_dir, f"samples_{'x'.join(map(str, shape))}.npz")
+    images.save_npz(path, images.Rows(shape, _read_samples(png_dir, names)), *label_array)
     if beside is not None:
-        shown = pairs(np.stack([beside(i) for i in range(len(shown[:50]))]), shown[:50])
-    images.save_grid(files.join(out_dir, "samples.png"), shown, columns=10 if len(shown) >= 50 else None)
+        shown = pairs(np.stack([beside(i) for i in range(len(shown[: SHOWN // 2]))]), shown[: SHOWN // 2])
+    images.save_grid(files.join(out_dir, "samples.png"), shown, columns=10 if len(shown) >= SHOWN // 2 else None)
     logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {num_samples} PNGs in {png_dir}")
     return path

@@ -73,8 +73,14 @@ def alpha_bar_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
     return np.where(t == np.floor(t), alpha_bar[t.astype(int)], between)
 
 
+def sigma_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """The noise levels [K] in EDM's unit, sqrt(1/alpha_bar - 1), at any timesteps t [K]; inf where there is no signal."""
+    with np.errstate(divide="ignore"):
+        return np.sqrt(1 / alpha_bar_at(alpha_bar, t) - 1)
+
+
 def timestep_of_sigma(alpha_bar: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """The timesteps t [K] in [0, T-1], rarely whole, of noise levels sigma [K] in EDM's unit, sqrt(1/alpha_bar - 1)."""
+    """The timesteps t [K] in [0, T-1], rarely whole, of noise levels sigma [K] in EDM's unit; sigma_at the other way."""
     return np.interp(np.arctan(sigma), _angle(alpha_bar), np.arange(len(alpha_bar)))
 
 

@@ -9,20 +9,25 @@ from dataclasses import fields
 from typing import Any
 
 from . import checkpoint, logger
+from .classifier import NoisyClassifier
 from .config import (
     NUM_CLASSES,
+    ClassifierConfig,
     DiffusionConfig,
     ModelConfig,
     SuperResConfig,
     UserError,
     comma_list,
     fixed_names,
+    from_dict,
     height_width,
     parse_size,
     str2bool,
 )
 from .gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps
+from .schedules import shift_schedule
+from .schedules import zero_terminal_snr as rescale_to_zero_terminal_snr
 from .unet import SuperResModel, UNetModel, read_architecture
 
 __all__ = [
@@ -67,7 +72,7 @@ def create_model_and_diffusion(
     image_size, class_cond, learn_sigma, sigma_small, num_channels, num_res_blocks, num_heads, num_heads_upsample,
     attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
     rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, channels=3, num_classes=0,
-    channel_mult="",
+    channel_mult="", predict_v=False, schedule_shift=1.0, zero_terminal_snr=False, min_snr_gamma=0.0,
 ):  # fmt: skip
     """(UNetModel, SpacedDiffusion) for the given options; see ModelConfig and DiffusionConfig."""
     model = create_model(
@@ -77,7 +82,8 @@ def create_model_and_diffusion(
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing, predict_v=predict_v,
+        schedule_shift=schedule_shift, zero_terminal_snr=zero_terminal_snr, min_snr_gamma=min_snr_gamma,
     )  # fmt: skip
     return model, diffusion
 
@@ -86,7 +92,7 @@ def sr_create_model_and_diffusion(
     large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_heads_upsample,
     attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
     rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, sigma_small=False, channels=3,
-    num_classes=0, channel_mult="",
+    num_classes=0, channel_mult="", predict_v=False, schedule_shift=1.0, zero_terminal_snr=False, min_snr_gamma=0.0,
 ):  # fmt: skip
     """(SuperResModel, SpacedDiffusion) for the given options; see SuperResConfig, ModelConfig and DiffusionConfig."""
     model = sr_create_model(
@@ -97,7 +103,8 @@ def sr_create_model_and_diffusion(
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
-        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing, predict_v=predict_v,
+        schedule_shift=schedule_shift, zero_terminal_snr=zero_terminal_snr, min_snr_gamma=min_snr_gamma,
     )  # fmt: skip
     return model, diffusion
 
@@ -131,12 +138,7 @@ def _build(
     kind, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
     num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
 ):  # fmt: skip
-    mult = resolve_channel_mult(image_size, channel_mult)
-    for width in (m * num_channels for m in mult):
-        if width % 32:
-            raise UserError(
-                f"--channel_mult {channel_mult} makes a level of {width} channels: it must be a multiple of 32"
-            )
+    mult = level_mult(image_size, channel_mult, num_channels)
     try:
         return kind(
             in_channels=channels,
@@ -154,6 +156,37 @@ def _build(
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def create_classifier(
+    image_size, channels, num_classes, classifier_width, classifier_depth, classifier_attention_resolutions,
+    dropout=0.0, use_checkpoint=False, channel_mult="",
+):  # fmt: skip
+    """A NoisyClassifier for images of `image_size`; see ClassifierConfig."""
+    if num_classes < 2:
+        raise UserError(f"a classifier needs two classes or more, not {num_classes}: look at --labels and --data_dir")
+    return NoisyClassifier(
+        image_size=height_width(image_size),
+        in_channels=channels,
+        num_classes=num_classes,
+        model_channels=classifier_width,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=attention_factors(image_size, classifier_attention_resolutions),
+        dropout=dropout,
+        channel_mult=level_mult(image_size, channel_mult, classifier_width),
+        use_checkpoint=use_checkpoint,
+    )
+
+
+def level_mult(image_size: Any, channel_mult: str, num_channels: int) -> tuple[float, ...]:
+    """resolve_channel_mult, checked for the norms' 32 groups."""
+    mult = resolve_channel_mult(image_size, channel_mult)
+    for width in (m * num_channels for m in mult):
+        if width % 32:
+            raise UserError(
+                f"--channel_mult {channel_mult} makes a level of {width} channels: it must be a multiple of 32"
+            )
+    return mult
 
 
 def resolve_channel_mult(image_size: Any, channel_mult: str = "") -> tuple[float, ...]:
@@ -206,9 +239,18 @@ def attention_factors(image_size: Any, attention_resolutions: str) -> tuple[int,
 
 def create_gaussian_diffusion(
     *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
-    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="", predict_v=False, schedule_shift=1.0,
+    zero_terminal_snr=False, min_snr_gamma=0.0,
 ):  # fmt: skip
     """A SpacedDiffusion for the given options; see DiffusionConfig."""
+    betas = get_named_beta_schedule(noise_schedule, steps)
+    if schedule_shift != 1:
+        betas = shift_schedule(betas, schedule_shift)
+    if zero_terminal_snr:
+        betas = rescale_to_zero_terminal_snr(betas)
+    mean_type = ModelMeanType.EPSILON
+    if predict_xstart or predict_v:
+        mean_type = ModelMeanType.START_X if predict_xstart else ModelMeanType.VELOCITY
     if use_kl:
         loss_type = LossType.RESCALED_KL
     else:
@@ -219,17 +261,34 @@ def create_gaussian_diffusion(
         var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        betas=betas,
+        model_mean_type=mean_type,
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        min_snr_gamma=min_snr_gamma,
     )
 
 
 # Checkpoints that describe themselves
 
-_MODEL_OPTIONS = [f.name for group in (ModelConfig, DiffusionConfig, SuperResConfig) for f in fields(group)]
+_MODEL_OPTIONS = [
+    f.name for group in (ModelConfig, DiffusionConfig, SuperResConfig, ClassifierConfig) for f in fields(group)
+]
+KINDS = {
+    "image": ("an image model", "use the image_* scripts"),
+    "super_res": ("a super-resolution model", "use the super_res_* scripts"),
+    "classifier": (
+        "a classifier",
+        "it makes no images but guides a model that does (--classifier_path); classifier_train.py trains it",
+    ),
+}
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """Which of KINDS a run with options of these names trains."""
+    names = set(names)
+    return "classifier" if "classifier_width" in names else "super_res" if "large_size" in names else "image"
 
 
 def build(options: Any) -> tuple[UNetModel, SpacedDiffusion]:
@@ -241,6 +300,7 @@ def build(options: Any) -> tuple[UNetModel, SpacedDiffusion]:
         "channels",
         "num_classes",
         "channel_mult",
+        *(f.name for f in fields(DiffusionConfig) if not f.metadata["published"]),
     ]
     return create(**args_to_dict(options, names))
 
@@ -251,13 +311,9 @@ def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any],
 
     :param names: the options that may be taken; those of the model and the diffusion unless given.
     """
-    superres = hasattr(options, "large_size")
     stored = dict(metadata.get("config", {}))
-    if stored and ("large_size" in stored) != superres:
-        kind = "a super-resolution" if "large_size" in stored else "an image"
-        raise UserError(
-            f"{path} is {kind} model: use the {'super_res' if 'large_size' in stored else 'image'}_* scripts"
-        )
+    if stored and kind_of(stored) != kind_of(vars(options)):
+        raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
     if not stored:
         stored = _config_from_shapes(options, path, state_dict)
         shown = ", ".join(f"{name}={value}" for name, value in stored.items())
@@ -270,7 +326,15 @@ def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any],
             )
         )
     fixed = fixed_names()
-    for name in sorted(options.given & stored.keys() & fixed):
+    refuse_contradictions(options, path, stored, fixed)
+    for name in _MODEL_OPTIONS if names is None else names:
+        if name in stored and hasattr(options, name) and (name in fixed or name not in options.given):
+            setattr(options, name, stored[name])
+
+
+def refuse_contradictions(options: argparse.Namespace, path: str, stored: Mapping[str, Any], names: set[str]) -> None:
+    """Raise UserError where one of the names was given another value than a checkpoint has."""
+    for name in sorted(options.given & stored.keys() & names):
         value, there = getattr(options, name), stored[name]
         if name in ("channel_mult", "num_classes") and not value:
             continue
@@ -278,13 +342,12 @@ def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any],
             raise UserError(
                 f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag out"
             )
-    for name in _MODEL_OPTIONS if names is None else names:
-        if name in stored and hasattr(options, name) and (name in fixed or name not in options.given):
-            setattr(options, name, stored[name])
 
 
 def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """What the tensors' shapes say of a checkpoint that comes without a description."""
+    if kind_of(vars(options)) == "classifier":
+        raise UserError(f"{path} has no description: a classifier needs one, as classifier_train.py writes it")
     try:
         arch = read_architecture(state_dict)
     except (KeyError, IndexError, ValueError):
@@ -328,3 +391,21 @@ def load_model(options: argparse.Namespace) -> tuple[UNetModel, SpacedDiffusion,
     model, diffusion = build(options)
     checkpoint.load_into(model, state_dict, options.model_path)
     return model.eval(), diffusion, metadata
+
+
+def load_classifier(path: str) -> tuple[NoisyClassifier, dict[str, Any], list[str] | None]:
+    """(classifier in eval mode on the CPU, its run's options, its classes' names) of a checkpoint. Collective.
+
+    Raises UserError for a file that is not a classifier's.
+    """
+    state_dict, metadata = checkpoint.load(path)
+    stored = metadata.get("config", {})
+    if not stored:
+        raise UserError(f"{path} has no description: a classifier is a file that classifier_train.py wrote")
+    if kind_of(stored) != "classifier":
+        raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier_train.py trains one")
+    names = [f.name for f in fields(ClassifierConfig)]
+    config = from_dict(ClassifierConfig, {name: stored[name] for name in names if name in stored})
+    classifier = create_classifier(**vars(config))
+    checkpoint.load_into(classifier, state_dict, path)
+    return classifier.eval(), stored, metadata.get("class_names")

@@ -9,7 +9,7 @@ import numpy as np
 
 from .config import UserError, unknown_name
 from .respace import space_timesteps
-from .schedules import alpha_bar_at, timestep_of_sigma
+from .schedules import sigma_at, timestep_of_sigma
 
 NAMES = ("uniform", "ddim", "trailing", "logsnr", "karras", "quadratic")
 # EDM's range of sigma and its rho (Karras et al. 2022, table 1). Noise above the largest hides every image, and most of
@@ -35,14 +35,14 @@ def timestep_grid(name: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
         raise unknown_name("--timestep_grid", name, NAMES)
     if not 1 <= count <= T:
         raise UserError(f"--steps {count}: the model was trained with {T} noise levels, give 1 to {T}")
-    if name == "ddim":
-        return _stride(T, count)
-    if name == "trailing":
-        return T - 1 - _stride(T, count)[::-1]
     if name in ("logsnr", "karras"):
         return _in_sigma(name, count, alpha_bar)
     if count == 1:
         return np.array([T - 1.0])
+    if name == "ddim":
+        return _stride(T, count)
+    if name == "trailing":
+        return T - 1 - _stride(T, count)[::-1]
     if name == "quadratic":
         return (T - 1) * np.linspace(0, 1, count) ** 2
     return np.array(sorted(space_timesteps(T, [count])), dtype=np.float64)
@@ -63,14 +63,13 @@ def _from_list(text: str, count: int, T: int) -> np.ndarray:
 def _stride(T: int, count: int) -> np.ndarray:
     """0, i, 2i, ... where an integer stride i keeps exactly `count`, else the nearest to an even one."""
     exact = next((i for i in range(1, T + 1) if len(range(0, T, i)) == count), None)
-    return np.floor(np.arange(count) * (exact or T / count))
+    return np.floor(np.arange(count) * (exact or T / count)).astype(np.float64)
 
 
 def _in_sigma(name: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
-    low, high = np.sqrt(1 / alpha_bar[0] - 1), SIGMA_MAX
-    if alpha_bar[-1] > 0:
-        high = min(high, np.sqrt(1 / alpha_bar[-1] - 1))
-    low = min(max(low, SIGMA_MIN), high)
+    lowest, highest = sigma_at(alpha_bar, np.array([0, len(alpha_bar) - 1]))
+    high = min(highest, SIGMA_MAX)
+    low = min(max(lowest, SIGMA_MIN), high)
     fractions = np.linspace(0, 1, count) if count > 1 else np.ones(1)
     if name == "logsnr":
         sigma = np.exp(math.log(low) + fractions * math.log(high / low))
@@ -92,7 +91,7 @@ def churned(
     :param churn: S_churn, spread over the steps; :param sigma_min, sigma_max: S_tmin and S_tmax, the range of sigma in
         which noise is added.
     """
-    sigma = np.sqrt(1 / alpha_bar_at(alpha_bar, grid) - 1)
+    sigma = sigma_at(alpha_bar, grid)
     gamma = np.where((sigma >= sigma_min) & (sigma <= sigma_max), min(churn / len(grid), math.sqrt(2) - 1), 0.0)
     raised = np.where(gamma > 0, np.maximum(timestep_of_sigma(alpha_bar, sigma * (1 + gamma)), grid), grid)
     levels = np.unique(np.concatenate([grid, raised]))
@@ -117,7 +116,7 @@ def repaint_path(count: int, jump: int, resamplings: int) -> list[int]:
     return [*path, -1]
 
 
-def table(timesteps: Sequence[float], alpha_bar: Sequence[float], seen: Sequence[float], path: Sequence[int]) -> str:
+def table(timesteps: Sequence[float], alpha_bar: np.ndarray, seen: Sequence[float], path: Sequence[int]) -> str:
     """A table of the steps of a path: timestep, what the network sees, alpha_bar, sigma in EDM's unit, log-SNR."""
     rows = [f"{'step':>5} {'timestep':>10} {'network':>10} {'alpha_bar':>12} {'sigma':>10} {'log-SNR':>8}"]
     for k, index in enumerate(path):

@@ -16,6 +16,7 @@ from torch import nn
 
 from .fp16_util import convert_module_to_bf16, convert_module_to_f16, convert_module_to_f32
 from .nn import (
+    NULL_LABEL,
     SiLU,
     avg_pool_nd,
     checkpoint,
@@ -167,7 +168,67 @@ class QKVAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
 
 
-class UNetModel(nn.Module):
+class Torso(nn.Module):
+    """A network whose blocks, all but the embeddings and the last layers, compute in 16 bits where told to."""
+
+    input_blocks: nn.ModuleList
+
+    def _convert_torso(self, convert) -> None:
+        for name in ("input_blocks", "middle_block", "output_blocks"):
+            if hasattr(self, name):
+                getattr(self, name).apply(convert)
+
+    def convert_to_fp16(self) -> None:
+        """Turn the torso's convolutions into float16."""
+        self._convert_torso(convert_module_to_f16)
+
+    def convert_to_bf16(self) -> None:
+        """Turn the torso's convolutions into bfloat16."""
+        self._convert_torso(convert_module_to_bf16)
+
+    def convert_to_fp32(self) -> None:
+        """Turn the torso's convolutions back into float32."""
+        self._convert_torso(convert_module_to_f32)
+
+    @property
+    def inner_dtype(self) -> th.dtype:
+        """The type the torso computes in."""
+        return next(self.input_blocks.parameters()).dtype
+
+
+def time_embedding(model_channels: int) -> nn.Sequential:
+    """From the timesteps' sinusoids [N, model_channels] to the embedding [N, 4 * model_channels]."""
+    width = model_channels * 4
+    return nn.Sequential(linear(model_channels, width), SiLU(), linear(width, width))
+
+
+def down_blocks(
+    res_block, attention, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
+    conv_resample=True, dims=2,
+):  # fmt: skip
+    """(the blocks on the way down as a ModuleList, the channels that each gives).
+
+    :param res_block: (channels, out_channels=...) -> a residual block.
+    :param attention: channels -> an attention block.
+    """
+    ch = int(channel_mult[0] * model_channels)
+    blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
+    widths = [ch]
+    for level, mult in enumerate(channel_mult):
+        for _ in range(num_res_blocks):
+            layers: list[nn.Module] = [res_block(ch, out_channels=int(mult * model_channels))]
+            ch = int(mult * model_channels)
+            if 2**level in attention_resolutions:
+                layers.append(attention(ch))
+            blocks.append(TimestepEmbedSequential(*layers))
+            widths.append(ch)
+        if level != len(channel_mult) - 1:
+            blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
+            widths.append(ch)
+    return blocks, widths
+
+
+class UNetModel(Torso):
     """The network of DDPM and IDDPM.
 
     :param in_channels, out_channels: of the images; with a learned variance out_channels is twice in_channels.
@@ -175,7 +236,7 @@ class UNetModel(nn.Module):
     :param attention_resolutions: downsampling factors of the levels that have attention.
     :param channel_mult: width of each level, in units of model_channels.
     :param conv_resample: resample by convolutions rather than by pooling.
-    :param num_classes: make the model class-conditional.
+    :param num_classes: make the model class-conditional; the label NULL_LABEL stands for a hidden class.
     :param num_heads_upsample: attention heads of the output blocks; -1: as num_heads.
     """
 
@@ -201,9 +262,7 @@ class UNetModel(nn.Module):
         self.num_heads_upsample = num_heads_upsample
 
         time_embed_dim = model_channels * 4
-        self.time_embed = nn.Sequential(
-            linear(model_channels, time_embed_dim), SiLU(), linear(time_embed_dim, time_embed_dim)
-        )
+        self.time_embed = time_embedding(model_channels)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, time_embed_dim)
 
@@ -213,59 +272,25 @@ class UNetModel(nn.Module):
         )  # fmt: skip
         attention = functools.partial(AttentionBlock, use_checkpoint=use_checkpoint)
 
-        ch = int(channel_mult[0] * model_channels)
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
-        skip_channels = [ch]
-        factor = 1
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(ch, out_channels=int(mult * model_channels))]
-                ch = int(mult * model_channels)
-                if factor in attention_resolutions:
-                    layers.append(attention(ch, num_heads=num_heads))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skip_channels.append(ch)
-            if level != len(channel_mult) - 1:
-                self.input_blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
-                skip_channels.append(ch)
-                factor *= 2
-
+        self.input_blocks, skip_channels = down_blocks(
+            res_block, functools.partial(attention, num_heads=num_heads), in_channels, model_channels, num_res_blocks,
+            attention_resolutions, channel_mult, conv_resample, dims,
+        )  # fmt: skip
+        ch = skip_channels[-1]
         self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch, num_heads=num_heads), res_block(ch))
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for i in range(num_res_blocks + 1):
-                layers = [res_block(ch + skip_channels.pop(), out_channels=int(mult * model_channels))]
+                layers: list[nn.Module] = [res_block(ch + skip_channels.pop(), out_channels=int(mult * model_channels))]
                 ch = int(mult * model_channels)
-                if factor in attention_resolutions:
+                if 2**level in attention_resolutions:
                     layers.append(attention(ch, num_heads=num_heads_upsample))
                 if level and i == num_res_blocks:
                     layers.append(Upsample(ch, conv_resample, dims=dims))
-                    factor //= 2
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
-
-    def _convert_torso(self, convert) -> None:
-        for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
-            blocks.apply(convert)
-
-    def convert_to_fp16(self) -> None:
-        """Turn the torso's convolutions into float16."""
-        self._convert_torso(convert_module_to_f16)
-
-    def convert_to_bf16(self) -> None:
-        """Turn the torso's convolutions into bfloat16."""
-        self._convert_torso(convert_module_to_bf16)
-
-    def convert_to_fp32(self) -> None:
-        """Turn the torso's convolutions back into float32."""
-        self._convert_torso(convert_module_to_f32)
-
-    @property
-    def inner_dtype(self) -> th.dtype:
-        """The type the torso computes in."""
-        return next(self.input_blocks.parameters()).dtype
 
     def _embed(self, x, timesteps, y):
         """The embedding [N, E] of timesteps and classes."""
@@ -275,7 +300,8 @@ class UNetModel(nn.Module):
         if y is not None:
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y {tuple(y.shape)} must have one entry for each of the {x.shape[0]} images")
-            emb = emb + self.label_emb(y)
+            # A hidden class adds nothing, so that it needs no row of the embedding.
+            emb = emb + self.label_emb(y.clamp(min=NULL_LABEL + 1)) * (y != NULL_LABEL)[:, None]
         return emb
 
     def _torso(self, x, timesteps, y):

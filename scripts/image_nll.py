@@ -23,7 +23,7 @@ def main():
     source = open_images(options.data_dir)
     classes = class_indices(options, source, metadata) if options.class_cond else None
     dataset = ImageDataset(options.image_size, source, classes, channels=options.channels)
-    out_dir = start_run(options, samples_name(options, diffusion.num_timesteps) + "_nll")
+    out_dir = start_run(options, samples_name(options, "ancestral", diffusion.num_timesteps) + "_nll")
     model.to(dist_util.dev())
     n = min(options.num_samples, len(dataset))
     logger.log(f"{n} of the {len(dataset)} images in {options.data_dir}, {diffusion.num_timesteps} evaluations each")

@@ -1,38 +1,51 @@
 """Draw images from a trained model: an npz, PNGs and a grid."""
 
-import torch as th
-
-from improved_diffusion import dist_util
+from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import parse_options
-from improved_diffusion.config import DiffusionConfig, ModelConfig, RunConfig, SampleConfig, height_width
+from improved_diffusion.config import (
+    DiffusionConfig,
+    GuidanceConfig,
+    ModelConfig,
+    RunConfig,
+    SampleConfig,
+    SamplerConfig,
+    height_width,
+)
 from improved_diffusion.run_util import describe_request, samples_name, start_run
-from improved_diffusion.sample_util import choose_labels, draw_images, write_samples
+from improved_diffusion.sample_util import choose_labels, label_kwargs, last_images, write_samples, write_steps
+from improved_diffusion.sampling import build_sampler, guide, prepare_model
 from improved_diffusion.script_util import load_model
 
 
 def main():
-    options = parse_options((SampleConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__)
+    options = parse_options(
+        (SampleConfig, SamplerConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__
+    )
     dist_util.setup_dist()
     model, diffusion, metadata = load_model(options)
-    out_dir = start_run(options, samples_name(options, diffusion.num_timesteps))
-    model.to(dist_util.dev())
-    labels = choose_labels(options, metadata)
+    sampler = build_sampler(options, diffusion)
+    if options.print_steps:
+        dist_util.from_rank0(print, sampler.table())
+        return
+    model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
+    labels = choose_labels(options, classes)
+    out_dir = start_run(options, samples_name(options, sampler.name, sampler.steps))
+    logger.log(sampler.describe())
     shape = (options.channels, *height_width(options.image_size))
 
-    def draw(indices):
-        kwargs = {}
-        if labels:
-            kwargs["y"] = th.tensor([labels.index(i) for i in indices], device=dist_util.dev())
-        return draw_images(diffusion, model, options, shape, indices, kwargs)
+    def walk(indices):
+        seeds = [options.seed + i for i in indices]
+        return sampler.walk(model, shape, seeds, label_kwargs(labels, indices))
 
     write_samples(
-        draw,
+        lambda indices: last_images(walk(indices)),
         out_dir=out_dir,
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         labels=labels,
         request=describe_request(options, metadata),
     )
+    write_steps(walk, out_dir, options.num_samples, options.save_steps)
 
 
 if __name__ == "__main__":

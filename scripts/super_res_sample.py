@@ -1,53 +1,64 @@
 """Draw large images from small ones with a super-resolution model: an npz, PNGs and a grid of both."""
 
-import torch as th
-
-from improved_diffusion import dist_util
+from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import (
     BaseSamplesConfig,
     DiffusionConfig,
+    GuidanceConfig,
     ModelConfig,
     RunConfig,
     SampleConfig,
+    SamplerConfig,
     SuperResConfig,
     UserError,
     height_width,
 )
 from improved_diffusion.images import from_uint8
 from improved_diffusion.run_util import describe_request, read_base_samples, samples_name, start_run
-from improved_diffusion.sample_util import Labels, choose_labels, draw_images, write_samples
+from improved_diffusion.sample_util import (
+    Labels,
+    choose_labels,
+    label_kwargs,
+    last_images,
+    write_samples,
+    write_steps,
+)
+from improved_diffusion.sampling import build_sampler, guide, prepare_model
 from improved_diffusion.script_util import load_model
 
 
 def main():
-    options = parse_options(
-        (BaseSamplesConfig, SampleConfig, SuperResConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__
-    )
+    groups = (BaseSamplesConfig, SampleConfig, SamplerConfig, GuidanceConfig, SuperResConfig)
+    options = parse_options((*groups, ModelConfig, DiffusionConfig, RunConfig), __doc__)
     dist_util.setup_dist()
     model, diffusion, metadata = load_model(options)
+    sampler = build_sampler(options, diffusion)
+    if options.print_steps:
+        dist_util.from_rank0(print, sampler.table())
+        return
     base, base_labels = read_base_samples(options, metadata.get("class_names"))
     if "num_samples" not in options.given:
         options.num_samples = len(base)
-    labels = choose_labels(options, metadata)
+    model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
+    labels = choose_labels(options, classes)
     if labels and not options.classes:
         if base_labels is None:
             raise UserError(
                 f"{options.model_path} is class-conditional and {options.base_samples} has no classes: give --classes"
             )
         labels = Labels(labels.num_classes, options.seed, base_labels, labels.class_names)
-    out_dir = start_run(options, samples_name(options, diffusion.num_timesteps))
-    model.to(dist_util.dev())
+    out_dir = start_run(options, samples_name(options, sampler.name, sampler.steps))
+    logger.log(sampler.describe())
     shape = (options.channels, *height_width(options.large_size))
 
-    def draw(indices):
+    def walk(indices):
         kwargs = {"low_res": from_uint8(base[[i % len(base) for i in indices]]).to(dist_util.dev())}
-        if labels:
-            kwargs["y"] = th.tensor([labels.index(i) for i in indices], device=dist_util.dev())
-        return draw_images(diffusion, model, options, shape, indices, kwargs)
+        seeds = [options.seed + i for i in indices]
+        return sampler.walk(model, shape, seeds, {**kwargs, **label_kwargs(labels, indices)})
 
     write_samples(
-        draw,
+        lambda indices: last_images(walk(indices)),
         out_dir=out_dir,
         num_samples=options.num_samples,
         batch_size=options.batch_size,
@@ -55,6 +66,7 @@ def main():
         request=describe_request(options, metadata),
         beside=lambda i: base[i % len(base)],
     )
+    write_steps(walk, out_dir, options.num_samples, options.save_steps)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def main():
     data = open_training_data(options, metadata)
 
     def hooks(diffusion):
-        return build_previews(options, data) + build_validation(options, diffusion, data.class_names)
+        return build_previews(options, diffusion, data) + build_validation(options, diffusion, data.class_names)
 
     logger.log("training...")
     train(options, WithLowRes(data, options.small_size), data.class_names, hooks)

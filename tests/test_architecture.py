@@ -72,9 +72,11 @@ MAY_IMPORT = {
     "presets": {"config"},
     "files": {"config"},
     "samplers": {"schedules", "nn"},
-    "unet": {"nn", "fp16_util"},
-    "gaussian_diffusion": BASICS | {"samplers"},
+    "unet": {"nn", "fp16_util"}, "classifier": {"nn", "unet"},
+    "diffusion_types": set(),
+    "gaussian_diffusion": BASICS | {"samplers", "diffusion_types"},
     "respace": BASICS | {"gaussian_diffusion"},
+    "timestep_grids": BASICS | {"respace"},
     "watchdog": set(), "rendezvous": {"config"},
     "dist_util": {"config", "files", "rendezvous", "watchdog"},
     **{name: BASICS | {"dist_util", "files"} for name in SERVICES - {"image_datasets", "logger"}},
@@ -91,16 +93,20 @@ MAY_IMPORT = {
     "train_util": BASICS | SERVICES | TRAINING
     | {"samplers", "gaussian_diffusion", "respace", "dist_util", "files", "fp16_util"},
     "dry_run": {"dist_util", "files", "logger", "step_stats", "train_util"},
-    "evaluation": set(), "evaluation.nll": set(),
+    "evaluation": set(), "evaluation.nll": set(), "evaluation.kid": set(),
     "low_res": {"config", "dist_util"},
-    "preview": {"config", "dist_util", "files", "images", "logger", "low_res", "samplers", "script_util"},
+    "guidance": {"nn"},
+    "preview": {"config", "dist_util", "files", "images", "logger", "low_res", "samplers", "timestep_grids"},
     "validation": SERVICES - {"ema", "resample", "checkpoint"}
     | {"config", "dist_util", "image_sources", "low_res", "samplers", "evaluation.nll"},
     "posthoc": {"config", "checkpoint", "ema", "files", "logger"},
+    "classifier_util": {"config", "checkpoint", "classifier", "logger", "samplers", "script_util", "validation"},
     "command_line": {"config", "files", "presets"},
-    "script_util": set(FILES) - {"command_line", "train_util", "run_util", "sample_util", "preview", "validation"},
+    "script_util": set(FILES)
+    - {"classifier_util", "command_line", "train_util", "run_util", "sample_util", "preview", "validation"},
     "run_util": set(FILES) - {"sample_util"},
-    "sample_util": set(FILES) - {"train_util", "run_util", "script_util", "unet"},
+    "sample_util": set(FILES) - {"train_util", "run_util", "script_util", "unet", "sampling"},
+    "sampling": set(FILES) - {"train_util", "run_util", "unet"},
 }  # fmt: skip
 
 
@@ -118,8 +124,9 @@ def test_the_trainer_trains_whatever_it_is_given():
     assert not GRAPH["train_util"] & {"unet", "script_util", "run_util", "presets"}
 
 
-def test_script_util_alone_knows_the_networks():
-    assert [name for name in MODULES if "unet" in GRAPH[name]] == ["script_util"]
+def test_one_module_for_each_kind_of_network_knows_it():
+    assert [name for name in MODULES if "unet" in GRAPH[name]] == ["classifier", "script_util"]
+    assert [name for name in MODULES if "classifier" in GRAPH[name]] == ["classifier_util", "script_util"]
 
 
 def test_options_are_turned_into_objects_by_script_util_and_the_scripts_helpers_only():
@@ -133,10 +140,10 @@ def test_options_are_turned_into_objects_by_script_util_and_the_scripts_helpers_
         for name in MODULES
         if not name.startswith("config") and groups & {imported for _, imported in imports(FILES[name])}
     }
-    assert users <= {"script_util", "run_util"}
+    assert users <= {"script_util", "classifier_util", "run_util"}
 
 
-@pytest.mark.parametrize("name", ["run_util", "sample_util"])
+@pytest.mark.parametrize("name", ["run_util", "sampling"])
 def test_what_the_scripts_share_serves_nothing_else(name):
     assert [other for other in MODULES if name in GRAPH[other]] == []
 
@@ -154,7 +161,7 @@ def test_at_import_time_a_module_needs_torch_numpy_and_pillow_at_most(name):
         **{name: set() for name in FILES if name.startswith("config")},
         "presets": set(), "files": set(), "__init__": set(),
         "images": {"torch", "numpy", "PIL"}, "image_datasets": {"torch", "numpy", "PIL"},
-        "image_sources": {"numpy", "PIL"}, "sample_util": {"torch", "numpy", "PIL"},
+        "image_sources": {"numpy", "PIL"},
     }  # fmt: skip
     assert others(FILES[name], top_level_only=True) <= allowed.get(name, {"torch", "numpy"})
 
@@ -189,8 +196,9 @@ def test_every_module_says_what_it_is_for(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_has_its_tests(name):
     elsewhere = {
-        "run_util": "scripts", "sample_util": "scripts", "presets": "config", "evaluation": "evaluation_nll",
-        "image_sources": "image_datasets", "command_line": "config",
+        "run_util": "scripts", "presets": "config", "evaluation": "evaluation_nll",
+        "image_sources": "image_datasets", "command_line": "config", "classifier_util": "classifier",
+        "diffusion_types": "gaussian_diffusion",
     }  # fmt: skip
     name = "config" if name.startswith("config.") else name
     assert (ROOT / "tests" / f"test_{elsewhere.get(name, name.replace('.', '_'))}.py").exists()

@@ -26,12 +26,15 @@ TRAIN = dict(
 )  # fmt: skip
 SAMPLE = dict(clip_denoised=True, num_samples=10000, batch_size=16, use_ddim=False, model_path="")
 
+CLASSIFIER = ("image_size", "dropout", "use_checkpoint", "diffusion_steps", "noise_schedule", "rescale_timesteps")
+
 PUBLISHED = {
     "image_train": {**TRAIN, **MODEL},
     "image_sample": {**SAMPLE, **MODEL},
     "image_nll": dict(MODEL, data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path=""),
     "super_res_train": {**TRAIN, **SUPER_RES},
     "super_res_sample": {**SAMPLE, **SUPER_RES, "base_samples": ""},
+    "classifier_train": {**TRAIN, **{name: MODEL[name] for name in CLASSIFIER}},
 }
 GROUPS = {name: script_groups(name) for name in PUBLISHED}
 ALL_GROUPS = sorted({group for groups in GROUPS.values() for group in groups}, key=lambda group: group.__name__)
@@ -120,6 +123,8 @@ def test_options_that_training_fixes():
         "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "attention_resolutions",
         "class_cond", "use_scale_shift_norm", "channels", "num_classes", "channel_mult", "learn_sigma",
         "diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "large_size", "small_size",
+        "classifier_width", "classifier_depth", "classifier_attention_resolutions", "predict_v", "schedule_shift",
+        "zero_terminal_snr",
     }  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_plms_steps_are_those_of_the_pndm_scheduler(schedule, count):
 @pytest.mark.parametrize("count", [5, 20, 50])
 def test_heun_steps_are_those_of_the_heun_scheduler(count):
     """In EDM's x / alpha. On the linear schedule, whose sigma stays below 160; the cosine's goes to 20,000."""
-    diffusion, steps = both("linear", count)
+    diffusion, _ = both("linear", count)
     scheduler = HeunDiscreteScheduler(
         num_train_timesteps=T, prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
         **SCHEDULES["linear"],

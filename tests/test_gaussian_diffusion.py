@@ -9,8 +9,15 @@ import torch as th
 from helpers import assert_golden, golden, make_diffusion, stand_in_network
 
 from improved_diffusion import gaussian_diffusion
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from improved_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+)
 from improved_diffusion.respace import space_timesteps
+from improved_diffusion.schedules import zero_terminal_snr
 
 G = golden("diffusion")
 LOOPS = golden("loops")
@@ -149,6 +156,73 @@ def test_process_works_on_any_number_of_dimensions():
         assert losses["loss"].shape == (2,)
 
 
+# Weightings
+
+
+@pytest.mark.parametrize("mean", list(ModelMeanType), ids=lambda m: m.name)
+def test_min_snr_weighs_the_error_in_x0_alike_whatever_is_predicted(mean):
+    """For a network whose x_0 is off by 0.1 the weighted loss is min(SNR, gamma) 0.01 (Hang et al. 2023, eq. 8)."""
+    betas = get_named_beta_schedule("cosine", 50)
+    diffusion = GaussianDiffusion(
+        betas=betas, model_mean_type=mean, model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE,
+        min_snr_gamma=5.0,
+    )  # fmt: skip
+    t = th.tensor([1, 5, 25, 40, 48])
+    x_0, noise = th.rand(5, 1, 4, 4) - 0.5, th.randn(5, 1, 4, 4)
+    alpha_bar = th.from_numpy(diffusion.alphas_cumprod)[t].view(-1, 1, 1, 1)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    x_t = diffusion.q_sample(x_0, t, noise).double()
+    wrong = x_0.double() + 0.1
+    output = {
+        ModelMeanType.START_X: wrong,
+        ModelMeanType.EPSILON: (x_t - alpha * wrong) / sigma,
+        ModelMeanType.VELOCITY: (alpha * x_t - wrong) / sigma,
+        ModelMeanType.PREVIOUS_X: diffusion.q_posterior_mean_variance(wrong, x_t, t)[0],
+    }[mean]
+    losses = diffusion.training_losses(lambda x, t: output.float(), x_0, t, noise=noise)
+    expected = 0.01 * (alpha_bar / (1 - alpha_bar)).clamp(max=5).flatten()
+    th.testing.assert_close(losses["loss"].double(), expected, rtol=2e-3, atol=1e-7)
+    assert losses["mse"].shape == (5,) and (losses["mse"] != losses["loss"]).any()
+
+
+def test_min_snr_leaves_the_bounds_part_alone():
+    kwargs = dict(
+        betas=get_named_beta_schedule("cosine", 20), model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE, loss_type=LossType.RESCALED_MSE,
+    )  # fmt: skip
+    x, noise, t = th.rand(3, 1, 4, 4), th.randn(3, 1, 4, 4), th.tensor([2, 9, 17])
+    plain, weighted = (
+        GaussianDiffusion(**kwargs, min_snr_gamma=gamma).training_losses(stand_in_network(True), x, t, noise=noise)
+        for gamma in (0.0, 5.0)
+    )
+    th.testing.assert_close(plain["vb"], weighted["vb"], rtol=0, atol=0)
+    th.testing.assert_close(plain["mse"], weighted["mse"], rtol=0, atol=0)
+    snr = np.cumprod(1 - kwargs["betas"])[t] / (1 - np.cumprod(1 - kwargs["betas"])[t])
+    weight = th.from_numpy(np.minimum(snr, 5) / snr).float()
+    th.testing.assert_close(weighted["loss"], weight * weighted["mse"] + weighted["vb"])
+
+
+# Zero terminal SNR
+
+
+@pytest.mark.parametrize("mean", [ModelMeanType.START_X, ModelMeanType.VELOCITY], ids=lambda m: m.name)
+@pytest.mark.parametrize("var", list(ModelVarType), ids=lambda v: v.name)
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_a_process_that_ends_in_pure_noise_trains_samples_and_measures_in_finite_numbers(mean, var, gamma):
+    diffusion = GaussianDiffusion(
+        betas=zero_terminal_snr(get_named_beta_schedule("linear", 30)), model_mean_type=mean, model_var_type=var,
+        loss_type=LossType.RESCALED_MSE, min_snr_gamma=gamma,
+    )  # fmt: skip
+    model, x = stand_in_network("LEARNED" in var.name), th.rand(3, 1, 4, 4)
+    losses = diffusion.training_losses(model, x, th.tensor([0, 28, 29]))
+    assert all(values.isfinite().all() for values in losses.values())
+    bound = diffusion.calc_bpd_loop(model, x)
+    assert all(values.isfinite().all() for values in bound.values())
+    assert bound["prior_bpd"].abs().max() < 1e-6  # nothing of the image is left
+    for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
+        assert loop(model, x.shape, device="cpu").isfinite().all()
+
+
 # The model's output
 
 
@@ -159,7 +233,13 @@ def test_a_perfect_network_recovers_x0(mean):
     x_0, noise, t = th.rand(4, 1, 3, 3) * 2 - 1, th.randn(4, 1, 3, 3), th.tensor([1, 5, 12, 18])
     x_t = diffusion.q_sample(x_0, t, noise)
     true_mean = diffusion.q_posterior_mean_variance(x_0, x_t, t)[0]
-    target = {ModelMeanType.EPSILON: noise, ModelMeanType.START_X: x_0, ModelMeanType.PREVIOUS_X: true_mean}[mean]
+    alpha_bar = th.from_numpy(diffusion.alphas_cumprod)[t].float().view(-1, 1, 1, 1)
+    target = {
+        ModelMeanType.EPSILON: noise,
+        ModelMeanType.START_X: x_0,
+        ModelMeanType.PREVIOUS_X: true_mean,
+        ModelMeanType.VELOCITY: alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0,
+    }[mean]
     out = diffusion.p_mean_variance(lambda x, t: target, x_t, t)
     th.testing.assert_close(out["pred_xstart"], x_0, rtol=1e-3, atol=1e-4)
     th.testing.assert_close(out["mean"], true_mean, rtol=1e-3, atol=1e-4)

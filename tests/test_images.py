@@ -2,10 +2,13 @@
 
 import io
 import os
+import random
+import zipfile
 
 import numpy as np
 import pytest
 import torch as th
+from helpers import small_disk
 from PIL import Image
 
 from improved_diffusion import images
@@ -68,6 +71,65 @@ def test_npz_is_the_published_form(tmp_path):
     arrays = images.load_npz(path)
     assert arrays["arr_0"].shape == (3, 4, 5, 1) and "arr_1" not in arrays
     assert os.listdir(tmp_path) == ["samples.npz"]
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6, 3), (1, 3, 3, 1), (12345, 2, 2, 2)])
+def test_an_npz_written_row_by_row_is_what_numpy_writes(tmp_path, shape):
+    array, labels = random_uint8(*shape), np.arange(shape[0])
+    np.savez(tmp_path / "numpy.npz", array, labels)
+    # However a row lies in memory, what counts is the order of its indices.
+    rows = (np.asfortranarray(row) for row in array)
+    images.save_npz(str(tmp_path / "ours.npz"), images.Rows(shape, rows), labels)
+    with zipfile.ZipFile(tmp_path / "numpy.npz") as theirs, zipfile.ZipFile(tmp_path / "ours.npz") as ours:
+        assert ours.namelist() == theirs.namelist() == ["arr_0.npy", "arr_1.npy"]
+        assert all(ours.read(name) == theirs.read(name) for name in ours.namelist())
+
+
+@pytest.mark.parametrize(
+    "rows", [random_uint8(2, 4, 4, 3), random_uint8(4, 4, 4, 3), random_uint8(3, 4, 4, 1), np.zeros((3, 4, 4, 3))]
+)
+def test_rows_that_are_not_of_the_array_leave_the_older_file(tmp_path, rows):
+    path, older = str(tmp_path / "x.npz"), random_uint8(1, 4, 4, 3)
+    images.save_npz(path, older)
+    with pytest.raises(ValueError, match="row"):
+        images.save_npz(path, images.Rows((3, 4, 4, 3), rows))
+    np.testing.assert_array_equal(images.load_npz(path)["arr_0"], older)
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_an_npz_on_a_full_disk_leaves_the_older_file_and_no_rubbish():
+    with small_disk(200) as disk:
+        path, older = str(disk / "x.npz"), random_uint8(10, 32, 32, 3)
+        images.save_npz(path, older)
+        with pytest.raises(UserError, match=r"cannot write .*x\.npz: No space left on device: free some space"):
+            images.save_npz(path, images.Rows((100, 32, 32, 3), random_uint8(100, 32, 32, 3)))
+        np.testing.assert_array_equal(images.load_npz(path)["arr_0"], older)
+        assert os.listdir(disk) == ["x.npz"]
+
+
+def test_a_damaged_png_is_told_from_a_whole_one():
+    """Cut anywhere, or with any bit changed that could change the image."""
+    array = random_uint8(9, 7, 3)
+    data = images.encode_png(array)
+    assert images.is_whole_png(data)
+    np.testing.assert_array_equal(images.decode_png(data), array)
+    generator = random.Random(0)
+    end = len(data) - 12  # of what the image depends on: the last chunk is empty
+    damaged = [data[:kept] for kept in range(end)] + [data[:kept] + bytes(len(data) - kept) for kept in range(end)]
+    for position in range(end):
+        changed = bytearray(data)
+        changed[position] ^= 1 << generator.randrange(8)
+        damaged.append(bytes(changed))
+    for bad in damaged:
+        assert not images.is_whole_png(bad)
+        with pytest.raises(ValueError):
+            images.decode_png(bad)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_png_is_decoded_to_what_was_encoded(channels):
+    array = random_uint8(5, 7, channels)
+    np.testing.assert_array_equal(images.decode_png(images.encode_png(array)), array)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +204,70 @@ def test_a_saved_grid_is_a_png(tmp_path, channels):
     images.save_grid(str(path), random_uint8(4, 60, 50, channels), columns=2)
     with Image.open(path) as image:
         assert image.size == (2 * 52 + 2, 2 * 62 + 2)
+
+
+def test_a_strip_has_a_row_for_each_image_and_a_column_for_each_step(tmp_path):
+    rows = np.stack([np.full((50, 60, 3), 10 * r + k, np.uint8) for r in range(2) for k in range(3)])
+    path = tmp_path / "strip.png"
+    images.save_strip(str(path), rows.reshape(2, 3, 50, 60, 3))
+    sheet = images.decode_png(path.read_bytes())
+    assert sheet.shape == (2 * 52 + 2, 3 * 62 + 2, 3)
+    assert sheet[25::52, 30::62, 0].tolist() == [[0, 1, 2], [10, 11, 12]]
+
+
+# Animations
+
+
+def gif_frames(path):
+    """(frames as RGB uint8 [K, H, W, 3], milliseconds of each, how often it runs: 0 is for ever)."""
+    with Image.open(path) as gif:
+        frames, milliseconds, loop = [], [], gif.info.get("loop")
+        for k in range(gif.n_frames):
+            gif.seek(k)
+            frames.append(np.asarray(gif.convert("RGB")))
+            milliseconds.append(gif.info["duration"])
+    return np.stack(frames), milliseconds, loop
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gif_shows_each_frame_and_runs_for_ever(tmp_path, channels):
+    path, frames = tmp_path / "steps.gif", random_uint8(5, 50, 60, channels) // 64 * 85  # 64 colours: none is lost
+    images.save_gif(str(path), frames, milliseconds=70)
+    shown, milliseconds, loop = gif_frames(path)
+    np.testing.assert_array_equal(shown, frames.repeat(3, axis=3) if channels == 1 else frames)
+    assert milliseconds == [70] * 5 and loop == 0
+    assert os.listdir(tmp_path) == ["steps.gif"]
+
+
+def test_a_gif_of_many_colours_stays_near_them(tmp_path):
+    ramp = np.stack(np.meshgrid(np.arange(0, 256, 4), np.arange(0, 256, 4), [128]), axis=-1).reshape(64, 64, 3)
+    images.save_gif(str(tmp_path / "a.gif"), np.stack([ramp, ramp[::-1]]).astype(np.uint8))
+    shown, _, _ = gif_frames(tmp_path / "a.gif")
+    assert np.abs(shown[0].astype(int) - ramp).max() <= 16  # 4096 colours of a plane in 256: a 16th of each axis
+
+
+def test_frames_that_do_not_change_take_their_time(tmp_path):
+    frames = np.stack([np.full((48, 48, 1), grey, np.uint8) for grey in (0, 9, 9, 9, 0)])
+    images.save_gif(str(tmp_path / "a.gif"), frames, milliseconds=40)
+    assert gif_frames(tmp_path / "a.gif")[1] == [40, 120, 40]
+    images.save_gif(str(tmp_path / "b.gif"), frames[1:4], milliseconds=40)
+    assert gif_frames(tmp_path / "b.gif")[0].shape == (1, 48, 48, 3)
+
+
+def test_small_gifs_are_enlarged_pixel_by_pixel(tmp_path):
+    frames = random_uint8(2, 3, 5, 1)
+    images.save_gif(str(tmp_path / "a.gif"), frames)
+    shown, _, _ = gif_frames(tmp_path / "a.gif")
+    np.testing.assert_array_equal(shown[..., :1], frames.repeat(16, axis=1).repeat(16, axis=2))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_what_is_transparent_is_white_in_a_gif(tmp_path, channels):
+    frames = np.zeros((2, 48, 48, channels), np.uint8)
+    frames[0, :, 16:, -1], frames[0, :, 32:, -1], frames[1, ..., -1] = 51, 255, 255  # black: none, a fifth, all of it
+    images.save_gif(str(tmp_path / "a.gif"), frames)
+    shown, _, _ = gif_frames(tmp_path / "a.gif")
+    assert shown[0, 0, [0, 20, 40]].tolist() == [[255] * 3, [204] * 3, [0] * 3] and shown[1].max() == 0
 
 
 # Channels

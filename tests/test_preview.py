@@ -16,6 +16,7 @@ from improved_diffusion.config import UserError
 from improved_diffusion.low_res import downsample, pairs
 from improved_diffusion.preview import PREVIEWS, PreviewGrid, build_previews
 from improved_diffusion.samplers import SeededNoise
+from improved_diffusion.script_util import create_gaussian_diffusion
 from improved_diffusion.train_util import TrainLoop
 
 
@@ -101,21 +102,18 @@ def test_training_goes_on_as_if_there_were_no_grids(tmp_path):
 
 
 def options_for(**changes):
-    defaults = dict(
-        sample_interval=5, seed=3, diffusion_steps=30, learn_sigma=True, sigma_small=False, noise_schedule="cosine",
-        predict_xstart=False, rescale_timesteps=False, channels=3, class_cond=False, num_classes=0,
-    )  # fmt: skip
+    defaults = dict(sample_interval=5, seed=3, channels=3, class_cond=False, num_classes=0)
     return SimpleNamespace(**{**defaults, **changes})
 
 
 def test_without_sample_interval_there_are_no_grids():
-    assert build_previews(options_for(sample_interval=0), None) == []
+    assert build_previews(options_for(sample_interval=0), make_diffusion(), None) == []
 
 
 @pytest.mark.parametrize(("steps", "drawn"), [(30, 25), (10, 10)])
 def test_few_steps_and_the_classes_in_turn(steps, drawn):
-    options = options_for(image_size=(8, 4), class_cond=True, num_classes=3, diffusion_steps=steps)
-    [(interval, grid)] = build_previews(options, None)
+    options = options_for(image_size=(8, 4), class_cond=True, num_classes=3)
+    [(interval, grid)] = build_previews(options, make_diffusion(steps), None)
     assert interval == 5 and grid.shape == (3, 8, 4) and grid.count == PREVIEWS and grid.seed == 3
     assert grid.model_kwargs["y"].tolist() == [i % 3 for i in range(PREVIEWS)]
     assert grid.diffusion.num_timesteps == drawn
@@ -127,7 +125,7 @@ def test_super_resolution_starts_from_the_first_training_images(class_cond, tmp_
     dataset = training if class_cond else [(image, {}) for image, _ in training]
     data = SimpleNamespace(stream=SimpleNamespace(dataset=dataset, usable=np.array([0, 2, 3, 4, 5])))  # 1: unreadable
     options = options_for(large_size=8, small_size=4, class_cond=class_cond, num_classes=3)
-    [(_, grid)] = build_previews(options, data)
+    [(_, grid)] = build_previews(options, make_diffusion(), data)
     first = th.from_numpy(np.stack([training[i][0] for i in data.stream.usable]))
     assert grid.count == 5 and th.equal(grid.model_kwargs["low_res"], downsample(first, 4))
     assert grid.model_kwargs.keys() == ({"low_res", "y"} if class_cond else {"low_res"})
@@ -145,7 +143,8 @@ def test_super_resolution_shows_the_small_image_beside_the_sample(tmp_path):
 
     low_res = th.rand(4, 3, 4, 4) * 2 - 1
     [(_, grid)] = build_previews(
-        options_for(large_size=8, small_size=4, predict_xstart=True),
+        options_for(large_size=8, small_size=4),
+        create_gaussian_diffusion(steps=30, learn_sigma=True, noise_schedule="cosine", predict_xstart=True),
         SimpleNamespace(stream=SimpleNamespace(dataset=[(x.numpy(), {}) for x in low_res], usable=np.arange(4))),
     )
     grid.out_dir = str(tmp_path)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from helpers import assert_golden, golden
 
-from improved_diffusion.schedules import betas_for_alpha_bar, get_named_beta_schedule
+from improved_diffusion.schedules import (
+    betas_for_alpha_bar,
+    get_named_beta_schedule,
+    shift_schedule,
+    zero_terminal_snr,
+)
 
 SCHEDULES = golden("schedules")
 
@@ -48,5 +53,55 @@ def test_max_beta_bounds_the_betas():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(NotImplementedError, match=r"quadratic.*linear or cosine"):
+    with pytest.raises(NotImplementedError, match=r"quadratic.*linear, cosine or sigmoid"):
         get_named_beta_schedule("quadratic", 10)
+
+
+# Beyond the published
+
+
+def snr(betas):
+    alpha_bar = np.cumprod(1 - betas)
+    return alpha_bar / (1 - alpha_bar)
+
+
+@pytest.mark.parametrize("T", [1, 10, 1000])
+def test_sigmoid_follows_its_alpha_bar_until_the_clip(T):
+    """Jabri et al. 2022, alg. 2 with start -3, end 3, tau 1; by tanh, of which the sigmoid is half."""
+    betas = get_named_beta_schedule("sigmoid", T)
+    u = np.arange(1, T + 1) / T
+    expected = (np.tanh(1.5) - np.tanh(3 * u - 1.5)) / (2 * np.tanh(1.5))
+    assert betas[-1] == 0.999 and (betas > 0).all()
+    np.testing.assert_allclose(np.cumprod(1 - betas)[:-1], expected[:-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("shift", [0.5, 2.0, 4.0])
+def test_a_shift_divides_the_snr_by_its_square(name, shift):
+    betas = get_named_beta_schedule(name, 100)
+    shifted = shift_schedule(betas, shift)
+    assert ((shifted > 0) & (shifted <= 1)).all()
+    np.testing.assert_allclose(snr(shifted), snr(betas) / shift**2, rtol=1e-7)
+    np.testing.assert_allclose(shift_schedule(betas, 1.0), betas, rtol=1e-9)
+
+
+def test_the_shifted_cosine_is_the_papers():
+    """Hoogeboom et al. 2023, eq. 5: log SNR = -2 log tan(pi t / 2) + 2 log(64 / d), for d = 256."""
+    T = 2000
+    t = np.arange(1, T + 1) / T
+    expected = -2 * np.log(np.tan(np.pi * t[400:1600] / 2)) + 2 * np.log(64 / 256)
+    found = np.log(snr(shift_schedule(get_named_beta_schedule("cosine", T), 256 / 64)))[400:1600]
+    np.testing.assert_allclose(found, expected, atol=0.08)  # but for the published offset of 0.008
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_step(name):
+    betas = get_named_beta_schedule(name, 100)
+    rescaled = zero_terminal_snr(betas)
+    alpha_bar = np.cumprod(1 - rescaled)
+    assert rescaled[-1] == 1 and alpha_bar[-1] == 0
+    assert ((rescaled > 0) & (rescaled <= 1)).all()
+    assert alpha_bar[0] == pytest.approx(1 - betas[0], rel=1e-12)
+    root, before = np.sqrt(alpha_bar), np.sqrt(np.cumprod(1 - betas))  # moved and stretched: a line of the other
+    line = np.polyfit(before, root, 1)
+    np.testing.assert_allclose(root, np.polyval(line, before), atol=1e-12)

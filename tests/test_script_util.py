@@ -66,6 +66,8 @@ def test_create_gaussian_diffusion_has_the_published_defaults():
     assert {name: p.default for name, p in parameters.items()} == dict(
         steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
         rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+        # Ours, which change nothing unless given.
+        predict_v=False, schedule_shift=1.0, zero_terminal_snr=False, min_snr_gamma=0.0,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ arguments. Standard library only.
 
 from .base import (
     NUM_CLASSES,
+    PRECISIONS,
     Config,
     UserError,
     comma_list,
@@ -17,24 +18,63 @@ from .base import (
     str2bool,
     unknown_name,
 )
-from .model import DiffusionConfig, ModelConfig, SuperResConfig, fixed_names
+from .model import (
+    ClassifierConfig,
+    DiffusionConfig,
+    GuidedModelConfig,
+    ModelConfig,
+    ProcessConfig,
+    SuperResConfig,
+    fixed_names,
+)
 from .run import RunConfig
-from .sampling import BaseSamplesConfig, NLLConfig, SampleConfig
+from .sampling import SAMPLERS, BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
 from .training import (
     LR_SCHEDULES,
     MAX_SIGMA_REL,
-    PRECISIONS,
     TRACKERS,
     DataConfig,
     PosthocConfig,
+    ProgressConfig,
     SourceConfig,
     TrainConfig,
     WatchConfig,
 )
 
 __all__ = [
-    "LR_SCHEDULES", "MAX_SIGMA_REL", "NUM_CLASSES", "PRECISIONS", "TRACKERS", "BaseSamplesConfig", "Config",
-    "DataConfig", "DiffusionConfig", "ModelConfig", "NLLConfig", "PosthocConfig", "RunConfig", "SampleConfig",
-    "SourceConfig", "SuperResConfig", "TrainConfig", "UserError", "WatchConfig", "comma_list", "extra", "fixed_names",
-    "from_dict", "height_width", "option", "parse_size", "str2bool", "unknown_name",
+    "LR_SCHEDULES",
+    "MAX_SIGMA_REL",
+    "NUM_CLASSES",
+    "PRECISIONS",
+    "SAMPLERS",
+    "TRACKERS",
+    "BaseSamplesConfig",
+    "ClassifierConfig",
+    "Config",
+    "DataConfig",
+    "DiffusionConfig",
+    "GuidanceConfig",
+    "GuidedModelConfig",
+    "ModelConfig",
+    "NLLConfig",
+    "PosthocConfig",
+    "ProcessConfig",
+    "ProgressConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SamplerConfig",
+    "SourceConfig",
+    "SuperResConfig",
+    "TrainConfig",
+    "UserError",
+    "WatchConfig",
+    "comma_list",
+    "extra",
+    "fixed_names",
+    "from_dict",
+    "height_width",
+    "option",
+    "parse_size",
+    "str2bool",
+    "unknown_name",
 ]  # fmt: skip

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+FEW_NAMES = 20  # are all listed where one is misspelt
 NUM_CLASSES = 1000  # of a class-conditional model, where nothing says otherwise
 
 
@@ -18,8 +20,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose from: {', '.join(known)}"
-    return UserError(f"unknown {kind} {name!r}: {hint}")
+    hints = [f"did you mean {near[0]}?"] if near else []
+    if not near or len(known) <= FEW_NAMES:
+        hints.append(f"choose from: {', '.join(known)}")
+    return UserError(f"unknown {kind} {name!r}: {' '.join(hints)}")
 
 
 def str2bool(value: str | bool) -> bool:

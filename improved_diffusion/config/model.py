@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,10 +10,40 @@ from .base import Config, UserError, comma_list, extra, height_width, option, pa
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Config):
-    """The network."""
+class NetworkConfig(Config):
+    """What every network has."""
 
     image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
+    dropout: float = option(0.0, "dropout probability inside the residual blocks, while training")
+    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    channels: int = extra(3, "channels of the images: 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha", fixed=True)
+    num_classes: int = extra(
+        0, "classes of a conditional model; 0: counted from the data, or as the checkpoint says", fixed=True
+    )
+    channel_mult: str = extra(
+        "", "width of each level in units of the network's, comma-separated; empty: by image size", fixed=True
+    )
+
+    def validate(self) -> None:
+        self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        self.require(1 <= self.channels <= 4, "channels", "must be 1 to 4")
+        self.require(self.num_classes >= 0, "num_classes", "must not be negative")
+        self.require_numbers("channel_mult", float)
+
+    def require_numbers(self, name: str, kind: Callable[[str], Any]) -> None:
+        """Raise UserError where an option is not a list of positive numbers."""
+        try:
+            numbers = comma_list(getattr(self, name), kind)
+        except ValueError:
+            raise UserError(f"--{name} {getattr(self, name)!r}: expected numbers such as 16,8") from None
+        if any(number <= 0 for number in numbers):
+            raise UserError(f"--{name} {getattr(self, name)!r}: every number must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(NetworkConfig):
+    """The network."""
+
     num_channels: int = option(128, "width of the network's first level, a multiple of 32", fixed=True)
     num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
     num_heads: int = option(4, "attention heads", fixed=True)
@@ -20,66 +51,110 @@ class ModelConfig(Config):
     attention_resolutions: str = option(
         "16,8", "sides in pixels of the levels that have attention, comma-separated", fixed=True
     )
-    dropout: float = option(0.0, "dropout probability inside the residual blocks, while training")
     class_cond: bool = option(False, "condition the model on the images' classes", fixed=True)
-    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    label_drop: float = extra(
+        0.0, "share of training images whose class is hidden, 0.1 for classifier-free guidance (Ho & Salimans 2022)"
+    )
     use_scale_shift_norm: bool = option(
         True, "timestep and class scale and shift the norms, rather than being added", fixed=True
     )
-    channels: int = extra(3, "channels of the images: 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha", fixed=True)
-    num_classes: int = extra(
-        0, "classes of a conditional model; 0: counted from the data, or as the checkpoint says", fixed=True
-    )
-    channel_mult: str = extra(
-        "", "width of each level in units of num_channels, comma-separated; empty: by image size", fixed=True
-    )
 
     def validate(self) -> None:
+        super().validate()
         self.require(self.num_channels > 0 and self.num_channels % 32 == 0, "num_channels", "must be a multiple of 32")
         self.require(self.num_res_blocks >= 1, "num_res_blocks", "must be at least 1")
+        self.require(0 <= self.label_drop < 1, "label_drop", "must be in [0, 1)")
         self.require(self.num_heads >= 1, "num_heads", "must be at least 1")
         self.require(
             self.num_heads_upsample == -1 or self.num_heads_upsample >= 1,
             "num_heads_upsample",
             "must be -1 or positive",
         )
-        self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
-        self.require(1 <= self.channels <= 4, "channels", "must be 1 to 4")
-        self.require(self.num_classes >= 0, "num_classes", "must not be negative")
-        for name, kind in (("attention_resolutions", int), ("channel_mult", float)):
-            try:
-                numbers = comma_list(getattr(self, name), kind)
-            except ValueError:
-                raise UserError(f"--{name} {getattr(self, name)!r}: expected numbers such as 16,8") from None
-            if any(number <= 0 for number in numbers):
-                raise UserError(f"--{name} {getattr(self, name)!r}: every number must be positive")
+        self.require_numbers("attention_resolutions", int)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig(Config):
-    """The forward process and what the network predicts."""
+class ClassifierConfig(NetworkConfig):
+    """The classifier of noisy images."""
 
-    learn_sigma: bool = option(False, "learn the variance as well (IDDPM sec. 3.1)", fixed=True)
-    sigma_small: bool = option(False, "with a fixed variance, take the posterior's (small) rather than beta (large)")
+    classifier_width: int = extra(128, "width of the classifier's first level, a multiple of 32", fixed=True)
+    classifier_depth: int = extra(2, "residual blocks on each level of the classifier", fixed=True)
+    classifier_attention_resolutions: str = extra(
+        "32,16,8", "sides in pixels of the classifier's levels that have attention, comma-separated", fixed=True
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        width = self.classifier_width
+        self.require(width > 0 and width % 32 == 0, "classifier_width", "must be a multiple of 32")
+        self.require(self.classifier_depth >= 1, "classifier_depth", "must be at least 1")
+        self.require_numbers("classifier_attention_resolutions", int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedModelConfig(Config):
+    """The diffusion model that the classifier is to guide."""
+
+    model_path: str = extra(
+        "", "its checkpoint, which settles the images' size and channels and the noise; empty: they come as flags"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig(Config):
+    """The forward process: how an image becomes noise, and which timesteps a network is told."""
+
     diffusion_steps: int = option(1000, "T, the number of noise levels the model is trained on", fixed=True)
     noise_schedule: str = option(
-        "linear", "how alpha_bar falls over the steps", choices=("linear", "cosine"), fixed=True
+        "linear", "how alpha_bar falls over the steps", choices=("linear", "cosine", "sigmoid"), fixed=True
     )
-    timestep_respacing: str = option(
-        "", "steps to use: a count (250), counts per section (10,15,20) or a DDIM stride (ddim50); empty: all"
-    )
-    use_kl: bool = option(False, "train on the variational bound alone (L_vlb) rather than the hybrid loss")
-    predict_xstart: bool = option(False, "the network predicts x_0 rather than the noise", fixed=True)
     rescale_timesteps: bool = option(True, "the network sees t * 1000/T rather than t", fixed=True)
-    rescale_learned_sigmas: bool = option(True, "weigh the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
+    schedule_shift: float = extra(
+        1.0, "divide the schedule's SNR by its square: image_size / 64 for larger images (Hoogeboom 2023)", fixed=True
+    )
+    zero_terminal_snr: bool = extra(
+        False, "rescale the schedule to end in pure noise (Lin et al. 2024); needs predict_v", fixed=True
+    )
 
     def validate(self) -> None:
         self.require(self.diffusion_steps >= 1, "diffusion_steps", "must be at least 1")
+        self.require(0 < self.schedule_shift < 1000, "schedule_shift", "must be in (0, 1000)")
+        if self.zero_terminal_snr and self.diffusion_steps < 2:
+            raise UserError(f"--zero_terminal_snr needs more than --diffusion_steps {self.diffusion_steps}")
         if self.noise_schedule == "linear" and self.diffusion_steps < 20:
             raise UserError(
                 f"--diffusion_steps {self.diffusion_steps} with --noise_schedule linear makes a beta above 1: "
                 "take at least 20 steps, or --noise_schedule cosine"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig(ProcessConfig):
+    """The forward process and what the network predicts."""
+
+    learn_sigma: bool = option(False, "learn the variance as well (IDDPM sec. 3.1)", fixed=True)
+    sigma_small: bool = option(False, "with a fixed variance, take the posterior's (small) rather than beta (large)")
+    timestep_respacing: str = option(
+        "", "steps to use: a count (250), counts per section (10,15,20) or a DDIM stride (ddim50); empty: all"
+    )
+    use_kl: bool = option(False, "train on the variational bound alone (L_vlb) rather than the hybrid loss")
+    predict_xstart: bool = option(False, "the network predicts x_0 rather than the noise", fixed=True)
+    rescale_learned_sigmas: bool = option(True, "weigh the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
+    predict_v: bool = extra(False, "the network predicts v rather than the noise (Salimans & Ho 2022)", fixed=True)
+    min_snr_gamma: float = extra(0.0, "weigh the squared error by min(SNR, gamma), 5 in Hang et al. 2023; 0: not")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(self.min_snr_gamma >= 0, "min_snr_gamma", "must not be negative")
+        if self.predict_v and self.predict_xstart:
+            raise UserError("--predict_v contradicts --predict_xstart: the network predicts one of them")
+        if self.zero_terminal_snr and not (self.predict_v or self.predict_xstart):
+            raise UserError(
+                "--zero_terminal_snr needs --predict_v True: where there is no signal, the noise says nothing of the "
+                "image"
+            )
+        if self.min_snr_gamma and self.use_kl:
+            raise UserError("--min_snr_gamma weighs the squared error, which --use_kl leaves out: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,5 +174,5 @@ class SuperResConfig(Config):
 
 def fixed_names() -> set[str]:
     """The options that training decides and sampling may not contradict."""
-    groups = (ModelConfig, DiffusionConfig, SuperResConfig)
+    groups = (ModelConfig, DiffusionConfig, SuperResConfig, ClassifierConfig)
     return {f.name for group in groups for f in fields(group) if f.metadata["fixed"]}

@@ -2,27 +2,109 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from .base import Config, extra, option
+from .base import PRECISIONS, Config, UserError, comma_list, extra, option
+
+SAMPLERS = (
+    "auto", "ancestral", "ddim", "plms", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "unipc_3", "euler", "heun",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(Config):
+    """How to walk from noise to an image."""
+
+    use_ddim: bool = option(False, "deterministic DDIM steps (the same as --sampler ddim)")
+    clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1] at every step")
+    ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling")
+    sampler: str = extra("auto", "the rule of each step; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
+    steps: int = extra(
+        0, "steps to take, 1 to diffusion_steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others"
+    )
+    timestep_grid: str = extra(
+        "auto",
+        "where the steps lie: uniform, ddim, trailing, logsnr, karras, quadratic, or timesteps such as 0,10.5,500,999; "
+        "auto: what suits the sampler",
+    )
+    churn: float = extra(0.0, "S_churn of euler and heun: noise added and removed again on the way (EDM alg. 2)")
+    churn_min: float = extra(0.0, "S_tmin, the noise level sigma below which there is no churn")
+    churn_max: float = extra(math.inf, "S_tmax, the noise level sigma above which there is no churn")
+    churn_noise: float = extra(1.0, "S_noise, the standard deviation of the noise that churn adds")
+    dynamic_threshold: float = extra(
+        0.0, "percentile, such as 0.995, of |x_0| that is scaled to 1 where it is more (Imagen); 0: none"
+    )
+    print_steps: bool = extra(False, "print the steps, with their noise levels, and draw nothing")
+    precision: str = extra("fp32", "arithmetic of the network's torso", choices=PRECISIONS)
+    channels_last: bool = extra(False, "lay images out channels last: faster on GPUs in bf16 and fp16")
+    compile: bool = extra(False, "compile the network by torch.compile: minutes at the start, then faster")
+
+    def validate(self) -> None:
+        for name in ("ddim_eta", "steps", "churn", "churn_min", "churn_noise"):
+            self.require(getattr(self, name) >= 0, name, "must not be negative")
+        self.require(0 <= self.dynamic_threshold <= 1, "dynamic_threshold", "must be in [0, 1], such as 0.995")
+        self.require(self.churn_max > self.churn_min, "churn_max", f"must be more than --churn_min {self.churn_min}")
+        if self.use_ddim and self.sampler not in ("auto", "ddim"):
+            raise UserError(f"--use_ddim contradicts --sampler {self.sampler}: give one of them")
+        if self.churn and self.sampler not in ("euler", "heun"):
+            raise UserError(f"--churn {self.churn} is for --sampler euler or heun, not {self.sampler}")
+        if self.ddim_eta and not (self.use_ddim or self.sampler == "ddim"):
+            raise UserError(f"--ddim_eta {self.ddim_eta} is for --sampler ddim, not {self.sampler}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(Config):
+    """Guidance."""
+
+    guidance_scale: float = extra(
+        1.0, "how far to go from the guide's prediction through the model's (classifier-free guidance); 1: no guidance"
+    )
+    guide_path: str = extra(
+        "", "guide by this checkpoint, a weaker or unconditional one, rather than by the model with its class hidden"
+    )
+    guidance_interval: str = extra(
+        "", "lowest and highest noise level sigma at which guidance acts, such as 0.3,5; empty: everywhere"
+    )
+    guidance_rescale: float = extra(0.0, "share of the contrast to restore, 0.7 in Lin et al. 2024; 0: none")
+    classifier_path: str = extra("", "classifier to guide by, as classifier_train.py makes it")
+    classifier_scale: float = extra(1.0, "what the gradient of --classifier_path counts")
+
+    def validate(self) -> None:
+        for name in ("guidance_scale", "classifier_scale"):
+            self.require(getattr(self, name) >= 0, name, "must not be negative")
+        self.require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "must be in [0, 1]")
+        if self.guidance_interval:
+            try:
+                low, high = comma_list(self.guidance_interval, float)
+            except ValueError:
+                raise UserError(
+                    f"--guidance_interval {self.guidance_interval!r}: expected two noise levels such as 0.3,5"
+                ) from None
+            self.require(0 <= low < high, "guidance_interval", "must go from a lower noise level to a higher one")
+        if self.guide_path and self.guidance_scale == 1:
+            raise UserError(f"--guide_path {self.guide_path} does nothing at --guidance_scale 1: give more, such as 2")
+        if self.guidance_rescale and self.guidance_scale == 1:
+            raise UserError(f"--guidance_rescale {self.guidance_rescale} does nothing at --guidance_scale 1: give more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Config):
-    """What to draw, and how."""
+    """What to draw."""
 
     model_path: str = option("", "checkpoint to sample from, preferably an ema_*.pt")
     num_samples: int = option(10000, "images to make; super-resolution makes one of each base image unless told")
     batch_size: int = option(16, "images at once on each rank")
-    use_ddim: bool = option(False, "deterministic DDIM steps rather than ancestral sampling")
-    clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1] at every step")
-    ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling")
     classes: str = extra("", "classes to draw, by name or index, comma-separated, in turn; empty: random ones")
+    save_steps: int = extra(
+        0,
+        "show how the first samples come about, by so many predictions of x_0 on the way: steps.png, steps.gif; 0: not",
+    )
 
     def validate(self) -> None:
         self.require(self.num_samples >= 1, "num_samples", "must be at least 1")
         self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
-        self.require(self.ddim_eta >= 0, "ddim_eta", "must not be negative")
+        self.require(self.save_steps >= 0, "save_steps", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

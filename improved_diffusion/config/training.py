@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .base import Config, UserError, comma_list, extra, option, unknown_name
+from .base import PRECISIONS, Config, UserError, comma_list, extra, option, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,6 @@ class DataConfig(SourceConfig):
         self.require(self.num_workers >= 0, "num_workers", "must not be negative")
 
 
-PRECISIONS = ("fp32", "bf16", "fp16")
 MAX_SIGMA_REL = 0.28  # of a power-function average; a little less than that of the plain mean, 12^-1/2
 LR_SCHEDULES = ("auto", "constant", "linear", "cosine", "one-cycle")
 
@@ -128,22 +127,34 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchConfig(Config):
-    """What a run shows of itself."""
+class ProgressConfig(Config):
+    """How a run is watched."""
 
-    sample_interval: int = extra(0, "steps between grids of samples, of the model and of its first EMA; 0: none")
-    val_dir: str = extra("", "held-out images, given as data_dir is, on which the loss and bits/dim are watched")
+    val_dir: str = extra(
+        "",
+        "held-out images, given as data_dir is, on which the loss and bits/dim (a classifier's accuracy) are watched",
+    )
     val_interval: int = extra(5000, "steps between evaluations on val_dir")
     val_images: int = extra(512, "images of val_dir to evaluate; at most all there are")
     trackers: str = extra("", "where the log goes besides the files, comma-separated: tensorboard, wandb")
 
     def validate(self) -> None:
-        self.require(self.sample_interval >= 0, "sample_interval", "must not be negative")
         for name in ("val_interval", "val_images"):
             self.require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in comma_list(self.trackers, str.strip):
             if name not in TRACKERS:
                 raise unknown_name("--trackers", name, TRACKERS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig(ProgressConfig):
+    """What a run shows of itself."""
+
+    sample_interval: int = extra(0, "steps between grids of samples, of the model and of its first EMA; 0: none")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(self.sample_interval >= 0, "sample_interval", "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,50 @@
+"""The kernel distance."""
+
+import numpy as np
+import pytest
+
+from improved_diffusion.evaluation import kid
+from improved_diffusion.evaluation.kid import kernel_distance
+
+
+def features(n, d=8, seed=0, shift=0.0):
+    return np.random.default_rng(seed).normal(shift, 1, (n, d))
+
+
+def by_hand(x, y):
+    """Binkowski et al. 2018, eq. 3: means over the pairs of different points."""
+
+    def kernel(a, b):
+        return (sum(p * q for p, q in zip(a, b)) / len(a) + 1) ** 3
+
+    def within(points):
+        return np.mean([kernel(a, b) for i, a in enumerate(points) for j, b in enumerate(points) if i != j])
+
+    return within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+@pytest.mark.parametrize("rows", [7, 2048])
+def test_the_value_is_the_mean_over_all_pairs(rows, monkeypatch):
+    monkeypatch.setattr(kid, "ROWS", rows)
+    x, y = features(43), features(51, seed=1, shift=0.3)
+    assert kernel_distance(x, y).value == pytest.approx(by_hand(x, y), rel=1e-10)
+
+
+def test_it_is_unbiased_and_its_error_is_that_of_repetition():
+    """Of two sets of one distribution the mean is 0, and the standard error is what repetitions show."""
+    results = [kernel_distance(features(200, seed=2 * i), features(150, seed=2 * i + 1)) for i in range(200)]
+    values = np.array([result.value for result in results])
+    assert abs(values.mean()) < 4 * values.std() / np.sqrt(200)
+    assert np.mean([result.standard_error for result in results]) == pytest.approx(values.std(), rel=0.35)
+
+
+def test_it_grows_with_the_distance():
+    values = [kernel_distance(features(300), features(300, seed=1, shift=s)).value for s in (0, 0.2, 0.4, 0.8)]
+    assert values == sorted(values) and values[-1] > 1
+
+
+def test_sets_that_cannot_be_compared_are_named():
+    with pytest.raises(ValueError, match="8 and 4 dimensions"):
+        kernel_distance(features(50), features(50, d=4))
+    with pytest.raises(ValueError, match="30 images are too few: take at least 40"):
+        kernel_distance(features(50), features(30))
