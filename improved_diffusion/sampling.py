@@ -38,11 +38,13 @@ OTHER_GRID = "logsnr"
 class Sampler:
     """A rule on the steps that it takes.
 
+    :param grid: what its timesteps are called.
     :param make_rule: gives a fresh rule for each batch.
     :param path: the timesteps of `diffusion` to visit; -1 is the image.
     """
 
     name: str
+    grid: str
     diffusion: SpacedDiffusion
     make_rule: Callable[[], Rule]
     path: Sequence[int]
@@ -83,7 +85,10 @@ class Sampler:
 
     def describe(self) -> str:
         """One line on the steps."""
-        return f"{self.name}, {self.steps} steps, {self.evaluations} evaluations of the network for each image"
+        return (
+            f"{self.name}, {self.steps} steps, {self.evaluations} evaluations of the network for each image "
+            f"(timestep grid: {self.grid})"
+        )
 
     def table(self) -> str:
         """The steps, one to a line, with their noise levels."""
@@ -99,6 +104,7 @@ def build_sampler(options: argparse.Namespace, diffusion: SpacedDiffusion) -> Sa
     name = options.sampler
     if name == "auto":
         name = "ddim" if options.use_ddim else "ancestral"
+    grid = options.timestep_respacing or "uniform"
     path: Sequence[int] = straight_path(diffusion.num_timesteps)
     base = diffusion.base_alphas_cumprod
     if not options.timestep_respacing and (options.steps or options.timestep_grid != "auto" or name not in PUBLISHED):
@@ -115,7 +121,7 @@ def build_sampler(options: argparse.Namespace, diffusion: SpacedDiffusion) -> Sa
     elif options.churn:
         raise UserError(f"--churn {options.churn} needs --steps, rather than --timestep_respacing")
     threshold = dynamic_threshold(options.dynamic_threshold) if options.dynamic_threshold else None
-    return Sampler(name, diffusion, _maker(name, options), path, options.clip_denoised, threshold)
+    return Sampler(name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold)
 
 
 def _maker(name: str, options: argparse.Namespace) -> Callable[[], Rule]:

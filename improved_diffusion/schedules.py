@@ -74,13 +74,13 @@ def alpha_bar_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def sigma_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The noise levels [K] in EDM's unit, sqrt(1/alpha_bar - 1), at any timesteps t [K]; inf where there is no signal."""
+    """The noise levels [K] at any timesteps t [K], in EDM's unit sqrt(1/alpha_bar - 1); inf without a signal."""
     with np.errstate(divide="ignore"):
         return np.sqrt(1 / alpha_bar_at(alpha_bar, t) - 1)
 
 
 def timestep_of_sigma(alpha_bar: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """The timesteps t [K] in [0, T-1], rarely whole, of noise levels sigma [K] in EDM's unit; sigma_at the other way."""
+    """The timesteps t [K] in [0, T-1], rarely whole, of noise levels sigma [K] in EDM's unit: sigma_at's inverse."""
     return np.interp(np.arctan(sigma), _angle(alpha_bar), np.arange(len(alpha_bar)))
 
 

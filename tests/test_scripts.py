@@ -542,7 +542,7 @@ def test_super_resolution_of_one_image_many_times(upsampler, small_images, tmp_p
 def test_super_resolution_of_a_larger_photo_resizes_it(upsampler, animals, tmp_path):
     args = ["--model_path", upsampler, "--base_samples", animals / "cat_00.png", "--out_dir", "large"]
     result = call("super_res_sample", *args, cwd=tmp_path).succeed()
-    assert "base images of 20x20 are resized and centre-cropped to --small_size 8" in result.out
+    assert "images of 20x20 are resized and centre-cropped to --small_size 8" in result.out
     assert samples_of(tmp_path / "large")[0].shape == (1, 16, 16, 3)
 
 

@@ -1,0 +1,136 @@
+"""How good the samples of each rule are for the number of evaluations that they cost.
+
+    python datasets/digits.py --out_dir data/digits
+    python scripts/image_train.py --config datasets/digits.json --data_dir data/digits/train --label_drop 0.1 \\
+        --dropout 0.1 --max_steps 8000 --lr 0.001 --ema_rate 0.999 --out_dir runs/digits_long
+    python benchmarks/sampler_quality.py --model_path runs/digits_long/ema_0.999_008000.pt --data_dir data/digits
+
+The measure is the kernel distance (improved_diffusion/evaluation/kid.py) between the features of samples and of all
+real images; the features are those of a classifier trained on the real training images here, or of a TorchScript module
+that maps uint8 [N, 3, H, W] to [N, D] (--features). All rules start from the same noises, so that those without
+randomness of their own are also compared, pixel by pixel, with where their common equation ends. Writes
+benchmarks/results/sampler_quality_<name>.json and .png, and prints the table. What is in the json already is kept, so
+that an interrupted run goes on.
+"""
+
+import json
+
+import numpy as np
+import torch as th
+from judges import RESULTS, Classifier, Drawer, parser, real_images
+
+from improved_diffusion.evaluation.kid import kernel_distance
+from improved_diffusion.samplers import RULES
+
+EVALUATIONS = (5, 8, 10, 15, 20, 50)
+MANY = (100, 250, 1000)  # of the ancestral rule alone
+BASELINE = ("ancestral", 250)
+RANDOM = ("ancestral", "dpmpp_2m_sde")
+EXACT = ["--sampler", "dpmpp_3m", "--steps", "250", "--timestep_grid", "logsnr"]  # nearly, for the comparison
+COMPARED = 500  # samples, with it
+
+
+def steps_for(rule, evaluations):
+    """The most steps that cost no more evaluations."""
+    return max(n for n in range(1, evaluations + 1) if RULES[rule]().evaluations(n) <= evaluations)
+
+
+class ScriptedFeatures:
+    """The features of a TorchScript module."""
+
+    def __init__(self, path):
+        self.module = th.jit.load(path).eval()
+
+    @th.no_grad()
+    def judge(self, images):
+        x = th.from_numpy(images).permute(0, 3, 1, 2)
+        return th.cat([self.module(part) for part in x.split(500)]).float().cpu().numpy(), None
+
+
+def plot(path, rows):
+    """KID against evaluations, a line for each rule, with the ancestral baseline's band."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    base = next(row for row in rows if (row["rule"], row["asked"]) == BASELINE)
+    low, high = base["kid"] - base["standard_error"], base["kid"] + base["standard_error"]
+    axes.axhspan(low, high, color="0.9", label=f"{BASELINE[0]}, {BASELINE[1]} evaluations, +- 1 standard error")
+    for rule, marker in zip(RULES, "ovs^D<>PX*"):
+        line = sorted((row["evaluations"], row["kid"], row["standard_error"]) for row in rows if row["rule"] == rule)
+        x, y, error = zip(*line)
+        axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=rule)
+    # Near 0 an unbiased estimate may be negative.
+    axes.set_yscale("symlog", linthresh=max(abs(base["kid"]), base["standard_error"]))
+    axes.set_xscale("log")
+    axes.set_xlabel("evaluations of the network for each image")
+    axes.set_ylabel("kernel distance to real images")
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def table(rows, columns, text):
+    """Markdown: a row for each rule, a column for each number of evaluations; text(row) in the cells."""
+    lines = ["| rule (grid) | " + " | ".join(map(str, columns)) + " |", "|---|" + "---|" * len(columns)]
+    for rule in RULES:
+        cells = {row["asked"]: row for row in rows if row["rule"] == rule}
+        if cells:
+            texts = [text(cells[n]) if n in cells else "" for n in columns]
+            lines.append(f"| {rule} ({next(iter(cells.values()))['grid']}) | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    args = parser(__doc__)
+    args.add_argument("--features", default="", help="TorchScript module; empty: a classifier trained here")
+    args.add_argument("--rules", default=",".join(RULES), help="comma-separated (default: all)")
+    args.add_argument("--evaluations", default=",".join(map(str, EVALUATIONS)), help="comma-separated")
+    args.add_argument("--timestep_grid", default="auto", help="of all rules; auto: each one's own")
+    args = args.parse_args()
+    drawer = Drawer(args.model_path, args.batch_size)
+    sets = [real_images(f"{args.data_dir}/{part}", drawer.image_size, drawer.channels) for part in ("train", "test")]
+    if args.features:
+        judge = ScriptedFeatures(args.features)
+    else:
+        judge = Classifier(drawer.channels, drawer.classes).fit(*sets[0])
+        accuracy = (judge.judge(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()
+        print(f"the classifier's accuracy on the real test images: {accuracy:.1%}")
+    reference, _ = judge.judge(np.concatenate([images for images, _ in sets]))
+
+    path = RESULTS / f"sampler_quality_{args.name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    exact = drawer.draw(EXACT, min(COMPARED, args.num_samples))[0] / 127.5
+    wanted = [(rule, int(n)) for n in args.evaluations.split(",") for rule in args.rules.split(",")]
+    wanted += [("ancestral", n) for n in MANY if "ancestral" in args.rules.split(",") and args.timestep_grid == "auto"]
+    for rule, asked in wanted:
+        if any((row["rule"], row["asked"]) == (rule, asked) for row in rows):
+            continue
+        flags = ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", args.timestep_grid]
+        grid = drawer.sampler(flags)[0].grid
+        samples, labels, evaluations = drawer.draw(flags, args.num_samples)
+        features, probabilities = judge.judge(samples)
+        kid = kernel_distance(features, reference)
+        row = dict(rule=rule, grid=grid, asked=asked, evaluations=evaluations, kid=kid.value,
+                   standard_error=kid.standard_error)  # fmt: skip
+        if rule not in RANDOM:
+            row["rmse"] = float(np.sqrt(np.mean((samples[: len(exact)] / 127.5 - exact) ** 2)))
+        if probabilities is not None:
+            row["agreement"] = float((probabilities.argmax(axis=1) == labels).mean())
+        rows.append(row)
+        print(row, flush=True)
+        content = {"model": str(args.model_path), "num_samples": args.num_samples, "rows": rows}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"kernel distance x 1000, {args.num_samples} samples:")
+    columns = [*EVALUATIONS, *MANY]
+    print(table(rows, columns, lambda row: f"{1e3 * row['kid']:.2f} ± {1e3 * row['standard_error']:.2f}"))
+    print("root mean square distance to the end of the equation, pixels in [-1, 1]:")
+    print(table([row for row in rows if "rmse" in row], EVALUATIONS, lambda row: f"{row['rmse']:.3f}"))
+    if any((row["rule"], row["asked"]) == BASELINE for row in rows):
+        plot(path.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    main()
