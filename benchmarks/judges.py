@@ -42,8 +42,10 @@ def real_images(path, image_size, channels):
 class Classifier(nn.Module):
     """A small convolutional network: uint8 [N, H, W, C] -> features [N, 128], and logits from them."""
 
-    def __init__(self, channels, classes, width=32):
+    def __init__(self, channels, classes, width=32, seed=0):
         super().__init__()
+        th.manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
 
         def block(before, after):
             return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
@@ -54,17 +56,15 @@ class Classifier(nn.Module):
         )  # fmt: skip
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(4 * width, classes))
 
-    def fit(self, images, classes, steps=1500, batch_size=128, seed=0):
+    def fit(self, images, classes, steps=1500, batch_size=128):
         """Train on images moved by up to two pixels."""
-        th.manual_seed(seed)
-        rng = np.random.default_rng(seed)
         opt = th.optim.AdamW(self.parameters(), lr=2e-3, weight_decay=0.05)
         schedule = th.optim.lr_scheduler.OneCycleLR(opt, 5e-3, total_steps=steps)
         x, y = from_uint8(images), th.from_numpy(classes)
         self.train()
         for _ in range(steps):
-            chosen = rng.integers(len(x), size=batch_size)
-            moved = th.roll(x[chosen], tuple(rng.integers(-2, 3, 2)), (2, 3))
+            chosen = self.rng.integers(len(x), size=batch_size)
+            moved = th.roll(x[chosen], tuple(self.rng.integers(-2, 3, 2)), (2, 3))
             loss = nn.functional.cross_entropy(self.head(self.torso(moved)), y[chosen], label_smoothing=0.05)
             opt.zero_grad()
             loss.backward()

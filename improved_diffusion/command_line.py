@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import files
 from .config import UserError, str2bool, unknown_name
@@ -20,17 +22,50 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def parse_options(groups: Sequence[type], description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+class Command(NamedTuple):
+    """One of a script's commands: a sentence on what it does, and its groups of options."""
+
+    description: str
+    groups: Sequence[type]
+
+
+def parse_command(
+    commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None
+) -> tuple[str, argparse.Namespace]:
+    """(the name of the command, its options) of a script with several: the name is the command line's first word.
+
+    --help alone lists the commands, after a name that one's flags. Raises UserError for a name that there is not.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    program = os.path.basename(sys.argv[0])
+    if words[:1] in (["--help"], ["-h"]):
+        width = max(map(len, commands))
+        rows = [f"  {name:<{width}}  {command.description}" for name, command in commands.items()]
+        print(f"usage: {program} COMMAND [--flag value ...]\n\n{description.strip()}\n\ncommands:")
+        print("\n".join(rows) + f"\n\n{program} COMMAND --help lists a command's flags.")
+        raise SystemExit(0)
+    if not words or words[0].startswith("-"):
+        raise UserError(f"the command comes first: {program} with one of {', '.join(commands)}; --help describes them")
+    name = words[0]
+    if name not in commands:
+        raise unknown_name("command", name, commands)
+    return name, parse_options(commands[name].groups, commands[name].description, words[1:], name)
+
+
+def parse_options(
+    groups: Sequence[type], description: str, argv: Sequence[str] | None = None, command: str = ""
+) -> argparse.Namespace:
     """The options of the given groups from the command line, as a namespace.
 
     Flags win over --config, which wins over --preset, which wins over the defaults. `given` holds the names that were
     not left at their defaults, `flags` those that came as flags. Raises UserError for a wrong name or value.
+    :param command: the word that stood before the flags, for --help.
     """
     known = {f.name: f for group in groups for f in fields(group)}
     if "large_size" in known:
         del known["image_size"]  # super-resolution has two sizes instead
     parser = _Parser(
-        usage="%(prog)s [--flag value ...]",
+        usage=f"%(prog)s{f' {command}' if command else ''} [--flag value ...]",
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -141,6 +141,22 @@ def open_images(data_dir: str, what: str = "--data_dir") -> Any:
     return found
 
 
+def stem(name: str) -> str:
+    """The name of an image's file, without its folder and what stands after the last dot."""
+    return os.path.splitext(os.path.basename(name.replace("\\", "/")))[0]
+
+
+def open_pictures(path: str, what: str) -> Any:
+    """Like open_images; besides, one image or several, separated by commas."""
+    paths = path.split(",")
+    if not files.is_dir(path) and all(map(images.is_image_name, paths)):
+        for each in paths:
+            if not files.exists(each):
+                raise UserError(f"{what} {each} does not exist")
+        return FolderImages("", paths)
+    return open_images(path, what)
+
+
 def read_classes(source: Any, labels: str, data_dir: str, few: bool = False) -> tuple[list[int], list[str]]:
     """(the class index of each image, the classes' names). `labels` is prefix, folder or the path of a JSON file.
 

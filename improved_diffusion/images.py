@@ -177,14 +177,12 @@ def _write_rows(f: IO[bytes], array: Rows) -> None:
         raise ValueError(f"{written} rows came of {array.shape[0]}")
 
 
-def load_npz(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an npz of images: `arr_0` uint8 [N, H, W, C] and perhaps `arr_1` integers [N].
-
-    Raises UserError for a damaged file, for objects (which could run code) and for arrays of another form.
-    """
+def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an npz has. Raises UserError for a damaged file, and for objects (which could run
+    code)."""
     try:
         with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as data:
-            arrays = {name: data[name] for name in ("arr_0", "arr_1") if name in data}
+            return {name: data[name] for name in names if name in data}
     except ValueError as error:
         if "Object arrays" in str(error) or "pickled" in str(error):
             raise UserError(
@@ -193,6 +191,14 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a readable npz: {error}") from None
     except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path} is not a readable npz: {error}") from None
+
+
+def load_npz(path: str) -> dict[str, np.ndarray]:
+    """The arrays of an npz of images: `arr_0` uint8 [N, H, W, C] and perhaps `arr_1` integers [N].
+
+    Raises UserError for a damaged file, for objects (which could run code) and for arrays of another form.
+    """
+    arrays = read_npz(path, ("arr_0", "arr_1"))
     images = arrays.get("arr_0")
     if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
         found = "no arr_0" if images is None else f"arr_0 of {images.dtype} {images.shape}"

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 
-from . import __version__, checkpoint, checkpoint_sets, dist_util, files, images, logger
+from . import __version__, checkpoint, checkpoint_sets, dist_util, files, logger
 from .config import (
     NUM_CLASSES,
     GuidanceConfig,
@@ -29,7 +29,7 @@ from .config import (
 from .curves import write_curves
 from .dry_run import dry_run, warn_of_small_disk
 from .image_datasets import BatchStream, ImageDataset
-from .image_sources import ArrayImages, FolderImages, open_images, read_classes
+from .image_sources import ArrayImages, open_images, open_pictures, read_classes, stem
 from .resample import create_named_schedule_sampler
 from .script_util import adopt, build, resolve_channel_mult
 from .stop_signals import catch_early_warning
@@ -342,22 +342,32 @@ def samples_name(options: argparse.Namespace, sampler: str, steps: int) -> str:
     return f"{run}_{stem}_{steps}{rule}steps{'' if scale == 1 else f'_scale{scale:g}'}_seed{options.seed}"
 
 
-def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | None) -> tuple[Any, list[int] | None]:
-    """(uint8 images [N, h, w, C] of small_size, their classes or None) of --base_samples: an npz, a folder, a zip, or
-    one image. Images of another size are resized; an npz of another size raises UserError."""
-    path = options.base_samples
-    if path and files.exists(path) and images.is_image_name(path):
-        source: Any = FolderImages("", [path])
-    else:
-        source = open_images(path, "--base_samples")
-    size = height_width(options.small_size)
-    dataset = ImageDataset(options.small_size, source, channels=options.channels)
+class GivenImages(NamedTuple):
+    """Images to start from."""
+
+    arrays: np.ndarray  # uint8 [N, H, W, C]
+    labels: list[int] | None  # their classes, where the images tell
+    names: list[str]  # of the files, without what stands after the dot
+
+
+def read_images(
+    options: argparse.Namespace, flag: str, size_flag: str, class_names: Sequence[str] | None, exact_npz: bool = False
+) -> GivenImages:
+    """The images of the option `flag`: an npz, a folder, a zip, or one image or several separated by commas.
+
+    Resized and centre-cropped as in training to the size of the option `size_flag`.
+    :param exact_npz: an npz of another size raises UserError.
+    """
+    path, wanted = getattr(options, flag), getattr(options, size_flag)
+    source = open_pictures(path, f"--{flag}")
+    size = height_width(wanted)
+    dataset = ImageDataset(wanted, source, channels=options.channels)
     sizes = {dataset.read(i).size[::-1] for i in range(len(dataset))}
     if sizes != {size}:
-        other = "x".join(map(str, next(s for s in sizes if s != size)))
-        if isinstance(source, ArrayImages):
-            raise UserError(f"--base_samples {path} has images of {other}, but the model takes {options.small_size}")
-        logger.log(f"base images of {other} are resized and centre-cropped to --small_size {options.small_size}")
+        other = "x".join(map(str, min(s for s in sizes if s != size)))
+        if exact_npz and isinstance(source, ArrayImages):
+            raise UserError(f"--{flag} {path} has images of {other}, but the model takes {wanted}")
+        logger.log(f"--{flag}: images of {other} are resized and centre-cropped to --{size_flag} {wanted}")
     array = np.stack([_uint8(dataset[i][0]) for i in range(len(dataset))])
     labels = None
     if isinstance(source, ArrayImages):
@@ -366,14 +376,7 @@ def read_base_samples(options: argparse.Namespace, class_names: Sequence[str] | 
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
         if set(prefixes) <= set(class_names):
             labels = [list(class_names).index(prefix) for prefix in prefixes]
-    num_classes = options.num_classes or NUM_CLASSES
-    wrong = [label for label in labels or [] if not 0 <= label < num_classes]
-    if options.class_cond and wrong and not options.classes:
-        raise UserError(
-            f"--base_samples {path} has the label {wrong[0]}, but the model has the classes 0..{num_classes - 1}: "
-            "give an npz with those, or --classes"
-        )
-    return array, labels
+    return GivenImages(array, labels, [stem(source.name(i)) for i in range(len(source))])
 
 
 def _uint8(image: Any) -> Any:

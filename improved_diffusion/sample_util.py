@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -79,6 +80,27 @@ def choose_labels(options: Any, classes: Classes | None) -> Labels | None:
         return None
     wanted = parse_classes(options.classes, classes.names, classes.num)
     return Labels(classes.num, options.seed, wanted, classes.names)
+
+
+def image_labels(
+    options: Any, classes: Classes | None, found: Sequence[int] | None, path: str, flag: str
+) -> Labels | None:
+    """The labels of images that were given: those of --classes, else `found` with the images; None without classes.
+
+    :param path: of the images, which `flag` names. Raises UserError where the model needs classes and there are none.
+    """
+    labels = choose_labels(options, classes)
+    if labels is None or options.classes:
+        return labels
+    if found is None:
+        raise UserError(f"{options.model_path} is class-conditional and {flag} {path} has no classes: give --classes")
+    wrong = [label for label in found if not 0 <= label < labels.num_classes]
+    if wrong:
+        raise UserError(
+            f"{flag} {path} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}: "
+            "give an npz with those, or --classes"
+        )
+    return Labels(labels.num_classes, options.seed, found, labels.class_names)
 
 
 def label_kwargs(labels: Labels | None, indices: Sequence[int]) -> dict[str, th.Tensor]:
@@ -181,14 +203,17 @@ def _existing(png_dir: str) -> dict[int, str]:
     return {int(match.group(1)): name for match, name in found if match}
 
 
-def _prepare(out_dir: str, num_samples: int, request: dict[str, Any]) -> list[int]:
-    """The numbers of the samples still to be made. Claims the folder."""
+def claim(out_dir: str, request: Mapping[str, Any]) -> None:
+    """Claim a folder for the samples of a request, described in it, until this process ends.
+
+    Raises UserError where another process holds it, and where it holds samples of another request. For rank 0.
+    """
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
     files.make_dirs(png_dir)
     files.lock(out_dir, ".samples.lock")  # a name of its own: a training run may write into the same folder
     files.remove_leftovers(png_dir)
     files.remove_leftovers(out_dir, "samples")
-    request = json.loads(json.dumps(request))
+    request = json.loads(json.dumps(dict(request)))
     if files.exists(path):
         try:
             before = json.loads(files.read_bytes(path))
@@ -203,6 +228,12 @@ def _prepare(out_dir: str, num_samples: int, request: dict[str, Any]) -> list[in
     elif _existing(png_dir):
         raise UserError(f"{png_dir} holds images of unknown origin: choose another --out_dir")
     files.write_bytes(path, json.dumps(request, indent=1).encode())
+
+
+def _prepare(out_dir: str, num_samples: int, request: Mapping[str, Any]) -> list[int]:
+    """The numbers of the samples still to be made. Claims the folder."""
+    claim(out_dir, request)
+    png_dir = files.join(out_dir, PNG_DIR)
     existing = {i: files.join(png_dir, name) for i, name in _existing(png_dir).items() if i < num_samples}
     # PNGs are not forced to the disk one by one, so a power cut may have damaged some. Reading them all takes a small
     # part of the time that `_finish` needs to decode them.
@@ -240,8 +271,10 @@ def _finish(out_dir: str, num_samples: int, labels: Labels | None, beside: Calla
     label_array = [np.array([labels.index(i) for i in range(num_samples)], np.int64)] if labels else []
     path = files.join(out_dir, f"samples_{'x'.join(map(str, shape))}.npz")
     images.save_npz(path, images.Rows(shape, _read_samples(png_dir, names)), *label_array)
+    columns = 10 if len(shown) >= SHOWN // 2 else None
     if beside is not None:
         shown = pairs(np.stack([beside(i) for i in range(len(shown[: SHOWN // 2]))]), shown[: SHOWN // 2])
-    images.save_grid(files.join(out_dir, "samples.png"), shown, columns=10 if len(shown) >= SHOWN // 2 else None)
+        columns = 10 if len(shown) >= SHOWN // 2 else 2 * math.ceil(math.sqrt(len(shown) / 4))  # no pair is parted
+    images.save_grid(files.join(out_dir, "samples.png"), shown, columns)
     logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {num_samples} PNGs in {png_dir}")
     return path

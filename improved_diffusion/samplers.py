@@ -175,7 +175,7 @@ class Heun(Euler):
 class PLMS(Rule):
     """Linear multistep on the noise, four deep, and DDIM's step with what it gives (Liu et al. 2022, eq. 9-12).
 
-    Its weights are those of evenly spaced timesteps. The first step evaluates twice.
+    Its weights are those of evenly spaced steps. The first step evaluates twice.
     """
 
     order = 2  # the fourth order of the weights is lost in the transfer (Liu et al. 2022, sec. 3.4)

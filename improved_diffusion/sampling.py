@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +31,9 @@ from .timestep_grids import churned, straight_path, table, timestep_grid
 
 STEPS = 20  # of the rules that were made for few
 PUBLISHED = ("ancestral", "ddim")  # whose default is all steps
-# Where each rule's steps lie unless told: the best of benchmarks/sampler_quality.py.
-GRIDS = {"ancestral": "uniform", "ddim": "ddim", "plms": "ddim"}
+# Where each rule's steps lie unless told: as published, and for the others where benchmarks/sampler_quality.py finds
+# the smallest errors.
+GRIDS = {"ancestral": "uniform", "ddim": "ddim"}
 OTHER_GRID = "logsnr"
 
 
@@ -112,7 +115,7 @@ def build_sampler(options: argparse.Namespace, diffusion: SpacedDiffusion) -> Sa
         listed = grid[:1].isdigit()
         count = options.steps or (0 if listed else len(base) if name in PUBLISHED else min(STEPS, len(base)))
         levels, path = churned(
-            timestep_grid(grid, count, base), base, options.churn, options.churn_min, options.churn_max
+            timestep_grid(grid, count, base), base, options.churn, options.churn_min, options.churn_max or math.inf
         )
         diffusion = diffusion.respaced(levels)
     elif options.timestep_respacing and (options.steps or options.timestep_grid != "auto"):
@@ -141,6 +144,8 @@ def prepare_model(options: argparse.Namespace, model: th.nn.Module) -> th.nn.Mod
     if options.channels_last:
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
     if options.compile:
+        if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave the flag out")
         model.compile()
     return model
 

@@ -66,8 +66,9 @@ SERVICES = {"ema", "resample", "checkpoint", "image_datasets", "images", "logger
 TRAINING = {"lr_schedule", "step_stats", "stop_signals", "checkpoint_sets", "train_state"}
 MAY_IMPORT = {
     "__init__": set(),
-    "config": {f"config.{part}" for part in ("base", "model", "run", "sampling", "training")}, "config.base": set(),
-    **{f"config.{part}": {"config.base"} for part in ("model", "run", "sampling", "training")},
+    "config": {f"config.{part}" for part in ("base", "editing", "model", "run", "sampling", "training")},
+    "config.base": set(),
+    **{f"config.{part}": {"config.base"} for part in ("editing", "model", "run", "sampling", "training")},
     "schedules": set(), "losses": set(), "nn": set(), "fp16_util": set(),
     "presets": {"config"},
     "files": {"config"},
@@ -106,6 +107,11 @@ MAY_IMPORT = {
     - {"classifier_util", "command_line", "train_util", "run_util", "sample_util", "preview", "validation"},
     "run_util": set(FILES) - {"sample_util"},
     "sample_util": set(FILES) - {"train_util", "run_util", "script_util", "unet", "sampling"},
+    "latents": {"config", "dist_util", "files", "images", "logger", "sample_util"},
+    "editing": {
+        "config", "dist_util", "files", "image_datasets", "image_sources", "images", "latents", "logger", "sample_util",
+        "samplers", "timestep_grids",
+    },
     "sampling": set(FILES) - {"train_util", "run_util", "unet"},
 }  # fmt: skip
 
@@ -198,7 +204,7 @@ def test_every_module_has_its_tests(name):
     elsewhere = {
         "run_util": "scripts", "presets": "config", "evaluation": "evaluation_nll",
         "image_sources": "image_datasets", "command_line": "config", "classifier_util": "classifier",
-        "diffusion_types": "gaussian_diffusion",
+        "diffusion_types": "gaussian_diffusion", "latents": "editing",
     }  # fmt: skip
     name = "config" if name.startswith("config.") else name
     assert (ROOT / "tests" / f"test_{elsewhere.get(name, name.replace('.', '_'))}.py").exists()

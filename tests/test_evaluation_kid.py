@@ -50,6 +50,14 @@ def test_its_error_is_that_of_repetition():
     assert values.std() < errors.mean() < 3 * values.std()
 
 
+def test_the_order_of_the_images_does_not_matter_to_the_error():
+    """As where they come class by class."""
+    x, y = features(400), features(400, seed=1, shift=0.5)
+    mixed, sorted_by_one = (kernel_distance(x, y[order]) for order in (np.arange(400), np.argsort(y[:, 0])))
+    assert mixed.value == pytest.approx(sorted_by_one.value, rel=1e-9)
+    assert mixed.standard_error == pytest.approx(sorted_by_one.standard_error, rel=0.6)
+
+
 def test_it_grows_with_the_distance():
     values = [kernel_distance(features(300), features(300, seed=1, shift=s)).value for s in (0, 0.2, 0.4, 0.8)]
     assert values == sorted(values) and values[-1] > 1

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from improved_diffusion import dist_util, image_datasets, images
 from improved_diffusion.config import UserError
 from improved_diffusion.image_datasets import BatchStream, ImageDataset, load_data
 from improved_diffusion.image_sources import open_images, read_classes
+from improved_diffusion.nn import NULL_LABEL
 
 RNG = np.random.default_rng(7)
 PICTURES = RNG.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
@@ -221,6 +223,37 @@ def test_half_of_the_images_are_mirrored(folder):
             assert (b == (a.flip(-1) if mirrored[-1] else a)).all()
     assert 70 < sum(mirrored) < 130
     assert sum(mirrored[:10]) not in (0, 10)
+
+
+# Hidden classes
+
+
+def labels_drawn(folder, batch_size, batches, **kwargs):
+    dataset = ImageDataset(16, open_images(folder), [i % 3 for i in range(10)])
+    data = BatchStream(dataset, batch_size, num_workers=0, **kwargs)
+    return [kwargs["y"].tolist() for _, kwargs in itertools.islice(data, batches)]
+
+
+def test_a_share_of_the_classes_is_hidden(folder):
+    plain, dropped = (labels_drawn(folder, 10, 40, seed=2, label_drop=drop) for drop in (0.0, 0.3))
+    pairs = [pair for one, two in zip(plain, dropped) for pair in zip(one, two)]
+    assert all(two in (one, NULL_LABEL) for one, two in pairs) and all(one >= 0 for one, _ in pairs)
+    hidden = [two == NULL_LABEL for _, two in pairs]
+    assert sum(hidden) == pytest.approx(120, abs=5 * math.sqrt(400 * 0.3 * 0.7))
+    assert hidden[:10] != hidden[10:20]  # others in each epoch
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_which_classes_are_hidden_depends_on_neither_batch_nor_ranks(folder, monkeypatch, world_size):
+    expected = labels_drawn(folder, 10, 4, label_drop=0.5)
+    again = [y for ys in labels_drawn(folder, 5, 8, label_drop=0.5) for y in ys]
+    assert again == [y for ys in expected for y in ys]
+    shares = []
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        shares.append(labels_drawn(folder, 10 // world_size, 4, label_drop=0.5))
+    for step, ys in enumerate(expected):
+        assert sorted(y for share in shares for y in share[step]) == sorted(ys)
 
 
 # Classes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .base import PRECISIONS, Config, UserError, comma_list, extra, option
@@ -30,7 +29,7 @@ class SamplerConfig(Config):
     )
     churn: float = extra(0.0, "S_churn of euler and heun: noise added and removed again on the way (EDM alg. 2)")
     churn_min: float = extra(0.0, "S_tmin, the noise level sigma below which there is no churn")
-    churn_max: float = extra(math.inf, "S_tmax, the noise level sigma above which there is no churn")
+    churn_max: float = extra(0.0, "S_tmax, the noise level sigma above which there is no churn; 0: none")
     churn_noise: float = extra(1.0, "S_noise, the standard deviation of the noise that churn adds")
     dynamic_threshold: float = extra(
         0.0, "percentile, such as 0.995, of |x_0| that is scaled to 1 where it is more (Imagen); 0: none"
@@ -41,10 +40,11 @@ class SamplerConfig(Config):
     compile: bool = extra(False, "compile the network by torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
-        for name in ("ddim_eta", "steps", "churn", "churn_min", "churn_noise"):
+        for name in ("ddim_eta", "steps", "churn", "churn_min", "churn_max", "churn_noise"):
             self.require(getattr(self, name) >= 0, name, "must not be negative")
         self.require(0 <= self.dynamic_threshold <= 1, "dynamic_threshold", "must be in [0, 1], such as 0.995")
-        self.require(self.churn_max > self.churn_min, "churn_max", f"must be more than --churn_min {self.churn_min}")
+        if 0 < self.churn_max <= self.churn_min:
+            raise UserError(f"--churn_max {self.churn_max} must be more than --churn_min {self.churn_min}")
         if self.use_ddim and self.sampler not in ("auto", "ddim"):
             raise UserError(f"--use_ddim contradicts --sampler {self.sampler}: give one of them")
         if self.churn and self.sampler not in ("euler", "heun"):

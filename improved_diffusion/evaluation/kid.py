@@ -28,7 +28,9 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, blocks: int = 2
         raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} dimensions cannot be compared")
     if min(len(features), len(reference)) < 2 * blocks:
         raise ValueError(f"{min(len(features), len(reference))} images are too few: take at least {2 * blocks}")
-    x, y = (np.asarray(array, dtype=np.float64) for array in (features, reference))
+    # Blocks are to be alike, whatever order the images come in: class by class, for one.
+    rng = np.random.default_rng(0)
+    x, y = (np.asarray(array, dtype=np.float64)[rng.permutation(len(array))] for array in (features, reference))
     of_x, of_y = _bounds(len(x), blocks), _bounds(len(y), blocks)
     xx, yy, xy = _block_sums(x, x, of_x, of_x), _block_sums(y, y, of_y, of_y), _block_sums(x, y, of_x, of_y)
     # A point is no pair with itself.
