@@ -23,10 +23,6 @@ from .script_util import (
 )
 from .validation import SEED, Validation, build_validation
 
-__all__ = [
-    "ClassifierValidation", "adopt_process", "build_classifier", "build_classifier_validation", "create_classifier",
-]  # fmt: skip
-
 _PROCESS = [f.name for f in fields(ProcessConfig)]
 
 

@@ -4,16 +4,18 @@ import argparse
 
 import numpy as np
 import pytest
+import torch as th
 from helpers import make_diffusion
 from PIL import Image
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, pixels, python, run, write_images
 
 from improved_diffusion.command_line import parse_options
-from improved_diffusion.config import GuidanceConfig, SamplerConfig
+from improved_diffusion.config import DiffusionConfig, GuidanceConfig, ModelConfig, SampleConfig, SamplerConfig
 from improved_diffusion.config.sampling import SAMPLERS
-from improved_diffusion.samplers import RULES, Heun
+from improved_diffusion.samplers import RULES, DPMSolverPP, Heun
 from improved_diffusion.sampling import build_sampler
-from improved_diffusion.timestep_grids import NAMES
+from improved_diffusion.script_util import load_model
+from improved_diffusion.timestep_grids import NAMES, timestep_grid
 
 SAMPLE = ["--num_samples", "4", "--batch_size", "4"]
 
@@ -112,6 +114,26 @@ def test_the_names_in_the_options_are_those_of_the_rules():
 def test_the_published_flags_say_the_same_to_the_last_bit(flags, same_as, model, tmp_path):
     ours, theirs = sample(model, tmp_path / "ours", *flags)[0], sample(model, tmp_path / "theirs", *same_as)[0]
     assert (ours == theirs).all()
+
+
+def test_a_published_checkpoint_has_every_rule_as_well(model, tmp_path):
+    """A plain state dict without a description, given the flags that leave no trace in it."""
+    path = tmp_path / "published.pt"
+    th.save({name: value.clone() for name, value in th.load(model, weights_only=True).items()}, path)
+    flags = ["--diffusion_steps", "20", "--noise_schedule", "cosine", "--image_size", "8", "--num_heads", "1",
+             "--attention_resolutions", "4", "--classes", "0,1"]  # fmt: skip
+    steps = ["--sampler", "unipc", "--steps", "5"]
+    expected, _, _ = sample(model, tmp_path / "described", *steps, "--classes", "0,1")
+    assert (sample(path, tmp_path / "plain", *steps, *flags)[0] == expected).all()
+    assert "--guide_path" in refused(path, *steps, *flags, "--guidance_scale", "2", cwd=tmp_path)
+
+
+def test_sampling_from_python_as_the_readme_has_it(model):
+    groups = (SampleConfig, ModelConfig, DiffusionConfig)
+    network, diffusion, _ = load_model(parse_options(groups, "", ["--model_path", str(model)]))
+    few = diffusion.respaced(timestep_grid("logsnr", 15, diffusion.base_alphas_cumprod))
+    x = few.sample_loop(DPMSolverPP(), network, (2, 3, 8, 8), model_kwargs={"y": th.tensor([0, 1])})
+    assert x.shape == (2, 3, 8, 8) and x.abs().max() <= 1.001
 
 
 def test_print_steps_shows_them_and_draws_nothing(model, tmp_path):
