@@ -11,19 +11,11 @@ from improved_diffusion.config import (
     SampleConfig,
     SamplerConfig,
     SuperResConfig,
-    UserError,
     height_width,
 )
 from improved_diffusion.images import from_uint8
-from improved_diffusion.run_util import describe_request, read_base_samples, samples_name, start_run
-from improved_diffusion.sample_util import (
-    Labels,
-    choose_labels,
-    label_kwargs,
-    last_images,
-    write_samples,
-    write_steps,
-)
+from improved_diffusion.run_util import describe_request, read_images, samples_name, start_run
+from improved_diffusion.sample_util import image_labels, label_kwargs, last_images, write_samples, write_steps
 from improved_diffusion.sampling import build_sampler, guide, prepare_model
 from improved_diffusion.script_util import load_model
 
@@ -37,17 +29,11 @@ def main():
     if options.print_steps:
         dist_util.from_rank0(print, sampler.table())
         return
-    base, base_labels = read_base_samples(options, metadata.get("class_names"))
+    base, found, _ = read_images(options, "base_samples", "small_size", metadata.get("class_names"), exact_npz=True)
     if "num_samples" not in options.given:
         options.num_samples = len(base)
     model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
-    labels = choose_labels(options, classes)
-    if labels and not options.classes:
-        if base_labels is None:
-            raise UserError(
-                f"{options.model_path} is class-conditional and {options.base_samples} has no classes: give --classes"
-            )
-        labels = Labels(labels.num_classes, options.seed, base_labels, labels.class_names)
+    labels = image_labels(options, classes, found, options.base_samples, "--base_samples")
     out_dir = start_run(options, samples_name(options, sampler.name, sampler.steps))
     logger.log(sampler.describe())
     shape = (options.channels, *height_width(options.large_size))
