@@ -7,10 +7,12 @@
 
 The measure is the kernel distance (improved_diffusion/evaluation/kid.py) between the features of samples and of all
 real images; the features are those of a classifier trained on the real training images here, or of a TorchScript module
-that maps uint8 [N, 3, H, W] to [N, D] (--features). All rules start from the same noises, so that those without
-randomness of their own are also compared, pixel by pixel, with where their common equation ends. Writes
-benchmarks/results/sampler_quality_<name>.json and .png, and prints the table. What is in the json already is kept, so
-that an interrupted run goes on.
+that maps uint8 [N, 3, H, W] to [N, D] (--features). The samples are of each class equally often, which moves the
+estimate a little below that of independent draws, the same for all rules: what counts is how they differ.
+
+All rules start from the same noises, so that those without randomness of their own are also compared, pixel by pixel,
+with where their common equation ends, on each timestep grid. Writes benchmarks/results/sampler_quality_<name>.json and
+.png, and prints the tables. What is in the json already is kept, so that an interrupted run goes on.
 """
 
 import json
@@ -21,13 +23,15 @@ from judges import RESULTS, Classifier, Drawer, parser, real_images
 
 from improved_diffusion.evaluation.kid import kernel_distance
 from improved_diffusion.samplers import RULES
+from improved_diffusion.timestep_grids import NAMES
 
 EVALUATIONS = (5, 8, 10, 15, 20, 50)
 MANY = (250, 1000)  # of the ancestral rule alone
 BASELINE = ("ancestral", 250)
 RANDOM = ("ancestral", "dpmpp_2m_sde")
 EXACT = ["--sampler", "dpmpp_3m", "--steps", "250", "--timestep_grid", "logsnr"]  # nearly, for the comparison
-COMPARED = 500  # samples, with it
+COMPARED = 200  # samples, with it
+ON_GRIDS = (8, 15)  # evaluations
 
 
 def steps_for(rule, evaluations):
@@ -60,6 +64,8 @@ def plot(path, rows):
     axes.axhspan(low, high, color="0.9", label=f"{BASELINE[0]}, {BASELINE[1]} evaluations, +- 1 standard error")
     for rule, marker in zip(RULES, "ovs^D<>PX*"):
         line = sorted((row["evaluations"], row["kid"], row["standard_error"]) for row in rows if row["rule"] == rule)
+        if not line:
+            continue
         x, y, error = zip(*line)
         axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=rule)
     # Near 0 an unbiased estimate may be negative.
@@ -83,14 +89,77 @@ def table(rows, columns, text):
     return "\n".join(lines)
 
 
+def table_of_grids(rows):
+    """Markdown: the distance to the equation's end of each rule, on each grid, for each of ON_GRIDS."""
+    lines = [f"| rule | {' | '.join(NAMES)} |", "|---|" + "---|" * len(NAMES)]
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        cells = [[row["rmse"] for row in rows if (row["rule"], row["grid"]) == (rule, grid)] for grid in NAMES]
+        lines.append(f"| {rule} | " + " | ".join(" / ".join(f"{x:.3f}" for x in cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+class Results:
+    """The json, kept from run to run as long as what it depends on is the same."""
+
+    def __init__(self, path, settings):
+        self.path, self.content = path, {"settings": settings, "rows": [], "grids": []}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != settings:
+                raise SystemExit(
+                    f"{path} was made with {self.content['settings']}, not {settings}: give another --name"
+                )
+
+    def find(self, kind, **wanted):
+        return any(all(row[key] == value for key, value in wanted.items()) for row in self.content[kind])
+
+    def add(self, kind, row):
+        self.content[kind].append(row)
+        print(row, flush=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def flags_for(rule, asked, grid="auto"):
+    return ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", grid]
+
+
+def measure_kid(results, drawer, judge, reference, wanted, count):
+    for rule, asked in wanted:
+        if results.find("rows", rule=rule, asked=asked):
+            continue
+        flags = flags_for(rule, asked)
+        samples, labels, evaluations = drawer.draw(flags, count)
+        features, probabilities = judge.judge(samples)
+        kid = kernel_distance(features, reference)
+        row = dict(rule=rule, grid=drawer.sampler(flags)[0].grid, asked=asked, evaluations=evaluations, kid=kid.value,
+                   standard_error=kid.standard_error)  # fmt: skip
+        if probabilities is not None:
+            row["agreement"] = float((probabilities.argmax(axis=1) == labels).mean())
+        results.add("rows", row)
+
+
+def measure_grids(results, drawer, rules):
+    """The root mean square distance of the pixels, in [-1, 1], to the end of the common equation."""
+    wanted = [(rule, grid, asked) for rule in rules if rule not in RANDOM for grid in NAMES for asked in ON_GRIDS]
+    if all(results.find("grids", rule=rule, grid=grid, asked=asked) for rule, grid, asked in wanted):
+        return
+    exact = drawer.draw(EXACT, COMPARED)[0] / 127.5
+    for rule, grid, asked in wanted:
+        if not results.find("grids", rule=rule, grid=grid, asked=asked):
+            samples, _, _ = drawer.draw(flags_for(rule, asked, grid), COMPARED)
+            rmse = float(np.sqrt(np.mean((samples / 127.5 - exact) ** 2)))
+            results.add("grids", dict(rule=rule, grid=grid, asked=asked, rmse=rmse))
+
+
 def main():
     args = parser(__doc__)
     args.add_argument("--features", default="", help="TorchScript module; empty: a classifier trained here")
     args.add_argument("--rules", default=",".join(RULES), help="comma-separated (default: all)")
-    args.add_argument("--evaluations", default=",".join(map(str, EVALUATIONS)), help="comma-separated")
-    args.add_argument("--timestep_grid", default="auto", help="of all rules; auto: each one's own")
     args = args.parse_args()
+    rules = args.rules.split(",")
     drawer = Drawer(args.model_path, args.batch_size)
+    settings = dict(model=args.model_path, num_samples=args.num_samples, features=args.features)
+    results = Results(RESULTS / f"sampler_quality_{args.name}.json", settings)
     sets = [real_images(f"{args.data_dir}/{part}", drawer.image_size, drawer.channels) for part in ("train", "test")]
     if args.features:
         judge = ScriptedFeatures(args.features)
@@ -99,37 +168,19 @@ def main():
         accuracy = (judge.judge(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()
         print(f"the classifier's accuracy on the real test images: {accuracy:.1%}")
     reference, _ = judge.judge(np.concatenate([images for images, _ in sets]))
+    wanted = [(rule, n) for n in EVALUATIONS for rule in rules]
+    wanted += [("ancestral", n) for n in MANY if "ancestral" in rules]
+    measure_kid(results, drawer, judge, reference, wanted, args.num_samples)
+    measure_grids(results, drawer, rules)
 
-    path = RESULTS / f"sampler_quality_{args.name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    exact = drawer.draw(EXACT, min(COMPARED, args.num_samples))[0] / 127.5
-    wanted = [(rule, int(n)) for n in args.evaluations.split(",") for rule in args.rules.split(",")]
-    wanted += [("ancestral", n) for n in MANY if "ancestral" in args.rules.split(",") and args.timestep_grid == "auto"]
-    for rule, asked in wanted:
-        if any((row["rule"], row["asked"]) == (rule, asked) for row in rows):
-            continue
-        flags = ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", args.timestep_grid]
-        grid = drawer.sampler(flags)[0].grid
-        samples, labels, evaluations = drawer.draw(flags, args.num_samples)
-        features, probabilities = judge.judge(samples)
-        kid = kernel_distance(features, reference)
-        row = dict(rule=rule, grid=grid, asked=asked, evaluations=evaluations, kid=kid.value,
-                   standard_error=kid.standard_error)  # fmt: skip
-        if rule not in RANDOM:
-            row["rmse"] = float(np.sqrt(np.mean((samples[: len(exact)] / 127.5 - exact) ** 2)))
-        if probabilities is not None:
-            row["agreement"] = float((probabilities.argmax(axis=1) == labels).mean())
-        rows.append(row)
-        print(row, flush=True)
-        content = {"model": str(args.model_path), "num_samples": args.num_samples, "rows": rows}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+    rows = results.content["rows"]
     print(f"kernel distance x 1000, {args.num_samples} samples:")
     columns = [*EVALUATIONS, *MANY]
     print(table(rows, columns, lambda row: f"{1e3 * row['kid']:.2f} ± {1e3 * row['standard_error']:.2f}"))
-    print("root mean square distance to the end of the equation, pixels in [-1, 1]:")
-    print(table([row for row in rows if "rmse" in row], EVALUATIONS, lambda row: f"{row['rmse']:.3f}"))
-    if any((row["rule"], row["asked"]) == BASELINE for row in rows):
-        plot(path.with_suffix(".png"), rows)
+    print(f"distance to the end of the equation, in {' / '.join(map(str, ON_GRIDS))} evaluations:")
+    print(table_of_grids(results.content["grids"]))
+    if results.find("rows", rule=BASELINE[0], asked=BASELINE[1]):
+        plot(results.path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":

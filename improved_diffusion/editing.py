@@ -19,7 +19,7 @@ from .image_datasets import ImageDataset
 from .image_sources import open_pictures, stem
 from .latents import WAY, read_latents, write_latents
 from .sample_util import Classes, Labels, claim, image_labels, label_kwargs, last_images, write_samples
-from .samplers import Inpaint, Rule, SeededNoise, slerp
+from .samplers import BothWays, Inpaint, SeededNoise, slerp
 from .timestep_grids import repaint_path
 
 INVERTIBLE = ("ddim", "euler", "heun")  # the rules whose step depends on nothing but where it starts
@@ -29,19 +29,6 @@ NOISY = ("ancestral", "dpmpp_2m_sde")  # the rules that draw noise on the way
 ENCODING_GRID, ENCODING_STEPS = "karras", 200
 EDITING_STEPS = 100  # of ancestral sampling and DDIM
 GREY = 127  # of what is unknown, in the grid
-
-
-class BothWays(Rule):
-    """A rule of INVERTIBLE walked up as well as down: from an image to its noise (DDIM sec. 5.4)."""
-
-    def __init__(self, rule: Rule):
-        self.rule, self.order = rule, rule.order
-
-    def step(self, predict, x, here, there, draw):
-        return self.rule.step(predict, x, here, there, draw)
-
-    def rise(self, predict, x, here, there, draw):
-        return self.rule.step(predict, x, here, there, draw)
 
 
 # What each command does unless told, and what it cannot do

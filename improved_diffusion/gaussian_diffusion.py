@@ -6,13 +6,15 @@ DDPM is Ho et al. 2020 (arXiv 2006.11239), IDDPM Nichol & Dhariwal 2021 (arXiv 2
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch as th
 
 from .diffusion_types import LossType, ModelMeanType, ModelVarType
 from .losses import discretized_gaussian_log_likelihood, nats_to_bits, normal_kl
 from .nn import mean_flat
-from .samplers import DDIM, Ancestral, DDIMInversion, Level, Prediction, sample_loop
+from .samplers import DDIM, Ancestral, BothWays, Level, Prediction, sample_loop
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
 
 __all__ = [
@@ -95,7 +97,8 @@ class GaussianDiffusion:
                 ModelMeanType.VELOCITY: snr + 1,
                 ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1**2,
             }[self.model_mean_type]
-            return np.where(snr > 0, clipped / factor, 0.0 if self.model_mean_type != ModelMeanType.EPSILON else 1.0)
+            # Where there is no signal the formula would leave the step that sampling starts from untrained.
+            return np.where(snr > 0, clipped / factor, 1.0)
 
     def _score_weight(self) -> np.ndarray:
         """What a unit of the score adds to the network's output, [T] (Dhariwal & Nichol 2021, alg. 2: the noise)."""
@@ -285,6 +288,8 @@ class GaussianDiffusion:
             x = th.randn(*shape, device=device)
         if path is None:
             path = range(self.num_timesteps - 1, -2, -1)
+        if not rule.skips and any(there < here - 1 for here, there in pairwise(path)):
+            raise ValueError(f"{type(rule).__name__} goes from each timestep to the next: use respaced() to skip some")
         levels = [self._level(th.full((shape[0],), t, device=device), x, t) for t in path]
         predict = self._predictor(model, clip_denoised, denoised_fn, model_kwargs)
         yield from sample_loop(rule, predict, x, levels, noise_fn or th.randn_like, progress)
@@ -337,7 +342,7 @@ class GaussianDiffusion:
         # The clean image enters at t = 0, the least noisy level the network knows.
         args = (x_start, clip_denoised, denoised_fn, model_kwargs, x_start.device, progress, th.zeros_like)
         up = range(self.num_timesteps)
-        return _last(self.sample_loop_progressive(DDIMInversion(), model, tuple(x_start.shape), *args, path=up))
+        return _last(self.sample_loop_progressive(BothWays(DDIM()), model, tuple(x_start.shape), *args, path=up))
 
     # Losses
 

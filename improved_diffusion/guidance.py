@@ -16,6 +16,7 @@ from torch import nn
 from .nn import NULL_LABEL
 
 EVERYWHERE = (-math.inf, math.inf)
+ROUNDING = 1e-3  # of timesteps up to 4000
 
 
 class Guided(nn.Module):
@@ -37,7 +38,10 @@ class Guided(nn.Module):
         """Whether guidance changes anything; all images of a batch are at the same timestep."""
         if self.scale == 1:
             return False
-        return self.interval == EVERYWHERE or self.interval[0] <= float(timesteps[0]) <= self.interval[1]
+        if self.interval == EVERYWHERE:
+            return True
+        # A bound that is one of the timesteps counts as inside, though these are rounded to float32.
+        return self.interval[0] - ROUNDING <= float(timesteps[0]) <= self.interval[1] + ROUNDING
 
     def combine(self, output: th.Tensor, guide: th.Tensor, channels: int) -> th.Tensor:
         """The guided output; both are [N, C or 2C, ...] with the mean part, of `channels`, first."""

@@ -201,6 +201,8 @@ class BatchStream:
         num_workers: int = 1,
         check: bool = True,
     ):
+        if label_drop and dataset.local_classes is None:
+            raise ValueError("label_drop hides classes, of which there are none")
         self.class_names = class_names
         self.batch_size = batch_size
         self.num_workers = num_workers

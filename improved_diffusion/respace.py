@@ -93,6 +93,9 @@ class SpacedDiffusion(GaussianDiffusion):
             base = GaussianDiffusion(betas=self.base_betas, **self.base_kwargs)
             for name in ("xstart_from_xprev", "xstart_from_xt"):
                 spaced._arrays[name] = np.interp(spaced.timestep_map, range(len(self.base_betas)), base._arrays[name])
+            sigma_over_alpha = spaced.sqrt_one_minus_alphas_cumprod / spaced.sqrt_alphas_cumprod
+            sigma_squared_over_alpha = sigma_over_alpha * spaced.sqrt_one_minus_alphas_cumprod
+            spaced._arrays["score_weight"] = sigma_squared_over_alpha / spaced._arrays["xstart_from_xprev"]
             spaced.mean_is_output = False
         return spaced
 

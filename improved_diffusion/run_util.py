@@ -18,8 +18,6 @@ import torch as th
 from . import __version__, checkpoint, checkpoint_sets, dist_util, files, logger
 from .config import (
     NUM_CLASSES,
-    GuidanceConfig,
-    SamplerConfig,
     TrainConfig,
     UserError,
     comma_list,
@@ -313,11 +311,12 @@ def _draw_curves(folder: str) -> None:
         logger.warn(f"no curves.png: {error}")
 
 
-def describe_request(options: argparse.Namespace, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What the samples of a checkpoint depend on."""
-    names = {"seed", "classes", "timestep_respacing", "sigma_small"} | fixed_names()
-    names |= {f.name for group in (SamplerConfig, GuidanceConfig) for f in fields(group)} - {"print_steps"}
+def describe_request(options: argparse.Namespace, metadata: dict[str, Any], sampler: Any) -> dict[str, Any]:
+    """What the samples that a Sampler draws from a checkpoint depend on."""
+    names = {"seed", "classes", "sigma_small", "guidance_scale", "guidance_interval", "guidance_rescale"}
+    names |= fixed_names() | ({"classifier_scale"} if options.classifier_path else set())
     request = {name: getattr(options, name) for name in sorted(names) if hasattr(options, name)}
+    request |= sampler.request()
     for name in ("model", "guide", "classifier"):
         if getattr(options, f"{name}_path", ""):
             request[f"{name}_sha256"] = dist_util.from_rank0(_sha256, getattr(options, f"{name}_path"))

@@ -109,32 +109,49 @@ def label_kwargs(labels: Labels | None, indices: Sequence[int]) -> dict[str, th.
 
 
 def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
-    """Where a progressive sampling loop ends: uint8 [N, H, W, C]."""
+    """Where a progressive sampling loop ends: uint8 [N, H, W, C]. Raises UserError for pixels that are no numbers."""
     for out in steps:
         sample = out["sample"]
+    if not sample.isfinite().all():
+        raise UserError(
+            "the samples have pixels that are not finite numbers: the checkpoint is damaged or was trained astray, or "
+            "--precision fp16 cannot hold its activations"
+        )
     return images.to_uint8(sample)
 
 
 def write_steps(
-    walk: Callable[[list[int]], Iterator[Mapping[str, th.Tensor]]], out_dir: str, num_samples: int, count: int
+    walk: Callable[[list[int]], Iterator[Mapping[str, Any]]], out_dir: str, num_samples: int, steps: int, count: int
 ) -> None:
     """steps.png and steps.gif: `count` of the predictions of x_0 on the way to the first samples. Collective.
 
-    :param walk: sample numbers -> a progressive sampling loop; the samples are drawn again.
+    :param walk: sample numbers -> a progressive sampling loop of so many `steps` down; the samples are drawn again,
+        shared among the ranks.
+    :param num_samples: that there are, at most one batch.
     """
-    if count:
-        dist_util.from_rank0(_write_steps, walk, out_dir, min(num_samples, SHOWN_STEPS), count)
+    if not count:
+        return
+    chosen = sorted({round((steps - 1) * (k + 1) / count) for k in range(count)} if count < steps else range(steps))
+    mine = range(dist_util.get_rank(), min(num_samples, SHOWN_STEPS), dist_util.get_world_size())
+    parts = dist_util.all_gather_object(_steps_of(walk, list(mine), chosen) if mine else None)
+    # Sample i is the k-th of rank i mod the number of ranks, as images are dealt.
+    rows = [parts[i % len(parts)][i // len(parts)] for i in range(min(num_samples, SHOWN_STEPS))]
+    dist_util.from_rank0(_save_steps, out_dir, np.stack(rows))
 
 
-def _write_steps(walk: Any, out_dir: str, num_samples: int, count: int) -> None:
-    frames = [images.to_uint8(out["pred_xstart"]) for out in walk(list(range(num_samples)))]
-    chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
-    shown = np.stack([frames[k] for k in chosen])  # [K, N, H, W, C]
+def _steps_of(walk: Any, numbers: list[int], chosen: Sequence[int]) -> np.ndarray:
+    """uint8 [N, K, H, W, C]: the chosen predictions of x_0, counted from 0 without the steps that only add noise."""
+    predictions = (out["pred_xstart"] for out in walk(numbers) if out["pred_xstart"] is not None)
+    wanted = set(chosen)
+    return np.stack([images.to_uint8(x0) for k, x0 in enumerate(predictions) if k in wanted], axis=1)
+
+
+def _save_steps(out_dir: str, rows: np.ndarray) -> None:
     strip, gif = files.join(out_dir, "steps.png"), files.join(out_dir, "steps.gif")
-    images.save_strip(strip, shown.swapaxes(0, 1))
-    held = [len(shown) - 1] * HELD_FRAMES  # the result is to be seen, before it starts again
-    images.save_gif(gif, np.stack([images.grid(shown[k]) for k in [*range(len(shown)), *held]]))
-    logger.log(f"wrote {strip} and {gif}: {len(chosen)} of {len(frames)} steps of the first {num_samples} samples")
+    images.save_strip(strip, rows)
+    frames = [images.grid(rows[:, k]) for k in range(rows.shape[1])]
+    images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # the result is to be seen
+    logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps on the way to the first {len(rows)} samples")
 
 
 def write_samples(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -60,7 +60,7 @@ class Step(NamedTuple):
     """The outcome of a rule's step; both of x's shape."""
 
     x: th.Tensor
-    x0: th.Tensor
+    x0: th.Tensor | None  # what was predicted on the way; None where noise was added instead
 
 
 Predict = Callable[[th.Tensor, Level], Prediction]
@@ -71,6 +71,7 @@ class Rule:
     """An update rule. A fresh instance serves one trajectory, so that it may keep state between steps."""
 
     order = 1  # of the error in the size of the steps
+    skips = True  # may pass over timesteps of the process; otherwise each step must go to the next one
 
     def step(self, predict: Predict, x: th.Tensor, here: Level, there: Level, draw: Draw) -> Step:
         """x [N, C, ...] at level `here` taken to the less noisy level `there`."""
@@ -80,7 +81,7 @@ class Rule:
         """x taken to the noisier level `there`: a draw from q(x_there | x_here) (DDPM eq. 2, over several steps)."""
         self.restart()
         keep = there.alpha / here.alpha
-        return Step(keep * x + math.sqrt(1 - keep**2) * draw(x), x)
+        return Step(keep * x + math.sqrt(1 - keep**2) * draw(x), None)
 
     def restart(self) -> None:
         """Forget earlier steps: x has left the trajectory."""
@@ -92,6 +93,8 @@ class Rule:
 
 class Ancestral(Rule):
     """A draw from p(x_{t-1} | x_t) (DDPM alg. 2)."""
+
+    skips = False  # that t-1 is the next timestep of the process
 
     def step(self, predict, x, here, there, draw):
         prediction = predict(x, here)
@@ -115,16 +118,10 @@ class DDIM(Rule):
         if self.eta:
             sigma = self.eta * th.sqrt((1 - there.alpha_bar) / (1 - here.alpha_bar))
             sigma = sigma * th.sqrt(1 - here.alpha_bar / there.alpha_bar)
-            direction = direction - sigma**2
+            # Rounding may leave less than nothing where almost all is noise.
+            direction = (direction - sigma**2).clamp(min=0)
         mean = prediction.x0 * th.sqrt(there.alpha_bar) + th.sqrt(direction) * prediction.eps
         return Step(mean + _unless_clean(there, sigma * noise) if self.eta else mean, prediction.x0)
-
-
-class DDIMInversion(DDIM):
-    """DDIM's ODE walked up as well as down: from an image to its noise (DDIM sec. 5.4)."""
-
-    def rise(self, predict, x, here, there, draw):
-        return self.step(predict, x, here, there, draw)
 
 
 def _unless_clean(level: Level, noise: th.Tensor) -> th.Tensor:
@@ -163,7 +160,7 @@ class Heun(Euler):
     def step(self, predict, x, here, there, draw):
         prediction = predict(x, here)
         euler = _straight(prediction, there)
-        if there.is_clean or here.log_snr == -math.inf:
+        if there.is_clean or -math.inf in (here.log_snr, there.log_snr):  # where the trapezoid has no end
             return Step(euler, prediction.x0)
         length = there.alpha * (there.noise_to_signal - here.noise_to_signal)
         return Step(euler + length / 2 * (predict(euler, there).eps - prediction.eps), prediction.x0)
@@ -330,6 +327,22 @@ def _weighted_sum(weights: Sequence[float], tensors: Sequence[th.Tensor]) -> th.
     return sum(weight * tensor for weight, tensor in zip(weights, tensors))  # type: ignore[return-value]
 
 
+class BothWays(Rule):
+    """A rule without noise or memory, walked up as well as down: from an image to its noise (DDIM sec. 5.4)."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self.order = rule, rule.order
+
+    def step(self, predict, x, here, there, draw):
+        return self.rule.step(predict, x, here, there, draw)
+
+    def rise(self, predict, x, here, there, draw):
+        return self.rule.step(predict, x, here, there, draw)
+
+    def evaluations(self, steps):
+        return self.rule.evaluations(steps)
+
+
 class Inpaint(Rule):
     """Any rule, with the known pixels put back after each step (RePaint, Lugmayr et al. 2022, alg. 1).
 
@@ -340,10 +353,11 @@ class Inpaint(Rule):
 
     def __init__(self, rule: Rule, image: th.Tensor, unknown: th.Tensor):
         self.rule, self.image, self.unknown = rule, image, unknown
-        self.order = rule.order
+        self.order, self.skips = rule.order, rule.skips
 
     def step(self, predict, x, here, there, draw):
         painted, x0 = self.rule.step(predict, x, here, there, draw)
+        assert x0 is not None  # on the way down there is a prediction
         known = there.alpha * self.image + (0 if there.is_clean else there.sigma * draw(x))
         return Step(th.where(self.unknown > 0, painted, known), th.where(self.unknown > 0, x0, self.image))
 
@@ -370,8 +384,11 @@ RULES: dict[str, Callable[[], Rule]] = {
 
 def sample_loop(
     rule: Rule, predict: Predict, x: th.Tensor, levels: Sequence[Level], draw: Draw, progress: bool = False
-) -> Iterator[dict[str, th.Tensor]]:
-    """Walk x along `levels`, yielding `sample` and `pred_xstart` after each step; `levels` may rise on the way."""
+) -> Iterator[dict[str, Any]]:
+    """Walk x along `levels`, yielding `sample` and `pred_xstart` after each step.
+
+    Where the levels rise, noise is added and `pred_xstart` is None, unless the rule can walk up by itself.
+    """
     steps = range(len(levels) - 1)
     if progress:
         from tqdm.auto import tqdm

@@ -325,6 +325,12 @@ def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any],
                 if hasattr(options, name) and name not in stored
             )
         )
+    else:
+        # An older file lacks newer options, which did not exist when it was trained.
+        newer = {
+            f.name: f.default for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]
+        }
+        stored = {**{name: value for name, value in newer.items() if hasattr(options, name)}, **stored}
     fixed = fixed_names()
     refuse_contradictions(options, path, stored, fixed)
     for name in _MODEL_OPTIONS if names is None else names:

@@ -12,12 +12,18 @@ from .respace import space_timesteps
 from .schedules import sigma_at, timestep_of_sigma
 
 NAMES = ("uniform", "ddim", "trailing", "logsnr", "karras", "quadratic")
-# EDM's range of sigma and its rho (Karras et al. 2022, table 1). Noise above the largest hides every image, and most of
-# a grid in log-SNR would be spent on it; what is below the smallest cannot be seen.
+# EDM's range of sigma and its rho (Karras et al. 2022, table 1). Noise above the largest hides every image of up to 64
+# pixels a side, and most of a grid in log-SNR would be spent on it; what is below the smallest cannot be seen.
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
+CLOSEST = 1e-6  # timesteps that are told apart
 
 
-def timestep_grid(name: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
+def largest_sigma(height: int, width: int) -> float:
+    """The noise that hides images of this size: the mean of more pixels is seen through more noise."""
+    return SIGMA_MAX * max(1.0, math.sqrt(height * width) / 64)
+
+
+def timestep_grid(name: str, count: int, alpha_bar: np.ndarray, sigma_max: float = SIGMA_MAX) -> np.ndarray:
     """The timesteps to evaluate the network at, float64 [count], ascending, all different.
 
     :param name: one of NAMES, or a comma-separated list of timesteps in [0, T-1] (then `count` is 0 or their number).
@@ -26,6 +32,7 @@ def timestep_grid(name: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
         D.2). logsnr: evenly in log-SNR (Lu et al. 2022). karras: evenly in sigma^(1/7) (Karras et al. 2022, eq. 5).
     :param count: 1 to T. A single step is always T-1, or the noisiest of the grid.
     :param alpha_bar: float64 [T] of the process that the model was trained on.
+    :param sigma_max: where logsnr and karras start; see largest_sigma.
     Raises UserError for another name, count or list.
     """
     T = len(alpha_bar)
@@ -36,7 +43,7 @@ def timestep_grid(name: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
     if not 1 <= count <= T:
         raise UserError(f"--steps {count}: the model was trained with {T} noise levels, give 1 to {T}")
     if name in ("logsnr", "karras"):
-        return _in_sigma(name, count, alpha_bar)
+        return _in_sigma(name, count, alpha_bar, sigma_max)
     if count == 1:
         return np.array([T - 1.0])
     if name == "ddim":
@@ -53,7 +60,7 @@ def _from_list(text: str, count: int, T: int) -> np.ndarray:
         grid = np.array(sorted(float(part) for part in text.split(",") if part.strip()))
     except ValueError:
         raise UserError(f"--timestep_grid {text}: expected a name or timesteps such as 0,10.5,500,999") from None
-    if grid[0] < 0 or grid[-1] > T - 1 or (np.diff(grid) <= 0).any():
+    if not ((grid >= 0) & (grid <= T - 1)).all() or (np.diff(grid) < CLOSEST).any():
         raise UserError(f"--timestep_grid {text}: give different timesteps in 0..{T - 1}")
     if count not in (0, len(grid)):
         raise UserError(f"--steps {count} contradicts the {len(grid)} timesteps of --timestep_grid {text}")
@@ -66,9 +73,9 @@ def _stride(T: int, count: int) -> np.ndarray:
     return np.floor(np.arange(count) * (exact or T / count)).astype(np.float64)
 
 
-def _in_sigma(name: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
+def _in_sigma(name: str, count: int, alpha_bar: np.ndarray, sigma_max: float) -> np.ndarray:
     lowest, highest = sigma_at(alpha_bar, np.array([0, len(alpha_bar) - 1]))
-    high = min(highest, SIGMA_MAX)
+    high = min(highest, sigma_max)
     low = min(max(lowest, SIGMA_MIN), high)
     fractions = np.linspace(0, 1, count) if count > 1 else np.ones(1)
     if name == "logsnr":
@@ -93,7 +100,8 @@ def churned(
     """
     sigma = sigma_at(alpha_bar, grid)
     gamma = np.where((sigma >= sigma_min) & (sigma <= sigma_max), min(churn / len(grid), math.sqrt(2) - 1), 0.0)
-    raised = np.where(gamma > 0, np.maximum(timestep_of_sigma(alpha_bar, sigma * (1 + gamma)), grid), grid)
+    raised = np.where(gamma > 0, timestep_of_sigma(alpha_bar, sigma * (1 + gamma)), grid)
+    raised = np.where(raised > grid + CLOSEST, raised, grid)
     levels = np.unique(np.concatenate([grid, raised]))
     path: list[int] = []
     for k in reversed(range(len(grid))):

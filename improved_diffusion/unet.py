@@ -301,7 +301,8 @@ class UNetModel(Torso):
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y {tuple(y.shape)} must have one entry for each of the {x.shape[0]} images")
             # A hidden class adds nothing, so that it needs no row of the embedding.
-            emb = emb + self.label_emb(y.clamp(min=NULL_LABEL + 1)) * (y != NULL_LABEL)[:, None]
+            shown = y != NULL_LABEL
+            emb = emb + self.label_emb(th.where(shown, y, 0)) * shown[:, None]
         return emb
 
     def _torso(self, x, timesteps, y):

@@ -51,7 +51,7 @@ def main():
     job = editing.Job(name, options, model, sampler, source, labels)
     out_dir = start_run(options, f"{name}_{samples_name(options, sampler.name, sampler.steps)}")
     logger.log(sampler.describe())
-    job.run(out_dir, describe_request(options, metadata))
+    job.run(out_dir, describe_request(options, metadata, sampler))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def main():
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         labels=labels,
-        request=describe_request(options, metadata),
+        request=describe_request(options, metadata, sampler),
     )
-    write_steps(walk, out_dir, options.num_samples, options.save_steps)
+    write_steps(walk, out_dir, min(options.num_samples, options.batch_size), sampler.steps, options.save_steps)
 
 
 if __name__ == "__main__":

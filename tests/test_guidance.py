@@ -234,6 +234,21 @@ def test_the_mixture_guided_by_the_exact_classifier_is_the_conditional_network(m
         th.testing.assert_close(guided(x, t, y=y), world(x, t, y), rtol=1e-3, atol=2e-3)
 
 
+def test_the_score_of_a_network_of_x_before_counts_alike_on_fewer_timesteps():
+    """It predicts its own small step's x_{t-1}, whatever the sampler's steps are."""
+    base = make_diffusion(200, mean=ModelMeanType.PREVIOUS_X)
+    few, x0_few = (
+        make_diffusion(200, mean=mean).respaced([0, 50, 150, 199])
+        for mean in (ModelMeanType.PREVIOUS_X, ModelMeanType.START_X)
+    )
+    t, x = th.tensor([50, 150, 199]), th.zeros(3, 1, 1, 1)
+    th.testing.assert_close(few.score_weight(t, x), base.score_weight(t, x))
+    index = th.tensor([1, 2, 3])
+    # A shift of the output is a shift of x_0.
+    before, after = (few._predict_xstart_from_xprev(x, index, out) for out in (x, few.score_weight(t, x)))
+    th.testing.assert_close(after - before, x0_few.score_weight(t, x))
+
+
 def test_the_gradient_counts_as_often_as_the_scale_says_and_with_the_class_as_well():
     diffusion = make_diffusion(50)
     world = World(diffusion)
@@ -267,8 +282,9 @@ def test_a_hidden_class_needs_no_weights_and_is_what_an_unconditional_network_do
     mixed = conditional(x, t, y)
     th.testing.assert_close(mixed[1::2], unconditional(x, t)[1::2])
     assert (mixed[::2] - unconditional(x, t)[::2]).abs().max() > 1e-3
-    with pytest.raises(IndexError):
-        conditional(x, t, th.full((4,), 3))  # of a class that there is not, nothing is made
+    for nonsense in (3, -7):
+        with pytest.raises(IndexError):
+            conditional(x, t, th.full((4,), nonsense))  # of a class that there is not, nothing is made
 
 
 def test_a_hidden_class_trains_the_network_and_no_embedding():

@@ -18,6 +18,7 @@ from improved_diffusion.samplers import (
     PLMS,
     RULES,
     Ancestral,
+    BothWays,
     Euler,
     Heun,
     Inpaint,
@@ -318,6 +319,45 @@ def test_every_rule_starts_at_a_signal_to_noise_ratio_of_zero(name):
         th.testing.assert_close(sample, th.full_like(sample, 0.3), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "zero terminal"])
+def test_ddim_as_noisy_as_ancestral_sampling_stays_finite_in_any_number_of_steps(schedule):
+    """Where almost all is noise, what DDIM keeps of the direction is rounded to less than nothing."""
+    betas = get_named_beta_schedule("linear" if schedule == "zero terminal" else schedule, 1000)
+    base = SpacedDiffusion(
+        range(1000), betas=zero_terminal_snr(betas) if schedule == "zero terminal" else betas,
+        model_mean_type=ModelMeanType.VELOCITY, model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE,
+    )  # fmt: skip
+    for count in range(2, 20):
+        diffusion = base.respaced(timestep_grid("uniform", count, base.alphas_cumprod))
+        assert diffusion.sample_loop(DDIM(1.0), stand_in_network(False), (1, 1, 2, 2), device="cpu").isfinite().all()
+
+
+def test_heun_walks_up_to_pure_noise():
+    betas = zero_terminal_snr(get_named_beta_schedule("linear", 30))
+    diffusion = SpacedDiffusion(
+        range(30), betas=betas, model_mean_type=ModelMeanType.START_X, model_var_type=ModelVarType.FIXED_SMALL,
+        loss_type=LossType.MSE,
+    )  # fmt: skip
+    x = diffusion.sample_loop(
+        BothWays(Heun()),
+        stand_in_network(False),
+        (1, 1, 2, 2),
+        noise=th.zeros(1, 1, 2, 2),
+        device="cpu",
+        path=range(30),
+    )
+    assert x.isfinite().all()
+
+
+def test_ancestral_sampling_cannot_pass_over_timesteps():
+    """Its mean is that of the next one, wherever the path goes."""
+    diffusion = make_diffusion(20)
+    for rule in (Ancestral(), Inpaint(Ancestral(), th.zeros(1, 1, 2, 2), th.ones(2, 2))):
+        with pytest.raises(ValueError, match="next: use respaced"):
+            diffusion.sample_loop(rule, stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[19, 10, 0, -1])
+    diffusion.sample_loop(DDIM(), stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[19, 10, 0, -1])
+
+
 # Stochastic rules, on two pixels that depend on each other
 
 MEAN = th.tensor([0.3, -0.2])
@@ -346,7 +386,7 @@ def correlated_network(diffusion):
         (SDEDPMSolverPP, 100, "logsnr", 0),
         (SDEDPMSolverPP, 100, "karras", 0),
         (Heun, 60, "karras", 20),
-        (Euler, 200, "karras", 40),
+        (Euler, 400, "karras", 40),
     ],
 )
 def test_stochastic_rules_give_the_datas_mean_and_covariance(rule, count, grid, churn):

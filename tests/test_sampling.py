@@ -1,6 +1,7 @@
 """From options to samples: every rule, grid and guidance from the command line."""
 
 import argparse
+import math
 
 import numpy as np
 import pytest
@@ -9,11 +10,15 @@ from helpers import make_diffusion
 from PIL import Image
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, pixels, python, run, write_images
 
+from improved_diffusion import checkpoint
 from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DiffusionConfig, GuidanceConfig, ModelConfig, SampleConfig, SamplerConfig
 from improved_diffusion.config.sampling import SAMPLERS
+from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.samplers import RULES, DPMSolverPP, Heun
 from improved_diffusion.sampling import build_sampler
+from improved_diffusion.schedules import zero_terminal_snr
 from improved_diffusion.script_util import load_model
 from improved_diffusion.timestep_grids import NAMES, timestep_grid
 
@@ -145,10 +150,10 @@ def test_print_steps_shows_them_and_draws_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def sampler_of(*flags, T=1000):
+def sampler_of(*flags, T=1000, size=32):
     groups = (SamplerConfig, GuidanceConfig)
     options = parse_options(groups, "", [*map(str, flags)])
-    return build_sampler(argparse.Namespace(**vars(options), timestep_respacing=""), make_diffusion(T))
+    return build_sampler(argparse.Namespace(**vars(options), timestep_respacing="", image_size=size), make_diffusion(T))
 
 
 def test_a_rule_made_for_few_steps_takes_few_unless_told():
@@ -157,6 +162,26 @@ def test_a_rule_made_for_few_steps_takes_few_unless_told():
     assert sampler_of().steps == sampler_of("--sampler", "ddim").steps == 1000
     assert sampler_of("--timestep_grid", "0,7.5,12").steps == 3
     assert sampler_of("--sampler", "heun", "--steps", 10).evaluations == 19
+
+
+def test_a_model_that_starts_from_pure_noise_is_started_there():
+    betas = zero_terminal_snr(get_named_beta_schedule("linear", 1000))
+    diffusion = SpacedDiffusion(
+        range(1000), betas=betas, model_mean_type=ModelMeanType.VELOCITY, model_var_type=ModelVarType.FIXED_LARGE,
+        loss_type=LossType.MSE,
+    )  # fmt: skip
+    for flags in (["--sampler", "unipc"], ["--sampler", "ddim", "--steps", "30"], ["--steps", "7"],
+                  ["--sampler", "heun", "--steps", "1"]):  # fmt: skip
+        options = parse_options((SamplerConfig,), "", flags)
+        sampler = build_sampler(argparse.Namespace(**vars(options), timestep_respacing="", image_size=32), diffusion)
+        assert sampler.diffusion.timestep_map[-1] == 999 and sampler.diffusion.alphas_cumprod[-1] == 0
+        assert sampler.steps == (options.steps or 20)
+
+
+def test_large_images_start_at_more_noise():
+    for size, sigma in ((32, 80), (256, 320)):
+        last = sampler_of("--sampler", "dpmpp_2m", size=size).diffusion.alphas_cumprod[-1]
+        assert 1 / last - 1 == pytest.approx(sigma**2, rel=1e-6)
 
 
 def test_churn_reaches_the_rule_and_its_path():
@@ -180,9 +205,14 @@ def test_churn_reaches_the_rule_and_its_path():
         (["--churn", "3"], ["--churn 3", "euler or heun"]),
         (["--sampler", "heun", "--churn", "3", "--timestep_respacing", "5"], ["--churn 3", "--steps"]),
         (["--ddim_eta", "1"], ["--ddim_eta 1", "--sampler ddim"]),
+        (["--use_ddim", "--ddim_eta", "2"], ["--ddim_eta 2", "[0, 1]"]),
+        (["--churn_noise", "1.1"], ["--churn_noise 1.1", "--churn"]),
+        (["--classifier_scale", "3"], ["--classifier_scale 3", "--classifier_path"]),
+        (["--guidance_interval", "0.3,5"], ["--guidance_interval 0.3,5", "--guidance_scale"]),
+        (["--guidance_scale", "2", "--guidance_interval", "1e6,1e7"], ["--guidance_interval 1e6,1e7", "outside"]),
         (["--dynamic_threshold", "99.5"], ["--dynamic_threshold 99.5", "0.995"]),
-        (["--guidance_interval", "5"], ["--guidance_interval '5'", "0.3,5"]),
-        (["--guidance_interval", "5,2"], ["--guidance_interval 5,2", "lower"]),
+        (["--guidance_interval", "5", "--guidance_scale", "2"], ["--guidance_interval '5'", "0.3,5"]),
+        (["--guidance_interval", "5,2", "--guidance_scale", "2"], ["--guidance_interval 5,2", "lower"]),
     ],
 )
 def test_a_wrong_sampler_is_named_with_the_right_ones(flags, words, model, tmp_path):
@@ -209,7 +239,44 @@ def test_a_network_in_16_bits_draws_nearly_the_same(precision, model, tmp_path):
     assert (full != half).any() and np.abs(full.astype(int) - half).mean() < 8
 
 
+# What a folder of samples was made from
+
+
+def test_the_same_samples_asked_for_otherwise_go_on(model, tmp_path):
+    out = tmp_path / "out"
+    ways = [
+        ["--use_ddim", "--timestep_respacing", "ddim10"],
+        ["--sampler", "ddim", "--steps", "10"],
+        ["--sampler", "ddim", "--steps", "10", "--timestep_grid", "ddim"],
+    ]
+    for way in ways:
+        printed = sample(model, out, *way)[2]
+    assert "4 of 4 samples are in" in printed
+    for other in (["--steps", "10"], [*ways[1], "--ddim_eta", "0.5"], [*ways[1], "--timestep_grid", "trailing"]):
+        message = refused(model, "--out_dir", out, *other, cwd=tmp_path)
+        assert "holds samples made with" in message
+
+
+def test_samples_that_are_no_numbers_are_an_error(model, tmp_path):
+    state = th.load(model, weights_only=True)
+    state["out.2.bias"].fill_(math.nan)
+    th.save(state, tmp_path / "broken.pt")
+    message = refused(tmp_path / "broken.pt", "--steps", "2", "--classes", "cat", cwd=tmp_path)
+    assert "not finite" in message
+
+
 # How samples come about
+
+
+def test_the_steps_shown_are_predictions_without_those_that_add_noise(model, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--sampler", "euler", "--steps", "6", "--churn", "3", "--save_steps", "100", "--batch_size", "3"]
+    _, _, printed = sample(model, out, *flags)
+    assert "6 steps on the way to the first 3 samples" in printed
+    with_one = tmp_path / "one"
+    samples, _, _ = sample(model, with_one, "--sampler", "unipc", "--steps", "4", "--save_steps", "1")
+    strip = pixels(with_one / "steps.png")
+    np.testing.assert_array_equal(strip[2:50:6, 2:50:6], samples[0])
 
 
 def test_save_steps_writes_a_strip_and_an_animation(model, tmp_path):
@@ -279,6 +346,29 @@ def test_a_model_that_cannot_be_guided_says_how_to_train_one(sighted, unconditio
         assert str(path) in message and "--label_drop 0.1" in message and "--guide_path" in message
     message = refused(sighted, "--guide_path", sighted, cwd=tmp_path)
     assert "--guidance_scale 1" in message
+
+
+def test_guides_of_other_classes_are_refused(model, place, tmp_path):
+    others = write_images(place / "others", 12, classes=("xis", "yak", "zoe"))
+    named = train(place, others, "named", "--class_cond")
+    message = refused(model, "--guide_path", named, "--guidance_scale", "2", cwd=tmp_path)
+    assert "3 classes xis, yak, zoe" in message and "2 classes cat, dog" in message
+    two = write_images(place / "two", 12, classes=("xis", "yak"))
+    renamed = train(place, two, "renamed", "--class_cond")
+    message = refused(model, "--guide_path", renamed, "--guidance_scale", "2", cwd=tmp_path)
+    assert "classes xis, yak" in message
+
+
+def test_an_older_guide_predicts_what_it_was_trained_to(model, place, animals, tmp_path):
+    """Its description says nothing of options that came later."""
+    velocity = train(place, animals, "velocity_guided", "--class_cond", "--predict_v")
+    state, metadata = checkpoint.load(str(model))
+    for name in ("predict_v", "zero_terminal_snr", "schedule_shift"):
+        del metadata["config"][name]
+    older = tmp_path / "older.pt"
+    th.save(checkpoint.describe(state, metadata), older)
+    message = refused(velocity, "--guide_path", older, "--guidance_scale", "2", cwd=tmp_path)
+    assert "predict_v False" in message and "True" in message
 
 
 def test_networks_that_do_not_fit_are_refused(model, classifier, animals, place, tmp_path):

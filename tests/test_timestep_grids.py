@@ -21,6 +21,7 @@ from improved_diffusion.timestep_grids import (
     SIGMA_MAX,
     SIGMA_MIN,
     churned,
+    largest_sigma,
     repaint_path,
     straight_path,
     table,
@@ -107,6 +108,16 @@ def test_logsnr_is_even_in_log_snr_and_karras_in_a_root_of_sigma(schedule):
     assert sigma[-1] == pytest.approx(80, rel=1e-6)
 
 
+def test_larger_images_start_at_more_noise():
+    """The mean of four times as many pixels is seen through twice the noise."""
+    assert largest_sigma(32, 32) == largest_sigma(64, 64) == 80 and largest_sigma(256, 256) == 320
+    assert largest_sigma(128, 512) == 320
+    alpha_bar = alpha_bars("cosine", 1000)
+    for name in ("logsnr", "karras"):
+        grid = timestep_grid(name, 10, alpha_bar, largest_sigma(256, 256))
+        assert sigma_at(alpha_bar, grid)[-1] == pytest.approx(320, rel=1e-6)
+
+
 def test_a_list_is_taken_as_it_is():
     alpha_bar = alpha_bars("cosine", 1000)
     assert timestep_grid("999, 0,10.5,500", 0, alpha_bar).tolist() == [0, 10.5, 500, 999]
@@ -122,6 +133,8 @@ def test_a_list_is_taken_as_it_is():
         ("0,5,100", 0, ["0,5,100", "0..99"]),
         ("0,5,5", 0, ["0,5,5", "different"]),
         ("0,5,x", 0, ["0,5,x", "expected"]),
+        ("0,5,nan", 0, ["0,5,nan", "0..99"]),
+        ("0,1e-18,5", 0, ["0,1e-18,5", "different"]),
         ("0,5,9", 4, ["--steps 4", "3 timesteps"]),
     ],
 )
@@ -185,7 +198,8 @@ def test_churn_never_more_than_doubles_the_variance_and_none_leaves_the_grid():
     sigma = sigma_at(alpha_bar, levels)
     ratios = [sigma[b] / sigma[a] for a, b in pairwise(path) if b > a]
     assert len(ratios) == 10 and max(ratios) == pytest.approx(math.sqrt(2), rel=1e-6)
-    levels, path = churned(grid, alpha_bar, 0.0)
+    for churn in (0.0, 1e-13):
+        levels, path = churned(grid, alpha_bar, churn)
     assert levels.tolist() == grid.tolist() and path == straight_path(10)
 
 

@@ -118,13 +118,13 @@ class ProcessConfig(Config):
 
     def validate(self) -> None:
         self.require(self.diffusion_steps >= 1, "diffusion_steps", "must be at least 1")
-        self.require(0 < self.schedule_shift < 1000, "schedule_shift", "must be in (0, 1000)")
+        self.require(0.01 <= self.schedule_shift <= 100, "schedule_shift", "must be in [0.01, 100]")
         if self.zero_terminal_snr and self.diffusion_steps < 2:
             raise UserError(f"--zero_terminal_snr needs more than --diffusion_steps {self.diffusion_steps}")
-        if self.noise_schedule == "linear" and self.diffusion_steps < 20:
+        if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
             raise UserError(
-                f"--diffusion_steps {self.diffusion_steps} with --noise_schedule linear makes a beta above 1: "
-                "take at least 20 steps, or --noise_schedule cosine"
+                f"--diffusion_steps {self.diffusion_steps} with --noise_schedule linear makes a beta of 1 or more and "
+                "leaves no signal: take at least 21 steps, or --noise_schedule cosine"
             )
 
 

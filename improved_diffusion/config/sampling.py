@@ -40,8 +40,9 @@ class SamplerConfig(Config):
     compile: bool = extra(False, "compile the network by torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
-        for name in ("ddim_eta", "steps", "churn", "churn_min", "churn_max", "churn_noise"):
+        for name in ("steps", "churn", "churn_min", "churn_max", "churn_noise"):
             self.require(getattr(self, name) >= 0, name, "must not be negative")
+        self.require(0 <= self.ddim_eta <= 1, "ddim_eta", "must be in [0, 1]")
         self.require(0 <= self.dynamic_threshold <= 1, "dynamic_threshold", "must be in [0, 1], such as 0.995")
         if 0 < self.churn_max <= self.churn_min:
             raise UserError(f"--churn_max {self.churn_max} must be more than --churn_min {self.churn_min}")
@@ -49,6 +50,9 @@ class SamplerConfig(Config):
             raise UserError(f"--use_ddim contradicts --sampler {self.sampler}: give one of them")
         if self.churn and self.sampler not in ("euler", "heun"):
             raise UserError(f"--churn {self.churn} is for --sampler euler or heun, not {self.sampler}")
+        for name, default in (("churn_min", 0), ("churn_max", 0), ("churn_noise", 1)):
+            if getattr(self, name) != default and not self.churn:
+                raise UserError(f"--{name} {getattr(self, name)} does nothing without --churn: give both")
         if self.ddim_eta and not (self.use_ddim or self.sampler == "ddim"):
             raise UserError(f"--ddim_eta {self.ddim_eta} is for --sampler ddim, not {self.sampler}")
 
@@ -86,6 +90,13 @@ class GuidanceConfig(Config):
             raise UserError(f"--guide_path {self.guide_path} does nothing at --guidance_scale 1: give more, such as 2")
         if self.guidance_rescale and self.guidance_scale == 1:
             raise UserError(f"--guidance_rescale {self.guidance_rescale} does nothing at --guidance_scale 1: give more")
+        if self.classifier_scale != 1 and not self.classifier_path:
+            raise UserError(f"--classifier_scale {self.classifier_scale} does nothing without --classifier_path")
+        if self.guidance_interval and self.guidance_scale == 1 and not self.classifier_path:
+            raise UserError(
+                f"--guidance_interval {self.guidance_interval} does nothing without guidance: give --guidance_scale or "
+                "--classifier_path"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
