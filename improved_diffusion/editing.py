@@ -91,6 +91,9 @@ def route(name: str, options: argparse.Namespace, sampler: Any) -> Any:
     if name == "inpaint":
         count = sampler.diffusion.num_timesteps
         return replace(sampler, path=repaint_path(count, options.jump_length, options.resamplings))
+    inverts = name == "encode" or (name == "interpolate" and options.images)
+    if inverts and sampler.diffusion.num_timesteps < 2:
+        raise UserError(f"{name} needs at least two steps from an image to its noise: give more --steps")
     if name == "variations":
         return replace(sampler, path=noising_path(sampler, options.strength))
     return sampler
@@ -116,6 +119,7 @@ class Source:
     found: list[int] | None = None  # classes that came with it
     pictures: Any = None  # uint8 [N, H, W, C]
     latents: Any = None  # float32 [N, C, H, W]
+    model: str = ""  # SHA-256 sum of the checkpoint that latents were found with
     masks: Any = None  # bool [1 or N, H, W], true where there is to be painted
 
     @property
@@ -137,9 +141,10 @@ def read_source(name: str, options: argparse.Namespace, read: Callable[[], Any])
                 f"--latents {options.latents} holds noise of {shape}, but {options.model_path} makes images of "
                 f"{shape_of(options)} (channels, height, width): take the model that it was encoded with"
             )
-        return Source("--latents", options.latents, latents.labels, latents=latents.arrays)
+        return Source("--latents", options.latents, latents.labels, latents=latents.arrays, model=latents.model)
     if getattr(options, "seeds", ""):
         return Source("--seeds", options.seeds)
+    _keep_apart(options)
     given = read()
     source = Source("--images", options.images, given.labels, pictures=given.arrays)
     if name == "interpolate" and source.count != 2:
@@ -147,6 +152,13 @@ def read_source(name: str, options: argparse.Namespace, read: Callable[[], Any])
     if name == "inpaint":
         source.masks = read_masks(options.mask, height_width(options.image_size), given.names)
     return source
+
+
+def _keep_apart(options: argparse.Namespace) -> None:
+    """Raise UserError where what is written would be among the images that the same command reads next time."""
+    folder, out_dir = os.path.realpath(options.images), os.path.realpath(options.out_dir)
+    if options.out_dir and os.path.isdir(folder) and os.path.commonpath([folder, out_dir]) == folder:
+        raise UserError(f"--out_dir {options.out_dir} lies in --images {options.images}: choose one beside it")
 
 
 def shape_of(options: argparse.Namespace) -> tuple[int, int, int]:
@@ -219,7 +231,12 @@ class Job:
 
         :param request: what the samples of the checkpoint depend on; the command adds its own.
         """
-        request = {**request, **self._describe()}
+        request = {**self._describe(), **request}
+        if self.source.model not in ("", request["model_sha256"]):
+            logger.warn(
+                f"{self.source.path} was encoded with another checkpoint than {self.options.model_path}: what comes "
+                "out may be noise"
+            )
         if self.name == "encode":
             dist_util.from_rank0(claim, out_dir, request)
             self.source.latents = write_latents(
@@ -230,6 +247,7 @@ class Job:
                 batch_size=self.options.batch_size,
                 labels=self.labels,
                 way={name: getattr(self.options, name) for name in WAY},
+                model=request["model_sha256"],
             )
         draw = {"inpaint": _inpaint, "variations": _vary, "interpolate": _interpolate}.get(self.name, _decode)(self)
         path = write_samples(
@@ -281,15 +299,16 @@ class Job:
     def _describe(self) -> dict[str, Any]:
         """What the images depend on besides the checkpoint and its sampler."""
         own = ("frames", "seeds", "strength", "jump_length", "resamplings")
-        found = {name: getattr(self.options, name) for name in own if hasattr(self.options, name)}
+        found: dict[str, Any] = {"command": self.name}
+        if self.source.flag != "--seeds":
+            paths = self.source.path.split(",")
+            found[self.source.flag[2:]] = ",".join(p if files.is_url(p) else os.path.abspath(p) for p in paths)
+        found |= {name: getattr(self.options, name) for name in own if hasattr(self.options, name)}
         for name in ("pictures", "latents", "masks"):
             array = getattr(self.source, name)
             if array is not None:
                 found[f"{name}_sha256"] = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-        where = ",".join(p if files.is_url(p) else os.path.abspath(p) for p in self.source.path.split(","))
-        if self.source.flag != "--seeds":
-            found[self.source.flag[2:]] = where
-        return {"command": self.name, **found}
+        return found
 
 
 def choose_classes(name: str, options: argparse.Namespace, classes: Classes | None, source: Source) -> Labels | None:

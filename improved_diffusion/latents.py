@@ -27,6 +27,7 @@ class Latents(NamedTuple):
     arrays: np.ndarray  # float32 [N, C, H, W]
     labels: list[int] | None
     way: dict[str, Any]  # options of the steps on which it was found
+    model: str  # SHA-256 sum of the checkpoint's file
 
 
 def read_latents(path: str) -> Latents:
@@ -35,7 +36,7 @@ def read_latents(path: str) -> Latents:
         raise UserError(f"--latents is missing: name the {FILE} that encode wrote")
     if not files.exists(path):
         raise UserError(f"--latents {path} does not exist: encode writes it")
-    found = images.read_npz(path, ("arr_0", "arr_1", "way"))
+    found = images.read_npz(path, ("arr_0", "arr_1", "way", "model"))
     arrays, labels = found.get("arr_0"), found.get("arr_1")
     if arrays is None or arrays.dtype != np.float32 or arrays.ndim != 4 or not len(arrays):
         held = "no arr_0" if arrays is None else f"arr_0 of {arrays.dtype} {arrays.shape}"
@@ -51,7 +52,7 @@ def read_latents(path: str) -> Latents:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"--latents {path} does not say how it was made: encode again") from None
-    return Latents(arrays, None if labels is None else [int(y) for y in labels], way)
+    return Latents(arrays, None if labels is None else [int(y) for y in labels], way, str(found.get("model", "")))
 
 
 def write_latents(
@@ -63,12 +64,13 @@ def write_latents(
     batch_size: int,
     labels: Labels | None,
     way: Mapping[str, Any],
+    model: str,
 ) -> np.ndarray:
     """Make the latents 0..count-1, float32 [N, C, H, W], and latents.npz of them. Collective.
 
     What an interrupted run left behind is kept; the folder must be claimed, and hold nothing of another request.
     :param invert: image numbers -> their latents; each rank calls it with its share. :param shape: (C, H, W).
-    :param way: the options of WAY.
+    :param way: the options of WAY. :param model: SHA-256 sum of the checkpoint's file.
     """
     path, parts = files.join(out_dir, FILE), files.join(out_dir, PARTS_DIR)
     if not dist_util.from_rank0(files.exists, path):
@@ -80,7 +82,7 @@ def write_latents(
         except KeyboardInterrupt:
             saved = f"{bar.done} of {count} latents are in {parts}; the same command goes on"
             raise KeyboardInterrupt(saved) from None
-        dist_util.from_rank0(_join, path, parts, count, labels, way)
+        dist_util.from_rank0(_join, path, parts, count, labels, way, model)
     return dist_util.from_rank0(read_latents, path).arrays
 
 
@@ -126,10 +128,11 @@ def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
     return missing
 
 
-def _join(path: str, parts: str, count: int, labels: Labels | None, way: Mapping[str, Any]) -> None:
+def _join(path: str, parts: str, count: int, labels: Labels | None, way: Mapping[str, Any], model: str) -> None:
     """latents.npz of all parts, which are then removed."""
     names = [_part(parts, i) for i in range(count)]
     arrays = {"arr_0": np.stack([_load(name) for name in names]), "way": np.array(json.dumps(dict(way)))}
+    arrays["model"] = np.array(model)
     if labels:
         arrays["arr_1"] = np.array([labels.index(i) for i in range(count)], np.int64)
     with files.open_write(path) as f:

@@ -316,7 +316,6 @@ def describe_request(options: argparse.Namespace, metadata: dict[str, Any], samp
     names = {"seed", "classes", "sigma_small", "guidance_scale", "guidance_interval", "guidance_rescale"}
     names |= fixed_names() | ({"classifier_scale"} if options.classifier_path else set())
     request = {name: getattr(options, name) for name in sorted(names) if hasattr(options, name)}
-    request |= sampler.request()
     for name in ("model", "guide", "classifier"):
         if getattr(options, f"{name}_path", ""):
             request[f"{name}_sha256"] = dist_util.from_rank0(_sha256, getattr(options, f"{name}_path"))
@@ -325,7 +324,7 @@ def describe_request(options: argparse.Namespace, metadata: dict[str, Any], samp
             os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
         )
     path = options.model_path if files.is_url(options.model_path) else os.path.abspath(options.model_path)
-    return {"model_path": path, "model_step": metadata.get("step"), **request}
+    return {"model_path": path, "model_step": metadata.get("step"), **sampler.request(), **request}
 
 
 def _sha256(path: str) -> str:

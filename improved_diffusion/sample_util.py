@@ -93,7 +93,8 @@ def image_labels(
     if labels is None or options.classes:
         return labels
     if found is None:
-        raise UserError(f"{options.model_path} is class-conditional and {flag} {path} has no classes: give --classes")
+        known = f" among {', '.join(classes.names[:10])}" if classes and classes.names else ""
+        raise UserError(f"{flag} {path} has no classes{known}, which {options.model_path} needs: give --classes")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
         raise UserError(
@@ -149,7 +150,7 @@ def _steps_of(walk: Any, numbers: list[int], chosen: Sequence[int]) -> np.ndarra
 def _save_steps(out_dir: str, rows: np.ndarray) -> None:
     strip, gif = files.join(out_dir, "steps.png"), files.join(out_dir, "steps.gif")
     images.save_strip(strip, rows)
-    frames = [images.grid(rows[:, k]) for k in range(rows.shape[1])]
+    frames = [images.grid(rows[:, k], min_side=images.SHOWN_SIDE) for k in range(rows.shape[1])]
     images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # the result is to be seen
     logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps on the way to the first {len(rows)} samples")
 
@@ -236,7 +237,8 @@ def claim(out_dir: str, request: Mapping[str, Any]) -> None:
             before = json.loads(files.read_bytes(path))
         except ValueError:
             raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
-        for name in sorted(before.keys() | request.keys()):
+        # What tells most comes first: what was made at all, from which model, by which sampler.
+        for name in [*(before.keys() - request.keys()), *request]:
             if before.get(name) != request.get(name):
                 raise UserError(
                     f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose "

@@ -35,7 +35,7 @@ STEPS = 20  # of the rules that were made for few
 PUBLISHED = ("ancestral", "ddim")  # whose default is all steps
 # Where each rule's steps lie unless told: as published, and for the others where benchmarks/sampler_quality.py finds
 # the smallest errors.
-GRIDS = {"ancestral": "uniform", "ddim": "ddim"}
+GRIDS = {"ancestral": "uniform", "ddim": "ddim", "euler": "karras", "heun": "karras"}
 OTHER_GRID = "logsnr"
 
 

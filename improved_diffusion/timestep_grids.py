@@ -82,7 +82,8 @@ def _in_sigma(name: str, count: int, alpha_bar: np.ndarray, sigma_max: float) ->
         sigma = np.exp(math.log(low) + fractions * math.log(high / low))
     else:
         sigma = (low ** (1 / RHO) + fractions * (high ** (1 / RHO) - low ** (1 / RHO))) ** RHO
-    return timestep_of_sigma(alpha_bar, sigma)
+    t = timestep_of_sigma(alpha_bar, sigma)
+    return np.where(np.abs(t - t.round()) < CLOSEST, t.round(), t)
 
 
 def straight_path(count: int) -> list[int]:

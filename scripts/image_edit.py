@@ -22,7 +22,7 @@ COMMANDS = {
         (config.LatentsConfig, config.CopiesConfig, *SHARED),
     ),
     "interpolate": Command(
-        "Draw what lies between two images, or between the images of two seeds.",
+        "Draw what lies between two images, in 200 steps of DDIM unless told, or between those of two seeds, in all.",
         (config.ImagesConfig, config.InterpolateConfig, *SHARED),
     ),
     "inpaint": Command(
@@ -44,9 +44,9 @@ def main():
     sampler = editing.route(name, options, build_sampler(options, diffusion))
     if options.print_steps:
         return dist_util.from_rank0(print, sampler.table())
-    read = partial(read_images, options, "images", "image_size", metadata.get("class_names"))
-    source = editing.read_source(name, options, read)
     model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
+    read = partial(read_images, options, "images", "image_size", classes and classes.names)
+    source = editing.read_source(name, options, read)
     labels = editing.choose_classes(name, options, classes, source)
     job = editing.Job(name, options, model, sampler, source, labels)
     out_dir = start_run(options, f"{name}_{samples_name(options, sampler.name, sampler.steps)}")

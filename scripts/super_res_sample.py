@@ -29,10 +29,11 @@ def main():
     if options.print_steps:
         dist_util.from_rank0(print, sampler.table())
         return
-    base, found, _ = read_images(options, "base_samples", "small_size", metadata.get("class_names"), exact_npz=True)
+    model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
+    names = classes and classes.names
+    base, found, _ = read_images(options, "base_samples", "small_size", names, exact_npz=True)
     if "num_samples" not in options.given:
         options.num_samples = len(base)
-    model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
     labels = image_labels(options, classes, found, options.base_samples, "--base_samples")
     out_dir = start_run(options, samples_name(options, sampler.name, sampler.steps))
     logger.log(sampler.describe())

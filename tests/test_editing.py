@@ -343,7 +343,7 @@ def test_frames_are_of_the_class_of_the_nearer_end(argv, found, expected):
 def test_classes_are_asked_for_where_the_images_have_none():
     options = parse("encode", "--images", "a", "--model_path", "m.pt")
     classes = Classes(2, ["cat", "dog"])
-    with pytest.raises(UserError, match=r"m.pt is class-conditional and --images a has no classes: give --classes"):
+    with pytest.raises(UserError, match=r"--images a has no classes among cat, dog, which m.pt needs: give --classes"):
         editing.choose_classes("encode", options, classes, Source("--images", "a"))
     with pytest.raises(UserError, match=r"--images a has the label 2, but the model has the classes 0..1"):
         editing.choose_classes("encode", options, classes, Source("--images", "a", [0, 2]))
@@ -353,7 +353,7 @@ def test_classes_are_asked_for_where_the_images_have_none():
 
 
 def test_interpolation_takes_two_images():
-    options = argparse.Namespace(images="a", seeds="", image_size=8, channels=3)
+    options = argparse.Namespace(images="a", seeds="", image_size=8, channels=3, out_dir="")
     given = GivenImages(np.zeros((3, 8, 8, 3), np.uint8), None, ["1", "2", "3"])
     with pytest.raises(UserError, match="--images a holds 3 images: interpolate goes between two"):
         editing.read_source("interpolate", options, lambda: given)
@@ -498,6 +498,15 @@ def test_latents_are_decoded_by_the_steps_that_made_them(place, encoded):
     assert back["timesteps_sha256"] == there["timesteps_sha256"]
 
 
+def test_latents_of_another_checkpoint_are_decoded_with_a_warning(place, encoded):
+    name = "may be noise"
+    assert name not in edit(place, "decode", "--latents", "encoded/latents.npz", "--out_dir", "own").succeed().out
+    other = place / "run/ema_0.5_000000.pt"
+    args = ["--model_path", other, "--latents", "encoded/latents.npz", "--out_dir", "foreign"]
+    result = call("image_edit", "decode", *args, cwd=place).succeed()
+    assert name in result.out + result.err
+
+
 def test_latents_are_decoded_as_other_classes_by_other_steps_and_with_guidance(place, encoded):
     args = ["--latents", "encoded/latents.npz", "--num_samples", 4, "--classes", "dog,cat", "--sampler", "dpmpp_2m"]
     edit(place, "decode", *args, "--steps", 5, "--guidance_scale", 2, "--out_dir", "others").succeed()
@@ -603,7 +612,9 @@ def test_wrong_use_is_refused_before_a_folder_is_made(place, tmp_path):
     refused(refuse("encode"), "--images is missing")
     refused(refuse("encode", "--images", "nowhere"), "--images nowhere does not exist")
     refused(refuse("encode", "--images", "plain/1.png,plain/2.png"), "--images plain/2.png does not exist")
-    refused(refuse("encode", "--images", "plain"), "--images plain has no classes: give --classes")
+    refused(refuse("encode", "--images", "plain"), "--images plain has no classes among cat, dog, which")
+    refused(refuse("encode", *data, "--steps", 1), "encode needs at least two steps")
+    refused(refuse("encode", *data, "--out_dir", place / "data/out"), "lies in --images")
     refused(refuse("encode", *data, "--classes", "owl"), "--classes owl: the model has the classes 0..1: cat, dog")
     refused(refuse("encode", *data, "--guidance_scale", 2), "--guidance_scale 2.0 does not go with the way")
     refused(refuse("interpolate", *data), f"--images {place}/data holds 6 images: interpolate goes between two")
@@ -625,4 +636,4 @@ def test_checkpoints_of_other_kinds(place, tmp_path):
     refused(result, "--classes cat", "was trained without classes")
     call("image_edit", *images_of, "plain/ema_0.5_000000.pt", "--steps", 5, "--out_dir", "out", cwd=tmp_path).succeed()
     with np.load(tmp_path / "out/latents.npz") as arrays:
-        assert sorted(arrays.files) == ["arr_0", "way"]
+        assert sorted(arrays.files) == ["arr_0", "model", "way"]

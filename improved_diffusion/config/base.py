@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any
@@ -104,6 +105,8 @@ class Config:
                 value = f.metadata["parse"](value)
             except (TypeError, ValueError) as error:
                 raise UserError(f"--{f.name} {value!r}: {error}") from None
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{f.name} {value} must be a finite number")
             object.__setattr__(self, f.name, value)
             choices = f.metadata["choices"]
             if choices and value not in choices:

@@ -20,7 +20,9 @@ class SamplerConfig(Config):
     ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling")
     sampler: str = extra("auto", "the rule of each step; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
     steps: int = extra(
-        0, "steps to take, 1 to diffusion_steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others"
+        0,
+        "steps to take, 1 to diffusion_steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others; "
+        "or what a command of image_edit.py says",
     )
     timestep_grid: str = extra(
         "auto",
