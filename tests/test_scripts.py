@@ -550,6 +550,6 @@ def test_super_resolution_without_classes_asks_for_them(upsampler, tmp_path):
     np.savez(tmp_path / "base.npz", np.zeros((2, 8, 8, 3), np.uint8))
     args = ["--model_path", upsampler, "--base_samples", "base.npz", "--out_dir", "large"]
     result = call("super_res_sample", *args, cwd=tmp_path)
-    assert result.code == 1 and "base.npz has no classes: give --classes" in result.err
+    assert result.code == 1 and "base.npz has no classes" in result.err and "give --classes" in result.err
     call("super_res_sample", *args, "--classes", "dog", cwd=tmp_path).succeed()
     assert samples_of(tmp_path / "large")[1].tolist() == [1, 1]
