@@ -311,7 +311,7 @@ def test_model_flag_contradicting_the_checkpoint(place, tmp_path):
     [
         (["--image_size", "16"], "--image_size 8"),
         (["--class_cond", "False"], "--class_cond True"),
-        (["--noise_schedule", "linear"], "--noise_schedule cosine"),
+        (["--noise_schedule", "sigmoid"], "--noise_schedule cosine"),
         (["--channel_mult", "1,2"], "--channel_mult 1,1"),
     ],
 )
