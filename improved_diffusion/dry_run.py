@@ -53,7 +53,9 @@ def _time_in_all(loop: TrainLoop, per_step: float) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+    if count >= 1000 * 2**20:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.3g} MiB"
 
 
 def _memory(device: th.device) -> tuple[int, int]:
