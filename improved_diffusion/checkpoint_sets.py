@@ -76,10 +76,11 @@ def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[
     removed = [step for step in steps[:-keep_last] if not (keep_every and step % keep_every == 0)]
     for step in removed:
         manifest = read_manifest(directory, step) or {"files": {}}
-        files.remove(files.join(directory, manifest_name(step)))  # first: from now on the set is not there
         for name in manifest["files"]:
             if step_of(name) == step and "/" not in name and not name.startswith(_SNAPSHOT):
                 files.remove(files.join(directory, name))
+        # Last: where this is cut short the next time finds what is left, and until then the set is not whole.
+        files.remove(files.join(directory, manifest_name(step)))
     return removed
 
 

@@ -240,6 +240,28 @@ def test_which_sets_are_kept(tmp_path, last, every, left):
     assert set(names(folder)) == kept | {checkpoint_sets.manifest_name(step) for step in left}
 
 
+@pytest.mark.parametrize(
+    "removals, counted", [(0, [10, 20, 30]), (1, [20, 30]), (2, [20, 30]), (3, [20, 30]), (4, [20, 30]), (5, [30])]
+)
+def test_removing_that_was_cut_short_is_finished_the_next_time(tmp_path, monkeypatch, removals, counted):
+    """By a kill after any of the files; until then the set that is half removed does not count as one."""
+    folder, whole = (folder_of_sets(tmp_path / name, 10, 20, 30) for name in ("run", "whole"))
+    remove, left = files.remove, iter(range(removals))
+
+    def until_killed(path):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "remove", until_killed)
+        prune(folder, 30, 1, 0)
+    assert complete_sets(folder, LABELS) == counted
+    prune(folder, 30, 1, 0)
+    prune(whole, 30, 1, 0)
+    assert names(folder) == names(whole)
+
+
 def test_snapshots_of_power_function_averages_outlive_their_sets(tmp_path):
     folder = folder_of_sets(tmp_path / "run")
     for step in (1, 2):
