@@ -13,6 +13,7 @@ import numpy as np
 
 from . import files
 from .config import UserError
+from .plots import new_figure, save_figure
 
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 COLUMNS = 3  # panels beside each other
@@ -76,9 +77,7 @@ def write_curves(csv_path: str | os.PathLike, png_path: str | os.PathLike) -> No
 
     Raises UserError where there is nothing to draw.
     """
-    png = io.BytesIO()
-    figure_of(csv_path).savefig(png, format="png")
-    files.write_bytes(png_path, png.getvalue())
+    save_figure(png_path, figure_of(csv_path))
 
 
 def figure_of(csv_path: str | os.PathLike) -> Any:
@@ -88,18 +87,9 @@ def figure_of(csv_path: str | os.PathLike) -> Any:
     panels = [(panel, keys) for panel, keys in panels if keys]
     if not panels:
         raise UserError(f"{csv_path} has no rows to draw yet: curves need a row of the log with its step and loss")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise UserError(f"curves are drawn by a package that is missing ({error}): pip install matplotlib") from None
     across = min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
-    # Not by pyplot, whose figures and settings belong to the whole process.
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
-    figure = Figure(figsize=(5.4 * across, 3.4 * down + 0.4), dpi=100, layout=layout)
-    FigureCanvasAgg(figure)
+    figure = new_figure((5.4 * across, 3.4 * down + 0.4))
     run = os.path.basename(os.path.dirname(os.path.abspath(csv_path)))
     figure.suptitle(f"{run}: {len(steps):,} rows up to step {int(steps[-1]):,}", fontsize=12)
     for i, (panel, keys) in enumerate(panels):

@@ -3,6 +3,7 @@ older one whole."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,11 @@ def same(path: str | os.PathLike, other: str | os.PathLike) -> bool:
     if is_url(path) or is_url(other):
         return str(path).rstrip("/") == str(other).rstrip("/")
     return os.path.realpath(path) == os.path.realpath(other)
+
+
+def full_path(path: str | os.PathLike) -> str:
+    """The path from the root on, a URL as it is: what a description of a file keeps."""
+    return str(path) if is_url(path) else os.path.abspath(path)
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -86,6 +92,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """The file's contents. Raises UserError where they cannot be read."""
     with _storage("read", path), open_read(path) as f:
         return f.read()
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The file's SHA-256, in hexadecimal digits. Raises UserError where it cannot be read."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def remove(path: str | os.PathLike) -> None:

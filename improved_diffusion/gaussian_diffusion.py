@@ -402,32 +402,43 @@ class GaussianDiffusion:
         return nats_to_bits(mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)))
 
     def calc_bpd_loop(
-        self, model, x_start, clip_denoised=True, model_kwargs=None, noise_fn=None, timesteps=None, weights=None
-    ):
+        self, model, x_start, clip_denoised=True, model_kwargs=None, noise_fn=None, timesteps=None, weights=None,
+        timesteps_per_pass=1,
+    ):  # fmt: skip
         """The whole variational bound of each image, term by term, in bits/dim.
 
+        :param model_kwargs: what else the network takes; tensors of length N are the images' own.
         :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
         :param timesteps: int64 [N, K], each image's own; T-1 down to 0 unless given.
         :param weights: [N, K], what each term counts in `total_bpd`; 1 unless given.
+        :param timesteps_per_pass: evaluate so many of each image's timesteps at once. Changes speed and memory alone.
         :return: dict of `total_bpd` and `prior_bpd` [N], and `vb`, `xstart_mse`, `mse` [N, K].
         """
-        draw = noise_fn or th.randn_like
+        draw, n = noise_fn or th.randn_like, len(x_start)
         terms: dict[str, list[th.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         if timesteps is None:
-            timesteps = th.arange(self.num_timesteps, device=x_start.device).flip(0).expand(len(x_start), -1)
-        for t in timesteps.unbind(dim=1):
-            noise = draw(x_start)
-            x_t = self.q_sample(x_start, t, noise=noise)
+            timesteps = th.arange(self.num_timesteps, device=x_start.device).flip(0).expand(n, -1)
+        for part in timesteps.split(timesteps_per_pass, dim=1):
+            k = part.shape[1]
+            t, x_0 = part.T.flatten(), th.cat([x_start] * k)  # all images at the first timestep, at the second, ...
+            kwargs = {name: _repeat(value, n, k) for name, value in (model_kwargs or {}).items()}
+            noise = th.cat([draw(x_start) for _ in range(k)])
+            x_t = self.q_sample(x_0, t, noise=noise)
             with th.no_grad():
-                out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
-                terms["vb"].append(self._vb_terms_bpd(out, x_start, x_t, t))
+                out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=kwargs)
+                terms["vb"].append(self._vb_terms_bpd(out, x_0, x_t, t))
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-            terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
+            terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_0) ** 2))
             terms["mse"].append(mean_flat((eps - noise) ** 2))
-        stacked = {name: th.stack(values, dim=1) for name, values in terms.items()}
+        stacked = {name: th.cat(values).view(-1, n).T.contiguous() for name, values in terms.items()}
         prior_bpd = self._prior_bpd(x_start)
         bound = stacked["vb"] if weights is None else stacked["vb"] * weights
         return {"total_bpd": bound.sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **stacked}
+
+
+def _repeat(value, n, times):
+    """A tensor of length n so often, one after the other; anything else as it is."""
+    return th.cat([value] * times) if isinstance(value, th.Tensor) and value.shape[:1] == (n,) else value
 
 
 def _last(steps):

@@ -152,11 +152,12 @@ class Rows(NamedTuple):
     rows: Iterable[np.ndarray]
 
 
-def save_npz(path: str, *arrays: np.ndarray | Rows) -> None:
-    """Write arrays as arr_0, arr_1, ... of an npz, as np.savez does; a crash leaves an older file whole."""
+def save_npz(path: str, *arrays: np.ndarray | Rows, **named: np.ndarray) -> None:
+    """Write arrays as arr_0, arr_1, ... of an npz, or under their names, as np.savez does; a crash leaves an older file
+    whole."""
     with files.open_write(path) as f, zipfile.ZipFile(f, "w") as archive:
-        for i, array in enumerate(arrays):
-            with archive.open(f"arr_{i}.npy", "w", force_zip64=True) as member:  # it may pass 4 GiB
+        for name, array in [*((f"arr_{i}", array) for i, array in enumerate(arrays)), *named.items()]:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # it may pass 4 GiB
                 if isinstance(array, Rows):
                     _write_rows(member, array)
                 else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -318,17 +317,11 @@ def describe_request(options: argparse.Namespace, metadata: dict[str, Any], samp
     request = {name: getattr(options, name) for name in sorted(names) if hasattr(options, name)}
     for name in ("model", "guide", "classifier"):
         if getattr(options, f"{name}_path", ""):
-            request[f"{name}_sha256"] = dist_util.from_rank0(_sha256, getattr(options, f"{name}_path"))
+            request[f"{name}_sha256"] = dist_util.from_rank0(files.sha256, getattr(options, f"{name}_path"))
     if hasattr(options, "base_samples"):
-        request["base_samples"] = (
-            os.path.abspath(options.base_samples) if not files.is_url(options.base_samples) else options.base_samples
-        )
-    path = options.model_path if files.is_url(options.model_path) else os.path.abspath(options.model_path)
-    return {"model_path": path, "model_step": metadata.get("step"), **sampler.request(), **request}
-
-
-def _sha256(path: str) -> str:
-    return hashlib.sha256(files.read_bytes(path)).hexdigest()
+        request["base_samples"] = files.full_path(options.base_samples)
+    model = {"model_path": files.full_path(options.model_path), "model_step": metadata.get("step")}
+    return {**model, **sampler.request(), **request}
 
 
 def samples_name(options: argparse.Namespace, sampler: str, steps: int) -> str:
@@ -349,12 +342,18 @@ class GivenImages(NamedTuple):
 
 
 def read_images(
-    options: argparse.Namespace, flag: str, size_flag: str, class_names: Sequence[str] | None, exact_npz: bool = False
+    options: argparse.Namespace,
+    flag: str,
+    size_flag: str,
+    class_names: Sequence[str] | None,
+    exact_npz: bool = False,
+    enlarge: bool = True,
 ) -> GivenImages:
     """The images of the option `flag`: an npz, a folder, a zip, or one image or several separated by commas.
 
     Resized and centre-cropped as in training to the size of the option `size_flag`.
     :param exact_npz: an npz of another size raises UserError.
+    :param enlarge: otherwise images that are smaller raise UserError.
     """
     path, wanted = getattr(options, flag), getattr(options, size_flag)
     source = open_pictures(path, f"--{flag}")
@@ -364,7 +363,15 @@ def read_images(
     if sizes != {size}:
         other = "x".join(map(str, min(s for s in sizes if s != size)))
         if exact_npz and isinstance(source, ArrayImages):
-            raise UserError(f"--{flag} {path} has images of {other}, but the model takes {wanted}")
+            raise UserError(
+                f"--{flag} {path} has images of {other}, but the model's --{size_flag} is {wanted}: give an npz of "
+                "that size, or a folder of images, which are resized"
+            )
+        smaller = ["x".join(map(str, s)) for s in sorted(sizes) if s[0] < size[0] or s[1] < size[1]]
+        if smaller and not enlarge:
+            raise UserError(
+                f"--{flag} {path} has images of {smaller[0]}, smaller than --{size_flag} {wanted}: give larger ones"
+            )
         logger.log(f"--{flag}: images of {other} are resized and centre-cropped to --{size_flag} {wanted}")
     array = np.stack([_uint8(dataset[i][0]) for i in range(len(dataset))])
     labels = None

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from improved_diffusion.evaluation.nll import BoundSummary, stratified_timesteps, summarize_bound
+from improved_diffusion.evaluation.nll import BoundSummary, left_out_variance, stratified_timesteps, summarize_bound
 
 TOTALS = np.array([2.0, 4.0, 9.0, 5.0, 5.0], dtype=np.float32)
 TERMS = np.arange(10, dtype=np.float32).reshape(5, 2)
@@ -20,13 +20,13 @@ def alone(part):
 
 
 @pytest.mark.parametrize("batches", [[[0, 1, 2, 3, 4]], [[0, 1], [2, 3], [4]], [[i] for i in range(5)]])
-def test_the_mean_does_not_depend_on_the_batches(batches):
+def test_the_mean_and_each_images_terms_do_not_depend_on_the_batches(batches):
     reports = []
     result = summarize_bound([(batch,) for batch in batches], bound, alone, lambda *report: reports.append(report))
     np.testing.assert_array_equal(result.total_bpd, TOTALS)
     assert result.mean == 5.0
-    np.testing.assert_allclose(result.terms["vb"], TERMS.mean(axis=0))
-    assert result.terms["vb"].dtype == np.float64
+    np.testing.assert_array_equal(result.terms["vb"], TERMS)
+    assert result.terms["vb"].dtype == np.float32  # 4,000 terms of 10,000 images are 160 MB
     assert len(reports) == len(batches) and reports[-1] == (5, 5.0)
     assert reports[0] == (len(batches[0]), pytest.approx(TOTALS[batches[0]].mean()))
 
@@ -37,7 +37,13 @@ def test_ranks_are_joined_in_their_order_and_may_have_nothing_to_do():
 
     result = summarize_bound([([0, 1, 2],)], bound, gather, lambda *report: None)
     np.testing.assert_array_equal(result.total_bpd, TOTALS)
-    np.testing.assert_allclose(result.terms["vb"], TERMS.mean(axis=0))
+    np.testing.assert_array_equal(result.terms["vb"], TERMS)
+
+
+def test_terms_that_are_not_wanted_are_not_kept():
+    result = summarize_bound([([0, 1],), ([2],)], bound, alone, lambda *report: None, keep_terms=False)
+    assert result.terms == {}
+    np.testing.assert_array_equal(result.total_bpd, TOTALS[:3])
 
 
 def test_standard_error_is_that_of_the_mean():
@@ -93,3 +99,64 @@ def test_terms_that_fall_as_trained_models_do_are_estimated_closely():
     error = (weights * terms[t]).sum(axis=1) - terms.sum()
     assert error.std() < 0.02 * terms.sum()
     assert error.std() < 999 * terms[1:].std() / math.sqrt(7) / 50  # that of seven timesteps drawn evenly
+
+
+# How far an estimate may be off
+
+STEPS = np.arange(1.0, 1001)
+SMOOTH = {
+    "as stratified_timesteps assumes": 1.2 * STEPS**-1.2,
+    "falling faster": 1.2 * STEPS**-1.5,
+    "falling to nothing": 1.2 * STEPS**-1.2 * (1.001 - STEPS / 1000) ** 2,
+    "rising at the end": 1.2 * STEPS**-1.3 * (1 - 0.9 * STEPS / 1000 + 0.2 * (STEPS > 995)),
+}
+
+
+@pytest.mark.parametrize("count", [8, 25, 100])
+@pytest.mark.parametrize("terms", SMOOTH.values(), ids=SMOOTH)
+def test_the_variance_told_from_one_draw_is_that_over_all_draws(terms, count):
+    t, weights = stratified_timesteps(1000, count, OFFSETS)
+    spread = (weights * terms[t]).sum(axis=1).std()
+    told = np.sqrt(left_out_variance(terms[t], weights).mean())
+    assert told == pytest.approx(spread, rel=0.12)
+
+
+@pytest.mark.parametrize("count", [8, 25, 100])
+def test_the_variance_of_rough_terms_is_told_on_the_average(count):
+    rng = np.random.default_rng(0)
+    t, weights = stratified_timesteps(1000, count, OFFSETS[::20])
+    true, told = [], []
+    for _ in range(40):
+        terms = 1.2 * STEPS**-1.2 * np.exp(0.5 * rng.standard_normal(1000))
+        true.append((weights * terms[t]).sum(axis=1).var())
+        told.append(left_out_variance(terms[t], weights).mean())
+    assert np.mean(told) == pytest.approx(np.mean(true), rel=0.3)  # the rise takes roughness for a slope, too
+
+
+def test_the_error_of_a_mean_over_images_falls_with_their_number():
+    terms = SMOOTH["falling to nothing"]
+    rng = np.random.default_rng(0)
+    means, told = [], []
+    for _ in range(200):
+        t, weights = stratified_timesteps(1000, 25, rng.random(50))
+        means.append((weights * terms[t]).sum(axis=1).mean())
+        told.append(BoundSummary(np.zeros(50), {"vb": terms[t], "weights": weights}).timesteps_error)
+    # The spread of 200 means is known to 5%.
+    assert np.mean(told) == pytest.approx(np.std(means), rel=0.15)
+
+
+def test_with_every_timestep_there_is_no_error_and_with_too_few_drawn_none_is_told():
+    t, weights = stratified_timesteps(20, 20, OFFSETS[:3])
+    assert (left_out_variance(STEPS[t], weights) == 0).all()
+    assert BoundSummary(TOTALS, {"vb": TERMS}).timesteps_error == 0
+    t, weights = stratified_timesteps(1000, 3, OFFSETS[:3])
+    assert np.isnan(left_out_variance(STEPS[t], weights)).all()
+
+
+def test_a_straight_rise_is_no_roughness():
+    """With a weighted term of a + b k at the k-th of n places the sum moves by b n from one end of the offset to the
+    other, evenly: a variance of (b n)^2 / 12."""
+    _, weights = stratified_timesteps(1000, 25, OFFSETS[:1])
+    n = int((weights > 1).sum())
+    terms = 0.3 * np.arange(25.0) / weights
+    assert left_out_variance(terms, weights) == pytest.approx([(0.3 * n) ** 2 / 12])

@@ -127,6 +127,9 @@ class BaseSamplesConfig(Config):
     base_samples: str = option(
         "", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image"
     )
+    reference: str = extra(
+        "", "the true images at --large_size, as many and in the same order: PSNR and SSIM are measured against them"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,16 @@ class NLLConfig(Config):
     num_samples: int = option(1000, "images to evaluate; at most all there are")
     batch_size: int = option(1, "images at once on each rank")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
+    nll_timesteps: int = extra(
+        0,
+        "estimate each image's bound from so many timesteps, 2 to all there are; 0: the whole bound, at every timestep",
+    )
+    timesteps_per_pass: int = extra(
+        0, "timesteps of each image to evaluate at once; 0: as many as are fast for its size"
+    )
 
     def validate(self) -> None:
         self.require(self.num_samples >= 1, "num_samples", "must be at least 1")
         self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
+        self.require(self.nll_timesteps >= 0, "nll_timesteps", "must not be negative")
+        self.require(self.timesteps_per_pass >= 0, "timesteps_per_pass", "must not be negative")

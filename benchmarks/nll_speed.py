@@ -1,0 +1,89 @@
+"""What it gains to evaluate several timesteps of the bound in one forward pass: a whole bound each way, in turns.
+
+    make demo                                     (the model, and the digits)
+    python benchmarks/nll_speed.py --model_path runs/digits/ema_0.99_001500.pt --data_dir data/digits/test
+
+The median over the rounds of the time relative to that of one timestep at a time in the same round, for each batch
+size; `automatic` is what image_nll.py does unless told. Writes benchmarks/results/nll_speed.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+
+import torch as th
+from judges import RESULTS
+
+from improved_diffusion import dist_util
+from improved_diffusion.bits_per_dim import timesteps_per_pass
+from improved_diffusion.command_line import parse_options
+from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig
+from improved_diffusion.image_datasets import ImageDataset
+from improved_diffusion.image_sources import open_images, read_classes
+from improved_diffusion.samplers import SeededNoise
+from improved_diffusion.script_util import load_model
+
+BATCH_SIZES = (1, 8, 99)
+PER_PASS = (1, 2, 4, 8, 16, 32)
+MOST_IMAGES = 512  # of a pass
+
+
+def seconds(diffusion, model, batch, classes, per_pass):
+    """The time that the whole bound of a batch takes, and the bound."""
+    if batch.is_cuda:
+        th.cuda.synchronize()
+    start = time.perf_counter()
+    noise, kwargs = SeededNoise(range(len(batch))), {} if classes is None else {"y": classes}
+    bound = diffusion.calc_bpd_loop(model, batch, model_kwargs=kwargs, noise_fn=noise, timesteps_per_pass=per_pass)
+    total = bound["total_bpd"].cpu()  # waits for the device
+    return time.perf_counter() - start, total
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", default="runs/digits/ema_0.99_001500.pt")
+    parser.add_argument("--data_dir", default="data/digits/test")
+    parser.add_argument("--steps", type=int, default=32, help="timesteps of the respaced process")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    argv = ["--model_path", args.model_path, "--timestep_respacing", str(args.steps)]
+    options = parse_options((NLLConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__, argv)
+    model, diffusion, _ = load_model(options)
+    device = dist_util.dev()
+    model.to(device)
+    source = open_images(args.data_dir)
+    classes = read_classes(source, "prefix", args.data_dir)[0] if options.class_cond else None
+    dataset = ImageDataset(options.image_size, source, None, channels=options.channels)
+    rows = []
+    for n in BATCH_SIZES:
+        batch = th.stack([th.from_numpy(dataset[i][0]) for i in range(n)]).to(device)
+        y = None if classes is None else th.tensor(classes[:n], device=device)
+        automatic = timesteps_per_pass(batch.shape, args.steps)
+        ways = sorted({k for k in (*PER_PASS, automatic) if k <= args.steps and n * k <= MOST_IMAGES})
+        seconds(diffusion, model, batch[:1], None if y is None else y[:1], 1)
+        rounds = []
+        for _ in range(args.rounds):
+            results = {k: seconds(diffusion, model, batch, y, k) for k in ways}
+            for _, total in results.values():
+                th.testing.assert_close(total, results[1][1], rtol=1e-5, atol=1e-5)
+            rounds.append({k: result[0] for k, result in results.items()})
+        for k in ways:
+            row = dict(batch_size=n, timesteps_per_pass=k, automatic=k == automatic,
+                       seconds=statistics.median(r[k] for r in rounds),
+                       relative=statistics.median(r[k] / r[1] for r in rounds))  # fmt: skip
+            rows.append(row)
+            mark = " (automatic)" if row["automatic"] else ""
+            print(f"batch {n}, {k} at once{mark}: {row['seconds']:.2f} s, {row['relative']:.2f} of one at a time")
+    where = th.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    content = dict(
+        device=where, threads=th.get_num_threads(), torch=th.__version__, model=os.path.basename(args.model_path),
+        image_size=options.image_size, steps=args.steps, rows=rows,
+    )  # fmt: skip
+    (RESULTS / "nll_speed.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
