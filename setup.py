@@ -22,6 +22,7 @@ setup(
         "lsun": ["lmdb>=1.4"],
         "tensorboard": ["tensorboard>=2.14"],
         "wandb": ["wandb>=0.17"],
+        "eval": ["torchmetrics>=1.4"],
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",
@@ -31,6 +32,8 @@ setup(
             "diffusers>=0.30",
             "tensorboard>=2.14",
             "wandb>=0.17",
+            "torchmetrics>=1.4",
+            "scipy>=1.11",
         ],
         "dev": ["ruff>=0.6", "mypy>=1.11", "pre-commit>=3.8", "types-PyYAML"],
     },

@@ -1,7 +1,10 @@
 """Draw large images from small ones with a super-resolution model: an npz, PNGs and a grid of both."""
 
+from functools import partial
+
 from improved_diffusion import dist_util, logger
 from improved_diffusion.command_line import parse_options
+from improved_diffusion.comparison import read_reference, write_comparison
 from improved_diffusion.config import (
     BaseSamplesConfig,
     DiffusionConfig,
@@ -31,10 +34,12 @@ def main():
         return
     model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
     names = classes and classes.names
-    base, found, _ = read_images(options, "base_samples", "small_size", names, exact_npz=True)
+    given = read_images(options, "base_samples", "small_size", names, exact_npz=True)
+    read = partial(read_images, options, "reference", "large_size", None, exact_npz=True, enlarge=False)
+    base, truth = given.arrays, read_reference(options, given, read)
     if "num_samples" not in options.given:
         options.num_samples = len(base)
-    labels = image_labels(options, classes, found, options.base_samples, "--base_samples")
+    labels = image_labels(options, classes, given.labels, options.base_samples, "--base_samples")
     out_dir = start_run(options, samples_name(options, sampler.name, sampler.steps))
     logger.log(sampler.describe())
     shape = (options.channels, *height_width(options.large_size))
@@ -44,7 +49,7 @@ def main():
         seeds = [options.seed + i for i in indices]
         return sampler.walk(model, shape, seeds, {**kwargs, **label_kwargs(labels, indices)})
 
-    write_samples(
+    samples = write_samples(
         lambda indices: last_images(walk(indices)),
         out_dir=out_dir,
         num_samples=options.num_samples,
@@ -54,6 +59,8 @@ def main():
         beside=lambda i: base[i % len(base)],
     )
     write_steps(walk, out_dir, min(options.num_samples, options.batch_size), sampler.steps, options.save_steps)
+    if options.reference:
+        dist_util.from_rank0(write_comparison, options, out_dir, samples, base, truth)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Every script from end to end: under plain python, where importing mpi4py ends it, mpiexec, torchrun and srun."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from script_helpers import (
     without_mpi4py,
     write_images,
 )
+
+from improved_diffusion.images import resize_crop
 
 LAUNCHERS = ("mpiexec", "torchrun", "srun")
 SCRIPTS = ("image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample")
@@ -481,6 +484,39 @@ def test_two_ranks_measure_what_one_measures(launcher, measured, evaluation, tmp
         np.testing.assert_allclose(values, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def digits_of(result):
+    """The lines with bits/dim and its errors."""
+    return re.findall(r"^(?:bits/dim: |of the standard error, ).*$", result.out, re.MULTILINE)
+
+
+def test_an_estimate_from_some_timesteps_is_the_same_to_the_last_digit_on_two_ranks(evaluation, tmp_path):
+    args = [*evaluation, "--nll_timesteps", 6]
+    one = call("image_nll", *args, "--batch_size", 5, "--out_dir", "one", cwd=tmp_path).succeed()
+    two = run(
+        "mpiexec", 2, "image_nll", *args, "--batch_size", 1, "--timesteps_per_pass", 4, "--out_dir", "two", cwd=tmp_path
+    ).succeed()
+    assert "6 evaluations each" in one.out and len(digits_of(one)) == 2
+    assert digits_of(one) == digits_of(two)
+    files = [np.load(tmp_path / name / "per_image.npz", allow_pickle=False) for name in ("one", "two")]
+    np.testing.assert_array_equal(files[0]["timesteps"], files[1]["timesteps"])
+    for name in ("total_bpd", "vb", "mse", "xstart_mse"):
+        np.testing.assert_allclose(files[0][name], files[1][name], rtol=1e-4, atol=1e-6)
+    assert files[0]["vb"].shape == (5, 6)
+    assert not list(tmp_path.glob("*/*_terms.npz"))
+
+
+def test_the_number_is_written_with_what_it_depends_on(measured, model):
+    folder, result = measured
+    content = json.loads((folder / "nll.json").read_text())
+    assert f"{content['bits_per_dim']:.4f} +- {content['standard_error']:.4f}" in result.out
+    assert content["images"] == 5 and content["timesteps"] == 20 and content["nll_timesteps"] == 0
+    assert content["model_sha256"] == hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    assert (folder / "nll_terms.png").stat().st_size > 10_000
+    with np.load(folder / "per_image.npz", allow_pickle=False) as arrays:
+        assert arrays["vb"].shape == (5, 20)
+        np.testing.assert_allclose(arrays["vb"].mean(axis=0), terms_of(folder)["vb"], rtol=1e-5)
+
+
 def test_all_images_are_evaluated_where_more_are_asked_for(evaluation, tmp_path):
     args = [*evaluation, "--num_samples", 1000, "--batch_size", 8, "--timestep_respacing", 2]
     result = call("image_nll", *args, cwd=tmp_path).succeed()
@@ -553,3 +589,59 @@ def test_super_resolution_without_classes_asks_for_them(upsampler, tmp_path):
     assert result.code == 1 and "base.npz has no classes" in result.err and "give --classes" in result.err
     call("super_res_sample", *args, "--classes", "dog", cwd=tmp_path).succeed()
     assert samples_of(tmp_path / "large")[1].tolist() == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def compared(upsampler, small_images, place):
+    """Samples compared with the true images, which are larger and cropped; their folder and what was printed."""
+    true_images = write_images(place / "true", 3, size=(20, 18), seed=2)
+    args = ["--model_path", upsampler, "--base_samples", small_images, "--reference", true_images]
+    return args, call("super_res_sample", *args, "--out_dir", "compared", cwd=place).succeed(), place / "compared"
+
+
+def test_super_resolution_is_compared_with_the_true_images(compared, small_images, place):
+    (_, result, folder) = compared
+    assert result.err == ""
+    found = json.loads((folder / "psnr_ssim.json").read_text())
+    images, _ = samples_of(folder)
+    names = ("cat_00.png", "cat_02.png", "dog_01.png")
+    for i, name in enumerate(names):
+        truth = np.asarray(resize_crop(Image.open(place / "true" / name), (16, 16)), float)
+        plain = np.asarray(Image.open(small_images / name).resize((16, 16), Image.Resampling.BICUBIC), float)
+        for values, image in ((found["psnr"], images[i]), (found["bicubic"]["psnr"], plain)):
+            assert values["values"][i] == pytest.approx(10 * np.log10(255**2 / np.mean((image - truth) ** 2)), rel=1e-6)
+    assert found["reference"] == str(place / "true") and found["n"] == found["samples"] == 3
+    lines = re.findall(r"^((?:PSNR|SSIM): .*)$", result.out, re.MULTILINE)
+    number = r"-?\d+\.\d+ \+- \d+\.\d+"
+    assert re.fullmatch(rf"PSNR: {number} dB, bicubic {number} dB, gain [+]?{number} dB \(.* over 3 images\)", lines[0])
+    assert re.fullmatch(rf"SSIM: {number}, bicubic {number}, gain [+]?{number} \(.* over 3 images\)", lines[1])
+    assert len(lines) == 2 and f"{found['psnr']['mean']:.2f} +- " in lines[0]
+    assert f"wrote {folder / 'psnr_ssim.json'}" in result.out
+
+
+def test_two_ranks_compare_as_one_does(compared, tmp_path):
+    args, _, folder = compared
+    result = run("srun", 2, "super_res_sample", *args, "--batch_size", 1, "--out_dir", "two", cwd=tmp_path).succeed()
+    assert result.out.count("PSNR: ") == 1
+    found, expected = (json.loads((path / "psnr_ssim.json").read_text()) for path in (tmp_path / "two", folder))
+    assert found["psnr"]["values"] == pytest.approx(expected["psnr"]["values"], abs=0.02)
+    assert found["bicubic"] == expected["bicubic"]
+
+
+def test_samples_that_are_there_are_compared_without_drawing_them_again(compared, upsampler, small_images, tmp_path):
+    args, _, folder = compared
+    own = ["--out_dir", tmp_path / "large"]
+    call("super_res_sample", *args[:4], *own, cwd=tmp_path).succeed()
+    assert not (tmp_path / "large/psnr_ssim.json").exists()
+    before = contents(tmp_path / "large/samples")
+    result = call("super_res_sample", *args, *own, cwd=tmp_path).succeed()
+    assert "3 of 3 samples are in" in result.out and contents(tmp_path / "large/samples") == before
+    assert (tmp_path / "large/psnr_ssim.json").read_bytes() == (folder / "psnr_ssim.json").read_bytes()
+
+
+def test_more_samples_than_images_are_compared_in_turn(upsampler, small_images, compared, tmp_path):
+    args, *_ = compared
+    result = call("super_res_sample", *args, "--num_samples", 5, "--out_dir", "five", cwd=tmp_path).succeed()
+    found = json.loads((tmp_path / "five/psnr_ssim.json").read_text())
+    assert (found["n"], found["samples"], len(found["ssim"]["values"])) == (3, 5, 5)
+    assert "standard errors over 3 images" in result.out

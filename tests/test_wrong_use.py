@@ -195,7 +195,54 @@ def test_wrong_channels_of_an_npz(place, tmp_path):
 def test_base_samples_of_another_size(place, tmp_path):
     np.savez(tmp_path / "base.npz", np.zeros((2, 12, 12, 3), np.uint8), np.arange(2))
     args = ["--model_path", place.folder / "large/model000000.pt", "--base_samples", "base.npz"]
-    refused(call("super_res_sample", *args, cwd=tmp_path), "base.npz has images of 12x12", "the model takes 8")
+    refused(call("super_res_sample", *args, cwd=tmp_path), "base.npz has images of 12x12", "--small_size is 8")
+
+
+@pytest.fixture
+def enlarging(place, tmp_path):
+    """The flags that enlarge two images of 8x8 to 16x16; a run that is refused must have drawn nothing."""
+    np.savez(tmp_path / "base.npz", np.zeros((2, 8, 8, 3), np.uint8), np.arange(2))
+    yield ["--model_path", place.folder / "large/model000000.pt", "--base_samples", "base.npz", "--out_dir", "out"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "messages"),
+    [
+        ((3, 16, 16, 3), ["has 3 images, but --base_samples base.npz has 2", "the true image of each"]),
+        ((2, 20, 20, 3), ["has images of 20x20, but the model's --large_size is 16", "a folder of images"]),
+    ],
+)
+def test_references_of_another_form(shape, messages, enlarging, tmp_path):
+    np.savez(tmp_path / "true.npz", np.zeros(shape, np.uint8))
+    result = call("super_res_sample", *enlarging, "--reference", "true.npz", "--num_samples", 1, cwd=tmp_path)
+    refused(result, "--reference true.npz", *messages)
+
+
+def test_references_that_are_not_there_or_too_small(enlarging, tmp_path):
+    result = call("super_res_sample", *enlarging, "--reference", "nowhere", cwd=tmp_path)
+    refused(result, "--reference nowhere does not exist")
+    write_images(tmp_path / "small", 2, size=(40, 12))
+    result = call("super_res_sample", *enlarging, "--reference", "small", cwd=tmp_path)
+    refused(result, "--reference small has images of 40x12, smaller than --large_size 16: give larger ones")
+
+
+def test_coloured_references_of_a_grey_model(place, tmp_path):
+    grey = ["--data_dir", write_images(tmp_path / "grey", 4, channels=1), "--channels", 1, "--max_steps", 1]
+    call("super_res_train", *TINY_SUPER_RES, *grey, "--batch_size", 4, "--out_dir", "run", cwd=tmp_path).succeed()
+    args = ["--model_path", "run/model000000.pt", "--base_samples", "grey", "--reference", place.data]
+    result = call("super_res_sample", *args, "--out_dir", "out", cwd=tmp_path)
+    refused(result, place.data / "cat_00.png", "has 3 channels (RGB) where --channels 1 is asked", "convert the images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_references_without_torchmetrics(enlarging, tmp_path, monkeypatch):
+    write_images(tmp_path / "true", 2)
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchmetrics"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    result = call("super_res_sample", *enlarging, "--reference", "true", cwd=tmp_path)
+    refused(result, "torchmetrics: pip install -e '.[eval]'")
 
 
 # Flags
@@ -258,6 +305,25 @@ def test_no_samples(place, tmp_path):
     refused(python("image_sample", *args, cwd=tmp_path), "--num_samples 0 must be at least 1")
     nll = ["--model_path", place.model, "--data_dir", place.data, "--num_samples", 0]
     refused(call("image_nll", *nll, cwd=tmp_path), "--num_samples 0 must be at least 1")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (21, "--nll_timesteps 21 is more than the 20 timesteps that there are: give at most 20, or 0"),
+        (1, "--nll_timesteps 1 of 20: the last step, always evaluated, cannot stand for the others: give at least 2"),
+        (-1, "--nll_timesteps -1 must not be negative"),
+    ],
+)
+def test_a_number_of_timesteps_that_gives_no_bound(count, message, place, tmp_path):
+    args = ["--model_path", place.model, "--data_dir", place.data, "--nll_timesteps", count]
+    refused(call("image_nll", *args, cwd=tmp_path), message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pass_of_less_than_a_timestep(place, tmp_path):
+    args = ["--model_path", place.model, "--data_dir", place.data, "--timesteps_per_pass", -1]
+    refused(call("image_nll", *args, cwd=tmp_path), "--timesteps_per_pass -1 must not be negative")
 
 
 def test_labels_out_of_range(place, tmp_path):
