@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--out_dir", default="data/digits", help="folder to write (default: data/digits)")
     args = parser.parse_args()
 
-    out_dir = check_out_dir(args.out_dir, ("train", "test"))
+    out_dir = check_out_dir(args.out_dir, ("train", "test", "features.pt2"))  # the last by digits_features.py
     train, test = (NewFolder(out_dir / split, dataset="digits", split=split) for split in ("train", "test"))
     images, digits = load_digits()
     items = [(f"{digit}_{i:05d}.png", image) for i, (image, digit) in enumerate(zip(images, digits))]

@@ -5,12 +5,14 @@ import importlib
 import io
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
 import tarfile
 import types
 import urllib.error
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -85,6 +87,7 @@ def test_digits_end_to_end(tmp_path):
 def test_digits_again_changes_nothing_and_they_are_training_data(run, tmp_path, capsys):
     run("digits", "--out_dir", tmp_path)
     before = modified_ns(tmp_path / "train")
+    (tmp_path / "features.pt2").touch()  # digits_features.py puts it there
     run("digits", "--out_dir", tmp_path)
     assert "is complete already" in capsys.readouterr().out
     assert modified_ns(tmp_path / "train") == before
@@ -495,3 +498,71 @@ def test_lsun_names_the_missing_package(run, lsun, tmp_path, monkeypatch):
 def test_lsun_names_what_is_wrong(run, lsun, tmp_path, args, message):
     with pytest.raises(UserError, match=message):
         run("lsun_bedroom", tmp_path / "no_lmdb", tmp_path / "out", *args)
+
+
+# digits_features.py
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A few real digits, as digits.py writes them."""
+    data = load_real_digits()
+    for split, chosen in (("train", range(60)), ("test", range(60, 80))):
+        (tmp_path / "digits" / split).mkdir(parents=True)
+        for i in chosen:
+            image = Image.fromarray(np.rint(data.images[i] * (255 / 16)).astype(np.uint8))
+            image.save(tmp_path / "digits" / split / f"{data.target[i]}_{i:05d}.png")
+    return tmp_path / "digits"
+
+
+def load_real_digits():
+    from sklearn.datasets import load_digits
+
+    return load_digits()
+
+
+def test_the_features_of_digits_are_a_program_for_any_number_of_images(run, digits, capfd):
+    import torch as th
+
+    out = digits / "features.pt2"
+    run("digits_features", "--digits", digits, "--out", out, "--steps", 30)
+    printed = capfd.readouterr()
+    accuracy = re.search(r"^accuracy on 20 real held-out digits: (\S+)%$", printed.out, re.MULTILINE)
+    assert float(accuracy[1]) > 30 and printed.err == ""
+    program = th.export.load(out).module()
+    images, _ = run.module("digits_features").read(str(digits / "test"))
+    together = program(images)
+    assert {name: (value.shape, value.dtype) for name, value in together.items()} == {
+        "features": ((20, 128), th.float32), "logits": ((20, 10), th.float32)
+    }  # fmt: skip
+    for i in range(3):
+        for name, value in program(images[i : i + 1]).items():
+            np.testing.assert_allclose(value, together[name][i : i + 1], atol=1e-4)
+    with zipfile.ZipFile(out) as archive:  # nothing in it can run code, nor are the training images in it
+        for name in archive.namelist():
+            if name.endswith(".pt"):
+                th.load(io.BytesIO(archive.read(name)), weights_only=True)
+                assert archive.getinfo(name).file_size < 10_000
+    before = out.read_bytes()
+    run("digits_features", "--digits", digits, "--out", out, "--steps", 30)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--digits", "nowhere"], "--digits nowhere/train does not exist"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--out", "digits/train/0_00000.png/features.pt2"], "cannot make the folder digits/train/0_00000.png"),
+    ],
+)
+def test_features_of_digits_that_cannot_be_made_say_why(run, digits, args, message, monkeypatch):
+    monkeypatch.chdir(digits.parent)
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("digits_features", "--digits", "digits", "--steps", 1, *args)
+
+
+def test_features_of_images_that_are_no_digits_are_refused(run, digits):
+    (digits / "train" / "3_00003.png").rename(digits / "train" / "three_3.png")
+    with pytest.raises(UserError, match=r"every image must be named digit_index\.png"):
+        run("digits_features", "--digits", digits, "--steps", 1)
