@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROWS = 2048  # of the kernel's matrix at once
+# A piece of the kernel's matrix and its cubes are to fit the cache.
+ROWS, COLUMNS = 512, 2560
 
 
 class KernelDistance(NamedTuple):
@@ -30,9 +31,13 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, blocks: int = 2
         raise ValueError(f"{min(len(features), len(reference))} images are too few: take at least {2 * blocks}")
     # Blocks are to be alike, whatever order the images come in: class by class, for one.
     rng = np.random.default_rng(0)
-    x, y = (np.asarray(array, dtype=np.float64)[rng.permutation(len(array))] for array in (features, reference))
+    x, y = (_extended(array[rng.permutation(len(array))]) for array in (features, reference))
     of_x, of_y = _bounds(len(x), blocks), _bounds(len(y), blocks)
-    xx, yy, xy = _block_sums(x, x, of_x, of_x), _block_sums(y, y, of_y, of_y), _block_sums(x, y, of_x, of_y)
+    groups = np.split(x, of_x[1:-1]) + np.split(y, of_y[1:-1])
+    count, width = len(x) + len(y), x.shape[1]
+    # Whichever multiplies less: the pairs count^2 width times, the moments 2/3 count width^3 times.
+    sums = _sums_by_pairs(groups) if count < 2 / 3 * width**2 else _sums_by_moments(groups)
+    xx, yy, xy = sums[:blocks, :blocks], sums[blocks:, blocks:], sums[:blocks, blocks:]
     # A point is no pair with itself.
     xx -= np.diag(np.add.reduceat(_kernel_of_itself(x), of_x[:-1]))
     yy -= np.diag(np.add.reduceat(_kernel_of_itself(y), of_y[:-1]))
@@ -55,14 +60,53 @@ def _bounds(count: int, blocks: int) -> np.ndarray:
     return np.linspace(0, count, blocks + 1).astype(int)
 
 
+def _extended(features: np.ndarray) -> np.ndarray:
+    """[N, D + 1] such that the product of two rows is x y / D + 1. In float64: the distance is a small difference of
+    large sums, of which float32's rounding would not leave enough digits."""
+    count, width = features.shape
+    result = np.ones((count, width + 1))
+    np.divide(features, np.sqrt(width), out=result[:, :-1])
+    return result
+
+
 def _kernel_of_itself(x: np.ndarray) -> np.ndarray:
-    return ((x**2).sum(axis=1) / x.shape[1] + 1) ** 3
+    return np.einsum("nd,nd->n", x, x) ** 3
 
 
-def _block_sums(x: np.ndarray, y: np.ndarray, of_x: np.ndarray, of_y: np.ndarray) -> np.ndarray:
-    """The kernel's sum over each pair of blocks, [blocks, blocks]."""
-    by_row = np.empty((len(x), len(of_y) - 1))
-    for start in range(0, len(x), ROWS):
-        kernel = (x[start : start + ROWS] @ y.T / x.shape[1] + 1) ** 3
-        by_row[start : start + ROWS] = np.add.reduceat(kernel, of_y[:-1], axis=1)
-    return np.add.reduceat(by_row, of_x[:-1], axis=0)
+def _sums_by_pairs(groups: list[np.ndarray]) -> np.ndarray:
+    """The sum of (x y)^3 over all x of one group [N, D] and all y of another: [groups, groups]."""
+    sums = np.zeros((len(groups), len(groups)))
+    for a, x in enumerate(groups):
+        for b in range(a + 1):
+            sums[a, b] = sums[b, a] = _sum_of_cubes(x, groups[b])
+    return sums
+
+
+def _sums_by_moments(groups: list[np.ndarray]) -> np.ndarray:
+    """The same, as that sum is the product of the groups' third moments, sum x_i x_j x_k: linear in N."""
+    sums, width = np.zeros((len(groups), len(groups))), groups[0].shape[1]
+    for i in range(width):
+        rest = width - i
+        moments = np.empty((len(groups), rest, rest))  # those of i and all j, k >= i
+        for moment, group in zip(moments, groups):
+            tail = group[:, i:]
+            np.matmul((tail * tail[:, :1]).T, tail, out=moment)
+        # How many of the orders of (i, j, k) each stands for; where j or k is i, it is there twice.
+        orders = np.full((rest, rest), 3.0)
+        orders[0] = orders[:, 0] = 1.5
+        orders[0, 0] = 1
+        flat = moments.reshape(len(groups), -1)
+        sums += (flat * orders.ravel()) @ flat.T
+    return sums
+
+
+def _sum_of_cubes(x: np.ndarray, y: np.ndarray) -> float:
+    """Of the products of all rows of x with all rows of y."""
+    total, (product, square) = 0.0, np.empty((2, min(ROWS, len(x)) * min(COLUMNS, len(y))))
+    for i in range(0, len(x), ROWS):
+        for j in range(0, len(y), COLUMNS):
+            left, right = x[i : i + ROWS], y[j : j + COLUMNS]
+            size = len(left) * len(right)
+            np.matmul(left, right.T, out=product[:size].reshape(len(left), len(right)))
+            total += float(np.vdot(product[:size], np.square(product[:size], out=square[:size])))
+    return total

@@ -1,0 +1,82 @@
+"""What the features of samples say beside those of real images: every metric that they suffice for."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .copies import copy_score, nearest
+from .frechet import frechet_distance
+from .inception_score import inception_score
+from .kid import kernel_distance
+from .manifold import manifold_scores
+
+# What is reported, in this order, and what it is called.
+METRICS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "copies": "copy score",
+}
+
+
+class Scores(NamedTuple):
+    """`metrics`: name -> dict of its `value` and, where it has one, its `error` (the standard error; of the inception
+    score the deviation over ten parts). `missing`: name -> why there is none."""
+
+    metrics: dict[str, dict[str, float]]
+    missing: dict[str, str]
+
+
+def score(samples: Any, reference: Any) -> Scores:
+    """Compare two sets, each with `features` [N, D], `probabilities` [N, C], `moments` and `spatial_moments`, or None.
+
+    The samples have features and moments, the reference has moments at least.
+    """
+    metrics: dict[str, dict[str, float]] = {"fid": {"value": frechet_distance(samples.moments, reference.moments)}}
+    missing: dict[str, str] = {}
+    if samples.spatial_moments and reference.spatial_moments:
+        metrics["sfid"] = {"value": frechet_distance(samples.spatial_moments, reference.spatial_moments)}
+    else:
+        whose = "the network gives" if samples.spatial_moments is None else "the reference has"
+        missing["sfid"] = f"{whose} no spatial features"
+    if samples.probabilities is None:
+        missing["inception_score"] = "the network gives no class probabilities: give --logits"
+    else:
+        # Files may be in the order of their classes, of which each part is to have some.
+        order = np.random.default_rng(0).permutation(len(samples.probabilities))
+        result = inception_score(samples.probabilities[order])
+        metrics["inception_score"] = {"value": result.value, "error": result.deviation}
+    if reference.features is None:
+        for name in ("kid", "precision", "recall", "density", "coverage"):
+            missing[name] = "the reference has statistics alone: it needs images or their features"
+        return Scores(metrics, missing)
+    distance = kernel_distance(samples.features, reference.features)
+    metrics["kid"] = {"value": distance.value, "error": distance.standard_error}
+    for name, share in manifold_scores(samples.features, reference.features)._asdict().items():
+        metrics[name] = {"value": share.value, "error": share.standard_error}
+    return Scores({name: metrics[name] for name in METRICS if name in metrics}, missing)
+
+
+class Copies(NamedTuple):
+    """How near samples come to the training images: distances in the features, [N] and [K], and the score of them."""
+
+    distances: np.ndarray  # of the samples
+    held_out: np.ndarray | None  # of images that were not trained on
+    metric: dict[str, float] | None
+
+
+def find_copies(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> Copies:
+    """The distances of samples, and of held-out images, to the training images, all as features [., D]."""
+    distances, _ = nearest(samples, train)
+    if held_out is None:
+        return Copies(distances, None, None)
+    normal, _ = nearest(held_out, train)
+    result = copy_score(distances, normal)
+    return Copies(distances, normal, {"value": result.nearer, "error": result.standard_error})
