@@ -52,7 +52,7 @@ class ImageDataset(Dataset):
 
     def read(self, idx: int) -> Image.Image:
         """The image at its own size."""
-        with _quiet():
+        with quiet():
             return self.decode(idx)
 
     def decode(self, idx: int) -> Image.Image:
@@ -81,7 +81,7 @@ class ImageDataset(Dataset):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings of odd metadata: the pixels decide. For one thread at a time, as the filters are the process's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ def check_images(dataset: ImageDataset) -> list[int]:
 
     # A zip's members are read one by one: its file has one position.
     threads = 1 if isinstance(dataset.source, ZipImages) else 4
-    with _quiet(), ThreadPoolExecutor(threads) as pool:
+    with quiet(), ThreadPoolExecutor(threads) as pool:
         problems = {int(i): p for i, p in zip(indices, pool.map(problem, indices)) if p}
     if len(problems) > MAX_UNREADABLE * len(indices):
         first = "; ".join(list(problems.values())[:3])

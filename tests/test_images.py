@@ -73,6 +73,30 @@ def test_npz_is_the_published_form(tmp_path):
     assert os.listdir(tmp_path) == ["samples.npz"]
 
 
+def test_named_arrays_are_written_as_numpy_writes_them(tmp_path):
+    named = {"mu": np.linspace(0, 1, 5), "sigma": np.eye(5, dtype=np.float32), "about": np.array('{"name": "x"}')}
+    np.savez(tmp_path / "numpy.npz", random_uint8(2, 2), **named)
+    images.save_npz(str(tmp_path / "ours.npz"), random_uint8(2, 2), **named)
+    with np.load(tmp_path / "ours.npz", allow_pickle=False) as ours:
+        assert ours.files == ["arr_0", "mu", "sigma", "about"]
+        for name, array in named.items():
+            np.testing.assert_array_equal(ours[name], array)
+            assert ours[name].dtype == array.dtype and ours[name].shape == array.shape
+    with zipfile.ZipFile(tmp_path / "numpy.npz") as theirs, zipfile.ZipFile(tmp_path / "ours.npz") as ours:
+        assert all(ours.read(f"{name}.npy") == theirs.read(f"{name}.npy") for name in named)
+    found = images.read_npz(str(tmp_path / "ours.npz"), ("mu", "absent"))
+    assert list(found) == ["mu"]
+
+
+def test_a_named_array_of_objects_is_not_written(tmp_path):
+    path = str(tmp_path / "x.npz")
+    images.save_npz(path, mu=np.zeros(3))
+    with pytest.raises(ValueError, match="Object arrays"):
+        images.save_npz(path, mu=np.array([{}], dtype=object))
+    np.testing.assert_array_equal(images.read_npz(path, ["mu"])["mu"], np.zeros(3))
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 6, 3), (1, 3, 3, 1), (12345, 2, 2, 2)])
 def test_an_npz_written_row_by_row_is_what_numpy_writes(tmp_path, shape):
     array, labels = random_uint8(*shape), np.arange(shape[0])

@@ -1,0 +1,140 @@
+"""What samples are compared with: statistics on disk, and whether two sets can be compared at all."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from . import files, images
+from .config import UserError
+from .evaluation.frechet import Moments
+from .feature_sets import FeatureSet
+
+PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
+FEW = 10_000  # samples or real images, below which published scores are not taken
+
+
+def save_reference(path: str, reference: FeatureSet, name: str) -> None:
+    """Write moments, features and description under the published names, as an npz that holds no objects."""
+    arrays: dict[str, np.ndarray] = {}
+    for suffix, of in (("", reference.moments), ("_s", reference.spatial_moments)):
+        if of is not None:
+            arrays |= {f"mu{suffix}": of.mu, f"sigma{suffix}": of.sigma}
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    about = json.dumps({"name": name, **reference.about})
+    images.save_npz(path, **arrays, about=np.array(about))
+
+
+def load_reference(path: str, flag: str) -> FeatureSet | None:
+    """The reference in an npz of statistics; None where the path holds images. Raises UserError for a damaged one."""
+    if not path.lower().endswith(".npz") or not files.exists(path):
+        return None
+    arrays = images.read_npz(path, (*PUBLISHED_NAMES, "features", "about", "arr_0"))
+    if "mu" not in arrays and "sigma" not in arrays:
+        if "arr_0" in arrays:
+            return None
+        raise UserError(f"{flag} {path} has neither mu and sigma, of features, nor arr_0, of images")
+    own = _moments_of(arrays, "", f"{flag} {path}")
+    spatial = _moments_of(arrays, "_s", f"{flag} {path}") if {"mu_s", "sigma_s"} & arrays.keys() else None
+    features = arrays.get("features")
+    try:
+        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+        about = {"images": files.full_path(path), **about}
+    except (ValueError, TypeError):
+        raise UserError(f"{flag} {path} has a damaged description: write it again with evaluate.py reference") from None
+    width = len(own.mu)
+    if features is not None and (
+        features.ndim != 2
+        or features.shape[1] != width
+        or features.dtype.kind != "f"
+        or not np.isfinite(features).all()
+    ):
+        raise UserError(
+            f"{flag} {path} has features of {features.shape} beside mu of {width}, or not finite: write it again"
+        )
+    return FeatureSet(flag, about, features, None, own, spatial)
+
+
+def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moments:
+    names = (f"mu{suffix}", f"sigma{suffix}")
+    for name in names:
+        if name not in arrays:
+            raise UserError(f"{what} has no {name}: statistics are both {names[0]} [D] and {names[1]} [D, D]")
+        if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
+            raise UserError(f"{what} has a {name} that is not of finite real numbers: use another file")
+    mu, sigma = (arrays[name].astype(np.float64) for name in names)
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D]")
+    return Moments(mu, sigma)
+
+
+# Whether two sets can be compared
+
+
+def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, Any]], written: bool) -> None:
+    """Raise UserError where two sets, each a name and a description, are of other sizes or channels.
+
+    :param written: theirs is a file of statistics. What a description lacks is not compared.
+    """
+    size = ours[1]["image_size"]
+    for key, what, remedy in (
+        ("image_size", "images of", f"give --resize {size} to resize and centre-crop both as training does"),
+        ("channels", "channels:", "give --colour True to take grey for colour"),
+    ):
+        if key in theirs[1] and ours[1][key] != theirs[1][key]:
+            remedy += ", and write the reference again with evaluate.py reference" if written else ""
+            raise UserError(f"{ours[0]} has {what} {ours[1][key]}, {theirs[0]} {theirs[1][key]}: {remedy}")
+
+
+def check_network(network: dict[str, Any], reference: FeatureSet) -> None:
+    """Raise UserError where a reference was made with another network than this description's."""
+    about = reference.about
+    if about.get("features_sha256", network["features_sha256"]) != network["features_sha256"]:
+        raise UserError(
+            f"{reference.name} was made with the features {_short(about)}, not {_short(network)}: give the same "
+            "--features, or write it again"
+        )
+
+
+def _short(about: dict[str, Any]) -> str:
+    return f"{about.get('features')} (SHA-256 {about['features_sha256'][:12]})"
+
+
+def check_comparable(samples: FeatureSet, reference: FeatureSet) -> list[str]:
+    """Warnings of what makes a comparison doubtful. Raises UserError where it would mean nothing."""
+    check_form((samples.name, samples.about), (reference.name, reference.about), reference.images is None)
+    check_network(samples.about, reference)
+    for what in ("moments", "spatial_moments"):
+        ours, theirs = getattr(samples, what), getattr(reference, what)
+        if ours and theirs and len(ours.mu) != len(theirs.mu):
+            kind = "features" if what == "moments" else "spatial features"
+            raise UserError(
+                f"{reference.name} is of {len(theirs.mu)} {kind}, --features {samples.about['features']} gives "
+                f"{len(ours.mu)}: give the features that it was made with"
+            )
+    return _doubts(samples.about, reference.about)
+
+
+def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    doubts = []
+    for who, about in (("samples", ours), ("images in the reference", theirs)):
+        if about.get("count", FEW) < FEW:
+            doubts.append(
+                f"only {about['count']:,} {who}: FID depends on their number, so compare it at the same alone"
+            )
+    if "features_sha256" not in theirs:
+        doubts.append(
+            "the reference does not say which network, which resizing and how many images made it: most public "
+            "statistics come from the Inception network's own resizing (--features inception --feature_size native)"
+        )
+        return doubts
+    for key, what in (
+        ("feature_size", "resized for the features to"), ("prepared", "prepared otherwise:"),
+        ("lossy_files", "from lossily compressed files (JPEG):"),
+    ):  # fmt: skip
+        if ours.get(key) != theirs.get(key):
+            doubts.append(f"the samples are {what} {ours.get(key)}, the reference {theirs.get(key)}")
+    return doubts
