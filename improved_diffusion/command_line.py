@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -27,14 +28,19 @@ class Command(NamedTuple):
 
     description: str
     groups: Sequence[type]
+    words: str = ""  # the option that words before the flags are for
+    lists: Sequence[str] = ()  # the options that may have several values, separated by commas
 
 
 def parse_command(
-    commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None
+    commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None, default: str = ""
 ) -> tuple[str, argparse.Namespace]:
     """(the name of the command, its options) of a script with several: the name is the command line's first word.
 
-    --help alone lists the commands, after a name that one's flags. Raises UserError for a name that there is not.
+    --help alone lists the commands, after a name that one's flags. Where a command takes lists, the options have
+    `cells`: a namespace for each combination, whose `chosen` has the values that are listed. Raises UserError for a
+    name that there is not.
+    :param default: the command of a line that begins with a flag.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0])
@@ -44,12 +50,48 @@ def parse_command(
         print(f"usage: {program} COMMAND [--flag value ...]\n\n{description.strip()}\n\ncommands:")
         print("\n".join(rows) + f"\n\n{program} COMMAND --help lists a command's flags.")
         raise SystemExit(0)
+    if default and words and words[0].startswith("--"):
+        words = [default, *words]
     if not words or words[0].startswith("-"):
         raise UserError(f"the command comes first: {program} with one of {', '.join(commands)}; --help describes them")
     name = words[0]
     if name not in commands:
         raise unknown_name("command", name, commands)
-    return name, parse_options(commands[name].groups, commands[name].description, words[1:], name)
+    command, words = commands[name], words[1:]
+    if command.words:
+        bare = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+        words = [*([f"--{command.words}", ",".join(bare)] if bare else []), *words[len(bare) :]]
+    cells = []
+    for chosen, cell in _combinations(words, command.lists):
+        cells.append(parse_options(command.groups, command.description, cell, name))
+        cells[-1].chosen = chosen
+    options = cells[0]
+    if command.lists:
+        options.cells = cells
+    return name, options
+
+
+def _combinations(argv: Sequence[str], lists: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """({name: value} of the listed options, the command line with them) for each combination of values."""
+    words, values = [], {}
+    position = 0
+    while position < len(argv):
+        flag, equals, value = argv[position].partition("=")
+        name = flag.removeprefix("--")
+        # A flag without a value is left for the parser to refuse, and so is a value that is no list.
+        if flag.startswith("--") and name in lists and (equals or position + 1 < len(argv)):
+            if not equals:
+                position += 1
+                value = argv[position]
+            values[name] = list(dict.fromkeys(part.strip() for part in value.split(",") if part.strip())) or [value]
+        else:
+            words.append(argv[position])
+        position += 1
+    names = [name for name in lists if name in values]  # in one order, whatever the command line's
+    return [
+        (chosen, [*words, *(word for name, value in chosen.items() for word in (f"--{name}", value))])
+        for chosen in (dict(zip(names, product)) for product in itertools.product(*(values[name] for name in names)))
+    ]
 
 
 def parse_options(

@@ -64,11 +64,13 @@ GRAPH = {name: own(path) for name, path in FILES.items()}
 BASICS = {"config", "schedules", "losses", "nn"}
 SERVICES = {"ema", "resample", "checkpoint", "image_datasets", "images", "logger"}
 TRAINING = {"lr_schedule", "step_stats", "stop_signals", "checkpoint_sets", "train_state"}
+OPTION_GROUPS = ("editing", "evaluation", "model", "run", "sampling", "training")
+METRICS = {f"evaluation.{part}" for part in ("copies", "frechet", "inception_score", "kid", "manifold", "neighbours")}
 MAY_IMPORT = {
     "__init__": set(),
-    "config": {f"config.{part}" for part in ("base", "editing", "model", "run", "sampling", "training")},
+    "config": {f"config.{part}" for part in ("base", *OPTION_GROUPS)},
     "config.base": set(),
-    **{f"config.{part}": {"config.base"} for part in ("editing", "model", "run", "sampling", "training")},
+    **{f"config.{part}": {"config.base"} for part in OPTION_GROUPS},
     "schedules": set(), "losses": set(), "nn": set(), "fp16_util": set(),
     "presets": {"config"},
     "files": {"config"},
@@ -84,7 +86,8 @@ MAY_IMPORT = {
     "log_outputs": {"files"},
     "logger": {"dist_util", "files", "log_outputs"},
     "trackers": {"config", "dist_util", "files", "logger"},
-    "curves": {"config", "files"},
+    "plots": {"config", "files"},
+    "curves": {"config", "files", "plots"},
     "image_sources": {"config", "files", "images"},
     "image_datasets": BASICS | {"dist_util", "files", "images", "image_sources"},
     "lr_schedule": set(),
@@ -94,7 +97,33 @@ MAY_IMPORT = {
     "train_util": BASICS | SERVICES | TRAINING
     | {"samplers", "gaussian_diffusion", "respace", "dist_util", "files", "fp16_util"},
     "dry_run": {"dist_util", "files", "logger", "step_stats", "train_util"},
-    "evaluation": set(), "evaluation.nll": set(), "evaluation.kid": set(),
+    "evaluation": set(), "evaluation.nll": set(), "evaluation.kid": set(), "evaluation.frechet": set(),
+    "evaluation.inception_score": set(), "evaluation.neighbours": set(),
+    **{f"evaluation.{part}": {"evaluation.neighbours"} for part in ("copies", "manifold")},
+    "evaluation.paired": {"config", "files"},
+    "comparison": {"config", "dist_util", "evaluation.paired", "files", "images", "logger"},
+    "evaluation.nll_plot": {"evaluation.nll", "plots"},
+    "bits_per_dim": {
+        "config", "dist_util", "files", "images", "logger", "samplers", "evaluation.nll", "evaluation.nll_plot",
+    },
+    "downloads": {"config", "dist_util", "files", "logger"},
+    "evaluation.untrusted": {"config"},
+    "evaluation.features": {"config", "downloads", "files", "evaluation.untrusted"},
+    "evaluation.scores": METRICS,
+    "feature_sets": {
+        "config", "dist_util", "files", "image_datasets", "image_sources", "images", "logger", "evaluation.features",
+        "evaluation.frechet",
+    },
+    "references": {"config", "feature_sets", "files", "images", "evaluation.frechet"},
+    "report": {"config", "files", "images", "plots", "evaluation.scores"},
+    "judging": METRICS
+    | {"__init__", "config", "dist_util", "feature_sets", "files", "logger", "references", "report", "sample_util"}
+    | {"samplers", "evaluation.features", "evaluation.scores"},
+    "drawing": {"config", "logger", "run_util", "sample_util", "sampling", "script_util"},
+    "sweep": {
+        "checkpoint", "config", "dist_util", "drawing", "files", "judging", "logger", "plots", "report", "run_util",
+        "evaluation.scores",
+    },
     "low_res": {"config", "dist_util"},
     "guidance": {"nn"},
     "preview": {"config", "dist_util", "files", "images", "logger", "low_res", "samplers", "timestep_grids"},
@@ -146,12 +175,15 @@ def test_options_are_turned_into_objects_by_script_util_and_the_scripts_helpers_
         for name in MODULES
         if not name.startswith("config") and groups & {imported for _, imported in imports(FILES[name])}
     }
-    assert users <= {"script_util", "classifier_util", "run_util"}
+    assert users <= {"script_util", "classifier_util", "run_util", "judging"}
 
 
-@pytest.mark.parametrize("name", ["run_util", "sampling"])
-def test_what_the_scripts_share_serves_nothing_else(name):
-    assert [other for other in MODULES if name in GRAPH[other]] == []
+COMMANDS = {"drawing", "sweep"}  # what several scripts do, written as one
+
+
+@pytest.mark.parametrize("name", ["run_util", "sampling", *sorted(COMMANDS)])
+def test_what_the_scripts_share_serves_nothing_but_whole_commands(name):
+    assert {other for other in MODULES if name in GRAPH[other]} <= COMMANDS
 
 
 def test_nothing_imports_the_scripts():
@@ -167,14 +199,14 @@ def test_at_import_time_a_module_needs_torch_numpy_and_pillow_at_most(name):
         **{name: set() for name in FILES if name.startswith("config")},
         "presets": set(), "files": set(), "__init__": set(),
         "images": {"torch", "numpy", "PIL"}, "image_datasets": {"torch", "numpy", "PIL"},
-        "image_sources": {"numpy", "PIL"},
+        "image_sources": {"numpy", "PIL"}, "evaluation.features": {"torch", "numpy", "PIL"},
     }  # fmt: skip
     assert others(FILES[name], top_level_only=True) <= allowed.get(name, {"torch", "numpy"})
 
 
 OPTIONAL = [
     "mpi4py", "blobfile", "tqdm", "yaml", "sklearn", "scipy", "wandb", "tensorboard", "matplotlib", "gradio",
-    "diffusers",
+    "diffusers", "torchmetrics",
 ]  # fmt: skip
 
 
@@ -205,6 +237,7 @@ def test_every_module_has_its_tests(name):
         "run_util": "scripts", "presets": "config", "evaluation": "evaluation_nll",
         "image_sources": "image_datasets", "command_line": "config", "classifier_util": "classifier",
         "diffusion_types": "gaussian_diffusion", "latents": "editing",
+        "comparison": "scripts",
     }  # fmt: skip
     name = "config" if name.startswith("config.") else name
     assert (ROOT / "tests" / f"test_{elsewhere.get(name, name.replace('.', '_'))}.py").exists()

@@ -16,7 +16,7 @@ from test_samplers import MU, GaussianWorld, S
 
 from improved_diffusion import editing, images
 from improved_diffusion.command_line import Command, parse_command
-from improved_diffusion.config import SAMPLERS, EditConfig, ImagesConfig, RunConfig, UserError
+from improved_diffusion.config import SAMPLERS, EditConfig, ImagesConfig, RunConfig, SamplerConfig, UserError
 from improved_diffusion.editing import Job, Source
 from improved_diffusion.gaussian_diffusion import ModelMeanType
 from improved_diffusion.latents import read_latents
@@ -255,6 +255,64 @@ def test_a_wrong_command_is_answered_with_the_right_ones(argv, message):
     commands = {"one": Command("First.", (EditConfig,)), "two": Command("Second.", (ImagesConfig,))}
     with pytest.raises(UserError, match=message):
         parse_command(commands, "Both.", argv)
+
+
+def test_a_line_that_begins_with_a_flag_may_mean_one_command():
+    commands = {"one": Command("First.", (EditConfig,)), "two": Command("Second.", (ImagesConfig, RunConfig))}
+    name, options = parse_command(commands, "Both.", ["--images", "a"], default="two")
+    assert name == "two" and options.images == "a" and options.chosen == {} and not hasattr(options, "cells")
+    assert parse_command(commands, "Both.", ["one"], default="two")[0] == "one"
+    for argv in ([], ["-i", "a"]):
+        with pytest.raises(UserError, match=r"the command comes first: .* with one of one, two"):
+            parse_command(commands, "Both.", argv, default="two")
+
+
+def test_words_before_the_flags_are_for_one_option():
+    commands = {"one": Command("First.", (ImagesConfig, RunConfig), words="images")}
+
+    def parsed(*argv):
+        return parse_command(commands, "One.", ["one", *argv])[1]
+
+    assert parsed("a", "b", "--seed", "3").images == "a,b" and parsed("a,b").images == "a,b"
+    assert parsed("a").given == {"images"} and parsed("--images", "c", "--seed", "3").images == "c"
+    assert parsed("--seed", "3").images == ""
+    with pytest.raises(UserError, match="unexpected argument 'b'"):
+        parsed("a", "--seed", "3", "b")
+
+
+def sweep(*argv):
+    """The cells of a command that takes lists of steps and samplers."""
+    commands = {"sweep": Command("Several.", (SamplerConfig, RunConfig), lists=("sampler", "steps"))}
+    return parse_command(commands, "Several.", ["sweep", *argv])[1].cells
+
+
+def test_listed_values_are_combined():
+    cells = sweep("--steps", "5, 10", "--seed", "3", "--sampler=ddim,heun")
+    assert [(cell.sampler, cell.steps) for cell in cells] == [("ddim", 5), ("ddim", 10), ("heun", 5), ("heun", 10)]
+    for cell in cells:
+        assert cell.chosen == {"sampler": cell.sampler, "steps": str(cell.steps)}
+        assert cell.seed == 3 and cell.given == cell.flags == {"sampler", "steps", "seed"}
+
+
+def test_one_value_is_one_combination():
+    assert [(cell.steps, cell.chosen) for cell in sweep("--steps", "5")] == [(5, {"steps": "5"})]
+    assert [(cell.steps, cell.chosen) for cell in sweep()] == [(0, {})]
+    assert [cell.steps for cell in sweep("--steps", "5,10,5,")] == [5, 10]
+    assert [cell.steps for cell in sweep("--steps", "5,10", "--steps", "20")] == [20]  # the last one, as of any flag
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--steps", "5,x"], "--steps 'x': invalid"),
+    (["--steps", ","], "--steps ',': invalid"),
+    (["--steps", ""], "--steps '': invalid"),
+    (["--steps"], "--steps: expected one argument"),
+    (["--steps", "--sampler", "ddim,heun"], "--steps: expected one argument"),
+    (["--seed", "1,2"], "--seed '1,2': invalid"),
+    (["--churn", "3", "--sampler", "euler,ddim"], "--churn 3.0 is for --sampler euler or heun, not ddim"),
+])  # fmt: skip
+def test_every_combination_is_checked(argv, message):
+    with pytest.raises(UserError, match=message):
+        sweep(*argv)
 
 
 def test_groups_are_frozen_and_a_flag_is_written_once():

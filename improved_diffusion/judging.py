@@ -1,0 +1,275 @@
+"""From options to a report: what samples are judged by and against, read once; then any number of sets of samples."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from . import __version__, dist_util, files, logger, report
+from .config import FeaturesConfig, JudgedConfig, UserError, height_width
+from .evaluation.features import FeatureNetwork
+from .evaluation.frechet import moments
+from .evaluation.neighbours import nearest_neighbours
+from .evaluation.scores import find_copies, score
+from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, extract
+from .references import check_comparable, check_form, check_network, load_reference, save_reference
+from .sample_util import PNG_DIR, REQUEST_FILE
+from .samplers import RULES
+
+
+class Judge:
+    """The network, the reference, and the sets in which copies are looked for, as options describe them. Collective.
+
+    Raises UserError for what is missing, damaged or does not go together, before anything is computed.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.network = open_network(options)
+        reference = load_reference(_given(options, "reference", "real images, or their statistics"), "--reference")
+        sets = {}
+        if reference is None:
+            sets["reference"] = self._open(options.reference, "--reference")
+        else:
+            check_network(self.network.describe(), reference)
+        for name in ("train_dir", "held_out"):
+            path = getattr(options, name)
+            if path and not (reference is None and files.same(path, options.reference)):
+                sets[name] = self._open(path, f"--{name}")
+        if options.held_out and reference is not None and not options.train_dir:
+            raise UserError(f"--held_out {options.held_out} is for finding copies of training images: give --train_dir")
+        train_flag = "--train_dir" if options.train_dir else "--reference"
+        if options.held_out and files.same(options.held_out, options.train_dir or options.reference):
+            raise UserError(
+                f"--held_out {options.held_out} are the training images, those of {train_flag}: give images that were "
+                "not trained on"
+            )
+        self.sets = sets
+        self.reference = reference
+        for image_set in sets.values():
+            self.check_form(f"{image_set.flag} {image_set.path}", image_set.describe())
+        self.train: FeatureSet | None = None
+        self.held_out: FeatureSet | None = None
+        self.real: dict[str, Any] = {}  # the scores of the held-out images
+
+    def _open(self, path: str, flag: str) -> ImageSet:
+        return ImageSet(path, flag, self.options.resize, self.options.colour)
+
+    def open_samples(self, path: str) -> ImageSet:
+        """The samples in an npz, a folder or a zip. Raises UserError where they cannot be judged.
+
+        Of samples that were given, as many as --num_samples asks for.
+        """
+        count = self.options.num_samples if "num_samples" in self.options.given and self.options.samples else 0
+        samples = ImageSet(path, "--samples", self.options.resize, self.options.colour, count)
+        made_by(path)  # what is wrong with their description comes out now
+        self.expect("--samples", samples.describe())
+        return samples
+
+    def expect_drawn(self) -> None:
+        """Raise UserError where what --model_path draws, prepared as `settle_for` settled it, cannot be judged."""
+        size = "x".join(map(str, height_width(self.options.resize)))
+        about = {"images": self.options.model_path, "count": self.options.num_samples, "image_size": size}
+        self.expect("--model_path", {**about, "channels": 3 if self.options.colour else 1})
+
+    def expect(self, flag: str, about: Mapping[str, Any]) -> None:
+        """Raise UserError where samples so described cannot be judged. Tries the network, on noise."""
+        self.check_form(f"{flag} {about['images']}", about)
+        shape = (2, *height_width(about["image_size"]), about["channels"])
+        outputs = self.network(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        if self.reference is not None:
+            spatial = None if outputs.spatial is None else moments(outputs.spatial)
+            tried = {**about, **self.network.describe()}
+            check_comparable(
+                FeatureSet(flag, tried, moments=moments(outputs.features), spatial_moments=spatial), self.reference
+            )
+
+    def check_form(self, name: str, about: Mapping[str, Any]) -> None:
+        """Raise UserError where images so described have another size or other channels than the reference's."""
+        if self.reference is not None:
+            check_form((name, dict(about)), (self.reference.name, self.reference.about), self.reference.images is None)
+        else:
+            ours = self.sets["reference"]
+            check_form((name, dict(about)), (f"{ours.flag} {ours.path}", ours.describe()), False)
+
+    def extract(self, image_set: ImageSet) -> FeatureSet:
+        """The features of a set of images. Collective."""
+        return extract(image_set, self.network, self.options.feature_batch, f"features of {image_set.flag}")
+
+    def prepare(self) -> None:
+        """Extract the features of the reference and of the training and held-out images. Collective."""
+        found = {name: self.extract(image_set) for name, image_set in self.sets.items()}
+        self.reference = found.get("reference", self.reference)
+        # Where the training images are the reference itself, they are not read twice.
+        self.train = found.get("train_dir", found.get("reference"))
+        self.held_out = found.get("held_out")
+        if self.options.held_out and self.held_out is None:
+            self.held_out = self.reference
+        elif self.held_out is not None:
+            # What as many real images get is the yardstick.
+            self.real = dist_util.from_rank0(lambda: score(self.held_out, self.reference).metrics)
+
+    def judge(self, images: ImageSet, out_dir: str, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Judge samples as `open_samples` opens them, and write the report; returns it. Collective, after `prepare`.
+
+        :param asked: what to note in the report, besides.
+        """
+        samples = self.extract(images)
+        # On rank 0, which has the features; the others wait.
+        return dist_util.from_rank0(self._write, samples, images.path, out_dir, dict(asked or {}))
+
+    def _write(self, samples: FeatureSet, path: str, out_dir: str, asked: dict[str, Any]) -> dict[str, Any]:
+        reference = self.reference
+        assert reference is not None and samples.images is not None
+        warnings = check_comparable(samples, reference)
+        logger.log("computing the metrics")
+        metrics, missing = score(samples, reference)
+        copies, neighbours = self._look_for_copies(samples)
+        if copies is None:
+            missing["copies"] = "no training images to look for them in: give --train_dir and --held_out"
+        elif copies.held_out is None:
+            missing["copies"] = "no images that were not trained on, to compare the distances with: give --held_out"
+        else:
+            metrics["copies"] = copies.metric
+            report.plot_distances(files.join(out_dir, report.DISTANCES_FILE), copies.distances, copies.held_out)
+        result = {
+            "samples": {**samples.about, "made_by": made_by(path)},
+            "reference": reference.about,
+            "train": self.train.about if self.train else None,
+            "held_out": self.held_out.about if self.held_out else None,
+            "metrics": metrics,
+            "real": self.real,
+            "missing": missing,
+            "warnings": warnings,
+            "pictures": {"neighbours": neighbours is not None, "distances": "copies" in metrics},
+            "asked": asked,
+            "versions": {"improved_diffusion": __version__, "torch": th.__version__, "numpy": np.__version__},
+        }
+        for warning in warnings:
+            logger.warn(warning)
+        for name, metric in metrics.items():
+            real = f" (held-out real images: {report.number(name, self.real[name])})" if name in self.real else ""
+            logger.log(f"{report.title(name)}: {report.number(name, metric)}{real}")
+        for name, why in missing.items():
+            logger.log(f"no {report.title(name)}: {why}")
+        shown = samples.images.take(range(min(report.SHOWN_SAMPLES, len(samples.images))))
+        logger.log(f"wrote {report.write(out_dir, result, shown, neighbours)}, and report.json and pictures beside it")
+        return result
+
+    def _look_for_copies(self, samples: FeatureSet) -> tuple[Any, report.Neighbours | None]:
+        """The samples' distances to the training images, and the nearest pairs; None where there are none of those."""
+        if self.train is None:
+            return None, None
+        assert samples.features is not None and self.train.features is not None
+        assert samples.images is not None and self.train.images is not None
+        held_out = self.held_out.features if self.held_out else None
+        copies = find_copies(samples.features, self.train.features, held_out)
+        suspects = np.argsort(copies.distances, kind="stable")[: report.SHOWN_COPIES]
+        _, near = nearest_neighbours(samples.features[suspects], self.train.features, count=report.SHOWN_NEIGHBOURS)
+        train = np.stack([self.train.images.take(row) for row in near])
+        return copies, report.Neighbours(samples.images.take(suspects.tolist()), train)
+
+
+def open_network(options: argparse.Namespace) -> FeatureNetwork:
+    """The network of --features. Collective. Raises UserError where there is none."""
+    spec = _given(options, "features", "an exported program (.pt2), TorchScript (.pt), a URL, or inception")
+    return FeatureNetwork(spec, options.feature_size, options.logits, dist_util.dev())
+
+
+def _given(options: argparse.Namespace, name: str, what: str) -> str:
+    if not getattr(options, name):
+        raise UserError(f"--{name} is missing: name {what}")
+    return getattr(options, name)
+
+
+def write_reference(options: argparse.Namespace) -> None:
+    """Write the statistics and features of --images to --out. Collective."""
+    if not options.out.endswith(".npz"):
+        raise UserError(f"--out {options.out or 'is missing'}: name an npz to write, such as reference.npz")
+    network = open_network(options)
+    image_set = ImageSet(_given(options, "images", "real images"), "--images", options.resize, options.colour)
+    found = extract(image_set, network, options.feature_batch, "features")
+    name = options.name or os.path.basename(os.path.abspath(options.images))
+    dist_util.from_rank0(_save_reference, options.out, found, name)
+
+
+def _save_reference(path: str, found: FeatureSet, name: str) -> None:
+    if os.path.dirname(path):
+        files.make_dirs(os.path.dirname(path))
+    save_reference(path, found, name)
+    logger.log(f"wrote {path}: {name}, {found.about['count']:,} images of {found.about['image_size']}")
+
+
+# What is known of how samples were made
+
+
+def made_by(path: str) -> dict[str, Any] | None:
+    """What a samples.json says of the samples in an npz, a folder or a zip; None where none lies beside them."""
+    folder, name = os.path.split(files.full_path(path).rstrip("/"))
+    if not (name == PNG_DIR or re.fullmatch(r"samples_[\dx]+\.npz", name)):
+        return None
+    beside = files.join(folder, REQUEST_FILE)
+    if not files.exists(beside):
+        return None
+    try:
+        request = json.loads(files.read_bytes(beside))
+        return {**request, **describe_request(request)}
+    except (ValueError, TypeError):
+        raise UserError(f"{beside} is damaged: remove it, if how the samples were made need not be known") from None
+
+
+def describe_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The average and the evaluations of the network that a request of samples implies."""
+    found: dict[str, Any] = {}
+    name = os.path.basename(str(request.get("model_path", "")))
+    if match := re.fullmatch(r"ema_(.+)_(\d+)\.pt", name):
+        found["average"] = match.group(1)
+    elif re.fullmatch(r"model\d+\.pt", name):
+        found["average"] = "none: the model itself"
+    if request.get("sampler") in RULES and isinstance(request.get("steps"), int):
+        found["evaluations"] = RULES[request["sampler"]]().evaluations(request["steps"])
+    return found
+
+
+def report_folder(path: str) -> str:
+    """Where the report of given samples goes unless told: beside them, or into ./runs if they are behind a URL."""
+    stem = os.path.splitext(path.rstrip("/"))[0] if not files.is_dir(path) else path.rstrip("/")
+    return f"{os.path.join('runs', os.path.basename(stem)) if files.is_url(path) else stem}_report"
+
+
+def settle_for(options: argparse.Namespace, drawing_options: argparse.Namespace) -> None:
+    """Prepare real images as the model's training did, unless told otherwise.
+
+    :param drawing_options: with which the model was loaded. Raises UserError for samples that cannot be judged.
+    """
+    if options.print_steps:
+        raise UserError("--print_steps draws nothing, so nothing could be judged: give it to image_sample.py")
+    if drawing_options.channels == 4:
+        raise UserError(f"{options.model_path} draws an alpha channel (--channels 4), which features cannot take")
+    if options.num_samples < MIN_IMAGES:
+        raise UserError(f"--num_samples {options.num_samples}: at least {MIN_IMAGES} are needed to tell anything")
+    options.resize = options.resize or str(drawing_options.image_size)
+    options.colour = options.colour or drawing_options.channels == 3
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise UserError where the options say neither or both of which samples to judge and how to draw them."""
+    if bool(options.samples) == bool(options.model_path):
+        raise UserError("give --samples, to judge those, or --model_path, to draw them first: one of the two")
+    of_judging = {f.name for group in (JudgedConfig, FeaturesConfig) for f in fields(group)} | {
+        "num_samples",
+        "out_dir",
+    }
+    others = sorted(options.flags - of_judging) + (["preset"] if options.preset else [])
+    if options.samples and others:
+        raise UserError(
+            f"--{others[0]} is for drawing samples, and --samples {options.samples} are drawn already: leave it out"
+        )

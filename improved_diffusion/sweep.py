@@ -1,0 +1,167 @@
+"""The same model judged under many settings of the sampler: a report for each, a table and a plot of all."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import checkpoint, dist_util, files, logger, report
+from .config import UserError
+from .drawing import Drawing
+from .evaluation.scores import METRICS
+from .judging import Judge, describe_request, settle_for
+from .plots import new_figure, save_figure
+from .run_util import samples_name, start_run
+
+# The options that may have several values.
+AXES = ("ema", "sampler", "steps", "guidance_scale", "classifier_scale", "ddim_eta", "churn", "dynamic_threshold")
+TABLE_FILE, JSON_FILE, PLOT_FILE = "sweep.md", "sweep.json", "sweep.png"
+
+
+def run_sweep(options: argparse.Namespace) -> str:
+    """Judge every combination, but for those whose report is there already; returns the table's path. Collective.
+
+    All combinations are checked before the first is drawn. :param options: with `cells`, as parse_command gives them.
+    """
+    if options.samples:
+        raise UserError(f"--samples {options.samples}: a sweep draws its samples itself: give --model_path")
+    if len(options.cells) < 2:
+        raise UserError(
+            "a sweep varies something: give several values, such as --steps 10,20, of one or more of "
+            f"--{', --'.join(AXES)}"
+        )
+    run = samples_name(options, "ancestral", 0).rpartition("_0steps")[0]  # of the model that was named, not of --ema
+    for cell in options.cells:
+        _settle(cell)
+        settle_for(options, _drawing(cell).options)
+    judge = Judge(options)
+    judge.expect_drawn()
+    out_dir = start_run(options, f"{run}_sweep_seed{options.seed}")
+    judge.prepare()
+    rows: list[dict[str, Any]] = []
+    path = ""
+    for number, cell in enumerate(options.cells):
+        folder = "_".join(f"{name}{value}" for name, value in cell.chosen.items())
+        logger.log(f"{number + 1} of {len(options.cells)}: {', '.join(f'{k} {v}' for k, v in cell.chosen.items())}")
+        drawing = _drawing(cell)
+        result, is_new = _judged(judge, drawing, os.path.join(out_dir, folder))
+        evaluations = describe_request(drawing.request).get("evaluations")
+        rows.append({"chosen": cell.chosen, "evaluations": evaluations, "folder": folder, "metrics": result["metrics"]})
+        if is_new or cell is options.cells[-1]:  # in between too: a sweep that is cut off has shown something
+            path = dist_util.from_rank0(write_table, out_dir, rows)
+    logger.log(f"wrote {path}, and {JSON_FILE} and {PLOT_FILE} beside it")
+    return path
+
+
+def _drawing(cell: argparse.Namespace) -> Drawing:
+    return Drawing(copy.copy(cell))  # which settles options that were left open
+
+
+def _settle(cell: argparse.Namespace) -> None:
+    """The checkpoint of --ema, of the step of --model_path and beside it."""
+    if not cell.ema:
+        return
+    folder, name = os.path.split(cell.model_path)
+    number = re.search(r"(\d+)\.pt$", name)
+    if not cell.model_path or not number:
+        raise UserError(
+            f"--ema {cell.ema} needs a --model_path such as runs/NAME/model010000.pt, beside which averages lie"
+        )
+    path = files.join(folder or ".", checkpoint.ema_name(cell.ema, int(number.group(1))))
+    if not files.exists(path):
+        there = [n for n in files.list_dir(folder or ".") if n.startswith("ema_") and n.endswith(number.group(0))]
+        raise UserError(f"--ema {cell.ema}: {path} does not exist; of that step there are {', '.join(there) or 'none'}")
+    cell.model_path = path
+
+
+def _judged(judge: Judge, drawing: Drawing, folder: str) -> tuple[dict[str, Any], bool]:
+    """The report in the folder, made where there is none of the same samples, reference and network; whether it was."""
+    sets = {name: found.about for name in ("reference", "train", "held_out") if (found := getattr(judge, name))}
+    asked = {"samples": drawing.request, "num_samples": drawing.options.num_samples, **sets, **judge.network.describe()}
+    asked = dist_util.from_rank0(lambda: json.loads(json.dumps(asked)))
+    before = dist_util.from_rank0(_read_report, folder)
+    if before is not None and before.get("asked") == asked:
+        logger.log(f"the report in {folder} is there already")
+        return before, False
+    return judge.judge(judge.open_samples(drawing.write(folder)), folder, asked), True
+
+
+def _read_report(folder: str) -> dict[str, Any] | None:
+    if not files.exists(files.join(folder, report.JSON_FILE)):
+        return None
+    try:
+        return report.read(folder)
+    except UserError:
+        return None  # damaged: it is made again
+
+
+def write_table(out_dir: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write sweep.md, sweep.json and sweep.png; returns the path of the first."""
+    axes = list(rows[0]["chosen"])
+    names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+    head = [*axes, "evaluations", *map(report.title, names)]
+    lines = ["# Sweep", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [report.number(name, row["metrics"][name]) if name in row["metrics"] else "" for name in names]
+        lines.append(f"| {' | '.join([*row['chosen'].values(), str(row['evaluations'] or ''), *cells])} |")
+    lines += [
+        "",
+        f"![the metrics against what varies]({PLOT_FILE})",
+        "",
+        "Each row's report lies in a folder of its own:",
+        "",
+    ]
+    lines += [f"- [{row['folder']}]({row['folder']}/{report.TEXT_FILE})" for row in rows]
+    save_figure(files.join(out_dir, PLOT_FILE), figure_of(rows))
+    files.write_bytes(files.join(out_dir, JSON_FILE), (json.dumps(list(rows), indent=1) + "\n").encode())
+    path = files.join(out_dir, TABLE_FILE)
+    files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A panel for each metric, against the option with the most values, a line for each combination of the others."""
+    values = {axis: list(dict.fromkeys(row["chosen"][axis] for row in rows)) for axis in rows[0]["chosen"]}
+    x_axis = max(values, key=lambda axis: (axis == "steps" and len(values[axis]) > 1, len(values[axis])))
+    names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+    across = min(3, len(names))
+    figure = new_figure((4.6 * across, 3.4 * -(-len(names) // across)))
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        varied = {axis: value for axis, value in row["chosen"].items() if axis != x_axis and len(values[axis]) > 1}
+        label = ", ".join(f"{axis} {value}" for axis, value in varied.items())
+        lines.setdefault(label, []).append(row)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(-(-len(names) // across), across, i + 1)
+        factor = 1000 if name == "kid" else 1
+        for (label, line), marker in zip(lines.items(), "ovs^D<>PX*" * len(lines)):
+            there = [row for row in line if name in row["metrics"]]
+            points = [(_position(row, x_axis, values[x_axis]), row["metrics"][name]) for row in there]
+            points.sort(key=lambda point: point[0])
+            x, y = [point[0] for point in points], [factor * point[1]["value"] for point in points]
+            error = [factor * point[1].get("error", 0) for point in points]
+            axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=label)
+        axes.set_title(report.title(name), fontsize=10)
+        axes.set_xlabel("evaluations of the network" if x_axis == "steps" else x_axis)
+        if not _is_numeric(values[x_axis]):
+            axes.set_xticks(range(len(values[x_axis])), values[x_axis], rotation=30)
+        axes.grid(alpha=0.3)
+        if i == 0 and len(lines) > 1:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _is_numeric(values: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"\d+(\.\d+)?", value) for value in values)
+
+
+def _position(row: Mapping[str, Any], axis: str, values: Sequence[str]) -> float:
+    if axis == "steps":
+        return row["evaluations"]
+    value = row["chosen"][axis]
+    return float(value) if _is_numeric(values) else values.index(value)
