@@ -38,7 +38,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/image_nll.py --model_path $(RUN)/ema_0.99_$$(printf %06d $(STEPS)).pt --data_dir $(DIGITS)/test \
 	    --batch_size 99 --timestep_respacing 100 --out_dir $(RUN)
 	$(BIN)/python datasets/check_digits.py --samples $(RUN)/samples --digits $(DIGITS)
-	@echo "look at $(RUN)/samples.png, and at $(RUN)/previews for how it came about"
+	$(BIN)/python datasets/digits_features.py --digits $(DIGITS) --out $(DIGITS)/features.pt2
+	$(BIN)/python scripts/evaluate.py --samples $(RUN)/samples_200x16x16x1.npz --reference $(DIGITS)/train \
+	    --held_out $(DIGITS)/test --resize 16 --features $(DIGITS)/features.pt2 --out_dir $(RUN)/report
+	@echo "look at $(RUN)/samples.png, at $(RUN)/report/report.md, and at $(RUN)/previews for how it came about"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
