@@ -156,8 +156,10 @@ class Judge:
         for warning in warnings:
             logger.warn(warning)
         for name, metric in metrics.items():
-            real = f" (held-out real images: {report.number(name, self.real[name])})" if name in self.real else ""
-            logger.log(f"{report.title(name)}: {report.number(name, metric)}{real}")
+            text = f"{report.title(name)}: {report.number(name, metric)}"
+            if name in self.real and self.held_out is not None:
+                text += f" ({self.held_out.count:,} held-out real images: {report.number(name, self.real[name])})"
+            logger.log(text)
         for name, why in missing.items():
             logger.log(f"no {report.title(name)}: {why}")
         shown = samples.images.take(range(min(report.SHOWN_SAMPLES, len(samples.images))))

@@ -79,14 +79,15 @@ def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, An
 
     :param written: theirs is a file of statistics. What a description lacks is not compared.
     """
-    size = ours[1]["image_size"]
-    for key, what, remedy in (
-        ("image_size", "images of", f"give --resize {size} to resize and centre-crop both as training does"),
-        ("channels", "channels:", "give --colour True to take grey for colour"),
+    (name, about), (other, their) = ours, theirs
+    size, channels = about["image_size"], about["channels"]
+    for key, has, remedy in (
+        ("image_size", f"images of {size}", f"give --resize {size} to resize and centre-crop both as training does"),
+        ("channels", f"{channels} channel{'s' * (channels > 1)}", "give --colour True to take grey for colour"),
     ):
-        if key in theirs[1] and ours[1][key] != theirs[1][key]:
+        if key in their and about[key] != their[key]:
             remedy += ", and write the reference again with evaluate.py reference" if written else ""
-            raise UserError(f"{ours[0]} has {what} {ours[1][key]}, {theirs[0]} {theirs[1][key]}: {remedy}")
+            raise UserError(f"{name} has {has}, {other} {their[key]}: {remedy}")
 
 
 def check_network(network: dict[str, Any], reference: FeatureSet) -> None:

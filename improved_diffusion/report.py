@@ -84,7 +84,9 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _metrics(report: Mapping[str, Any]) -> list[str]:
     real = report["real"]
-    columns = ["metric", "samples", *(["held-out real images"] if real else []), ""]
+    columns = ["metric", f"{report['samples']['count']:,} samples", ""]
+    if real:
+        columns.insert(2, f"{report['held_out']['count']:,} held-out real images")
     lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, metric in report["metrics"].items():
         cells = [number(name, metric)] + ([number(name, real[name]) if name in real else ""] if real else [])

@@ -178,7 +178,7 @@ def test_images_of_another_form_than_the_reference(place, evaluate):
         refused(result, flag, "images of 12x12", f"--reference {place.real} 8x8", "give --resize 12x12 to resize")
         result = evaluate(*place.given, flag, place.grey)
         refused(
-            result, flag, "channels: 1", f"--reference {place.real} 3", "give --colour True to take grey for colour"
+            result, flag, "1 channel", f"--reference {place.real} 3", "give --colour True to take grey for colour"
         )
     result = evaluate(*place.given, "--reference", place.large_reference)
     refused(result, "images of 8x8", "12x12", "and write the reference again with evaluate.py reference")
@@ -303,7 +303,7 @@ def test_models_whose_samples_do_not_suit_the_reference(place, evaluate, tmp_pat
     grey = model(1)
     for command in (["score"], ["sweep", "--sampler", "ddim,heun"]):
         result = evaluate(*command, *place.drawing, "--model_path", grey)
-        refused(result, f"--model_path {grey} has channels: 1, --reference {place.real} 3: give --colour True")
+        refused(result, f"--model_path {grey} has 1 channel, --reference {place.real} 3: give --colour True")
     refused(evaluate(*place.drawing, "--model_path", model(4)), "draws an alpha channel (--channels 4)")
     result = evaluate(*place.drawing, "--reference", place.large_reference)
     refused(result, f"--model_path {place.model} has images of 8x8", "12x12", "write the reference again")

@@ -157,7 +157,7 @@ def test_a_cut_reference_is_named(tmp_path, share):
 
 @pytest.mark.parametrize("changed, message", [
     ({"image_size": "32x32"}, "ours has images of 16x16, theirs 32x32: give --resize 16x16 to resize"),
-    ({"channels": 1}, "ours has channels: 3, theirs 1: give --colour True"),
+    ({"channels": 1}, "ours has 3 channels, theirs 1: give --colour True"),
 ])  # fmt: skip
 @pytest.mark.parametrize("written", [False, True])
 def test_images_of_another_form_cannot_be_compared(changed, message, written):

@@ -10,6 +10,9 @@ from improved_diffusion.config import UserError
 from improved_diffusion.evaluation.scores import METRICS
 
 
+HELD_OUT = {"images": "/data/c", "count": 1200}
+
+
 def made(**more):
     """A report on 50 samples with two metrics."""
     about = {"images": "/data/a", "count": 50, "image_size": "8x8", "channels": 3, "features_sha256": "01"}
@@ -54,7 +57,7 @@ def test_numbers_have_their_errors_and_the_kid_is_in_thousandths():
 def test_the_text_says_what_was_measured_and_what_was_not():
     text = report.markdown(made(warnings=["only 50 samples"]))
     assert "50 samples, /data/a,\nagainst 12,000 real images, /data/b." in text
-    assert "| metric | samples |  |" in rows(text)
+    assert "| metric | 50 samples |  |" in rows(text)
     assert any(row.startswith("| FID | 12.3457 | ") for row in rows(text))
     assert any(row.startswith("| KID x 1000 | -0.1200 ± 3.4500 | ") for row in rows(text))
     assert "No sFID: the network gives no spatial features." in text and "**Warning:** only 50 samples." in text
@@ -64,8 +67,10 @@ def test_the_text_says_what_was_measured_and_what_was_not():
 
 
 def test_the_text_has_a_column_of_what_real_images_get():
-    text = report.markdown(made(real={"fid": {"value": 3.0}}, pictures={"neighbours": True, "distances": True}))
-    assert "| metric | samples | held-out real images |  |" in rows(text)
+    text = report.markdown(
+        made(real={"fid": {"value": 3.0}}, held_out=HELD_OUT, pictures={"neighbours": True, "distances": True})
+    )
+    assert "| metric | 50 samples | 1,200 held-out real images |  |" in rows(text)
     assert any(row.startswith("| FID | 12.3457 | 3.0000 | ") for row in rows(text))
     assert any(row.startswith("| KID x 1000 | -0.1200 ± 3.4500 |  | ") for row in rows(text))
     assert len({row.count("|") for row in rows(text)[:4]}) == 1
