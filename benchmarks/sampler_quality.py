@@ -6,9 +6,9 @@
     python benchmarks/sampler_quality.py --model_path runs/digits_long/ema_0.999_008000.pt --data_dir data/digits
 
 The measure is the kernel distance (improved_diffusion/evaluation/kid.py) between the features of samples and of all
-real images; the features are those of a classifier trained on the real training images here, or of a TorchScript module
-that maps uint8 [N, 3, H, W] to [N, D] (--features). The samples are of each class equally often, which moves the
-estimate a little below that of independent draws, the same for all rules: what counts is how they differ.
+real images; the features are those of a classifier trained on the real training images here, or of a program for
+scripts/evaluate.py (--features). The samples are of each class equally often, which moves the estimate a little below
+that of independent draws, the same for all rules: what counts is how they differ.
 
 All rules start from the same noises, so that those without randomness of their own are also compared, pixel by pixel,
 with where their common equation ends, on each timestep grid. Writes benchmarks/results/sampler_quality_<name>.json and
@@ -18,9 +18,10 @@ with where their common equation ends, on each timestep grid. Writes benchmarks/
 import json
 
 import numpy as np
-import torch as th
 from judges import RESULTS, Classifier, Drawer, parser, real_images
 
+from improved_diffusion import dist_util
+from improved_diffusion.evaluation.features import FeatureNetwork
 from improved_diffusion.evaluation.kid import kernel_distance
 from improved_diffusion.samplers import RULES
 from improved_diffusion.timestep_grids import NAMES
@@ -39,16 +40,15 @@ def steps_for(rule, evaluations):
     return max(n for n in range(1, evaluations + 1) if RULES[rule]().evaluations(n) <= evaluations)
 
 
-class ScriptedFeatures:
-    """The features of a TorchScript module."""
+class Features:
+    """The features of a program, as scripts/evaluate.py takes it."""
 
     def __init__(self, path):
-        self.module = th.jit.load(path).eval()
+        self.network = FeatureNetwork(path, device=dist_util.dev())
 
-    @th.no_grad()
     def judge(self, images):
-        x = th.from_numpy(images).permute(0, 3, 1, 2)
-        return th.cat([self.module(part) for part in x.split(500)]).float().cpu().numpy(), None
+        parts = np.array_split(images, len(images) // 500 + 1)
+        return np.concatenate([self.network(part).features for part in parts]), None
 
 
 def plot(path, rows):
@@ -153,7 +153,7 @@ def measure_grids(results, drawer, rules):
 
 def main():
     args = parser(__doc__)
-    args.add_argument("--features", default="", help="TorchScript module; empty: a classifier trained here")
+    args.add_argument("--features", default="", help="program; empty: a classifier trained here")
     args.add_argument("--rules", default=",".join(RULES), help="comma-separated (default: all)")
     args = args.parse_args()
     rules = args.rules.split(",")
@@ -162,7 +162,7 @@ def main():
     results = Results(RESULTS / f"sampler_quality_{args.name}.json", settings)
     sets = [real_images(f"{args.data_dir}/{part}", drawer.image_size, drawer.channels) for part in ("train", "test")]
     if args.features:
-        judge = ScriptedFeatures(args.features)
+        judge = Features(args.features)
     else:
         judge = Classifier(drawer.channels, drawer.classes).fit(*sets[0])
         accuracy = (judge.judge(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()

@@ -9,7 +9,6 @@ from improved_diffusion import files, images, report
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation.scores import METRICS
 
-
 HELD_OUT = {"images": "/data/c", "count": 1200}
 
 
