@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Long, for rank 0 may work while the others wait in a collective: ranks that are gone are the watchdog's to notice.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(hours=24)
 STOPPED = 75  # the exit code of a run that was asked to stop, and saved: EX_TEMPFAIL, run it again
 
 _CONNECTIONS = (

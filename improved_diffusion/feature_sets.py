@@ -7,18 +7,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import dist_util, files, images, logger
 from .config import UserError, height_width
 from .evaluation.features import FeatureNetwork, Outputs
-from .evaluation.frechet import Moments, moments
+from .evaluation.frechet import Moments, RunningMoments, moments
 from .image_datasets import ImageDataset, quiet
 from .image_sources import ZipImages, open_images
 
 MIN_IMAGES = 40  # below, no error of a metric can be told
+MAX_PAIRED = 50_000  # images that are compared with each of as many others: what published scores take
 
 
 class ImageSet:
@@ -32,11 +33,12 @@ class ImageSet:
 
     def __init__(self, path: str, flag: str, resize: str = "", colour: bool = False, count: int = 0):
         self.path, self.flag, self.resized = path, flag, bool(resize)
+        self.changed = False  # whether an image that was read had another size
         self.source = open_images(path, flag)
         if count > len(self.source):
             raise UserError(f"--num_samples {count}: {flag} {path} has {len(self.source)} images")
         self.count = count or len(self.source)
-        self.chosen = np.linspace(0, len(self.source) - 1, self.count).round().astype(int)
+        self.chosen = evenly(len(self.source), self.count)
         if self.count < MIN_IMAGES:
             plural = "s" * (self.count > 1)
             too_few = f"--num_samples {count}" if count else f"{flag} {path} has {self.count} image{plural}"
@@ -56,15 +58,23 @@ class ImageSet:
     def __getitem__(self, i: int) -> np.ndarray:
         at = int(self.chosen[i])
         image, name = self.dataset.decode(at), self.source.describe(at)
-        if self.resized:
+        if image.size[::-1] != self.size:
+            if not self.resized:
+                raise UserError(
+                    f"{name} is {by(image.size[::-1])}, but the first image of {self.flag} {self.path} is "
+                    f"{by(self.size)}: give --resize, such as --resize 64, to resize and centre-crop all as training "
+                    "does"
+                )
+            self.changed = True
             image = images.resize_crop(image, self.size)
-        elif image.size[::-1] != self.size:
-            raise UserError(
-                f"{name} is {_by(image.size[::-1])}, but the first image of {self.flag} {self.path} is "
-                f"{_by(self.size)}: give --resize, such as --resize 64, to resize and centre-crop all as training does"
-            )
-        if images.native_mode(image) == "RGBA":
+        mode = images.native_mode(image)
+        if mode in ("LA", "RGBA"):
             raise UserError(f"{name} has an alpha channel, which features cannot take: convert the images to RGB")
+        if mode == "RGB" and self.channels == 1 and image.mode[0] not in "IF":  # of more than 8 bits
+            raise UserError(
+                f"{name} is in colour, but the first image of {self.flag} {self.path} is grey: give --colour True to "
+                "take all for coloured ones"
+            )
         array = np.asarray(images.convert(image, self.channels, name))
         return array[..., None] if array.ndim == 2 else array
 
@@ -90,14 +100,14 @@ class ImageSet:
         return {
             "images": files.full_path(self.path),
             "count": self.count,
-            "image_size": _by(self.size),
+            "image_size": by(self.size),
             "channels": self.channels,
-            "prepared": "resized and centre-cropped" if self.resized else "as they are",
             "lossy_files": self.lossy,
         }
 
 
-def _by(size: Sequence[int]) -> str:
+def by(size: Sequence[int]) -> str:
+    """(height, width) as text, such as 48x64."""
     return "x".join(map(str, size))
 
 
@@ -110,54 +120,111 @@ class FeatureSet:
 
     flag: str
     about: dict[str, Any]
-    features: np.ndarray | None = None  # float32 [N, D]
-    probabilities: np.ndarray | None = None  # [N, C]
-    moments: Moments | None = None
+    features: np.ndarray | None = None  # float32 [n, D] of the images `numbers`
+    probabilities: np.ndarray | None = None  # [n, C]
+    moments: Moments | None = None  # of all images
     spatial_moments: Moments | None = None
     images: ImageSet | None = None
+    numbers: np.ndarray | None = None  # [n], of all images or of evenly chosen ones
 
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"{self.flag} {self.about['images']}"
+        return f"{self.flag} {self.about.get('file') or self.about['images']}"
 
     @property
     def count(self) -> int | None:
         """How many images it is of, where that is known."""
         return self.about.get("count")
 
+    def take(self, rows: Sequence[int]) -> np.ndarray:
+        """The images uint8 [len(rows), H, W, C] of these rows of the features."""
+        assert self.images is not None and self.numbers is not None
+        return self.images.take(self.numbers[rows].tolist())
 
-def extract(images: ImageSet, network: FeatureNetwork, batch_size: int, title: str) -> FeatureSet:
-    """The features of every image, shared among the ranks, and their moments on rank 0. Collective.
+    def subset(self, count: int) -> FeatureSet:
+        """As many of the images, evenly chosen; all where there are no more."""
+        assert self.features is not None
+        if count >= len(self.features):
+            return self
+        rows = evenly(len(self.features), count)
+        probabilities = None if self.probabilities is None else self.probabilities[rows]
+        about = {**self.about, "count": count}
+        return FeatureSet(self.flag, about, self.features[rows], probabilities, moments(self.features[rows]))
 
-    Batches are the same on any number of ranks, and so is the result.
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """`count` of the numbers 0..total-1, or all where there are no more."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
+class _Part(NamedTuple):
+    """What comes of a batch."""
+
+    outputs: Outputs
+    digests: list[bytes]  # of each image's pixels
+    resized: bool  # whether any image so far had another size
+
+
+def extract(
+    images: ImageSet, network: FeatureNetwork, batch_size: int, title: str, probabilities: bool = False
+) -> FeatureSet:
+    """The features of every image, shared among the ranks, and their moments, on rank 0. Collective.
+
+    Batches are the same on any number of ranks, and so is the result. Of more than MAX_PAIRED images the moments are of
+    all, the features of evenly chosen ones.
     """
     rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
     batches = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
-    parts: list[tuple[Outputs, list[bytes]]] = []
+    collected = _Collected(evenly(len(images), MAX_PAIRED))
     bar = logger.Progress(title, len(images), "image")
     with closing(bar):
         mine = images.batches(batches[rank::world_size])
         for start in range(0, len(batches), world_size):
             now = batches[start : start + world_size]
-            part = _judge(next(mine), network) if rank < len(now) else None
-            parts += [part for part in dist_util.all_gather_object(part) if part is not None and rank == 0]
+            own = _judge(next(mine), images, network, probabilities) if rank < len(now) else None
+            for batch, part in zip(now, dist_util.all_gather_object(own)):
+                if rank == 0:
+                    collected.add(batch, part)
             bar.update(sum(map(len, now)))
     about = {**images.describe(), **network.describe()}
-    if rank:
-        return FeatureSet(images.flag, about, images=images)
-    outputs = [part for part, _ in parts]
-    digests = b"".join(digest for _, digests in parts for digest in digests)
-    about["pixels_sha256"] = hashlib.sha256(digests).hexdigest()
-    features, spatial, probabilities = (
-        None if columns[0] is None else np.concatenate(columns) for columns in zip(*outputs)
-    )
-    assert features is not None
-    return FeatureSet(
-        images.flag, about, features, probabilities, moments(features),
-        None if spatial is None else moments(spatial), images,
-    )  # fmt: skip
+    return FeatureSet(images.flag, about, images=images) if rank else collected.result(about, images)
 
 
-def _judge(batch: np.ndarray, network: FeatureNetwork) -> tuple[Outputs, list[bytes]]:
-    return network(batch), [hashlib.sha256(image.tobytes()).digest() for image in batch]
+def _judge(batch: np.ndarray, images: ImageSet, network: FeatureNetwork, probabilities: bool) -> _Part:
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in batch]
+    return _Part(network(batch, probabilities), digests, images.changed)
+
+
+class _Collected:
+    """The parts of a set's features, in the order of its images."""
+
+    def __init__(self, numbers: np.ndarray):
+        self.numbers = numbers
+        self.moments, self.spatial = RunningMoments(), RunningMoments()
+        self.features: list[np.ndarray] = []
+        self.probabilities: list[np.ndarray] = []
+        self.checksum, self.resized = hashlib.sha256(), False
+
+    def add(self, batch: range, part: _Part) -> None:
+        features, spatial, probabilities = part.outputs
+        self.moments.add(features)
+        if spatial is not None:
+            self.spatial.add(spatial)
+        rows = self.numbers[slice(*np.searchsorted(self.numbers, (batch.start, batch.stop)))] - batch.start
+        self.features.append(features[rows])
+        if probabilities is not None:
+            self.probabilities.append(probabilities[rows])
+        self.checksum.update(b"".join(part.digests))
+        self.resized |= part.resized
+
+    def result(self, about: dict[str, Any], images: ImageSet) -> FeatureSet:
+        about |= {"prepared": "resized and centre-cropped" if self.resized else "as they are"}
+        about |= {"pixels_sha256": self.checksum.hexdigest()}
+        if len(self.numbers) < len(images):
+            about |= {"compared_in_pairs": len(self.numbers)}
+        return FeatureSet(
+            images.flag, about, np.concatenate(self.features),
+            np.concatenate(self.probabilities) if self.probabilities else None, self.moments.result(),
+            self.spatial.result() if self.spatial.count else None, images, self.numbers,
+        )  # fmt: skip

@@ -96,7 +96,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 def sha256(path: str | os.PathLike) -> str:
     """The file's SHA-256, in hexadecimal digits. Raises UserError where it cannot be read."""
-    return hashlib.sha256(read_bytes(path)).hexdigest()
+    digest = hashlib.sha256()
+    with _storage("read", path), open_read(path) as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def remove(path: str | os.PathLike) -> None:

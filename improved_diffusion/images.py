@@ -6,6 +6,7 @@ import io
 import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -178,11 +179,20 @@ def _write_rows(f: IO[bytes], array: Rows) -> None:
         raise ValueError(f"{written} rows came of {array.shape[0]}")
 
 
+def npz_names(path: str) -> list[str]:
+    """The names of the arrays in an npz, none of which is read. Raises UserError for a damaged file."""
+    try:
+        with files.open_read(path) as f, zipfile.ZipFile(f) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a readable npz: {error}") from None
+
+
 def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Those of the named arrays that an npz has. Raises UserError for a damaged file, and for objects (which could run
     code)."""
     try:
-        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as data:
+        with files.open_read(path) as f, np.load(f, allow_pickle=False) as data:
             return {name: data[name] for name in names if name in data}
     except ValueError as error:
         if "Object arrays" in str(error) or "pickled" in str(error):
@@ -190,7 +200,7 @@ def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
                 f"{path} holds Python objects, which could run code when loaded: save it again as numbers"
             ) from None
         raise UserError(f"{path} is not a readable npz: {error}") from None
-    except (OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise UserError(f"{path} is not a readable npz: {error}") from None
 
 

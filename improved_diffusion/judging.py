@@ -19,8 +19,16 @@ from .evaluation.features import FeatureNetwork
 from .evaluation.frechet import moments
 from .evaluation.neighbours import nearest_neighbours
 from .evaluation.scores import find_copies, score
-from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, extract
-from .references import check_comparable, check_form, check_network, load_reference, save_reference
+from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, by, extract
+from .references import (
+    check_comparable,
+    check_form,
+    check_network,
+    has_images,
+    load_reference,
+    save_reference,
+    with_statistics,
+)
 from .sample_util import PNG_DIR, REQUEST_FILE
 from .samplers import RULES
 
@@ -36,15 +44,15 @@ class Judge:
         self.network = open_network(options)
         reference = load_reference(_given(options, "reference", "real images, or their statistics"), "--reference")
         sets = {}
-        if reference is None:
+        if reference is None or (reference.features is None and has_images(options.reference)):
             sets["reference"] = self._open(options.reference, "--reference")
-        else:
+        if reference is not None:
             check_network(self.network.describe(), reference)
         for name in ("train_dir", "held_out"):
             path = getattr(options, name)
-            if path and not (reference is None and files.same(path, options.reference)):
+            if path and not ("reference" in sets and files.same(path, options.reference)):
                 sets[name] = self._open(path, f"--{name}")
-        if options.held_out and reference is not None and not options.train_dir:
+        if options.held_out and "reference" not in sets and not options.train_dir:
             raise UserError(f"--held_out {options.held_out} is for finding copies of training images: give --train_dir")
         train_flag = "--train_dir" if options.train_dir else "--reference"
         if options.held_out and files.same(options.held_out, options.train_dir or options.reference):
@@ -58,7 +66,7 @@ class Judge:
             self.check_form(f"{image_set.flag} {image_set.path}", image_set.describe())
         self.train: FeatureSet | None = None
         self.held_out: FeatureSet | None = None
-        self.real: dict[str, Any] = {}  # the scores of the held-out images
+        self.real: tuple[int, dict[str, Any]] = (0, {})  # how many held-out images there are scores of, and the scores
 
     def _open(self, path: str, flag: str) -> ImageSet:
         return ImageSet(path, flag, self.options.resize, self.options.colour)
@@ -76,15 +84,14 @@ class Judge:
 
     def expect_drawn(self) -> None:
         """Raise UserError where what --model_path draws, prepared as `settle_for` settled it, cannot be judged."""
-        size = "x".join(map(str, height_width(self.options.resize)))
+        size = by(height_width(self.options.resize))
         about = {"images": self.options.model_path, "count": self.options.num_samples, "image_size": size}
         self.expect("--model_path", {**about, "channels": 3 if self.options.colour else 1})
 
     def expect(self, flag: str, about: Mapping[str, Any]) -> None:
         """Raise UserError where samples so described cannot be judged. Tries the network, on noise."""
         self.check_form(f"{flag} {about['images']}", about)
-        shape = (2, *height_width(about["image_size"]), about["channels"])
-        outputs = self.network(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+        outputs = self.network(noise(height_width(about["image_size"]), about["channels"]))
         if self.reference is not None:
             spatial = None if outputs.spatial is None else moments(outputs.spatial)
             tried = {**about, **self.network.describe()}
@@ -96,33 +103,43 @@ class Judge:
         """Raise UserError where images so described have another size or other channels than the reference's."""
         if self.reference is not None:
             check_form((name, dict(about)), (self.reference.name, self.reference.about), self.reference.images is None)
-        else:
+        if "reference" in self.sets:
             ours = self.sets["reference"]
             check_form((name, dict(about)), (f"{ours.flag} {ours.path}", ours.describe()), False)
 
-    def extract(self, image_set: ImageSet) -> FeatureSet:
-        """The features of a set of images. Collective."""
-        return extract(image_set, self.network, self.options.feature_batch, f"features of {image_set.flag}")
+    def extract(self, image_set: ImageSet, probabilities: bool) -> FeatureSet:
+        """The features of a set of images, and the probabilities where its inception score is wanted. Collective."""
+        title = f"features of {image_set.flag}"
+        return extract(image_set, self.network, self.options.feature_batch, title, probabilities)
 
     def prepare(self) -> None:
         """Extract the features of the reference and of the training and held-out images. Collective."""
-        found = {name: self.extract(image_set) for name, image_set in self.sets.items()}
+        found = {name: self.extract(image_set, name == "held_out") for name, image_set in self.sets.items()}
+        if "reference" in found and self.reference is not None:
+            found["reference"] = with_statistics(found["reference"], self.reference)
         self.reference = found.get("reference", self.reference)
         # Where the training images are the reference itself, they are not read twice.
         self.train = found.get("train_dir", found.get("reference"))
         self.held_out = found.get("held_out")
         if self.options.held_out and self.held_out is None:
             self.held_out = self.reference
-        elif self.held_out is not None:
-            # What as many real images get is the yardstick.
-            self.real = dist_util.from_rank0(lambda: score(self.held_out, self.reference).metrics)
+
+    def _score_held_out(self, count: int) -> tuple[int, dict[str, Any]]:
+        """What real images get that are not the reference: as many as the samples where there are as many."""
+        if self.held_out is None or self.held_out is self.reference:
+            return 0, {}
+        held_out = self.held_out.subset(count)
+        assert held_out.features is not None
+        if self.real[0] != len(held_out.features):
+            self.real = len(held_out.features), score(held_out, self.reference).metrics
+        return self.real
 
     def judge(self, images: ImageSet, out_dir: str, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Judge samples as `open_samples` opens them, and write the report; returns it. Collective, after `prepare`.
 
         :param asked: what to note in the report, besides.
         """
-        samples = self.extract(images)
+        samples = self.extract(images, probabilities=True)
         # On rank 0, which has the features; the others wait.
         return dist_util.from_rank0(self._write, samples, images.path, out_dir, dict(asked or {}))
 
@@ -132,6 +149,7 @@ class Judge:
         warnings = check_comparable(samples, reference)
         logger.log("computing the metrics")
         metrics, missing = score(samples, reference)
+        count, real = self._score_held_out(len(samples.images))
         copies, neighbours = self._look_for_copies(samples)
         if copies is None:
             missing["copies"] = "no training images to look for them in: give --train_dir and --held_out"
@@ -139,14 +157,13 @@ class Judge:
             missing["copies"] = "no images that were not trained on, to compare the distances with: give --held_out"
         else:
             metrics["copies"] = copies.metric
-            report.plot_distances(files.join(out_dir, report.DISTANCES_FILE), copies.distances, copies.held_out)
         result = {
             "samples": {**samples.about, "made_by": made_by(path)},
             "reference": reference.about,
             "train": self.train.about if self.train else None,
             "held_out": self.held_out.about if self.held_out else None,
             "metrics": metrics,
-            "real": self.real,
+            "real": {"count": count, "metrics": real} if real else None,
             "missing": missing,
             "warnings": warnings,
             "pictures": {"neighbours": neighbours is not None, "distances": "copies" in metrics},
@@ -157,13 +174,14 @@ class Judge:
             logger.warn(warning)
         for name, metric in metrics.items():
             text = f"{report.title(name)}: {report.number(name, metric)}"
-            if name in self.real and self.held_out is not None:
-                text += f" ({self.held_out.count:,} held-out real images: {report.number(name, self.real[name])})"
+            text += f" ({count:,} held-out real images: {report.number(name, real[name])})" if name in real else ""
             logger.log(text)
         for name, why in missing.items():
             logger.log(f"no {report.title(name)}: {why}")
         shown = samples.images.take(range(min(report.SHOWN_SAMPLES, len(samples.images))))
-        logger.log(f"wrote {report.write(out_dir, result, shown, neighbours)}, and report.json and pictures beside it")
+        distances = (copies.distances, copies.held_out) if "copies" in metrics else None
+        path = report.write(out_dir, result, shown, neighbours, distances)
+        logger.log(f"wrote {path}, and report.json and pictures beside it")
         return result
 
     def _look_for_copies(self, samples: FeatureSet) -> tuple[Any, report.Neighbours | None]:
@@ -171,13 +189,17 @@ class Judge:
         if self.train is None:
             return None, None
         assert samples.features is not None and self.train.features is not None
-        assert samples.images is not None and self.train.images is not None
         held_out = self.held_out.features if self.held_out else None
         copies = find_copies(samples.features, self.train.features, held_out)
         suspects = np.argsort(copies.distances, kind="stable")[: report.SHOWN_COPIES]
         _, near = nearest_neighbours(samples.features[suspects], self.train.features, count=report.SHOWN_NEIGHBOURS)
-        train = np.stack([self.train.images.take(row) for row in near])
-        return copies, report.Neighbours(samples.images.take(suspects.tolist()), train)
+        train = np.stack([self.train.take(row) for row in near])
+        return copies, report.Neighbours(samples.take(suspects.tolist()), train)
+
+
+def noise(size: tuple[int, int], channels: int) -> np.ndarray:
+    """Two images, uint8 [2, H, W, C], to try a network on."""
+    return np.random.default_rng(0).integers(0, 256, (2, *size, channels), dtype=np.uint8)
 
 
 def open_network(options: argparse.Namespace) -> FeatureNetwork:
@@ -196,16 +218,29 @@ def write_reference(options: argparse.Namespace) -> None:
     """Write the statistics and features of --images to --out. Collective."""
     if not options.out.endswith(".npz"):
         raise UserError(f"--out {options.out or 'is missing'}: name an npz to write, such as reference.npz")
+    if files.is_url(options.out):
+        raise UserError(f"--out {options.out} must be a local file: write it here, and copy it")
     network = open_network(options)
     image_set = ImageSet(_given(options, "images", "real images"), "--images", options.resize, options.colour)
+    network(noise(image_set.size, image_set.channels), probabilities=False)  # what is wrong with it comes out now
+    dist_util.from_rank0(_check_writable, options.out)
     found = extract(image_set, network, options.feature_batch, "features")
     name = options.name or os.path.basename(os.path.abspath(options.images))
     dist_util.from_rank0(_save_reference, options.out, found, name)
 
 
+def _check_writable(path: str) -> None:
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"--out {path}: no file can be written into {folder}: name another place")
+
+
 def _save_reference(path: str, found: FeatureSet, name: str) -> None:
-    if os.path.dirname(path):
-        files.make_dirs(os.path.dirname(path))
     save_reference(path, found, name)
     logger.log(f"wrote {path}: {name}, {found.about['count']:,} images of {found.about['image_size']}")
 
@@ -214,7 +249,7 @@ def _save_reference(path: str, found: FeatureSet, name: str) -> None:
 
 
 def made_by(path: str) -> dict[str, Any] | None:
-    """What a samples.json says of the samples in an npz, a folder or a zip; None where none lies beside them."""
+    """What a samples.json says of the samples in a folder or an npz of ours; None where none lies beside them."""
     folder, name = os.path.split(files.full_path(path).rstrip("/"))
     if not (name == PNG_DIR or re.fullmatch(r"samples_[\dx]+\.npz", name)):
         return None
@@ -223,12 +258,12 @@ def made_by(path: str) -> dict[str, Any] | None:
         return None
     try:
         request = json.loads(files.read_bytes(beside))
-        return {**request, **describe_request(request)}
+        return {**request, **implied_by(request)}
     except (ValueError, TypeError):
         raise UserError(f"{beside} is damaged: remove it, if how the samples were made need not be known") from None
 
 
-def describe_request(request: Mapping[str, Any]) -> dict[str, Any]:
+def implied_by(request: Mapping[str, Any]) -> dict[str, Any]:
     """The average and the evaluations of the network that a request of samples implies."""
     found: dict[str, Any] = {}
     name = os.path.basename(str(request.get("model_path", "")))

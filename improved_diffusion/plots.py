@@ -25,8 +25,13 @@ def new_figure(inches: tuple[float, float]) -> Any:
     return figure
 
 
-def save_figure(path: str | os.PathLike, figure: Any) -> None:
-    """Write the figure as a PNG."""
+def png_of(figure: Any) -> bytes:
+    """The figure as the bytes of a PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
-    files.write_bytes(path, png.getvalue())
+    return png.getvalue()
+
+
+def save_figure(path: str | os.PathLike, figure: Any) -> None:
+    """Write the figure as a PNG."""
+    files.write_bytes(path, png_of(figure))

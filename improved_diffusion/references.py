@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from . import files, images
+from . import dist_util, files, images
 from .config import UserError
 from .evaluation.frechet import Moments
-from .feature_sets import FeatureSet
+from .feature_sets import MIN_IMAGES, FeatureSet
 
 PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
 FEW = 10_000  # samples or real images, below which published scores are not taken
@@ -29,33 +30,51 @@ def save_reference(path: str, reference: FeatureSet, name: str) -> None:
 
 
 def load_reference(path: str, flag: str) -> FeatureSet | None:
-    """The reference in an npz of statistics; None where the path holds images. Raises UserError for a damaged one."""
+    """The statistics in an npz, and on rank 0 its features; None where the path holds images alone.
+
+    Raises UserError for a damaged file.
+    """
     if not path.lower().endswith(".npz") or not files.exists(path):
         return None
-    arrays = images.read_npz(path, (*PUBLISHED_NAMES, "features", "about", "arr_0"))
-    if "mu" not in arrays and "sigma" not in arrays:
-        if "arr_0" in arrays:
+    what, members = f"{flag} {path}", images.npz_names(path)
+    if not {"mu", "sigma"} & set(members):
+        if "arr_0" in members:
             return None
-        raise UserError(f"{flag} {path} has neither mu and sigma, of features, nor arr_0, of images")
-    own = _moments_of(arrays, "", f"{flag} {path}")
-    spatial = _moments_of(arrays, "_s", f"{flag} {path}") if {"mu_s", "sigma_s"} & arrays.keys() else None
-    features = arrays.get("features")
+        raise UserError(f"{what} has neither mu and sigma, of features, nor arr_0, of images")
+    of_pairs = ["features"] if dist_util.get_rank() == 0 else []  # which may be large
+    arrays = images.read_npz(path, (*PUBLISHED_NAMES, "about", *of_pairs))
+    own = _moments_of(arrays, "", what)
+    spatial = _moments_of(arrays, "_s", what) if {"mu_s", "sigma_s"} & arrays.keys() else None
     try:
         about = json.loads(str(arrays["about"])) if "about" in arrays else {}
-        about = {"images": files.full_path(path), **about}
+        about = {"images": files.full_path(path), **about, "file": files.full_path(path)}
     except (ValueError, TypeError):
-        raise UserError(f"{flag} {path} has a damaged description: write it again with evaluate.py reference") from None
-    width = len(own.mu)
-    if features is not None and (
-        features.ndim != 2
-        or features.shape[1] != width
-        or features.dtype.kind != "f"
-        or not np.isfinite(features).all()
-    ):
-        raise UserError(
-            f"{flag} {path} has features of {features.shape} beside mu of {width}, or not finite: write it again"
-        )
+        raise UserError(f"{what} has a damaged description: write it again with evaluate.py reference") from None
+    about["file_sha256"] = dist_util.from_rank0(files.sha256, path)
+    features = arrays.get("features")
+    if features is not None:
+        _check_features(features, len(own.mu), what)
     return FeatureSet(flag, about, features, None, own, spatial)
+
+
+def has_images(path: str) -> bool:
+    """Whether an npz of statistics has images too, as those that OpenAI's ADM publishes."""
+    return path.lower().endswith(".npz") and files.exists(path) and "arr_0" in images.npz_names(path)
+
+
+def with_statistics(images: FeatureSet, statistics: FeatureSet) -> FeatureSet:
+    """The images of an npz with the statistics beside them, which may be of more images and of another network."""
+    about = {**images.about, "file": statistics.about["file"], "file_sha256": statistics.about["file_sha256"]}
+    about["statistics"] = "those of the file"
+    return replace(images, about=about, moments=statistics.moments, spatial_moments=statistics.spatial_moments)
+
+
+def _check_features(features: np.ndarray, width: int, what: str) -> None:
+    finite = features.dtype.kind == "f" and np.isfinite(features).all()
+    if features.ndim != 2 or features.shape[1] != width or not finite:
+        raise UserError(f"{what} has features of {features.shape} beside mu of {width}, or not finite: write it again")
+    if len(features) < MIN_IMAGES:
+        raise UserError(f"{what} has the features of {len(features)} images: at least {MIN_IMAGES} are needed")
 
 
 def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moments:
@@ -124,18 +143,21 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     for who, about in (("samples", ours), ("images in the reference", theirs)):
         if about.get("count", FEW) < FEW:
             doubts.append(
-                f"only {about['count']:,} {who}: FID depends on their number, so compare it at the same alone"
+                f"only {about['count']:,} {who}: FID depends on their number, so compare it only with FIDs of as many"
             )
-    if "features_sha256" not in theirs:
+    if "features_sha256" not in theirs or "statistics" in theirs:
         doubts.append(
-            "the reference does not say which network, which resizing and how many images made it: most public "
-            "statistics come from the Inception network's own resizing (--features inception --feature_size native)"
+            "the statistics of the reference do not say which network, which resizing and how many images made them: "
+            "most public ones come from the Inception network's own resizing (--features inception --feature_size "
+            "native)"
         )
         return doubts
+    if ours.get("prepared") != "as they are" and theirs.get("prepared") == "as they are":
+        doubts.append("samples were resized to the size of the reference, of which the images were not")
     for key, what in (
-        ("feature_size", "resized for the features to"), ("prepared", "prepared otherwise:"),
+        ("feature_size", "resized for the features to"),
         ("lossy_files", "from lossily compressed files (JPEG):"),
-    ):  # fmt: skip
+    ):
         if ours.get(key) != theirs.get(key):
             doubts.append(f"the samples are {what} {ours.get(key)}, the reference {theirs.get(key)}")
     return doubts

@@ -12,7 +12,7 @@ import numpy as np
 from . import files, images
 from .config import UserError
 from .evaluation.scores import METRICS
-from .plots import new_figure, save_figure
+from .plots import new_figure, png_of
 
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 GRID_FILE, NEIGHBOURS_FILE, DISTANCES_FILE = "report_samples.png", "report_neighbours.png", "report_distances.png"
@@ -38,16 +38,20 @@ MADE_BY = (
 )  # fmt: skip
 
 
+def factor(name: str) -> int:
+    """What a metric's value and error are shown times."""
+    return 1000 if name == "kid" else 1
+
+
 def number(name: str, metric: Mapping[str, float]) -> str:
-    """A metric's value and error as text; the KID in thousandths."""
-    factor = 1000 if name == "kid" else 1
-    text = f"{factor * metric['value']:.4f}"
-    return text + (f" ± {factor * metric['error']:.4f}" if "error" in metric else "")
+    """A metric's value and error as text."""
+    text = f"{factor(name) * metric['value']:.4f}"
+    return text + (f" ± {factor(name) * metric['error']:.4f}" if "error" in metric else "")
 
 
 def title(name: str) -> str:
     """What a metric is called beside its `number`."""
-    return METRICS[name] + (" x 1000" if name == "kid" else "")
+    return METRICS[name] + (f" x {factor(name)}" if factor(name) > 1 else "")
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -86,10 +90,12 @@ def _metrics(report: Mapping[str, Any]) -> list[str]:
     real = report["real"]
     columns = ["metric", f"{report['samples']['count']:,} samples", ""]
     if real:
-        columns.insert(2, f"{report['held_out']['count']:,} held-out real images")
+        columns.insert(2, f"{real['count']:,} held-out real images")
     lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, metric in report["metrics"].items():
-        cells = [number(name, metric)] + ([number(name, real[name]) if name in real else ""] if real else [])
+        cells = [number(name, metric)]
+        if real:
+            cells.append(number(name, real["metrics"][name]) if name in real["metrics"] else "")
         lines.append(f"| {title(name)} | {' | '.join(cells)} | {EXPLAINED[name]} |")
     for name, why in report["missing"].items():
         lines += ["", f"No {title(name)}: {why}."]
@@ -128,22 +134,32 @@ class Neighbours(NamedTuple):
         return np.concatenate([left, gap, right], axis=1)
 
 
-def write(out_dir: str, report: Mapping[str, Any], samples: np.ndarray, neighbours: Neighbours | None) -> str:
-    """Write report.json, report.md and the pictures of samples uint8 [N, H, W, C]; returns the path of report.md.
+def write(
+    out_dir: str,
+    report: Mapping[str, Any],
+    samples: np.ndarray,
+    neighbours: Neighbours | None = None,
+    distances: tuple[np.ndarray, np.ndarray] | None = None,
+) -> str:
+    """Write report.json, report.md and pictures, all or none; returns the path of report.md.
 
-    The json comes last: where it is, all is.
+    :param samples: uint8 [N, H, W, C]; :param distances: as for `plot_distances`.
     """
-    images.save_grid(files.join(out_dir, GRID_FILE), samples, 10)
+    contents = {GRID_FILE: images.encode_png(images.grid(samples, 10, min_side=images.SHOWN_SIDE))}
     if neighbours is not None:
-        files.write_bytes(files.join(out_dir, NEIGHBOURS_FILE), images.encode_png(neighbours.picture()))
-    path = files.join(out_dir, TEXT_FILE)
-    files.write_bytes(path, markdown(report).encode())
-    files.write_bytes(files.join(out_dir, JSON_FILE), (json.dumps(report, indent=1) + "\n").encode())
-    return path
+        contents[NEIGHBOURS_FILE] = images.encode_png(neighbours.picture())
+    if distances is not None:
+        contents[DISTANCES_FILE] = png_of(plot_distances(*distances))
+    contents[TEXT_FILE] = markdown(report).encode()
+    contents[JSON_FILE] = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
+    files.write_together((files.join(out_dir, name), content) for name, content in contents.items())
+    for name in {NEIGHBOURS_FILE, DISTANCES_FILE} - contents.keys():  # those of an earlier report
+        files.remove(files.join(out_dir, name))
+    return files.join(out_dir, TEXT_FILE)
 
 
-def plot_distances(path: str, samples: np.ndarray, held_out: np.ndarray) -> None:
-    """Histograms of two sets' distances to the training images."""
+def plot_distances(samples: np.ndarray, held_out: np.ndarray) -> Any:
+    """A figure with histograms of two sets' distances to the training images."""
     figure = new_figure((7, 4))
     axes = figure.subplots()
     low = min(samples.min(), held_out.min())
@@ -155,7 +171,7 @@ def plot_distances(path: str, samples: np.ndarray, held_out: np.ndarray) -> None
     axes.set_xlabel("distance to the nearest training image, in the features")
     axes.set_ylabel("density")
     axes.legend()
-    save_figure(path, figure)
+    return figure
 
 
 # Several side by side
@@ -191,9 +207,10 @@ def comparison(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> st
 def _differences(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
     tables: list[dict[str, Any]] = []
     for report in reports:
-        samples = {f"samples: {key}": value for key, value in report["samples"].items() if key != "made_by"}
-        reference = {f"reference: {key}": value for key, value in report["reference"].items()}
-        tables.append({**(report["samples"].get("made_by") or {}), **samples, **reference})
+        table = dict(report["samples"].get("made_by") or {})
+        for part in ("samples", "reference", "train", "held_out"):
+            table |= {f"{part}: {key}": value for key, value in (report[part] or {}).items() if key != "made_by"}
+        tables.append(table)
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [table.get(key) for table in tables]) for key in keys]
     return [(key, row) for key, row in rows if any(value != row[0] for value in row)]
@@ -202,13 +219,19 @@ def _differences(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[A
 def _incomparable(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """What makes the numbers those of different measurements."""
     found = []
-    for part, key, what in (
-        ("samples", "features_sha256", "different features"),
-        ("samples", "feature_size", "images resized differently for the features"),
-        ("samples", "count", "different numbers of samples, on which FID depends"),
-        ("reference", "pixels_sha256", "different references"),
+    for part, keys, what in (
+        ("samples", ("features_sha256",), "different features"),
+        ("samples", ("logits_sha256",), "inception scores of different classifiers"),
+        ("samples", ("feature_size",), "images resized differently for the features"),
+        ("samples", ("count",), "different numbers of samples, on which FID depends"),
+        ("samples", ("lossy_files",), "some lossily compressed files and some that are not"),
+        ("reference", ("pixels_sha256", "file_sha256"), "different references"),
+        ("train", ("pixels_sha256",), "copy scores of different training images"),
+        ("held_out", ("pixels_sha256",), "copy scores of different held-out images"),
     ):
-        if len({json.dumps(report[part].get(key)) for report in reports}) > 1:
+        # Of images their own checksum, of statistics the file's.
+        values = [next(filter(None, map((report[part] or {}).get, keys)), None) for report in reports]
+        if any(value != values[0] for value in values):
             found.append(f"the reports are of {what}: their numbers cannot be compared")
     return found
 

@@ -221,22 +221,15 @@ def _existing(png_dir: str) -> dict[int, str]:
     return {int(match.group(1)): name for match, name in found if match}
 
 
-def claim(out_dir: str, request: Mapping[str, Any]) -> None:
-    """Claim a folder for the samples of a request, described in it, until this process ends.
-
-    Raises UserError where another process holds it, and where it holds samples of another request. For rank 0.
-    """
+def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder holds samples of another request, or of none that is known."""
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
-    files.make_dirs(png_dir)
-    files.lock(out_dir, ".samples.lock")  # a name of its own: a training run may write into the same folder
-    files.remove_leftovers(png_dir)
-    files.remove_leftovers(out_dir, "samples")
-    request = json.loads(json.dumps(dict(request)))
     if files.exists(path):
         try:
             before = json.loads(files.read_bytes(path))
         except ValueError:
             raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
+        request = json.loads(json.dumps(dict(request)))
         # What tells most comes first: what was made at all, from which model, by which sampler.
         for name in [*(before.keys() - request.keys()), *request]:
             if before.get(name) != request.get(name):
@@ -244,9 +237,22 @@ def claim(out_dir: str, request: Mapping[str, Any]) -> None:
                     f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose "
                     f"another --out_dir, or remove {path} and {png_dir}"
                 )
-    elif _existing(png_dir):
+    elif files.is_dir(png_dir) and _existing(png_dir):
         raise UserError(f"{png_dir} holds images of unknown origin: choose another --out_dir")
-    files.write_bytes(path, json.dumps(request, indent=1).encode())
+
+
+def claim(out_dir: str, request: Mapping[str, Any]) -> None:
+    """Claim a folder for the samples of a request, described in it, until this process ends.
+
+    Raises UserError where another process holds it, and where it holds samples of another request. For rank 0.
+    """
+    png_dir = files.join(out_dir, PNG_DIR)
+    files.make_dirs(png_dir)
+    files.lock(out_dir, ".samples.lock")  # a name of its own: a training run may write into the same folder
+    files.remove_leftovers(png_dir)
+    files.remove_leftovers(out_dir, "samples")
+    check_request(out_dir, request)
+    files.write_bytes(files.join(out_dir, REQUEST_FILE), json.dumps(dict(request), indent=1).encode())
 
 
 def _prepare(out_dir: str, num_samples: int, request: Mapping[str, Any]) -> list[int]:

@@ -14,9 +14,10 @@ from . import checkpoint, dist_util, files, logger, report
 from .config import UserError
 from .drawing import Drawing
 from .evaluation.scores import METRICS
-from .judging import Judge, describe_request, settle_for
+from .judging import Judge, implied_by, settle_for
 from .plots import new_figure, save_figure
 from .run_util import samples_name, start_run
+from .sample_util import check_request
 
 # The options that may have several values.
 AXES = ("ema", "sampler", "steps", "guidance_scale", "classifier_scale", "ddim_eta", "churn", "dynamic_threshold")
@@ -36,21 +37,26 @@ def run_sweep(options: argparse.Namespace) -> str:
             f"--{', --'.join(AXES)}"
         )
     run = samples_name(options, "ancestral", 0).rpartition("_0steps")[0]  # of the model that was named, not of --ema
+    requests = []
     for cell in options.cells:
-        _settle(cell)
-        settle_for(options, _drawing(cell).options)
+        cell.model_path = dist_util.from_rank0(_checkpoint, cell)
+        drawing = _drawing(cell)
+        settle_for(options, drawing.options)
+        requests.append(drawing.request)
     judge = Judge(options)
     judge.expect_drawn()
     out_dir = start_run(options, f"{run}_sweep_seed{options.seed}")
+    for cell, request in zip(options.cells, requests):
+        dist_util.from_rank0(check_request, os.path.join(out_dir, _folder(cell)), request)
     judge.prepare()
     rows: list[dict[str, Any]] = []
     path = ""
     for number, cell in enumerate(options.cells):
-        folder = "_".join(f"{name}{value}" for name, value in cell.chosen.items())
+        folder = _folder(cell)
         logger.log(f"{number + 1} of {len(options.cells)}: {', '.join(f'{k} {v}' for k, v in cell.chosen.items())}")
         drawing = _drawing(cell)
         result, is_new = _judged(judge, drawing, os.path.join(out_dir, folder))
-        evaluations = describe_request(drawing.request).get("evaluations")
+        evaluations = implied_by(drawing.request).get("evaluations")
         rows.append({"chosen": cell.chosen, "evaluations": evaluations, "folder": folder, "metrics": result["metrics"]})
         if is_new or cell is options.cells[-1]:  # in between too: a sweep that is cut off has shown something
             path = dist_util.from_rank0(write_table, out_dir, rows)
@@ -62,10 +68,14 @@ def _drawing(cell: argparse.Namespace) -> Drawing:
     return Drawing(copy.copy(cell))  # which settles options that were left open
 
 
-def _settle(cell: argparse.Namespace) -> None:
+def _folder(cell: argparse.Namespace) -> str:
+    return "_".join(f"{name}{value}" for name, value in cell.chosen.items())
+
+
+def _checkpoint(cell: argparse.Namespace) -> str:
     """The checkpoint of --ema, of the step of --model_path and beside it."""
-    if not cell.ema:
-        return
+    if cell.ema in ("", "none"):
+        return cell.model_path
     folder, name = os.path.split(cell.model_path)
     number = re.search(r"(\d+)\.pt$", name)
     if not cell.model_path or not number:
@@ -76,7 +86,7 @@ def _settle(cell: argparse.Namespace) -> None:
     if not files.exists(path):
         there = [n for n in files.list_dir(folder or ".") if n.startswith("ema_") and n.endswith(number.group(0))]
         raise UserError(f"--ema {cell.ema}: {path} does not exist; of that step there are {', '.join(there) or 'none'}")
-    cell.model_path = path
+    return path
 
 
 def _judged(judge: Judge, drawing: Drawing, folder: str) -> tuple[dict[str, Any], bool]:
@@ -138,7 +148,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
         lines.setdefault(label, []).append(row)
     for i, name in enumerate(names):
         axes = figure.add_subplot(-(-len(names) // across), across, i + 1)
-        factor = 1000 if name == "kid" else 1
+        factor = report.factor(name)
         for (label, line), marker in zip(lines.items(), "ovs^D<>PX*" * len(lines)):
             there = [row for row in line if name in row["metrics"]]
             points = [(_position(row, x_axis, values[x_axis]), row["metrics"][name]) for row in there]
@@ -147,7 +157,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
             error = [factor * point[1].get("error", 0) for point in points]
             axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=label)
         axes.set_title(report.title(name), fontsize=10)
-        axes.set_xlabel("evaluations of the network" if x_axis == "steps" else x_axis)
+        axes.set_xlabel("evaluations of the network, guided or not" if x_axis == "steps" else x_axis)
         if not _is_numeric(values[x_axis]):
             axes.set_xticks(range(len(values[x_axis])), values[x_axis], rotation=30)
         axes.grid(alpha=0.3)

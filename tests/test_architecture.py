@@ -114,7 +114,7 @@ MAY_IMPORT = {
         "config", "dist_util", "files", "image_datasets", "image_sources", "images", "logger", "evaluation.features",
         "evaluation.frechet",
     },
-    "references": {"config", "feature_sets", "files", "images", "evaluation.frechet"},
+    "references": {"config", "dist_util", "feature_sets", "files", "images", "evaluation.frechet"},
     "report": {"config", "files", "images", "plots", "evaluation.scores"},
     "judging": METRICS
     | {"__init__", "config", "dist_util", "feature_sets", "files", "logger", "references", "report", "sample_util"}
@@ -122,7 +122,7 @@ MAY_IMPORT = {
     "drawing": {"config", "logger", "run_util", "sample_util", "sampling", "script_util"},
     "sweep": {
         "checkpoint", "config", "dist_util", "drawing", "files", "judging", "logger", "plots", "report", "run_util",
-        "evaluation.scores",
+        "sample_util", "evaluation.scores",
     },
     "low_res": {"config", "dist_util"},
     "guidance": {"nn"},

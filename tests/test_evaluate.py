@@ -9,7 +9,7 @@ import pytest
 from feature_helpers import write_script
 from script_helpers import TINY_IMAGE, call, contents, pixels, run, write_images
 
-from improved_diffusion import config
+from improved_diffusion import config, files
 from improved_diffusion.drawing import Drawing
 from improved_diffusion.evaluation.scores import METRICS
 from improved_diffusion.judging import Judge
@@ -152,8 +152,9 @@ def test_images_of_another_size_are_resized(place, tmp_path):
     args = ["--samples", place.samples, "--reference", place.large, "--features", place.features, "--resize", 8]
     call("evaluate", *args, "--out_dir", "out", cwd=tmp_path).succeed()
     report = read(tmp_path / "out")
-    for part in ("samples", "reference"):
-        assert report[part]["image_size"] == "8x8" and report[part]["prepared"] == "resized and centre-cropped"
+    assert report["samples"]["image_size"] == report["reference"]["image_size"] == "8x8"
+    assert report["samples"]["prepared"] == "as they are"
+    assert report["reference"]["prepared"] == "resized and centre-cropped"
 
 
 def test_how_samples_were_made_is_reported(place, tmp_path):
@@ -174,12 +175,12 @@ def test_copies_are_found(place, tmp_path):
     call("evaluate", *args, "--out_dir", "out", cwd=tmp_path).succeed()
     report = read(tmp_path / "out")
     assert report["metrics"]["copies"]["value"] == 1
-    assert report["real"]["fid"]["value"] > 10 * report["metrics"]["fid"]["value"]
+    assert report["real"]["metrics"]["fid"]["value"] > 10 * report["metrics"]["fid"]["value"]
     assert " held-out real images |" in (tmp_path / "out/report.md").read_text()
     # What real images get is what they would get as samples.
     args = ["--samples", place.held_out, *place.judging, "--out_dir", "held_out"]
     call("evaluate", *args, cwd=tmp_path).succeed()
-    assert read(tmp_path / "held_out")["metrics"] == report["real"]
+    assert read(tmp_path / "held_out")["metrics"] == report["real"]["metrics"]
 
 
 def test_copies_are_shown_beside_what_they_copy(place, tmp_path):
@@ -208,7 +209,7 @@ def test_the_reference_may_be_what_was_held_out(place, tmp_path):
     args = ["--samples", place.samples, "--reference", place.held_out, "--features", place.features]
     call("evaluate", *args, "--held_out", place.held_out, "--train_dir", place.real, "--out_dir", "a", cwd=tmp_path)
     report = read(tmp_path / "a")
-    assert report["held_out"] == report["reference"] and report["real"] == {} and "copies" in report["metrics"]
+    assert report["held_out"] == report["reference"] and report["real"] is None and "copies" in report["metrics"]
 
 
 # Samples that are drawn first
@@ -253,7 +254,12 @@ def test_a_written_reference_stands_for_its_images(place, tmp_path):
     args = ["--samples", place.samples, "--reference", "new/ref.npz", "--features", place.features]
     call("evaluate", *args, "--out_dir", "out", cwd=tmp_path).succeed()
     report, expected = read(tmp_path / "out"), judged(place, tmp_path)
-    assert report["reference"] == {**expected["reference"], "name": "Noise"}
+    of_file = {
+        "name": "Noise",
+        "file": str(tmp_path / "new/ref.npz"),
+        "file_sha256": files.sha256(tmp_path / "new/ref.npz"),
+    }
+    assert report["reference"] == {**expected["reference"], **of_file}
     assert set(report["metrics"]) == set(expected["metrics"])
     for name, metric in expected["metrics"].items():
         assert report["metrics"][name] == pytest.approx(metric, rel=1e-9)
@@ -264,6 +270,25 @@ def test_a_written_reference_stands_for_its_images(place, tmp_path):
     call("evaluate", *args, cwd=tmp_path).succeed()
     both = judged(place, tmp_path, "--held_out", place.held_out)
     assert read(tmp_path / "out")["metrics"]["copies"] == both["metrics"]["copies"]
+
+
+def test_statistics_with_some_images_give_every_metric(place, tmp_path):
+    """Such as those of OpenAI's ADM: the FID is of the statistics, what compares images of the images."""
+    call("evaluate", "reference", "--images", place.held_out, "--features", place.features, "--out", "ref.npz",
+         cwd=tmp_path).succeed()  # fmt: skip
+    with np.load(tmp_path / "ref.npz") as arrays:
+        real = [pixels(path) for path in sorted(place.real.iterdir())]
+        np.savez(tmp_path / "both.npz", mu=arrays["mu"], sigma=arrays["sigma"], arr_0=np.stack(real))
+    args = ["--samples", place.samples, "--reference", "both.npz", "--features", place.features, "--out_dir", "out"]
+    result = call("evaluate", *args, cwd=tmp_path).succeed()
+    found, of_images = read(tmp_path / "out")["metrics"], judged(place, tmp_path)["metrics"]
+    args[3] = place.held_out
+    call("evaluate", *args, cwd=tmp_path).succeed()
+    of_statistics = read(tmp_path / "out")["metrics"]
+    assert found["fid"] == pytest.approx(of_statistics["fid"], rel=1e-9)
+    for name in ("kid", "precision", "recall", "density", "coverage"):
+        assert found[name] == pytest.approx(of_images[name], rel=1e-9)
+    assert "warning: the statistics of the reference do not say which network" in result.out
 
 
 def test_published_statistics_give_a_fid_and_a_warning(place, tmp_path):
@@ -280,8 +305,11 @@ def test_published_statistics_give_a_fid_and_a_warning(place, tmp_path):
     for name in ("kid", "precision", "recall", "density", "coverage"):
         assert report["missing"][name] == "the reference has statistics alone: it needs images or their features"
     assert report["missing"]["sfid"] == "the reference has no spatial features"
-    assert "warning: the reference does not say which network" in result.out
-    assert "**Warning:** the reference does not say which network" in (tmp_path / "out/report.md").read_text()
+    assert "warning: the statistics of the reference do not say which network" in result.out
+    assert (
+        "**Warning:** the statistics of the reference do not say which network"
+        in (tmp_path / "out/report.md").read_text()
+    )
     assert f"against statistics of real images, {tmp_path / 'published.npz'}." in (
         (tmp_path / "out/report.md").read_text()
     )

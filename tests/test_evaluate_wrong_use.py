@@ -177,9 +177,7 @@ def test_images_of_another_form_than_the_reference(place, evaluate):
         result = evaluate(*place.given, flag, place.large)
         refused(result, flag, "images of 12x12", f"--reference {place.real} 8x8", "give --resize 12x12 to resize")
         result = evaluate(*place.given, flag, place.grey)
-        refused(
-            result, flag, "1 channel", f"--reference {place.real} 3", "give --colour True to take grey for colour"
-        )
+        refused(result, flag, "1 channel", f"--reference {place.real} 3", "give --colour True to take grey for colour")
     result = evaluate(*place.given, "--reference", place.large_reference)
     refused(result, "images of 8x8", "12x12", "and write the reference again with evaluate.py reference")
 
@@ -259,7 +257,9 @@ def test_a_reference_is_written_to_an_npz(place, evaluate, tmp_path):
     refused(evaluate(*args), "--out is missing: name an npz to write, such as reference.npz")
     refused(evaluate(*args, "--out", "reference"), "--out reference: name an npz to write")
     (tmp_path / "file").write_text("in the way")
-    refused(evaluate(*args, "--out", "file/reference.npz"), "cannot make the folder file")
+    refused(
+        evaluate(*args, "--out", "file/reference.npz"), "--out file/reference.npz: no file can be written into file"
+    )
     refused(evaluate("reference", "--features", place.features, "--out", "a.npz"), "--images is missing")
     refused(evaluate("reference", "--images", place.real, "--out", "a.npz"), "--features is missing")
 

@@ -55,7 +55,15 @@ class PixelDetector(th.nn.Module):
         found = img.flatten(1).float()
         if return_features:
             return found
-        return th.ones_like(found) if no_output_bias else th.zeros_like(found)
+        even = th.ones_like(found) / found.shape[1]
+        return even if no_output_bias else 1 - even  # which are no probabilities
+
+
+class BiasedDetector(th.nn.Module):
+    """Of that form, but with scores in place of probabilities."""
+
+    def forward(self, img, return_features: bool = False):
+        return img.flatten(1).float()
 
 
 @pytest.mark.parametrize("form", ["script", "program"])
@@ -96,7 +104,7 @@ def test_logits_come_from_a_second_program_where_there_is_one(tmp_path, form):
 
 
 def test_the_public_inception_form_gives_features_and_probabilities_without_bias(tmp_path):
-    network = FeatureNetwork(write_script(tmp_path / "detector.pt", detector=True))
+    network = FeatureNetwork(write_script(tmp_path / "detector.pt", detector=True), "native")
     alike = FeatureNetwork(write_script(tmp_path / "alike.pt", logits=True))
     out, expected = network(pictures()), alike(pictures())
     np.testing.assert_allclose(out.features, expected.features, rtol=1e-6)
@@ -144,7 +152,7 @@ def test_the_public_inception_form_is_given_real_numbers(tmp_path):
     wanted = pillow_resized(pictures(), 5).clip(0, 255)
     np.testing.assert_allclose(out.features.reshape(wanted.shape), wanted, rtol=1e-6)
     assert np.abs(out.features - out.features.round()).max() > 0.1
-    assert (out.probabilities == 1).all()  # asked for without a bias
+    np.testing.assert_allclose(out.probabilities, 1 / 75, rtol=1e-6)  # asked for without a bias
 
 
 @pytest.mark.parametrize("feature_size", ["auto", "native"])
@@ -301,5 +309,31 @@ def test_a_program_of_two_inputs_is_named(tmp_path):
 
 def test_a_program_that_raises_is_named(tmp_path):
     network = FeatureNetwork(write_any(tmp_path / "raises.pt", Raises(), trace=False))
-    with pytest.raises(UserError, match=r"raises\.pt cannot take uint8 images of \(5, 3, 8, 8\) \(.*not for me"):
+    with pytest.raises(UserError, match=r"raises\.pt cannot take uint8 images of \(5, 3, 8, 8\) on cpu \(.*not for me"):
         network(pictures())
+
+
+def test_the_public_inception_form_gets_its_size_under_any_name(tmp_path):
+    network = FeatureNetwork(write_script(tmp_path / "inception-2015-12-05.pt", detector=True))
+    assert network.describe()["feature_size"] == 299
+
+
+def test_a_program_that_gives_no_probabilities_is_named(tmp_path):
+    network = FeatureNetwork(write_any(tmp_path / "f.pt", BiasedDetector(), trace=False), "native")
+    assert network(pictures(), probabilities=False).probabilities is None
+    with pytest.raises(UserError, match=r"f\.pt gives no probabilities without return_features: rows must sum to 1"):
+        network(pictures())
+
+
+def test_reduced_precision_is_off_while_a_program_runs(tmp_path, monkeypatch):
+    network = FeatureNetwork(write_script(tmp_path / "f.pt"))
+    seen, plain = [], network.program.module
+
+    def module(*args, **kwargs):
+        seen.append(th.backends.cudnn.allow_tf32)
+        return plain(*args, **kwargs)
+
+    network.program.module = module
+    before = th.backends.cudnn.allow_tf32
+    network(pictures())
+    assert seen == [False] and th.backends.cudnn.allow_tf32 == before

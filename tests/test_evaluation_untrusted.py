@@ -15,6 +15,7 @@ from feature_helpers import export_module, write_program, write_script
 
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation.features import FeatureNetwork
+from improved_diffusion.evaluation.untrusted import clean_script
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +328,28 @@ def test_python_pickles_in_torchscript_are_not_run(tmp_path):
     with pytest.raises(UserError, match=r"f\.pt cannot be loaded"):
         FeatureNetwork(path)
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("spelled", ['"\\163ave"', '"sa" "ve"', "'save'", '"save"'])
+def test_names_of_operators_cannot_be_spelled_out(tmp_path, spelled):
+    """TorchScript reads escapes in strings and joins those that stand together."""
+    members = members_of(write_script(tmp_path / "whole.pt"))
+    name = next(name for name, content in members.items() if name.endswith(".py") and b"def forward" in content)
+    code = members[name].decode()
+    start = code.index("Tensor:\n", code.index("def forward")) + len("Tensor:\n")
+    call = f'    _0 = getattr(torch, {spelled})(x, "{tmp_path / "trace"}")\n'
+    path = write_archive(tmp_path / "f.pt", {**members, name: (code[:start] + call + code[start:]).encode()}.items())
+    with pytest.raises(UserError, match=r"getattr of a spelled-out name|save in"):
+        FeatureNetwork(path)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_parts_of_a_sequence_are_got_by_their_numbers(tmp_path):
+    nested = th.nn.Sequential(th.nn.Sequential(th.nn.Flatten(), th.nn.Linear(12, 4)), th.nn.ReLU())
+    x = th.randn(2, 3, 2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        th.jit.script(nested).save(str(tmp_path / "f.pt"))
+        assert any(b"getattr(" in content for content in members_of(tmp_path / "f.pt").values())
+        cleaned = th.jit.load(io.BytesIO(clean_script((tmp_path / "f.pt").read_bytes(), "--features f.pt")))
+        th.testing.assert_close(cleaned(x), nested(x))

@@ -45,7 +45,7 @@ def network(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_folder_a_zip_and_an_npz_of_the_same_pixels_are_one_set(tmp_path, network, channels):
     array = pictures(channels=channels)
-    found = [extract(ImageSet(path, "--images"), network, 7, "x") for path in write_three(tmp_path, array)]
+    found = [extract(ImageSet(path, "--images"), network, 7, "x", True) for path in write_three(tmp_path, array)]
     whole = network(array)
     for each, path in zip(found, ("folder", "images.zip", "images.npz")):
         np.testing.assert_array_equal(each.features, found[0].features)
@@ -183,7 +183,7 @@ def test_grey_images_may_be_taken_for_coloured_ones(tmp_path, network):
 def test_a_coloured_image_among_grey_ones_is_named(tmp_path):
     write_folder(tmp_path / "mixed", [*pictures(44, channels=1), *pictures(1)])
     image_set = ImageSet(str(tmp_path / "mixed"), "--images")
-    with pytest.raises(UserError, match=r"044\.png has 3 channels"):
+    with pytest.raises(UserError, match=r"044\.png is in colour, but .* is grey: give --colour True"):
         image_set.take(range(N))
     assert ImageSet(str(tmp_path / "mixed"), "--images", colour=True).take(range(N)).shape == (N, 8, 8, 3)
 
@@ -203,7 +203,7 @@ def test_an_image_of_another_size_is_named_and_may_be_resized_as_in_training(tmp
         for i, name in enumerate(("000", "044")):
             with Image.open(tmp_path / "odd" / f"{name}.png") as image:
                 np.testing.assert_array_equal(taken[i], np.asarray(images.resize_crop(image, size)))
-        assert image_set.describe()["prepared"] == "resized and centre-cropped"
+        assert image_set.changed
         assert image_set.describe()["image_size"] == f"{size[0]}x{size[1]}"
 
 
@@ -239,3 +239,42 @@ def test_lossy_files_are_noted_by_what_is_taken(tmp_path):
 
 def test_a_set_without_a_count_says_so():
     assert FeatureSet("--reference", {"images": "r.npz"}).count is None
+
+
+def test_of_very_many_images_evenly_chosen_ones_are_compared_in_pairs(tmp_path, network, monkeypatch):
+    monkeypatch.setattr(feature_sets, "MAX_PAIRED", 10)
+    array = pictures()
+    images.save_npz(str(tmp_path / "images.npz"), array)
+    found = extract(ImageSet(str(tmp_path / "images.npz"), "--images"), network, 7, "x", True)
+    whole = network(array)
+    assert found.numbers.tolist() == [0, 5, 10, 15, 20, 24, 29, 34, 39, 44] and found.about["compared_in_pairs"] == 10
+    np.testing.assert_allclose(found.features, whole.features[found.numbers], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.probabilities, whole.probabilities[found.numbers], rtol=1e-5)
+    # The moments are of all.
+    np.testing.assert_allclose(found.moments.mu, whole.features.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found.moments.sigma, np.cov(whole.features.T), rtol=1e-4, atol=1e-4)
+    assert found.count == N
+    np.testing.assert_array_equal(found.take([1, 9]), array[[5, 44]])
+
+
+def test_a_subset_is_evenly_chosen(tmp_path, network):
+    images.save_npz(str(tmp_path / "images.npz"), pictures())
+    found = extract(ImageSet(str(tmp_path / "images.npz"), "--images"), network, 7, "x", True)
+    assert found.subset(N) is found
+    few = found.subset(5)
+    np.testing.assert_array_equal(few.features, found.features[[0, 11, 22, 33, 44]])
+    np.testing.assert_array_equal(few.probabilities, found.probabilities[[0, 11, 22, 33, 44]])
+    np.testing.assert_allclose(few.moments.sigma, np.cov(few.features.T.astype(np.float64)), rtol=1e-9)
+    assert few.count == 5 and found.count == N
+
+
+def test_probabilities_are_computed_where_they_are_wanted(tmp_path, network):
+    images.save_npz(str(tmp_path / "images.npz"), pictures())
+    assert extract(ImageSet(str(tmp_path / "images.npz"), "--images"), network, 7, "x").probabilities is None
+
+
+def test_images_that_have_the_size_already_are_not_called_resized(tmp_path, network):
+    images.save_npz(str(tmp_path / "images.npz"), pictures())
+    for resize, prepared in (("8", "as they are"), ("6", "resized and centre-cropped")):
+        image_set = ImageSet(str(tmp_path / "images.npz"), "--images", resize)
+        assert extract(image_set, network, 7, "x").about["prepared"] == prepared

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from improved_diffusion import files
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation.frechet import Moments, moments
 from improved_diffusion.feature_sets import FeatureSet
@@ -53,8 +54,9 @@ def test_a_reference_survives_the_way_to_disk(tmp_path, spatial, features):
     saved.features = saved.features if features else None
     save_reference(path, saved, "digits")
     found = load_reference(path, "--reference")
-    assert found.flag == "--reference" and found.about == {"name": "digits", **saved.about}
-    assert found.name == "--reference /data/real" and found.count == 20_000 and found.images is None
+    of_file = {"file": path, "file_sha256": files.sha256(path)}
+    assert found.flag == "--reference" and found.about == {"name": "digits", **saved.about, **of_file}
+    assert found.name == f"--reference {path}" and found.count == 20_000 and found.images is None
     np.testing.assert_array_equal(found.moments.mu, saved.moments.mu)
     np.testing.assert_array_equal(found.moments.sigma, saved.moments.sigma)
     assert (found.spatial_moments is None) == (not spatial) and found.probabilities is None
@@ -93,7 +95,12 @@ def write(tmp_path, **arrays):
 def test_published_statistics_are_read(tmp_path, dtype):
     arrays = published(mu=numbers(6).astype(dtype))
     found = load_reference(write(tmp_path, **arrays), "--reference")
-    assert found.about == {"images": str(tmp_path / "r.npz")} and found.count is None and found.features is None
+    path = str(tmp_path / "r.npz")
+    assert (
+        found.about == {"images": path, "file": path, "file_sha256": files.sha256(path)}
+        and found.count is None
+        and found.features is None
+    )
     np.testing.assert_array_equal(found.moments.mu, arrays["mu"])
     np.testing.assert_array_equal(found.spatial_moments.sigma, np.eye(4))
     assert found.moments.mu.dtype == np.float64
@@ -202,7 +209,7 @@ def test_what_would_mean_nothing_is_an_error(kwargs, message):
     ({"count": 9_999}, {}, ["only 9,999 samples: FID depends on their number"]),
     ({}, {"count": 500}, ["only 500 images in the reference: FID"]),
     ({"feature_size": "native"}, {}, ["the samples are resized for the features to native, the reference 16"]),
-    ({"prepared": "resized and centre-cropped"}, {}, ["the samples are prepared otherwise: resized and centre-crop"]),
+    ({"prepared": "resized and centre-cropped"}, {}, ["samples were resized to the size of the reference"]),
     ({}, {"lossy_files": True}, ["the samples are from lossily compressed files (JPEG): False, the reference True"]),
     ({"count": 50}, {"lossy_files": True}, ["only 50 samples", "JPEG"]),
 ])  # fmt: skip
@@ -215,5 +222,5 @@ def test_doubts_are_told(ours, theirs, warnings):
 def test_published_statistics_that_do_not_say_how_they_were_made_are_doubted():
     theirs = FeatureSet("--reference", {"images": "r.npz"}, moments=Moments(np.zeros(6), np.eye(6)))
     (warning,) = check_comparable(a_set(), theirs)
-    assert "does not say which network, which resizing and how many images" in warning
+    assert "do not say which network, which resizing and how many images" in warning
     assert "--features inception --feature_size native" in warning

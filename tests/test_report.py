@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from script_helpers import contents
 
 from improved_diffusion import files, images, report
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation.scores import METRICS
-
-HELD_OUT = {"images": "/data/c", "count": 1200}
+from improved_diffusion.plots import png_of
 
 
 def made(**more):
@@ -21,7 +21,7 @@ def made(**more):
         "train": None,
         "held_out": None,
         "metrics": {"fid": {"value": 12.34567}, "kid": {"value": -0.00012, "error": 0.00345}},
-        "real": {},
+        "real": None,
         "missing": {"sfid": "the network gives no spatial features"},
         "warnings": [],
         "pictures": {"neighbours": False, "distances": False},
@@ -67,7 +67,7 @@ def test_the_text_says_what_was_measured_and_what_was_not():
 
 def test_the_text_has_a_column_of_what_real_images_get():
     text = report.markdown(
-        made(real={"fid": {"value": 3.0}}, held_out=HELD_OUT, pictures={"neighbours": True, "distances": True})
+        made(real={"count": 1200, "metrics": {"fid": {"value": 3.0}}}, pictures={"neighbours": True, "distances": True})
     )
     assert "| metric | 50 samples | 1,200 held-out real images |  |" in rows(text)
     assert any(row.startswith("| FID | 12.3457 | 3.0000 | ") for row in rows(text))
@@ -106,15 +106,29 @@ def test_a_row_of_the_picture_is_a_sample_and_its_neighbours():
             np.testing.assert_array_equal(line[:, left : left + 48 : 6], near.train[row, k])
 
 
-def test_the_json_is_written_last(tmp_path, monkeypatch):
-    written, plain = [], files.write_bytes
-    monkeypatch.setattr(files, "write_bytes", lambda path, data: (written.append(path), plain(path, data)))
+def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     near = report.Neighbours(noise(1, 8, 8, 3), noise(1, 2, 8, 8, 3))
-    path = report.write(str(tmp_path), made(), noise(4, 8, 8, 3), near)
-    names = ["report_samples.png", "report_neighbours.png", "report.md", "report.json"]
-    assert written == [str(tmp_path / name) for name in names] and path == written[2]
+    path = report.write(str(tmp_path), made(), noise(4, 8, 8, 3), near, (np.ones(4), np.ones(4)))
+    names = {"report_samples.png", "report_neighbours.png", "report_distances.png", "report.md", "report.json"}
+    assert {each.name for each in tmp_path.iterdir()} == names and path == str(tmp_path / "report.md")
     assert json.loads((tmp_path / "report.json").read_text()) == made()
     assert (tmp_path / "report.md").read_text() == report.markdown(made())
+
+    # An attempt that fails at the last file leaves what was there.
+    before, plain = contents(tmp_path), files._write_file
+
+    def fail(path, data, durable):
+        if "report.json" in path.name:
+            raise OSError(28, "No space left on device")
+        plain(path, data, durable)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*report\.json: No space left"):
+        patch.setattr(files, "_write_file", fail)
+        report.write(str(tmp_path), made(warnings=["another"]), noise(4, 8, 8, 3))
+    assert contents(tmp_path) == before
+    # One without some of the pictures takes away those of the report before.
+    report.write(str(tmp_path), made(), noise(4, 8, 8, 3))
+    assert {each.name for each in tmp_path.iterdir()} == {"report_samples.png", "report.md", "report.json"}
 
 
 @pytest.mark.parametrize(
@@ -126,9 +140,8 @@ def test_the_json_is_written_last(tmp_path, monkeypatch):
         (np.full(40, 9.0), np.linspace(1, 2, 60_000)),
     ],
 )
-def test_any_distances_can_be_drawn(samples, held_out, tmp_path):
-    report.plot_distances(str(tmp_path / "d.png"), samples, held_out)
-    assert images.decode_png((tmp_path / "d.png").read_bytes()).shape == (400, 700, 4)
+def test_any_distances_can_be_drawn(samples, held_out):
+    assert images.decode_png(png_of(report.plot_distances(samples, held_out))).shape == (400, 700, 4)
 
 
 # Several

@@ -46,7 +46,7 @@ def test_steps_are_drawn_as_evaluations_with_a_line_for_each_other_value():
     ]
     fid, kid = sweep.figure_of(rows).axes
     assert (fid.get_title(), kid.get_title()) == ("FID", "KID x 1000")
-    assert fid.get_xlabel() == "evaluations of the network"
+    assert fid.get_xlabel() == "evaluations of the network, guided or not"
     assert curves(fid) == {
         "sampler ddim": [(5, 5), (20, 20)],
         "sampler heun": [(10, 10), (40, 40)],
@@ -89,14 +89,12 @@ def checkpoints(tmp_path, monkeypatch):
 def test_an_average_is_that_of_the_models_step(model, checkpoints):
     for folder in ("", f"{checkpoints}/"):
         cell = Namespace(ema="0.99", model_path=f"{folder}{model}")
-        sweep._settle(cell)
-        assert cell.model_path == f"{folder or './'}ema_0.99_000020.pt"
+        assert sweep._checkpoint(cell) == f"{folder or './'}ema_0.99_000020.pt"
 
 
 def test_without_an_average_the_model_is_what_was_given():
-    cell = Namespace(ema="", model_path="anything.pt")
-    sweep._settle(cell)
-    assert cell.model_path == "anything.pt"
+    for ema in ("", "none"):
+        assert sweep._checkpoint(Namespace(ema=ema, model_path="anything.pt")) == "anything.pt"
 
 
 @pytest.mark.parametrize(
@@ -111,4 +109,4 @@ def test_without_an_average_the_model_is_what_was_given():
 )  # fmt: skip
 def test_an_average_that_is_not_there_is_named_with_those_that_are(ema, model, message, checkpoints):
     with pytest.raises(UserError, match=message):
-        sweep._settle(Namespace(ema=ema, model_path=model))
+        sweep._checkpoint(Namespace(ema=ema, model_path=model))

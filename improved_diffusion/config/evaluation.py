@@ -68,7 +68,7 @@ class SweepConfig(Config):
     """What to vary."""
 
     ema: str = extra(
-        "", "averages to sample from, beside --model_path and of its step, such as 0.999,0.9999; empty: --model_path"
+        "", "averages to sample from, beside --model_path and of its step, such as 0.999,0.9999; none: --model_path"
     )
 
 

@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from . import untrusted
 # 2015-12-05, in TorchScript form. It resizes images of other sizes itself, without antialiasing.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SIDE = 299
+RESIZERS = 4  # threads
 
 
 class Outputs(NamedTuple):
@@ -45,12 +47,11 @@ class FeatureNetwork:
     """
 
     def __init__(self, spec: str, feature_size: str = "auto", logits: str = "", device: Any = "cpu"):
-        self.flag, self.device = f"--features {spec}", device
-        self.path = fetch(INCEPTION_URL if spec == "inception" else spec, "--features")
-        self.program = _Program(self.path, self.flag, device)
-        self.logits = _Program(fetch(logits, "--logits"), f"--logits {logits}", device) if logits else None
-        self.name = spec if spec == "inception" else os.path.basename(spec)
-        self.side = _side(self.program, feature_size, spec)
+        self.device = device
+        self.program = _Program(*_fetched("--features", spec), device)
+        self.logits = _Program(*_fetched("--logits", logits), device) if logits else None
+        self.name = os.path.basename(spec)
+        self.side = _side(self.program, feature_size)
 
     def describe(self) -> dict[str, Any]:
         """What its numbers depend on."""
@@ -62,50 +63,40 @@ class FeatureNetwork:
         }
         return {**about, "logits_sha256": self.logits.sha256} if self.logits else about
 
-    def __call__(self, images: np.ndarray) -> Outputs:
-        """uint8 [N, H, W, C] with 1 or 3 channels -> Outputs. Raises UserError where the program cannot take them."""
-        x = self._prepare(images)
+    def __call__(self, images: np.ndarray, probabilities: bool = True) -> Outputs:
+        """uint8 [N, H, W, C] with 1 or 3 channels -> Outputs. Raises UserError where the program cannot take them.
+
+        :param probabilities: whether those are wanted, which may cost another pass.
+        """
+        x, count = self._prepare(images), len(images)
         out = self.program(x, **self.program.for_features)
         named = out if isinstance(out, dict) else {"features": out}
-        features = self._checked(named.get("features"), "features", len(images))
-        spatial = self._checked(named["spatial"], "spatial", len(images)) if "spatial" in named else None
-        probabilities = None
+        features = self.program.checked(named.get("features"), "features", count)
+        spatial = self.program.checked(named["spatial"], "spatial", count) if "spatial" in named else None
+        return Outputs(features, spatial, self._probabilities(x, named) if probabilities else None)
+
+    def _probabilities(self, x: th.Tensor, named: dict[str, Any]) -> np.ndarray | None:
         if self.logits is not None:
-            flag = self.logits.flag
-            probabilities = _softmax(self._checked(_tensor(self.logits(x), "logits"), "logits", len(images), flag))
-        elif self.program.is_detector:
+            out = self.logits(x)
+            return _softmax(self.logits.checked(out.get("logits") if isinstance(out, dict) else out, "logits", len(x)))
+        if self.program.is_detector:
             scores = self.program(x, **self.program.for_probabilities)
-            probabilities = self._checked(scores, "probabilities", len(images))
-        elif "logits" in named:
-            probabilities = _softmax(self._checked(named["logits"], "logits", len(images)))
-        return Outputs(features, spatial, probabilities)
+            found = self.program.checked(scores, "probabilities", len(x))
+            if (found < 0).any() or (abs(found.sum(axis=1) - 1) > 1e-3).any():
+                raise UserError(
+                    f"{self.program.flag} gives no probabilities without return_features: rows must sum to 1"
+                )
+            return found
+        return _softmax(self.program.checked(named["logits"], "logits", len(x))) if "logits" in named else None
 
     def _prepare(self, images: np.ndarray) -> th.Tensor:
         images = images.repeat(3, axis=3) if images.shape[3] == 1 else images
         if self.side and images.shape[1:3] != (self.side, self.side):
-            resized = np.stack([_resize(image, self.side) for image in images])
+            with ThreadPoolExecutor(RESIZERS) as pool:
+                resized = np.stack(list(pool.map(lambda image: _resize(image, self.side), images)))
             # The Inception files take real numbers, as the published code of Parmar et al. hands them; others bytes.
             images = resized if self.program.is_detector else np.rint(resized).astype(np.uint8)
         return th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device)
-
-    def _checked(self, value: Any, what: str, count: int, flag: str = "") -> np.ndarray:
-        flag = flag or self.flag
-        if not isinstance(value, th.Tensor) or value.ndim < 2 or len(value) != count or value[0].numel() < 2:
-            shape = f"a tensor of {tuple(value.shape)}" if isinstance(value, th.Tensor) else type(value).__name__
-            raise UserError(
-                f"{flag} gives {shape} as {what} of {count} images: expected [{count}, D], one row for each"
-            )
-        if what != "spatial" and value[0].numel() != value.shape[1]:
-            raise UserError(
-                f"{flag} gives {what} of {tuple(value.shape)} for {count} images: expected [{count}, D]; a program for "
-                "features has to average over positions"
-            )
-        array = value.flatten(1).float().cpu().numpy()
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"{flag} gives {what} that are not finite numbers: the file is damaged, or not for such images"
-            )
-        return array
 
 
 class _Program:
@@ -171,21 +162,40 @@ class _Program:
 
     @th.no_grad()
     def __call__(self, x: th.Tensor, **kwargs: bool) -> Any:
+        # With tensor cores' ten bits the numbers would not be those of other machines.
+        tf32, th.backends.cudnn.allow_tf32 = th.backends.cudnn.allow_tf32, False
         try:
             return self.module(x, **kwargs)
         except th.cuda.OutOfMemoryError:
-            raise
+            raise UserError(f"{self.flag} needs more memory than the GPU has free: lower --feature_batch") from None
         except Exception as error:
             wanted = self.input_shape[2:]
             help = f"; it takes images of {wanted[0]}x{wanted[1]}: give --feature_size" if all(wanted) else ""
             raise UserError(
-                f"{self.flag} cannot take {str(x.dtype).removeprefix('torch.')} images of {tuple(x.shape)}{help} "
-                f"({_first_line(error)})"
+                f"{self.flag} cannot take {str(x.dtype).removeprefix('torch.')} images of {tuple(x.shape)} on "
+                f"{x.device.type}{help} ({_first_line(error)})"
             ) from None
+        finally:
+            th.backends.cudnn.allow_tf32 = tf32
 
-
-def _tensor(out: Any, name: str) -> Any:
-    return out.get(name) if isinstance(out, dict) else out
+    def checked(self, value: Any, what: str, count: int) -> np.ndarray:
+        """A result of so many images as float32 [count, D]. Raises UserError for one of another form."""
+        if not isinstance(value, th.Tensor) or value.ndim < 2 or len(value) != count or value[0].numel() < 2:
+            shape = f"a tensor of {tuple(value.shape)}" if isinstance(value, th.Tensor) else type(value).__name__
+            raise UserError(
+                f"{self.flag} gives {shape} as {what} of {count} images: expected [{count}, D], one row for each"
+            )
+        if what != "spatial" and value[0].numel() != value.shape[1]:
+            raise UserError(
+                f"{self.flag} gives {what} of {tuple(value.shape)} for {count} images: expected [{count}, D]; a "
+                "program for features has to average over positions"
+            )
+        array = value.flatten(1).float().cpu().numpy()
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"{self.flag} gives {what} that are not finite numbers: the file is damaged, or not for such images"
+            )
+        return array
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -198,7 +208,13 @@ def _first_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else type(error).__name__)
 
 
-def _side(program: _Program, feature_size: str, spec: str) -> int:
+def _fetched(flag: str, spec: str) -> tuple[str, str]:
+    """(the local path, what messages call it) of a file, a URL or "inception"."""
+    path = fetch(INCEPTION_URL if spec == "inception" else spec, flag)
+    return path, f"{flag} {spec}" + (f" ({path})" if path != spec else "")
+
+
+def _side(program: _Program, feature_size: str) -> int:
     """The side to resize to; 0 for none."""
     if feature_size == "native":
         return 0
@@ -208,13 +224,13 @@ def _side(program: _Program, feature_size: str, spec: str) -> int:
         if fixed is not None and fixed != int(feature_size):
             raise UserError(f"--feature_size {feature_size} contradicts {program.flag}, which takes {fixed}x{fixed}")
         return int(feature_size)
-    return INCEPTION_SIDE if spec == "inception" else fixed or 0
+    return INCEPTION_SIDE if program.is_detector else fixed or 0
 
 
 def _resize(image: np.ndarray, side: int) -> np.ndarray:
     """uint8 [H, W, 3] -> float32 [side, side, 3] in [0, 255], antialiased (Parmar et al. 2022, arXiv 2104.11222)."""
     channels = [
-        Image.fromarray(image[..., c].astype(np.float32), "F").resize((side, side), Image.Resampling.BICUBIC)
+        Image.fromarray(image[..., c].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
         for c in range(3)
     ]
     return np.stack([np.asarray(channel) for channel in channels], axis=2).clip(0, 255)

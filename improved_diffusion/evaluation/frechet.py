@@ -16,23 +16,45 @@ class Moments(NamedTuple):
     sigma: np.ndarray  # [D, D]
 
 
+class RunningMoments:
+    """The mean and the unbiased covariance of features that come part by part."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mu = np.zeros(0)  # [D]
+        self.scatter = np.zeros((0, 0))  # [D, D], the sum of the squares about the mean
+
+    def add(self, features: np.ndarray) -> None:
+        """Take in more features [n, D]."""
+        n, mu = len(features), features.mean(axis=0, dtype=np.float64)
+        # Centred first: the mean of the squares less the square of the mean loses digits where the mean is large.
+        centred = features - mu
+        if not self.count:
+            self.mu, self.scatter = np.zeros_like(mu), np.zeros((len(mu), len(mu)))
+        shift, total = mu - self.mu, self.count + n
+        # Chan, Golub & LeVeque 1979, eq. 2.1: the means' own distance is a part of the scatter.
+        self.scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * n / total)
+        self.mu = self.mu + shift * (n / total)
+        self.count = total
+
+    def result(self) -> Moments:
+        """Raises ValueError for fewer than two rows, and for numbers that are not finite."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} images have no covariance: take at least 2")
+        if not np.isfinite(self.scatter).all():
+            raise ValueError("features that are not finite numbers have no covariance")
+        return Moments(self.mu, self.scatter / (self.count - 1))
+
+
 def moments(features: np.ndarray) -> Moments:
     """The mean and the unbiased covariance of features [N, D].
 
     Raises ValueError for fewer than two rows, and for numbers that are not finite.
     """
-    count, width = features.shape
-    if count < 2:
-        raise ValueError(f"{count} images have no covariance: take at least 2")
-    mu = features.mean(axis=0, dtype=np.float64)
-    sigma = np.zeros((width, width))
-    for start in range(0, count, ROWS):
-        # Centred first: the mean of the squares less the square of the mean loses digits where the mean is large.
-        centred = features[start : start + ROWS] - mu
-        sigma += centred.T @ centred
-    if not np.isfinite(sigma).all():
-        raise ValueError("features that are not finite numbers have no covariance")
-    return Moments(mu, sigma / (count - 1))
+    running = RunningMoments()
+    for start in range(0, len(features), ROWS):
+        running.add(features[start : start + ROWS])
+    return running.result()
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -26,6 +26,8 @@ _MEMBERS = re.compile(
 )
 _WRITERS = re.compile(r"\b(save|from_file)\b")  # the operators that touch files
 
+_PLAIN_GETATTR = re.compile(r'getattr\([\w.]+, "[\w.]+"\)')
+
 # In the description of the graph
 _PLAIN = re.compile(r"[\w.+\-]*")  # no text of Python without brackets, quotes and colons calls anything
 _TARGET = re.compile(
@@ -103,8 +105,17 @@ def _clean(data: bytes, checked: Any) -> bytes:
 def _checked_in_script(name: str, content: bytes, older: bool) -> bytes:
     if older or name.lower() == "model.json":  # a form of before 2019, of which the code may lie anywhere
         raise _Harmful(name)
-    if name.lower().endswith(".py") and (found := _WRITERS.search(content.decode())):
-        raise _Harmful(f"{found.group()} in {name}")
+    if name.lower().endswith(".py"):
+        code = content.decode()
+        if found := _WRITERS.search(code):
+            raise _Harmful(f"{found.group()} in {name}")
+        # Of a plain name, as torch writes what stands in a Sequential; of a string with escapes or in parts, what is
+        # got is not what it seems.
+        replaced = 1
+        while replaced:
+            code, replaced = _PLAIN_GETATTR.subn("attribute", code)
+        if "getattr" in code:
+            raise _Harmful(f"getattr of a spelled-out name in {name}")
     return content
 
 
