@@ -15,6 +15,7 @@ from . import dist_util, files, images, logger
 from .config import UserError
 from .evaluation.nll import BoundSummary, stratified_timesteps, summarize_bound
 from .evaluation.nll_plot import write_terms_plot
+from .image_datasets import selection
 from .samplers import SeededNoise
 
 # Pixels of one forward pass, from which on more are no faster: on CPUs one image of 128x128 (benchmarks/nll_speed.py);
@@ -24,7 +25,7 @@ PUBLISHED_TERMS = ("vb", "mse", "xstart_mse")
 
 
 class Evaluation:
-    """The bound of the first images of a data set: what --num_samples, --nll_timesteps, ... ask for.
+    """The bound of images of a data set, as --num_samples, --nll_timesteps, ... ask for it.
 
     Image i's noise, and where only some timesteps are evaluated those too, come from seed + i alone.
     :param dataset: images and keyword arguments of the network, as ImageDataset gives them.
@@ -33,7 +34,7 @@ class Evaluation:
 
     def __init__(self, options: argparse.Namespace, diffusion: Any, dataset: Any) -> None:
         self.options, self.diffusion, self.dataset = options, diffusion, dataset
-        self.num_images = min(options.num_samples, len(dataset))
+        self.numbers = selection(len(dataset), options.num_samples).tolist()
         self.num_timesteps = diffusion.num_timesteps
         count = options.nll_timesteps
         if count > self.num_timesteps:
@@ -54,13 +55,13 @@ class Evaluation:
         `terms` has `prior_bpd` [N] and `vb`, `mse`, `xstart_mse` [N, T], of t = T-1 down to 0; of an estimate they are
         [N, K], of the rising `timesteps`, which count by their `weights`.
         """
-        n, rank, world_size = self.num_images, dist_util.get_rank(), dist_util.get_world_size()
+        n, rank, world_size = len(self.numbers), dist_util.get_rank(), dist_util.get_world_size()
         logger.log(
             f"{n} of the {len(self.dataset)} images in {self.options.data_dir}, {self.evaluations} evaluations each"
         )
         step = self.options.batch_size * world_size
         rounds = [
-            (np.array_split(range(start, min(start + step, n)), world_size)[rank].tolist(),)
+            (np.array_split(self.numbers[start : start + step], world_size)[rank].tolist(),)
             for start in range(0, n, step)
         ]
         bar = logger.Progress("evaluating", n, "image")
@@ -103,6 +104,13 @@ def timesteps_per_pass(shape: tuple[int, ...], count: int, device: str = "cpu") 
     more of them, and one of large ones keeps its memory."""
     n, _, height, width = shape
     return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cpu"]) // (n * height * width), 1), count)
+
+
+def describe_mean(result: BoundSummary) -> str:
+    """The mean and its standard error as text."""
+    n = len(result.total_bpd)
+    error = f" +- {result.standard_error:.4f} (standard error over {n} images)" if n > 1 else " (a single image)"
+    return f"{result.mean:.4f}{error}"
 
 
 def write_results(

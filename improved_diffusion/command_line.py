@@ -61,10 +61,13 @@ def parse_command(
     if command.words:
         bare = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
         words = [*([f"--{command.words}", ",".join(bare)] if bare else []), *words[len(bare) :]]
-    cells = []
+    cells: list[argparse.Namespace] = []
     for chosen, cell in _combinations(words, command.lists):
-        cells.append(parse_options(command.groups, command.description, cell, name))
-        cells[-1].chosen = chosen
+        parsed = parse_options(command.groups, command.description, cell, name)
+        parsed.chosen = chosen
+        values = [getattr(parsed, axis) for axis in chosen]
+        if values not in [[getattr(other, axis) for axis in chosen] for other in cells]:  # 1 and 1.0 are one
+            cells.append(parsed)
     options = cells[0]
     if command.lists:
         options.cells = cells

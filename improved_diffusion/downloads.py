@@ -30,6 +30,8 @@ def fetch(spec: str, flag: str) -> str:
     if not files.is_url(spec):
         if not files.exists(spec):
             raise UserError(f"{flag} {spec} does not exist")
+        if files.is_dir(spec):
+            raise UserError(f"{flag} {spec} is a folder: name a file")
         return spec
     # On rank 0 first, then on every host that does not see its disk.
     dist_util.from_rank0(_fetch, spec)

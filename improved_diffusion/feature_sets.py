@@ -15,7 +15,7 @@ from . import dist_util, files, images, logger
 from .config import UserError, height_width
 from .evaluation.features import FeatureNetwork, Outputs
 from .evaluation.frechet import Moments, RunningMoments, moments
-from .image_datasets import ImageDataset, quiet
+from .image_datasets import ImageDataset, quiet, selection
 from .image_sources import ZipImages, open_images
 
 MIN_IMAGES = 40  # below, no error of a metric can be told
@@ -27,7 +27,7 @@ class ImageSet:
 
     :param resize: a size to resize and centre-crop to, as training does; "": they must have one size.
     :param colour: whether grey images are taken for coloured ones.
-    :param count: how many to take, evenly from all, as files may be in the order of their classes; 0: all.
+    :param count: how many to take, a fixed `selection`; 0: all.
     Raises UserError for too few images, and, when it is read, for one that does not fit the others.
     """
 
@@ -38,7 +38,7 @@ class ImageSet:
         if count > len(self.source):
             raise UserError(f"--num_samples {count}: {flag} {path} has {len(self.source)} images")
         self.count = count or len(self.source)
-        self.chosen = evenly(len(self.source), self.count)
+        self.chosen = selection(len(self.source), self.count)
         if self.count < MIN_IMAGES:
             plural = "s" * (self.count > 1)
             too_few = f"--num_samples {count}" if count else f"{flag} {path} has {self.count} image{plural}"
@@ -125,7 +125,8 @@ class FeatureSet:
     moments: Moments | None = None  # of all images
     spatial_moments: Moments | None = None
     images: ImageSet | None = None
-    numbers: np.ndarray | None = None  # [n], of all images or of evenly chosen ones
+    numbers: np.ndarray | None = None  # [n], rising, of all images or of a selection
+    digests: frozenset[bytes] = frozenset()  # of the pixels of each image
 
     @property
     def name(self) -> str:
@@ -143,19 +144,14 @@ class FeatureSet:
         return self.images.take(self.numbers[rows].tolist())
 
     def subset(self, count: int) -> FeatureSet:
-        """As many of the images, evenly chosen; all where there are no more."""
+        """A fixed `selection` of as many of the images; all where there are no more."""
         assert self.features is not None
         if count >= len(self.features):
             return self
-        rows = evenly(len(self.features), count)
+        rows = selection(len(self.features), count)
         probabilities = None if self.probabilities is None else self.probabilities[rows]
         about = {**self.about, "count": count}
         return FeatureSet(self.flag, about, self.features[rows], probabilities, moments(self.features[rows]))
-
-
-def evenly(total: int, count: int) -> np.ndarray:
-    """`count` of the numbers 0..total-1, or all where there are no more."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 class _Part(NamedTuple):
@@ -172,11 +168,11 @@ def extract(
     """The features of every image, shared among the ranks, and their moments, on rank 0. Collective.
 
     Batches are the same on any number of ranks, and so is the result. Of more than MAX_PAIRED images the moments are of
-    all, the features of evenly chosen ones.
+    all, the features of a fixed `selection`.
     """
     rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
     batches = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
-    collected = _Collected(evenly(len(images), MAX_PAIRED))
+    collected = _Collected(selection(len(images), MAX_PAIRED))
     bar = logger.Progress(title, len(images), "image")
     with closing(bar):
         mine = images.batches(batches[rank::world_size])
@@ -205,6 +201,7 @@ class _Collected:
         self.features: list[np.ndarray] = []
         self.probabilities: list[np.ndarray] = []
         self.checksum, self.resized = hashlib.sha256(), False
+        self.digests: set[bytes] = set()
 
     def add(self, batch: range, part: _Part) -> None:
         features, spatial, probabilities = part.outputs
@@ -216,6 +213,7 @@ class _Collected:
         if probabilities is not None:
             self.probabilities.append(probabilities[rows])
         self.checksum.update(b"".join(part.digests))
+        self.digests.update(part.digests)
         self.resized |= part.resized
 
     def result(self, about: dict[str, Any], images: ImageSet) -> FeatureSet:
@@ -226,5 +224,5 @@ class _Collected:
         return FeatureSet(
             images.flag, about, np.concatenate(self.features),
             np.concatenate(self.probabilities) if self.probabilities else None, self.moments.result(),
-            self.spatial.result() if self.spatial.count else None, images, self.numbers,
+            self.spatial.result() if self.spatial.count else None, images, self.numbers, frozenset(self.digests),
         )  # fmt: skip

@@ -60,7 +60,14 @@ class ImageDataset(Dataset):
         i = self.local_indices[idx]
         try:
             return self.source.read(i)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            RuntimeError,
+            zipfile.BadZipFile,
+            Image.DecompressionBombError,
+        ) as error:
             raise UnreadableImage(f"{self.source.describe(i)} is not a readable image: {error}") from None
 
     def _pixels(self, idx: int) -> np.ndarray:
@@ -78,6 +85,15 @@ class ImageDataset(Dataset):
         array = array[None] if array.ndim == 2 else np.transpose(array, [2, 0, 1])
         out = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
         return np.ascontiguousarray(array), out
+
+
+def selection(total: int, count: int) -> np.ndarray:
+    """`count` of the numbers 0..total-1, rising; all where there are no more.
+
+    The same ones each time, drawn at random: images come in the order of their classes, or the classes in turn, so that
+    neither the first ones nor every n-th would be like the rest.
+    """
+    return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 @contextmanager

@@ -51,9 +51,9 @@ class ZipImages:
     def __init__(self, path: str):
         self.path = path
         try:
-            members = [
-                n for n in self._archive().namelist() if images.is_image_name(n) and not n.startswith("__MACOSX/")
-            ]
+            # A name may be there twice, where a file was added again: the last one counts, as when it is unpacked.
+            members = [n for n in set(self._archive().namelist()) if images.is_image_name(n)]
+            members = [n for n in members if not n.startswith("__MACOSX/")]
         except zipfile.BadZipFile as error:
             raise UserError(f"{path} is not a readable zip: {error}") from None
         self.members = sorted(members, key=lambda name: name.split("/"))
@@ -110,14 +110,18 @@ class ArrayImages:
         return images.to_image(self.arrays[i])
 
 
-def _list_recursively(directory: str) -> Iterator[str]:
-    """Image paths, the entries of each directory in sorted order, a subdirectory entered where it stands."""
+def _list_recursively(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Image paths, the entries of each directory in sorted order, a subdirectory entered where it stands.
+
+    :param above: the directories around it, into which a link would lead back.
+    """
+    above = (*above, directory if files.is_url(directory) else os.path.realpath(directory))
     for entry in files.list_dir(directory):
         path = files.join(directory, entry)
         if images.is_image_name(entry):
             yield path
-        elif files.is_dir(path):
-            yield from _list_recursively(path)
+        elif files.is_dir(path) and (files.is_url(path) or os.path.realpath(path) not in above):
+            yield from _list_recursively(path, above)
 
 
 def open_images(data_dir: str, what: str = "--data_dir") -> Any:

@@ -6,7 +6,6 @@ import io
 import math
 import re
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -192,16 +191,24 @@ def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Those of the named arrays that an npz has. Raises UserError for a damaged file, and for objects (which could run
     code)."""
     try:
-        with files.open_read(path) as f, np.load(f, allow_pickle=False) as data:
-            return {name: data[name] for name in names if name in data}
-    except ValueError as error:
+        with files.open_read(path) as f:
+            data = np.load(f, allow_pickle=False)
+            if not isinstance(data, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is a single array, not an npz: save it with np.savez")
+            with data:
+                found = {name: data[name] for name in names if name in data}
+    except UserError:
+        raise
+    except Exception as error:  # whatever numpy and zipfile make of a damaged file
         if "Object arrays" in str(error) or "pickled" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which could run code when loaded: save it again as numbers"
             ) from None
-        raise UserError(f"{path} is not a readable npz: {error}") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise UserError(f"{path} is not a readable npz: {error}") from None
+        raise UserError(f"{path} is not a readable npz: {error or type(error).__name__}") from None
+    for name, array in found.items():
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{path} is not a readable npz: {name} is no array")
+    return found
 
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
@@ -211,7 +218,7 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
     """
     arrays = read_npz(path, ("arr_0", "arr_1"))
     images = arrays.get("arr_0")
-    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not len(images):
+    if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         found = "no arr_0" if images is None else f"arr_0 of {images.dtype} {images.shape}"
         raise UserError(f"{path} has {found}: expected arr_0 of uint8 [N, height, width, channels]")
     if images.ndim == 3:

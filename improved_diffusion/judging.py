@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from . import __version__, dist_util, files, logger, report
+from . import __version__, dist_util, files, images, logger, report
 from .config import FeaturesConfig, JudgedConfig, UserError, height_width
 from .evaluation.features import FeatureNetwork
 from .evaluation.frechet import moments
 from .evaluation.neighbours import nearest_neighbours
 from .evaluation.scores import find_copies, score
 from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, by, extract
+from .image_datasets import selection
 from .references import (
     check_comparable,
     check_form,
@@ -31,6 +32,8 @@ from .references import (
 )
 from .sample_util import PNG_DIR, REQUEST_FILE
 from .samplers import RULES
+
+MAX_OVERLAP = 0.01  # of the held-out images that may be training images too: some data sets have a few
 
 
 class Judge:
@@ -52,8 +55,6 @@ class Judge:
             path = getattr(options, name)
             if path and not ("reference" in sets and files.same(path, options.reference)):
                 sets[name] = self._open(path, f"--{name}")
-        if options.held_out and "reference" not in sets and not options.train_dir:
-            raise UserError(f"--held_out {options.held_out} is for finding copies of training images: give --train_dir")
         train_flag = "--train_dir" if options.train_dir else "--reference"
         if options.held_out and files.same(options.held_out, options.train_dir or options.reference):
             raise UserError(
@@ -71,11 +72,24 @@ class Judge:
     def _open(self, path: str, flag: str) -> ImageSet:
         return ImageSet(path, flag, self.options.resize, self.options.colour)
 
+    def check_out_dir(self, out_dir: str, *paths: str) -> None:
+        """Raise UserError where the report would be written among images that are read: its pictures would be too.
+
+        :param paths: of samples.
+        """
+        for path in (*paths, *(image_set.path for image_set in self.sets.values())):
+            if files.is_dir(path) and not files.is_url(path):
+                folder, out = os.path.realpath(path), os.path.realpath(out_dir)
+                if os.path.commonpath([folder, out]) == folder:
+                    raise UserError(f"--out_dir {out_dir} lies in {path}, of which all images are read: choose another")
+
     def open_samples(self, path: str) -> ImageSet:
         """The samples in an npz, a folder or a zip. Raises UserError where they cannot be judged.
 
         Of samples that were given, as many as --num_samples asks for.
         """
+        if files.is_dir(path) and files.exists(files.join(path, REQUEST_FILE)):
+            path = files.join(path, PNG_DIR)  # beside which there are other pictures
         count = self.options.num_samples if "num_samples" in self.options.given and self.options.samples else 0
         samples = ImageSet(path, "--samples", self.options.resize, self.options.colour, count)
         made_by(path)  # what is wrong with their description comes out now
@@ -91,7 +105,7 @@ class Judge:
     def expect(self, flag: str, about: Mapping[str, Any]) -> None:
         """Raise UserError where samples so described cannot be judged. Tries the network, on noise."""
         self.check_form(f"{flag} {about['images']}", about)
-        outputs = self.network(noise(height_width(about["image_size"]), about["channels"]))
+        outputs = self.network.check(height_width(about["image_size"]), about["channels"])
         if self.reference is not None:
             spatial = None if outputs.spatial is None else moments(outputs.spatial)
             tried = {**about, **self.network.describe()}
@@ -123,6 +137,23 @@ class Judge:
         self.held_out = found.get("held_out")
         if self.options.held_out and self.held_out is None:
             self.held_out = self.reference
+        dist_util.from_rank0(self._check_sets)
+
+    def _check_sets(self) -> None:
+        """Raise UserError where all images of the reference are one to the network, or held-out ones are trained on."""
+        assert self.reference is not None and self.reference.moments is not None
+        if not self.reference.moments.sigma.any():
+            raise UserError(
+                f"{self.network.program.flag} gives the same features for all images of {self.reference.name}"
+            )
+        if self.held_out is None or self.train is None:
+            return
+        both = len(self.held_out.digests & self.train.digests)
+        if both > MAX_OVERLAP * len(self.held_out.digests):
+            raise UserError(
+                f"{both:,} of the images of {self.held_out.name} are among those of {self.train.name}: give images "
+                "that were not trained on"
+            )
 
     def _score_held_out(self, count: int) -> tuple[int, dict[str, Any]]:
         """What real images get that are not the reference: as many as the samples where there are as many."""
@@ -134,14 +165,14 @@ class Judge:
             self.real = len(held_out.features), score(held_out, self.reference).metrics
         return self.real
 
-    def judge(self, images: ImageSet, out_dir: str, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def judge(self, image_set: ImageSet, out_dir: str, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Judge samples as `open_samples` opens them, and write the report; returns it. Collective, after `prepare`.
 
         :param asked: what to note in the report, besides.
         """
-        samples = self.extract(images, probabilities=True)
+        samples = self.extract(image_set, probabilities=True)
         # On rank 0, which has the features; the others wait.
-        return dist_util.from_rank0(self._write, samples, images.path, out_dir, dict(asked or {}))
+        return dist_util.from_rank0(self._write, samples, image_set.path, out_dir, dict(asked or {}))
 
     def _write(self, samples: FeatureSet, path: str, out_dir: str, asked: dict[str, Any]) -> dict[str, Any]:
         reference = self.reference
@@ -150,6 +181,10 @@ class Judge:
         logger.log("computing the metrics")
         metrics, missing = score(samples, reference)
         count, real = self._score_held_out(len(samples.images))
+        if samples.about["pixels_sha256"] == reference.about.get("pixels_sha256"):
+            warnings.append("the samples are the images of the reference")
+        if self.train is not None and (same := len(samples.digests & self.train.digests)):
+            warnings.append(f"{same:,} of the samples are training images, pixel by pixel")
         copies, neighbours = self._look_for_copies(samples)
         if copies is None:
             missing["copies"] = "no training images to look for them in: give --train_dir and --held_out"
@@ -175,10 +210,10 @@ class Judge:
         for name, metric in metrics.items():
             text = f"{report.title(name)}: {report.number(name, metric)}"
             text += f" ({count:,} held-out real images: {report.number(name, real[name])})" if name in real else ""
-            logger.log(text)
+            logger.log(text.replace("±", "+-"))  # not every terminal has it
         for name, why in missing.items():
             logger.log(f"no {report.title(name)}: {why}")
-        shown = samples.images.take(range(min(report.SHOWN_SAMPLES, len(samples.images))))
+        shown = samples.images.take(selection(len(samples.images), report.SHOWN_SAMPLES).tolist())
         distances = (copies.distances, copies.held_out) if "copies" in metrics else None
         path = report.write(out_dir, result, shown, neighbours, distances)
         logger.log(f"wrote {path}, and report.json and pictures beside it")
@@ -195,11 +230,6 @@ class Judge:
         _, near = nearest_neighbours(samples.features[suspects], self.train.features, count=report.SHOWN_NEIGHBOURS)
         train = np.stack([self.train.take(row) for row in near])
         return copies, report.Neighbours(samples.take(suspects.tolist()), train)
-
-
-def noise(size: tuple[int, int], channels: int) -> np.ndarray:
-    """Two images, uint8 [2, H, W, C], to try a network on."""
-    return np.random.default_rng(0).integers(0, 256, (2, *size, channels), dtype=np.uint8)
 
 
 def open_network(options: argparse.Namespace) -> FeatureNetwork:
@@ -222,7 +252,7 @@ def write_reference(options: argparse.Namespace) -> None:
         raise UserError(f"--out {options.out} must be a local file: write it here, and copy it")
     network = open_network(options)
     image_set = ImageSet(_given(options, "images", "real images"), "--images", options.resize, options.colour)
-    network(noise(image_set.size, image_set.channels), probabilities=False)  # what is wrong with it comes out now
+    network.check(image_set.size, image_set.channels)  # what is wrong with it comes out now
     dist_util.from_rank0(_check_writable, options.out)
     found = extract(image_set, network, options.feature_batch, "features")
     name = options.name or os.path.basename(os.path.abspath(options.images))
@@ -230,6 +260,8 @@ def write_reference(options: argparse.Namespace) -> None:
 
 
 def _check_writable(path: str) -> None:
+    if files.is_dir(path) or (files.exists(path) and "mu" not in images.npz_names(path)):
+        raise UserError(f"--out {path} is there already and is no reference: name another file")
     folder = os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
@@ -278,6 +310,7 @@ def implied_by(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def report_folder(path: str) -> str:
     """Where the report of given samples goes unless told: beside them, or into ./runs if they are behind a URL."""
+    path = path if files.is_url(path) else os.path.realpath(path)
     stem = os.path.splitext(path.rstrip("/"))[0] if not files.is_dir(path) else path.rstrip("/")
     return f"{os.path.join('runs', os.path.basename(stem)) if files.is_url(path) else stem}_report"
 

@@ -10,10 +10,12 @@ import numpy as np
 
 from . import dist_util, files, images
 from .config import UserError
+from .evaluation.features import LARGEST
 from .evaluation.frechet import Moments
 from .feature_sets import MIN_IMAGES, FeatureSet
 
 PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
+ROUNDING = 1e-2  # of statistics in 16 bits
 FEW = 10_000  # samples or real images, below which published scores are not taken
 
 
@@ -48,12 +50,14 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
     try:
         about = json.loads(str(arrays["about"])) if "about" in arrays else {}
         about = {"images": files.full_path(path), **about, "file": files.full_path(path)}
+        if not isinstance(about.get("count", 0), int) or not isinstance(about.get("features_sha256", ""), str):
+            raise ValueError
     except (ValueError, TypeError):
         raise UserError(f"{what} has a damaged description: write it again with evaluate.py reference") from None
     about["file_sha256"] = dist_util.from_rank0(files.sha256, path)
     features = arrays.get("features")
     if features is not None:
-        _check_features(features, len(own.mu), what)
+        _check_features(features, own, what)
     return FeatureSet(flag, about, features, None, own, spatial)
 
 
@@ -69,12 +73,17 @@ def with_statistics(images: FeatureSet, statistics: FeatureSet) -> FeatureSet:
     return replace(images, about=about, moments=statistics.moments, spatial_moments=statistics.spatial_moments)
 
 
-def _check_features(features: np.ndarray, width: int, what: str) -> None:
+def _check_features(features: np.ndarray, of_all: Moments, what: str) -> None:
+    width = len(of_all.mu)
     finite = features.dtype.kind == "f" and np.isfinite(features).all()
     if features.ndim != 2 or features.shape[1] != width or not finite:
         raise UserError(f"{what} has features of {features.shape} beside mu of {width}, or not finite: write it again")
     if len(features) < MIN_IMAGES:
         raise UserError(f"{what} has the features of {len(features)} images: at least {MIN_IMAGES} are needed")
+    # Of a selection of the images, the mean is off by a few standard errors.
+    deviation = np.sqrt(np.diag(of_all.sigma).clip(min=0)) * 10 / np.sqrt(len(features))
+    if (np.abs(features.mean(axis=0, dtype=np.float64) - of_all.mu) > deviation + ROUNDING * np.abs(of_all.mu)).any():
+        raise UserError(f"{what} has features that are not those of its mu: write it again with evaluate.py reference")
 
 
 def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moments:
@@ -87,6 +96,15 @@ def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moment
     mu, sigma = (arrays[name].astype(np.float64) for name in names)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D]")
+    largest = np.abs(sigma).max()
+    if not 0 < largest < LARGEST**2 or np.abs(mu).max() > LARGEST:
+        raise UserError(
+            f"{what} has {names[0]} and {names[1]} of numbers that cannot be compared, such as {largest:.3g}"
+        )
+    if np.abs(sigma - sigma.T).max() > ROUNDING * largest or np.linalg.eigvalsh(sigma)[0] < -ROUNDING * largest:
+        raise UserError(
+            f"{what} has a {names[1]} that is no covariance: it must be symmetric, without negative eigenvalues"
+        )
     return Moments(mu, sigma)
 
 
@@ -102,7 +120,11 @@ def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, An
     size, channels = about["image_size"], about["channels"]
     for key, has, remedy in (
         ("image_size", f"images of {size}", f"give --resize {size} to resize and centre-crop both as training does"),
-        ("channels", f"{channels} channel{'s' * (channels > 1)}", "give --colour True to take grey for colour"),
+        (
+            "channels",
+            f"{channels} channel{'s' * (channels > 1)}",
+            "convert one of them, or give --colour True to compare grey with colour",
+        ),
     ):
         if key in their and about[key] != their[key]:
             remedy += ", and write the reference again with evaluate.py reference" if written else ""
@@ -154,10 +176,16 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         return doubts
     if ours.get("prepared") != "as they are" and theirs.get("prepared") == "as they are":
         doubts.append("samples were resized to the size of the reference, of which the images were not")
-    for key, what in (
-        ("feature_size", "resized for the features to"),
-        ("lossy_files", "from lossily compressed files (JPEG):"),
-    ):
-        if ours.get(key) != theirs.get(key):
-            doubts.append(f"the samples are {what} {ours.get(key)}, the reference {theirs.get(key)}")
+    if ours.get("feature_size") != theirs.get("feature_size"):
+        doubts.append(
+            f"samples were resized to {ours.get('feature_size')} for the features, images of the reference to "
+            f"{theirs.get('feature_size')}"
+        )
+    if ours.get("lossy_files") != theirs.get("lossy_files"):
+        which = (
+            "the samples are JPEGs and the reference is not"
+            if ours.get("lossy_files")
+            else ("the reference is of JPEGs and the samples are not")
+        )
+        doubts.append(f"{which}: compression alone moves the scores")
     return doubts

@@ -20,17 +20,17 @@ SHOWN_SAMPLES = 100  # in the grid
 SHOWN_COPIES, SHOWN_NEIGHBOURS = 10, 5  # rows and columns of the picture of the nearest training images
 GAP = 16  # pixels between a sample and its neighbours
 EXPLAINED = {
-    "fid": "Fréchet distance of two Gaussians (Heusel et al. 2017); lower is better, and larger for fewer images",
-    "sfid": "the same of spatial features (Nash et al. 2021)",
-    "kid": "kernel distance over all pairs (Binkowski et al. 2018), unbiased; ± jackknife standard error",
-    "inception_score": "Salimans et al. 2016; ± deviation over ten parts; higher is better",
-    "precision": "share of the samples that look real (Kynkäänniemi et al. 2019, k = 3); ± standard error",
-    "recall": "share of the real images that the samples come near to (the same)",
-    "density": "how many real images a sample lies near to, 1 as real ones do (Naeem et al. 2020, k = 5)",
-    "coverage": "share of the real images with a sample nearby (the same)",
-    "copies": "chance that a sample lies nearer to the training images than a held-out image (Meehan et al. 2020); 0.5 "
-    "without copying, towards 1 with it",
-}  # fmt: skip
+    "fid": "lower is better, and larger for fewer images: Fréchet distance of Gaussians (Heusel et al. 2017)",
+    "sfid": "lower is better: the same of spatial features (Nash et al. 2021)",
+    "kid": "lower is better, near 0 as real: unbiased kernel distance, all pairs (Binkowski et al. 2018); ± jackknife",
+    "inception_score": "higher is better: Salimans et al. 2016; ± deviation over ten parts",
+    "precision": "higher is better: share of the samples that look real (Kynkäänniemi et al. 2019, k = 3)",
+    "recall": "higher is better: share of the real images that samples come near to (the same)",
+    "density": "higher is better, 1 as real: how many real images a sample lies near to (Naeem et al. 2020, k = 5)",
+    "coverage": "higher is better: share of the real images with a sample nearby (the same)",
+    "copies": "0.5 is best: chance that a sample lies nearer to the training images than a held-out image does (Meehan "
+    "et al. 2020); towards 1 they are copied, towards 0 samples are unlike any",
+}
 # What is said of how samples were made, in this order, where it is known.
 MADE_BY = (
     "model_path", "model_sha256", "model_step", "average", "sampler", "steps", "evaluations", "timesteps", "seed",
@@ -54,6 +54,11 @@ def title(name: str) -> str:
     return METRICS[name] + (f" x {factor(name)}" if factor(name) > 1 else "")
 
 
+def direction(name: str) -> str:
+    """Which way a metric is better."""
+    return EXPLAINED[name].partition(":")[0].partition(",")[0]
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as text."""
     samples, reference = report["samples"], report["reference"]
@@ -66,7 +71,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for warning in report["warnings"]:
         lines += ["", f"**Warning:** {warning}."]
-    lines += ["", f"![samples]({GRID_FILE})", "", f"{min(SHOWN_SAMPLES, samples['count'])} of the samples."]
+    lines += ["", f"![samples]({GRID_FILE})", "", f"{min(SHOWN_SAMPLES, samples['count'])} of the samples, by chance."]
     if report["pictures"].get("neighbours"):
         lines += [
             "", f"![nearest training images]({NEIGHBOURS_FILE})", "",
@@ -80,7 +85,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [f"| {key} | {_cell(samples.get(key))} | {_cell(reference.get(key))} |" for key in keys]
     for name, what in (("train", "Training images"), ("held_out", "Held-out images")):
         if report[name]:
-            lines += ["", f"{what}: {report[name]['count']:,}, {report[name]['images']}."]
+            where = "those of the reference" if report[name] == reference else report[name]["images"]
+            lines += ["", f"{what}: {report[name]['count']:,}, {where}."]
     lines += ["", "## How the samples were made", "", *_made_by(samples.get("made_by"))]
     lines += ["", ", ".join(f"{name} {version}" for name, version in report["versions"].items())]
     return "\n".join(lines) + "\n"
@@ -150,7 +156,7 @@ def write(
         contents[NEIGHBOURS_FILE] = images.encode_png(neighbours.picture())
     if distances is not None:
         contents[DISTANCES_FILE] = png_of(plot_distances(*distances))
-    contents[TEXT_FILE] = markdown(report).encode()
+    contents[TEXT_FILE] = markdown(report).encode(errors="replace")
     contents[JSON_FILE] = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
     files.write_together((files.join(out_dir, name), content) for name, content in contents.items())
     for name in {NEIGHBOURS_FILE, DISTANCES_FILE} - contents.keys():  # those of an earlier report
@@ -194,14 +200,16 @@ def read(path: str) -> dict[str, Any]:
 
 def comparison(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Reports side by side: metrics, and what differs in how they came about."""
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(reports)]
+    lines = [line for warning in _incomparable(reports) for line in (f"Warning: {warning}.", "")]
+    lines += [f"| | {' | '.join(map(_cell, names))} |", "|---|" + "---|" * len(reports)]
     for name in METRICS:
         if any(name in report["metrics"] for report in reports):
             cells = [number(name, report["metrics"][name]) if name in report["metrics"] else "" for report in reports]
             lines.append(f"| {title(name)} | {' | '.join(cells)} |")
-    lines += [f"| {key} | {' | '.join(map(_cell, row))} |" for key, row in _differences(reports)]
-    lines += ["", *(f"Warning: {warning}." for warning in _incomparable(reports))]
-    return "\n".join(lines).rstrip() + "\n"
+    for key, row in _differences(reports):
+        shown = [value[:12] if key.endswith("sha256") and value else value for value in row]
+        lines.append(f"| {key} | {' | '.join(map(_cell, shown))} |")
+    return "\n".join(lines) + "\n"
 
 
 def _differences(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
@@ -252,8 +260,8 @@ def write_comparison(out_dir: str, reports: Sequence[Mapping[str, Any]], names: 
         files.write_bytes(
             files.join(out_dir, "compare.png"), images.encode_png(images.grid(pages, len(pages), border=8))
         )
-        text += "\n![samples, side by side](compare.png)\n"
-    files.write_bytes(path, f"# Comparison\n\n{text}".encode())
+        text += f"\n![samples, side by side](compare.png)\n\nFrom left to right: {', '.join(names)}.\n"
+    files.write_bytes(path, f"# Comparison\n\n{text}".encode(errors="replace"))
     return path
 
 

@@ -38,15 +38,20 @@ _NOT_KEPT = {"given", "flags", "preset", "out_dir", "resume", "resume_checkpoint
 MANY_EPOCHS = 1000  # a run that sees each image more often than this may learn them by heart
 
 
+def run_folder(options: argparse.Namespace, default_name: str) -> str:
+    """The folder that everything is written to: --out_dir, else OPENAI_LOGDIR, else ./runs/<default_name>."""
+    return options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
+
+
 def start_run(options: argparse.Namespace, default_name: str) -> str:
-    """Join the other ranks and open the run's folder (--out_dir, else OPENAI_LOGDIR, else ./runs/<default_name>).
+    """Join the other ranks and open the run's `run_folder`.
 
     Returns the folder's absolute path, which is printed, as are the ranks. Collective.
     """
     dist_util.setup_dist()
     if hasattr(options, "max_steps"):
         catch_early_warning()
-    out_dir = options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
+    out_dir = run_folder(options, default_name)
     only_said = ["stdout"] if dist_util.get_rank() == 0 else []
     logger.configure(dir=out_dir, format_strs=only_said if getattr(options, "dry_run", False) else None)
     logger.log(dist_util.describe_ranks())

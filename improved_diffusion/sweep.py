@@ -16,11 +16,13 @@ from .drawing import Drawing
 from .evaluation.scores import METRICS
 from .judging import Judge, implied_by, settle_for
 from .plots import new_figure, save_figure
-from .run_util import samples_name, start_run
+from .run_util import run_folder, samples_name, start_run
 from .sample_util import check_request
 
 # The options that may have several values.
-AXES = ("ema", "sampler", "steps", "guidance_scale", "classifier_scale", "ddim_eta", "churn", "dynamic_threshold")
+AXES = (
+    "ema", "sampler", "steps", "guidance_scale", "classifier_scale", "ddim_eta", "churn", "dynamic_threshold", "seed",
+)  # fmt: skip
 TABLE_FILE, JSON_FILE, PLOT_FILE = "sweep.md", "sweep.json", "sweep.png"
 
 
@@ -45,27 +47,58 @@ def run_sweep(options: argparse.Namespace) -> str:
         requests.append(drawing.request)
     judge = Judge(options)
     judge.expect_drawn()
-    out_dir = start_run(options, f"{run}_sweep_seed{options.seed}")
-    for cell, request in zip(options.cells, requests):
-        dist_util.from_rank0(check_request, os.path.join(out_dir, _folder(cell)), request)
+    name = f"{run}_sweep_seed{options.seed}"
+    dist_util.from_rank0(_check_folders, run_folder(options, name), options.cells, requests)
+    judge.check_out_dir(run_folder(options, name))
+    out_dir = start_run(options, name)
     judge.prepare()
     rows: list[dict[str, Any]] = []
+    try:
+        path = _judge_all(judge, options.cells, out_dir, rows)
+    except KeyboardInterrupt as error:
+        done = f"{len(rows)} of {len(options.cells)} settings are judged; the same command goes on"
+        raise KeyboardInterrupt(f"{error}; {done}" if str(error) else done) from None
+    logger.log(f"wrote {path}, and {JSON_FILE} and {PLOT_FILE} beside it")
+    return path
+
+
+def _judge_all(judge: Judge, cells: Sequence[argparse.Namespace], out_dir: str, rows: list[dict[str, Any]]) -> str:
+    """Fill the table; returns its path. Collective. :param rows: takes a row for each cell as it is done."""
     path = ""
-    for number, cell in enumerate(options.cells):
+    for number, cell in enumerate(cells):
         folder = _folder(cell)
-        logger.log(f"{number + 1} of {len(options.cells)}: {', '.join(f'{k} {v}' for k, v in cell.chosen.items())}")
+        logger.log(f"{number + 1} of {len(cells)}: {', '.join(f'{k} {v}' for k, v in cell.chosen.items())}")
         drawing = _drawing(cell)
         result, is_new = _judged(judge, drawing, os.path.join(out_dir, folder))
         evaluations = implied_by(drawing.request).get("evaluations")
         rows.append({"chosen": cell.chosen, "evaluations": evaluations, "folder": folder, "metrics": result["metrics"]})
-        if is_new or cell is options.cells[-1]:  # in between too: a sweep that is cut off has shown something
-            path = dist_util.from_rank0(write_table, out_dir, rows)
-    logger.log(f"wrote {path}, and {JSON_FILE} and {PLOT_FILE} beside it")
+        if is_new or cell is cells[-1]:  # in between too: a sweep that is cut off has shown something
+            path = dist_util.from_rank0(write_table, out_dir, rows, result)
     return path
 
 
 def _drawing(cell: argparse.Namespace) -> Drawing:
     return Drawing(copy.copy(cell))  # which settles options that were left open
+
+
+def _check_folders(out_dir: str, cells: Sequence[argparse.Namespace], requests: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError where the folder holds a sweep of other options, or samples that are not these."""
+    path, axes = files.join(out_dir, JSON_FILE), list(cells[0].chosen)
+    if files.exists(path):
+        try:
+            before = list(json.loads(files.read_bytes(path))[0]["chosen"])
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{path} is damaged: remove it, or choose another --out_dir") from None
+        if before != axes:
+            raise UserError(
+                f"{out_dir} holds a sweep of --{', --'.join(before)}, not of --{', --'.join(axes)}: choose another "
+                "--out_dir"
+            )
+    for cell, request in zip(cells, requests):
+        folder = files.join(out_dir, _folder(cell))
+        if files.exists(folder) and not files.is_dir(folder):
+            raise UserError(f"{folder} is in the way of a setting's samples: remove it, or choose another --out_dir")
+        check_request(folder, request)
 
 
 def _folder(cell: argparse.Namespace) -> str:
@@ -110,12 +143,20 @@ def _read_report(folder: str) -> dict[str, Any] | None:
         return None  # damaged: it is made again
 
 
-def write_table(out_dir: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write sweep.md, sweep.json and sweep.png; returns the path of the first."""
+def write_table(out_dir: str, rows: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> str:
+    """Write sweep.md, sweep.json and sweep.png; returns the path of the first. :param last: one of the reports."""
     axes = list(rows[0]["chosen"])
     names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
     head = [*axes, "evaluations", *map(report.title, names)]
-    lines = ["# Sweep", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    samples, reference = last["samples"], last["reference"]
+    lines = [
+        "# Sweep", "",
+        f"{samples['count']:,} samples a row, of {(samples['made_by'] or {}).get('model_path')} or its averages,",
+        f"against {reference.get('name') or reference['images']}, by the features {samples['features']}.",
+    ]  # fmt: skip
+    for warning in last["warnings"]:
+        lines += ["", f"**Warning:** {warning}."]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [report.number(name, row["metrics"][name]) if name in row["metrics"] else "" for name in names]
         lines.append(f"| {' | '.join([*row['chosen'].values(), str(row['evaluations'] or ''), *cells])} |")
@@ -130,7 +171,7 @@ def write_table(out_dir: str, rows: Sequence[Mapping[str, Any]]) -> str:
     save_figure(files.join(out_dir, PLOT_FILE), figure_of(rows))
     files.write_bytes(files.join(out_dir, JSON_FILE), (json.dumps(list(rows), indent=1) + "\n").encode())
     path = files.join(out_dir, TABLE_FILE)
-    files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+    files.write_bytes(path, ("\n".join(lines) + "\n").encode(errors="replace"))
     return path
 
 
@@ -156,7 +197,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
             x, y = [point[0] for point in points], [factor * point[1]["value"] for point in points]
             error = [factor * point[1].get("error", 0) for point in points]
             axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=label)
-        axes.set_title(report.title(name), fontsize=10)
+        axes.set_title(f"{report.title(name)}: {report.direction(name)}", fontsize=10)
         axes.set_xlabel("evaluations of the network, guided or not" if x_axis == "steps" else x_axis)
         if not _is_numeric(values[x_axis]):
             axes.set_xticks(range(len(values[x_axis])), values[x_axis], rotation=30)

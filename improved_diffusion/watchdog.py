@@ -26,7 +26,7 @@ WORK_LIMIT = 600.0  # seconds for a piece of this rank's own work
 ABORT_LIMIT = 5.0  # seconds for the launcher to end the job before this process just ends
 GRACE = 2.0  # seconds for a main thread that has failed as well to report why, and for rank 0 to speak first
 
-_ADVICE = "--resume auto goes on from the last checkpoint"
+_ADVICE = "the same command goes on from what is saved, training with --resume auto"
 
 
 class _Process:

@@ -5,7 +5,7 @@ import os
 from improved_diffusion import config, dist_util, judging, report
 from improved_diffusion.command_line import Command, parse_command
 from improved_diffusion.drawing import Drawing
-from improved_diffusion.run_util import start_run
+from improved_diffusion.run_util import run_folder, start_run
 from improved_diffusion.sweep import AXES, run_sweep
 
 JUDGING = (config.JudgedConfig, config.FeaturesConfig)
@@ -38,6 +38,7 @@ def score(options):
         judge = judging.Judge(options)
         samples = judge.open_samples(options.samples)
         options.out_dir = options.out_dir or judging.report_folder(options.samples)
+        judge.check_out_dir(options.out_dir, samples.path)
         out_dir = start_run(options, "")
         judge.prepare()
         return judge.judge(samples, out_dir)
@@ -45,6 +46,7 @@ def score(options):
     judging.settle_for(options, options)
     judge = judging.Judge(options)
     judge.expect_drawn()
+    judge.check_out_dir(run_folder(options, drawing.name))
     out_dir = start_run(options, drawing.name)
     judge.prepare()  # before the samples: what is wrong with it comes out now
     return judge.judge(judge.open_samples(drawing.write(out_dir)), out_dir)
@@ -57,7 +59,7 @@ def compare(options):
     reports = [report.read(path) for path in paths]
     names = [os.path.basename(os.path.abspath(each["folder"])) for each in reports]
     names = names if len(set(names)) == len(names) else paths
-    print(report.comparison(reports, names), end="")
+    print(report.comparison(reports, names).replace("±", "+-"), end="")
     if options.out_dir:
         print(f"wrote {report.write_comparison(options.out_dir, reports, names)}")
 

@@ -1,7 +1,7 @@
 """Evaluate the variational bound of a trained model on images, in bits/dim."""
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.bits_per_dim import Evaluation, write_results
+from improved_diffusion.bits_per_dim import Evaluation, describe_mean, write_results
 from improved_diffusion.command_line import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig, SourceConfig
 from improved_diffusion.image_datasets import ImageDataset
@@ -21,8 +21,7 @@ def main():
     name = f"{samples_name(options, 'ancestral', diffusion.num_timesteps)}_nll{options.nll_timesteps or ''}"
     out_dir = start_run(options, name)
     result = evaluation.run(model.to(dist_util.dev()))
-    n = evaluation.num_images
-    logger.log(f"bits/dim: {result.mean:.4f} +- {result.standard_error:.4f} (standard error over {n} images)")
+    logger.log(f"bits/dim: {describe_mean(result)}")
     if dist_util.get_rank() == 0:
         write_results(out_dir, result, options, metadata, diffusion.num_timesteps)
 

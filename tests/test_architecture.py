@@ -104,7 +104,8 @@ MAY_IMPORT = {
     "comparison": {"config", "dist_util", "evaluation.paired", "files", "images", "logger"},
     "evaluation.nll_plot": {"evaluation.nll", "plots"},
     "bits_per_dim": {
-        "config", "dist_util", "files", "images", "logger", "samplers", "evaluation.nll", "evaluation.nll_plot",
+        "config", "dist_util", "files", "image_datasets", "images", "logger", "samplers", "evaluation.nll",
+        "evaluation.nll_plot",
     },
     "downloads": {"config", "dist_util", "files", "logger"},
     "evaluation.untrusted": {"config"},
@@ -114,10 +115,13 @@ MAY_IMPORT = {
         "config", "dist_util", "files", "image_datasets", "image_sources", "images", "logger", "evaluation.features",
         "evaluation.frechet",
     },
-    "references": {"config", "dist_util", "feature_sets", "files", "images", "evaluation.frechet"},
+    "references": {
+        "config", "dist_util", "feature_sets", "files", "images", "evaluation.features", "evaluation.frechet",
+    },
     "report": {"config", "files", "images", "plots", "evaluation.scores"},
     "judging": METRICS
     | {"__init__", "config", "dist_util", "feature_sets", "files", "logger", "references", "report", "sample_util"}
+    | {"image_datasets", "images"}
     | {"samplers", "evaluation.features", "evaluation.scores"},
     "drawing": {"config", "logger", "run_util", "sample_util", "sampling", "script_util"},
     "sweep": {

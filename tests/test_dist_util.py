@@ -133,7 +133,9 @@ def test_a_frozen_rank_takes_the_others_down_with_a_message(launcher, variable, 
 def test_a_rank_that_hangs_in_its_own_work_says_where(launcher, tmp_path):
     result = run(launcher, 2, WORKER, "stuck", tmp_path, cwd=tmp_path, timeout=60)
     assert result.code != 0
-    message = f"rank 1 on {socket.gethostname()}: error: waited 1 s for the next batch of /data; --resume auto goes on"
+    message = (
+        f"rank 1 on {socket.gethostname()}: error: waited 1 s for the next batch of /data; the same command goes on"
+    )
     assert result.err.count(message) == 1
     assert re.search(r"dist_worker.py\", line \d+, in end_badly", result.err)
 

@@ -153,8 +153,6 @@ def test_numbers_of_samples_that_cannot_be(place, evaluate):
 
 
 def test_held_out_images_need_training_images_that_are_others(place, evaluate):
-    result = evaluate(*place.given, "--reference", place.large_reference, "--resize", 12, "--held_out", place.real)
-    refused(result, f"--held_out {place.real} is for finding copies of training images: give --train_dir")
     result = evaluate(*place.given, "--held_out", f"{place.real}/")
     refused(result, "are the training images, those of --reference: give images that were not trained on")
     result = evaluate(*place.given, "--held_out", place.grey, "--train_dir", place.grey)
@@ -177,7 +175,13 @@ def test_images_of_another_form_than_the_reference(place, evaluate):
         result = evaluate(*place.given, flag, place.large)
         refused(result, flag, "images of 12x12", f"--reference {place.real} 8x8", "give --resize 12x12 to resize")
         result = evaluate(*place.given, flag, place.grey)
-        refused(result, flag, "1 channel", f"--reference {place.real} 3", "give --colour True to take grey for colour")
+        refused(
+            result,
+            flag,
+            "1 channel",
+            f"--reference {place.real} 3",
+            "convert one of them, or give --colour True to compare grey with colour",
+        )
     result = evaluate(*place.given, "--reference", place.large_reference)
     refused(result, "images of 8x8", "12x12", "and write the reference again with evaluate.py reference")
 
@@ -271,9 +275,9 @@ def test_a_reference_is_written_to_an_npz(place, evaluate, tmp_path):
     ("module", "message"),
     [
         (NotANumber, "gives features that are not finite numbers"),
-        (Positions, "gives features of (2, 3, 8, 8) for 2 images: expected [2, D]"),
-        (OneNumber, "gives a tensor of (2,) as features of 2 images: expected [2, D], one row for each"),
-        (FourChannels, "cannot take uint8 images of (2, 3, 8, 8)"),
+        (Positions, "gives features of (3, 3, 8, 8) for 3 images: expected [3, D]"),
+        (OneNumber, "gives a tensor of (3,) as features of 3 images: expected [3, D], one row for each"),
+        (FourChannels, "cannot take uint8 images of (3, 3, 8, 8)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript is on its way out
@@ -303,7 +307,7 @@ def test_models_whose_samples_do_not_suit_the_reference(place, evaluate, tmp_pat
     grey = model(1)
     for command in (["score"], ["sweep", "--sampler", "ddim,heun"]):
         result = evaluate(*command, *place.drawing, "--model_path", grey)
-        refused(result, f"--model_path {grey} has 1 channel, --reference {place.real} 3: give --colour True")
+        refused(result, f"--model_path {grey} has 1 channel, --reference {place.real} 3: convert one of them")
     refused(evaluate(*place.drawing, "--model_path", model(4)), "draws an alpha channel (--channels 4)")
     result = evaluate(*place.drawing, "--reference", place.large_reference)
     refused(result, f"--model_path {place.model} has images of 8x8", "12x12", "write the reference again")
@@ -414,3 +418,43 @@ def test_wrong_use_on_two_ranks_is_one_error(place, tmp_path):
     assert result.code == 1 and "Traceback" not in result.err
     errors = [line for line in result.err.splitlines() if "error: " in line]
     assert len(errors) == 1 and str(folder / "dog_49.png") in errors[0]
+
+
+def test_a_reference_does_not_overwrite_images(place, evaluate, tmp_path):
+    np.savez(tmp_path / "images.npz", np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
+    before = (tmp_path / "images.npz").read_bytes()
+    args = ["reference", "--images", "images.npz", "--features", place.features, "--out", "images.npz"]
+    refused(evaluate(*args), "--out images.npz is there already and is no reference: name another file")
+    assert (tmp_path / "images.npz").read_bytes() == before
+
+
+def test_a_report_is_not_written_among_the_images(place, evaluate):
+    for out in (place.samples, place.samples / "report"):
+        refused(
+            evaluate(*place.given, "--out_dir", out), f"--out_dir {out} lies in {place.samples}, of which all images"
+        )
+
+
+def test_held_out_images_that_were_trained_on(place, tmp_path):
+    shutil.copytree(place.real, tmp_path / "copy")
+    result = call("evaluate", *place.given, "--held_out", "copy", "--out_dir", "out", cwd=tmp_path)
+    refused(result, "of the images of --held_out", "are among those of --reference", "that were not trained on")
+
+
+def test_sizes_beyond_memory(place, evaluate):
+    refused(evaluate(*place.given, "--resize", "200000"), "--resize 200000 must be at most 9999 pixels a side")
+    for size in ("100000", "\u00b2", "\u0663"):
+        refused(evaluate(*place.given, "--feature_size", size), f"--feature_size {size} must be auto, native")
+    refused(evaluate(*place.drawing, "--seed", 2**70), "must be less than 2**62")
+
+
+def test_a_sweep_does_not_overwrite_another(place, evaluate, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/sweep.json").write_text('[{"chosen": {"sampler": "ddim"}}]')
+    result = evaluate("sweep", *place.drawing, "--steps", "2,3", "--out_dir", "out")
+    refused(result, "out holds a sweep of --sampler, not of --steps: choose another --out_dir")
+    (tmp_path / "out/sweep.json").unlink()
+    (tmp_path / "out/steps3").write_text("in the way")
+    result = evaluate("sweep", *place.drawing, "--steps", "2,3", "--out_dir", "out")
+    refused(result, "steps3 is in the way of a setting's samples")
+    assert not (tmp_path / "out/steps2").exists()

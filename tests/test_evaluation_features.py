@@ -209,7 +209,7 @@ def test_a_file_that_is_no_program_is_named(tmp_path):
     loading_fails(tmp_path / "text.pt", "neither an exported program", "TorchScript")
     th.save({"weight": th.zeros(3)}, tmp_path / "state.pt")
     loading_fails(tmp_path / "state.pt", "a state dict alone does not say how to compute")
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}"):
+    with pytest.raises(UserError, match=f"--features {tmp_path} is a folder: name a file"):
         FeatureNetwork(str(tmp_path))
     with pytest.raises(UserError, match=r"--logits .*nothing\.pt does not exist"):
         FeatureNetwork(write_script(tmp_path / "f.pt"), logits=str(tmp_path / "nothing.pt"))
@@ -337,3 +337,69 @@ def test_reduced_precision_is_off_while_a_program_runs(tmp_path, monkeypatch):
     before = th.backends.cudnn.allow_tf32
     network(pictures())
     assert seen == [False] and th.backends.cudnn.allow_tf32 == before
+
+
+class Among(th.nn.Module):
+    """Features that depend on the other images of the batch."""
+
+    def forward(self, x):
+        x = x.flatten(1).float()
+        return x[:, :4] - x.mean(dim=0)[:4]
+
+
+class Dropping(th.nn.Module):
+    """Features of a network in training mode."""
+
+    def forward(self, x):
+        return th.nn.functional.dropout(x.flatten(1).float()[:, :40], 0.5, True)
+
+
+class Scaled(th.nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x.flatten(1).float()[:, :4] * self.factor
+
+
+class Softmax(th.nn.Module):
+    def forward(self, x):
+        return x.flatten(1).float()[:, :4].softmax(dim=1)
+
+
+def scripted(path, module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        th.jit.script(module).save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("module", [Among(), Dropping()])
+def test_features_that_are_not_of_the_image_alone_are_refused(tmp_path, module):
+    network = FeatureNetwork(scripted(tmp_path / "f.pt", module))
+    with pytest.raises(UserError, match=r"f\.pt gives other features for the same image .*eval\(\) mode"):
+        network.check((8, 8), 3)
+    FeatureNetwork(write_script(tmp_path / "g.pt")).check((8, 8), 3)
+
+
+@pytest.mark.parametrize("factor", [1e19, 1e-30])
+def test_features_out_of_the_reach_of_float32_are_refused(tmp_path, factor):
+    with pytest.raises(UserError, match=r"out of float32's reach: scale them to about 1"):
+        FeatureNetwork(scripted(tmp_path / "f.pt", Scaled(factor)))(pictures())
+
+
+def test_probabilities_are_no_logits(tmp_path):
+    network = FeatureNetwork(write_script(tmp_path / "f.pt"), logits=scripted(tmp_path / "p.pt", Softmax()))
+    with pytest.raises(UserError, match=r"--logits .*p\.pt gives probabilities where logits are expected"):
+        network(pictures())
+
+
+def test_too_many_spatial_features_are_refused(tmp_path):
+    class Map(th.nn.Module):
+        def forward(self, x):
+            return {"features": x.flatten(1).float()[:, :4], "spatial": x.float()}
+
+    path = export_module(tmp_path / "f.pt2", Map(), 40)
+    with pytest.raises(UserError, match=r"4,800 spatial features of each image: at most 4,096 .*7 of 17x17"):
+        FeatureNetwork(path)(pictures(side=40))

@@ -14,10 +14,11 @@ import pytest
 import torch as th
 from helpers import assert_golden, golden
 from PIL import Image
+from script_helpers import write_images
 
 from improved_diffusion import dist_util, image_datasets, images
 from improved_diffusion.config import UserError
-from improved_diffusion.image_datasets import BatchStream, ImageDataset, load_data
+from improved_diffusion.image_datasets import BatchStream, ImageDataset, load_data, selection
 from improved_diffusion.image_sources import open_images, read_classes
 from improved_diffusion.nn import NULL_LABEL
 
@@ -477,3 +478,29 @@ def test_an_animated_gif_gives_its_first_frame(tmp_path):
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
     (tmp_path / "a.gif").write_bytes(buffer.getvalue())
     assert (next(stream(tmp_path, 1, image_size=8))[0] == 1).all()
+
+
+def test_a_link_back_is_not_followed(tmp_path):
+    write_images(tmp_path / "images" / "inner", 3)
+    (tmp_path / "images" / "inner" / "back").symlink_to(tmp_path / "images")
+    assert len(open_images(str(tmp_path / "images"))) == 3
+
+
+def test_a_name_that_is_twice_in_a_zip_is_one_image(tmp_path):
+    write_images(tmp_path / "images", 2)
+    first, second = sorted((tmp_path / "images").iterdir())
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+        warnings.simplefilter("ignore")
+        for path in (first, second, first):
+            archive.write(path, "same.png" if path == first else path.name)
+    assert len(open_images(str(tmp_path / "twice.zip"))) == 2
+
+
+def test_a_selection_is_the_same_each_time_and_of_all_kinds():
+    assert selection(5, 9).tolist() == [0, 1, 2, 3, 4]
+    chosen = selection(1000, 100)
+    np.testing.assert_array_equal(chosen, selection(1000, 100))
+    assert (np.diff(chosen) > 0).all() and chosen.max() < 1000
+    # Of ten classes, one after another or in turn, about ten each.
+    for classes in (chosen // 100, chosen % 10):
+        assert np.bincount(classes, minlength=10).min() >= 3

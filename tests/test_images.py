@@ -354,3 +354,21 @@ def test_a_palette_is_resolved_before_filtering():
     image.putdata([(x + y) % 2 for y in range(8) for x in range(8)])
     grey = np.asarray(images.resize_crop(image, (4, 4)).convert("L"))
     assert (np.abs(grey.astype(int) - 127) <= 1).all()
+
+
+def test_files_that_are_no_npz_of_images_are_named(tmp_path):
+    np.save(tmp_path / "plain.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "plain.npz").write_bytes((tmp_path / "plain.npy").read_bytes())
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("arr_0", "text")
+    np.savez(tmp_path / "flat.npz", np.zeros((50, 0, 0, 3), np.uint8))
+    np.savez(tmp_path / "whole.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    data = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "header.npz").write_bytes(data.replace(b"(2, 4, 4, 3)", b"(2, '4, 4, )"))
+    (tmp_path / "huge.npz").write_bytes(data.replace(b"(2, 4, 4, 3)", b"(2**60,4,99)"))
+    for name, culprit in (
+        ("plain", "single array, not an npz"), ("text", "arr_0 is no array"),
+        ("flat", r"arr_0 of uint8 \(50, 0, 0, 3\)"), ("header", "not a readable npz"), ("huge", "not a readable npz"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=culprit):
+            images.load_npz(str(tmp_path / f"{name}.npz"))

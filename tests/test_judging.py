@@ -188,10 +188,12 @@ def test_a_network_is_tried_on_what_the_model_will_draw(place, monkeypatch):
     judge = judging.Judge(options)
     seen, plain = [], judging.FeatureNetwork.__call__
     monkeypatch.setattr(
-        judging.FeatureNetwork, "__call__", lambda self, images: (seen.append(images.shape), plain(self, images))[1]
+        judging.FeatureNetwork,
+        "__call__",
+        lambda *args, **kwargs: (seen.append(args[1].shape), plain(*args, **kwargs))[1],
     )
     judge.expect_drawn()
-    assert seen == [(2, 8, 8, 3)]
+    assert seen == [(3, 8, 8, 3), (1, 8, 8, 3), (2, 8, 8, 3)]
 
 
 def test_options_of_judging_have_values_that_can_be():

@@ -164,7 +164,7 @@ def test_a_cut_reference_is_named(tmp_path, share):
 
 @pytest.mark.parametrize("changed, message", [
     ({"image_size": "32x32"}, "ours has images of 16x16, theirs 32x32: give --resize 16x16 to resize"),
-    ({"channels": 1}, "ours has 3 channels, theirs 1: give --colour True"),
+    ({"channels": 1}, "ours has 3 channels, theirs 1: convert one of them, or give --colour True"),
 ])  # fmt: skip
 @pytest.mark.parametrize("written", [False, True])
 def test_images_of_another_form_cannot_be_compared(changed, message, written):
@@ -208,9 +208,9 @@ def test_what_would_mean_nothing_is_an_error(kwargs, message):
     ({"count": 10_000}, {"count": 10_000}, []),
     ({"count": 9_999}, {}, ["only 9,999 samples: FID depends on their number"]),
     ({}, {"count": 500}, ["only 500 images in the reference: FID"]),
-    ({"feature_size": "native"}, {}, ["the samples are resized for the features to native, the reference 16"]),
+    ({"feature_size": "native"}, {}, ["samples were resized to native for the features, images of the reference to"]),
     ({"prepared": "resized and centre-cropped"}, {}, ["samples were resized to the size of the reference"]),
-    ({}, {"lossy_files": True}, ["the samples are from lossily compressed files (JPEG): False, the reference True"]),
+    ({}, {"lossy_files": True}, ["the reference is of JPEGs and the samples are not: compression alone"]),
     ({"count": 50}, {"lossy_files": True}, ["only 50 samples", "JPEG"]),
 ])  # fmt: skip
 def test_doubts_are_told(ours, theirs, warnings):
@@ -224,3 +224,18 @@ def test_published_statistics_that_do_not_say_how_they_were_made_are_doubted():
     (warning,) = check_comparable(a_set(), theirs)
     assert "do not say which network, which resizing and how many images" in warning
     assert "--features inception --feature_size native" in warning
+
+
+@pytest.mark.parametrize("changed, culprit", [
+    (dict(sigma=np.triu(np.ones((6, 6)) + np.eye(6))), "sigma that is no covariance"),
+    (dict(sigma=-np.eye(6)), "sigma that is no covariance"),
+    (dict(sigma=np.zeros((6, 6))), "numbers that cannot be compared"),
+    (dict(mu=np.full(6, 1e200)), "numbers that cannot be compared"),
+    (dict(features=np.zeros((9, 6), np.float32)), "has the features of 9 images: at least 40"),
+    (dict(features=np.full((50, 6), 9, np.float32)), "features that are not those of its mu"),
+    (dict(about=np.array('{"count": null}')), "has a damaged description"),
+])  # fmt: skip
+def test_statistics_that_cannot_be_are_refused(tmp_path, changed, culprit):
+    with pytest.raises(UserError) as caught:
+        load_reference(write(tmp_path, **published(**changed)), "--reference")
+    assert culprit in str(caught.value)

@@ -186,6 +186,8 @@ def test_reports_of_one_measurement_differ_in_what_differs():
         ("samples", "features_sha256", "different features"),
         ("samples", "feature_size", "images resized differently for the features"),
         ("samples", "count", "different numbers of samples, on which FID depends"),
+        ("samples", "logits_sha256", "inception scores of different classifiers"),
+        ("samples", "lossy_files", "some lossily compressed files and some that are not"),
         ("reference", "pixels_sha256", "different references"),
     ],
 )
@@ -193,8 +195,14 @@ def test_reports_of_other_measurements_are_told_apart(part, key, what):
     other = made()
     other[part] = {**other[part], key: "other"}
     text = report.comparison([made(), made(), other], ["a", "b", "c"])
-    assert text.endswith(f"Warning: the reports are of {what}: their numbers cannot be compared.\n")
+    assert text.startswith(f"Warning: the reports are of {what}: their numbers cannot be compared.\n")
     assert text.count("Warning") == 1 and f"| {part}: {key} | " in text
+
+
+def test_statistics_are_told_apart_by_their_files():
+    reports = [made(reference={"images": "/r.npz", "file_sha256": name}) for name in ("a", "b")]
+    assert "different references" in report.comparison(reports, ["a", "b"])
+    assert "Warning" not in report.comparison([reports[0], reports[0]], ["a", "b"])
 
 
 def test_pictures_of_several_sizes_and_channels_stand_side_by_side(tmp_path):

@@ -24,9 +24,12 @@ def curves(axes):
 
 def test_the_table_has_a_row_for_each_combination(tmp_path):
     rows = [row(3.0, 5, 0.002, sampler="ddim", steps="5"), row(2.5, 9, sampler="heun", steps="5")]
-    path = sweep.write_table(str(tmp_path), rows)
+    samples = {"count": 50, "features": "f.pt", "made_by": {"model_path": "/m.pt"}}
+    last = {"samples": samples, "reference": {"images": "/real"}, "warnings": ["few"]}
+    path = sweep.write_table(str(tmp_path), rows, last)
     text = (tmp_path / "sweep.md").read_text()
-    assert path == str(tmp_path / "sweep.md") and text.startswith("# Sweep\n\n")
+    assert path == str(tmp_path / "sweep.md") and text.startswith("# Sweep\n\n50 samples a row, of /m.pt ")
+    assert "against /real, by the features f.pt." in text and "**Warning:** few." in text
     assert [line for line in text.splitlines() if line.startswith("|")] == [
         "| sampler | steps | evaluations | FID | KID x 1000 |",
         "|---|---|---|---|---|",
@@ -45,7 +48,7 @@ def test_steps_are_drawn_as_evaluations_with_a_line_for_each_other_value():
         for steps in (20, 5)
     ]
     fid, kid = sweep.figure_of(rows).axes
-    assert (fid.get_title(), kid.get_title()) == ("FID", "KID x 1000")
+    assert (fid.get_title(), kid.get_title()) == ("FID: lower is better", "KID x 1000: lower is better")
     assert fid.get_xlabel() == "evaluations of the network, guided or not"
     assert curves(fid) == {
         "sampler ddim": [(5, 5), (20, 20)],

@@ -52,7 +52,9 @@ def test_ranks_that_are_missing_are_named_with_their_hosts(rank, ranks, in_time,
     with pytest.raises(Ended):
         watch._lost(ranks, in_time)
     (text,) = said.values()
-    assert text.startswith(expected) and text.endswith("--resume auto goes on from the last checkpoint")
+    assert text.startswith(expected) and text.endswith(
+        "the same command goes on from what is saved, training with --resume auto"
+    )
 
 
 def test_torchs_message_tells_which_ranks_are_missing():
@@ -79,7 +81,7 @@ def test_a_lone_process_that_waits_too_long_says_where(said):
         watch.join(5)
     assert not watch.is_alive()
     watchdog._process.watch = None
-    assert said["alone"].startswith("waited 0 s for the next batch of /data; --resume auto goes on")
+    assert said["alone"].startswith("waited 0 s for the next batch of /data; the same command goes on")
     assert "test_a_lone_process_that_waits_too_long_says_where" in said["alone"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .base import Config, UserError, extra, height_width
@@ -32,16 +33,17 @@ class FeaturesConfig(Config):
     def validate(self) -> None:
         self.require(self.feature_batch >= 1, "feature_batch", "must be at least 1")
         self.require(
-            self.feature_size in ("auto", "native") or (self.feature_size.isdigit() and int(self.feature_size) > 0),
-            "feature_size", "must be auto, native, or a number of pixels such as 299",
+            self.feature_size in ("auto", "native") or re.fullmatch(r"[1-9][0-9]{0,3}", self.feature_size) is not None,
+            "feature_size", "must be auto, native, or a number of pixels such as 299, at most 9999",
         )  # fmt: skip
         if self.resize:
             try:
-                height_width(self.resize)
+                size = height_width(self.resize)
             except ValueError:
                 raise UserError(
                     f"--resize {self.resize!r}: expected a size such as 64, or 48x64 for height x width"
                 ) from None
+            self.require(max(size) <= 9999, "resize", "must be at most 9999 pixels a side")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ class RunConfig(Config):
 
     def validate(self) -> None:
         self.require(self.seed >= 0, "seed", "must not be negative")
+        self.require(self.seed < 2**62, "seed", "must be less than 2**62")  # samples take the numbers that follow
         if "://" in self.out_dir:
             raise UserError(
                 f"--out_dir {self.out_dir} must be a local folder: DIFFUSION_BLOB_LOGDIR puts checkpoints elsewhere"

@@ -24,6 +24,8 @@ from . import untrusted
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SIDE = 299
 RESIZERS = 4  # threads
+LARGEST = 1e12  # feature whose square, and its inverse, float32 holds
+MAX_SPATIAL = 4096  # the time of the Frechet distance grows with the cube
 
 
 class Outputs(NamedTuple):
@@ -88,6 +90,19 @@ class FeatureNetwork:
                 )
             return found
         return _softmax(self.program.checked(named["logits"], "logits", len(x))) if "logits" in named else None
+
+    def check(self, size: tuple[int, int], channels: int) -> Outputs:
+        """What it says of noise (height, width). Raises UserError where it cannot take such images, and where what it
+        says of an image depends on other images, or on chance."""
+        noise = np.random.default_rng(0).integers(0, 256, (3, *size, channels), dtype=np.uint8)
+        outputs = self(noise)
+        again = np.concatenate([self(noise[:1], probabilities=False).features, self(noise[1:], False).features])
+        if np.abs(again - outputs.features).max() > 1e-2 * np.abs(outputs.features).max():
+            raise UserError(
+                f"{self.program.flag} gives other features for the same image the next time, or among others: export "
+                "the network in its eval() mode"
+            )
+        return outputs
 
     def _prepare(self, images: np.ndarray) -> th.Tensor:
         images = images.repeat(3, axis=3) if images.shape[3] == 1 else images
@@ -190,10 +205,26 @@ class _Program:
                 f"{self.flag} gives {what} of {tuple(value.shape)} for {count} images: expected [{count}, D]; a "
                 "program for features has to average over positions"
             )
+        if what == "spatial" and value[0].numel() > MAX_SPATIAL:
+            raise UserError(
+                f"{self.flag} gives {value[0].numel():,} spatial features of each image: at most {MAX_SPATIAL:,} can "
+                "be compared; give a few channels of a coarse layer, such as the published 7 of 17x17"
+            )
+        if value.is_complex():
+            raise UserError(f"{self.flag} gives complex {what}: expected real numbers")
         array = value.flatten(1).float().cpu().numpy()
-        if not np.isfinite(array).all():
+        largest = np.abs(array).max()
+        if not np.isfinite(largest):
             raise UserError(
                 f"{self.flag} gives {what} that are not finite numbers: the file is damaged, or not for such images"
+            )
+        if what in ("features", "spatial") and (largest > LARGEST or 0 < largest < 1 / LARGEST):
+            raise UserError(
+                f"{self.flag} gives {what} as large as {largest:.0e}, out of float32's reach: scale them to about 1"
+            )
+        if what == "logits" and (array >= 0).all() and (abs(array.sum(axis=1) - 1) < 1e-3).all():
+            raise UserError(
+                f"{self.flag} gives probabilities where logits are expected, which are taken before the softmax"
             )
         return array
 

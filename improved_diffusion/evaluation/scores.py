@@ -12,6 +12,8 @@ from .inception_score import inception_score
 from .kid import kernel_distance
 from .manifold import manifold_scores
 
+KEYS = 8  # columns, of which hardly two images have the same
+
 # What is reported, in this order, and what it is called.
 METRICS = {
     "fid": "FID",
@@ -51,17 +53,22 @@ def score(samples: Any, reference: Any) -> Scores:
     else:
         # Files may be in the order of their classes, of which each part is to have some.
         order = np.random.default_rng(0).permutation(len(samples.probabilities))
-        result = inception_score(samples.probabilities[order])
+        result = inception_score(samples.probabilities[_canonical(samples.probabilities)][order])
         metrics["inception_score"] = {"value": result.value, "error": result.deviation}
     if reference.features is None:
         for name in ("kid", "precision", "recall", "density", "coverage"):
             missing[name] = "the reference has statistics alone: it needs images or their features"
         return Scores(metrics, missing)
-    distance = kernel_distance(samples.features, reference.features)
+    distance = kernel_distance(*(found[_canonical(found)] for found in (samples.features, reference.features)))
     metrics["kid"] = {"value": distance.value, "error": distance.standard_error}
     for name, share in manifold_scores(samples.features, reference.features)._asdict().items():
         metrics[name] = {"value": share.value, "error": share.standard_error}
     return Scores({name: metrics[name] for name in METRICS if name in metrics}, missing)
+
+
+def _canonical(rows: np.ndarray) -> np.ndarray:
+    """An order that depends on the rows, not on how they come, so that parts of them are the same ones each time."""
+    return np.lexsort(rows[:, :KEYS].T)
 
 
 class Copies(NamedTuple):
