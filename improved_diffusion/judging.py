@@ -25,8 +25,8 @@ from .references import (
     check_comparable,
     check_form,
     check_network,
-    has_images,
     load_reference,
+    needs_images,
     save_reference,
     with_statistics,
 )
@@ -47,7 +47,7 @@ class Judge:
         self.network = open_network(options)
         reference = load_reference(_given(options, "reference", "real images, or their statistics"), "--reference")
         sets = {}
-        if reference is None or (reference.features is None and has_images(options.reference)):
+        if reference is None or needs_images(options.reference):
             sets["reference"] = self._open(options.reference, "--reference")
         if reference is not None:
             check_network(self.network.describe(), reference)

@@ -61,9 +61,10 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
     return FeatureSet(flag, about, features, None, own, spatial)
 
 
-def has_images(path: str) -> bool:
-    """Whether an npz of statistics has images too, as those that OpenAI's ADM publishes."""
-    return path.lower().endswith(".npz") and files.exists(path) and "arr_0" in images.npz_names(path)
+def needs_images(path: str) -> bool:
+    """Whether an npz of statistics has images beside them, and not their features: as those of OpenAI's ADM."""
+    names = images.npz_names(path)
+    return "arr_0" in names and "features" not in names
 
 
 def with_statistics(images: FeatureSet, statistics: FeatureSet) -> FeatureSet:
