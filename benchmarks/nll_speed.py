@@ -61,7 +61,7 @@ def main():
     for n in BATCH_SIZES:
         batch = th.stack([th.from_numpy(dataset[i][0]) for i in range(n)]).to(device)
         y = None if classes is None else th.tensor(classes[:n], device=device)
-        automatic = timesteps_per_pass(batch.shape, args.steps)
+        automatic = timesteps_per_pass(batch.shape, args.steps, device.type)
         ways = sorted({k for k in (*PER_PASS, automatic) if k <= args.steps and n * k <= MOST_IMAGES})
         seconds(diffusion, model, batch[:1], None if y is None else y[:1], 1)
         rounds = []
