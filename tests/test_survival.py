@@ -151,14 +151,15 @@ def test_two_runs_may_not_write_into_one_folder(training, tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_twenty_kills_change_nothing(tmp_path):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_change_nothing(tmp_path, kills):
     """SIGKILL to all processes of a two-rank run, half of the times in the midst of a save."""
-    argv = [sys.executable, str(ROOT / "benchmarks" / "kill_and_resume.py"), "--kills", "20", "--out", "result.json"]
+    argv = [sys.executable, str(ROOT / "benchmarks/kill_and_resume.py"), "--kills", str(kills), "--out", "result.json"]
     result = run_plain(argv, tmp_path)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     found = json.loads((tmp_path / "result.json").read_text())
-    assert found["differences"] == [] and found["kills"] == 20
-    assert found["in_the_midst_of_a_save"] >= 5
+    assert found["differences"] == [] and found["kills"] == kills
+    assert found["in_the_midst_of_a_save"] >= kills // 4
     assert {name.rstrip("0123456789").split("0")[0] for name in found["files"]} >= {"model", "opt"}
 
 
