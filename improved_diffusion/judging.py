@@ -15,6 +15,7 @@ import torch as th
 
 from . import __version__, dist_util, files, images, logger, report
 from .config import FeaturesConfig, JudgedConfig, UserError, height_width
+from .evaluation.copies import nearest
 from .evaluation.features import FeatureNetwork
 from .evaluation.frechet import moments
 from .evaluation.neighbours import nearest_neighbours
@@ -67,6 +68,7 @@ class Judge:
             self.check_form(f"{image_set.flag} {image_set.path}", image_set.describe())
         self.train: FeatureSet | None = None
         self.held_out: FeatureSet | None = None
+        self.normal: np.ndarray | None = None  # the held-out images' distances to the training images
         self.real: tuple[int, dict[str, Any]] = (0, {})  # how many held-out images there are scores of, and the scores
 
     def _open(self, path: str, flag: str) -> ImageSet:
@@ -224,8 +226,9 @@ class Judge:
         if self.train is None:
             return None, None
         assert samples.features is not None and self.train.features is not None
-        held_out = self.held_out.features if self.held_out else None
-        copies = find_copies(samples.features, self.train.features, held_out)
+        if self.normal is None and self.held_out is not None and self.held_out.features is not None:
+            self.normal, _ = nearest(self.held_out.features, self.train.features)
+        copies = find_copies(samples.features, self.train.features, self.normal)
         suspects = np.argsort(copies.distances, kind="stable")[: report.SHOWN_COPIES]
         _, near = nearest_neighbours(samples.features[suspects], self.train.features, count=report.SHOWN_NEIGHBOURS)
         train = np.stack([self.train.take(row) for row in near])

@@ -43,8 +43,7 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
         if "arr_0" in members:
             return None
         raise UserError(f"{what} has neither mu and sigma, of features, nor arr_0, of images")
-    of_pairs = ["features"] if dist_util.get_rank() == 0 else []  # which may be large
-    arrays = images.read_npz(path, (*PUBLISHED_NAMES, "about", *of_pairs))
+    arrays = images.read_npz(path, (*PUBLISHED_NAMES, "about"))
     own = _moments_of(arrays, "", what)
     spatial = _moments_of(arrays, "_s", what) if {"mu_s", "sigma_s"} & arrays.keys() else None
     try:
@@ -55,10 +54,10 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
     except (ValueError, TypeError):
         raise UserError(f"{what} has a damaged description: write it again with evaluate.py reference") from None
     about["file_sha256"] = dist_util.from_rank0(files.sha256, path)
-    features = arrays.get("features")
-    if features is not None:
-        _check_features(features, own, what)
-    return FeatureSet(flag, about, features, None, own, spatial)
+    features: list[np.ndarray] = []  # stay on rank 0: they may be large, and it alone compares
+    if "features" in members:
+        dist_util.from_rank0(lambda: features.append(_read_features(path, own, what)))
+    return FeatureSet(flag, about, features[0] if features else None, None, own, spatial)
 
 
 def needs_images(path: str) -> bool:
@@ -74,8 +73,9 @@ def with_statistics(images: FeatureSet, statistics: FeatureSet) -> FeatureSet:
     return replace(images, about=about, moments=statistics.moments, spatial_moments=statistics.spatial_moments)
 
 
-def _check_features(features: np.ndarray, of_all: Moments, what: str) -> None:
-    width = len(of_all.mu)
+def _read_features(path: str, of_all: Moments, what: str) -> np.ndarray:
+    """The features in an npz, float [N, D]. Raises UserError for those that do not belong to the moments."""
+    features, width = images.read_npz(path, ("features",))["features"], len(of_all.mu)
     finite = features.dtype.kind == "f" and np.isfinite(features).all()
     if features.ndim != 2 or features.shape[1] != width or not finite:
         raise UserError(f"{what} has features of {features.shape} beside mu of {width}, or not finite: write it again")
@@ -85,6 +85,7 @@ def _check_features(features: np.ndarray, of_all: Moments, what: str) -> None:
     deviation = np.sqrt(np.diag(of_all.sigma).clip(min=0)) * 10 / np.sqrt(len(features))
     if (np.abs(features.mean(axis=0, dtype=np.float64) - of_all.mu) > deviation + ROUNDING * np.abs(of_all.mu)).any():
         raise UserError(f"{what} has features that are not those of its mu: write it again with evaluate.py reference")
+    return features
 
 
 def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moments:

@@ -53,7 +53,10 @@ class JudgedConfig(Config):
     samples: str = extra("", "samples to judge: an npz, a folder or a zip; or give --model_path to draw them first")
     reference: str = extra("", "real images (a folder, a zip or an npz), or an npz of their statistics (mu and sigma)")
     train_dir: str = extra("", "training images, to look for copies of them; empty: the images of --reference")
-    held_out: str = extra("", "real images that were not trained on, whose distances to the training images are normal")
+    held_out: str = extra(
+        "",
+        "real images that were not trained on: their scores, and distances to the training images, are what is normal",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

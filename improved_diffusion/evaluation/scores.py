@@ -79,11 +79,13 @@ class Copies(NamedTuple):
     metric: dict[str, float] | None
 
 
-def find_copies(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> Copies:
-    """The distances of samples, and of held-out images, to the training images, all as features [., D]."""
+def find_copies(samples: np.ndarray, train: np.ndarray, normal: np.ndarray | None) -> Copies:
+    """The distances of samples [N, D] to training images [M, D], and how they compare with normal ones.
+
+    :param normal: the distances [K] of held-out images to the training images, as `nearest` gives them.
+    """
     distances, _ = nearest(samples, train)
-    if held_out is None:
+    if normal is None:
         return Copies(distances, None, None)
-    normal, _ = nearest(held_out, train)
     result = copy_score(distances, normal)
     return Copies(distances, normal, {"value": result.nearer, "error": result.standard_error})
