@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from improved_diffusion.feature_sets import ImageSet
-from improved_diffusion.images import save_npz
-from improved_diffusion.report import number, title
+from improved_diffusion.evaluation.feature_sets import ImageSet
+from improved_diffusion.evaluation.report import number, title
+from improved_diffusion.utils.images import save_npz
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATE = [sys.executable, str(ROOT / "scripts" / "evaluate.py")]

@@ -17,10 +17,10 @@ import numpy as np
 import torch as th
 from judges import RESULTS, Classifier, Drawer, parser, real_images
 
-from improved_diffusion import dist_util
+from improved_diffusion import distributed
 from improved_diffusion.config import height_width
-from improved_diffusion.evaluation.kid import kernel_distance
-from improved_diffusion.guidance import ClassifierFreeGuidance
+from improved_diffusion.evaluation.metrics.kid import kernel_distance
+from improved_diffusion.sampling.guidance import ClassifierFreeGuidance
 
 SCALES = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 8)
 SAMPLER = ["--sampler", "dpmpp_2m", "--steps", "20"]
@@ -38,7 +38,7 @@ def diversity(features, labels):
 
 def cost(drawer, batch_size, repeats):
     """Median over `repeats` of the time of a guided evaluation over that of a plain one just before it."""
-    device = dist_util.dev()
+    device = distributed.dev()
     x = th.randn(batch_size, drawer.channels, *height_width(drawer.image_size), device=device)
     t, y = th.full((batch_size,), 500.0, device=device), th.arange(batch_size, device=device) % drawer.classes
     guided = ClassifierFreeGuidance(drawer.model, 2.0)

@@ -8,8 +8,9 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import (
     DiffusionConfig,
     GuidanceConfig,
@@ -19,12 +20,13 @@ from improved_diffusion.config import (
     SamplerConfig,
     height_width,
 )
-from improved_diffusion.image_datasets import ImageDataset
-from improved_diffusion.image_sources import open_images, read_classes
-from improved_diffusion.images import from_uint8, to_uint8
-from improved_diffusion.sample_util import last_images
-from improved_diffusion.sampling import build_sampler, guide, prepare_model
-from improved_diffusion.script_util import load_model
+from improved_diffusion.data.dataset import ImageDataset
+from improved_diffusion.data.sources import open_images, read_classes
+from improved_diffusion.logs import logger
+from improved_diffusion.sampling.guided import guide, prepare_model
+from improved_diffusion.sampling.sampler import build_sampler
+from improved_diffusion.sampling.writer import last_images
+from improved_diffusion.utils.images import from_uint8, to_uint8
 
 GROUPS = (SampleConfig, SamplerConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig)
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -109,7 +111,7 @@ class Drawer:
             seeds = range(start, min(start + self.batch_size, count))
             kwargs = {}
             if self.classes:
-                kwargs["y"] = th.tensor([i % self.classes for i in seeds], device=dist_util.dev())
+                kwargs["y"] = th.tensor([i % self.classes for i in seeds], device=distributed.dev())
             parts.append(last_images(sampler.walk(model, shape, seeds, kwargs)))
             bar.update(len(seeds))
         bar.close()

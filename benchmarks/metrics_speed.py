@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch as th
 
-from improved_diffusion.evaluation.copies import copy_score, nearest
-from improved_diffusion.evaluation.frechet import frechet_distance, moments
-from improved_diffusion.evaluation.inception_score import inception_score
-from improved_diffusion.evaluation.kid import kernel_distance
-from improved_diffusion.evaluation.manifold import manifold_scores
+from improved_diffusion.evaluation.metrics.copies import copy_score, nearest
+from improved_diffusion.evaluation.metrics.frechet import frechet_distance, moments
+from improved_diffusion.evaluation.metrics.inception_score import inception_score
+from improved_diffusion.evaluation.metrics.kid import kernel_distance
+from improved_diffusion.evaluation.metrics.manifold import manifold_scores
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -24,14 +24,15 @@ import numpy as np
 import torch as th
 from judges import RESULTS
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.bits_per_dim import Evaluation
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.bound import BoundSummary
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig
-from improved_diffusion.evaluation.nll import BoundSummary
-from improved_diffusion.image_datasets import ImageDataset
-from improved_diffusion.image_sources import open_images, read_classes
-from improved_diffusion.script_util import load_model
+from improved_diffusion.data.dataset import ImageDataset
+from improved_diffusion.data.sources import open_images, read_classes
+from improved_diffusion.evaluation.likelihood import Evaluation
+from improved_diffusion.logs import logger
 
 SEEDS = range(0, 20_000, 1000)  # apart by more than there are images: image i's seed is seed + i
 
@@ -68,7 +69,7 @@ def main():
     options = parse_options((NLLConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__, argv)
     options.data_dir = args.data_dir
     model, diffusion, _ = load_model(options)
-    model.to(dist_util.dev())
+    model.to(distributed.dev())
     source = open_images(args.data_dir)
     classes = read_classes(source, "prefix", args.data_dir)[0] if options.class_cond else None
     dataset = ImageDataset(options.image_size, source, classes, channels=options.channels)

@@ -17,14 +17,14 @@ import time
 import torch as th
 from judges import RESULTS
 
-from improved_diffusion import dist_util
-from improved_diffusion.bits_per_dim import timesteps_per_pass
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig
-from improved_diffusion.image_datasets import ImageDataset
-from improved_diffusion.image_sources import open_images, read_classes
-from improved_diffusion.samplers import SeededNoise
-from improved_diffusion.script_util import load_model
+from improved_diffusion.data.dataset import ImageDataset
+from improved_diffusion.data.sources import open_images, read_classes
+from improved_diffusion.evaluation.likelihood import timesteps_per_pass
+from improved_diffusion.sampling.noise import SeededNoise
 
 BATCH_SIZES = (1, 8, 99)
 PER_PASS = (1, 2, 4, 8, 16, 32)
@@ -52,7 +52,7 @@ def main():
     argv = ["--model_path", args.model_path, "--timestep_respacing", str(args.steps)]
     options = parse_options((NLLConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__, argv)
     model, diffusion, _ = load_model(options)
-    device = dist_util.dev()
+    device = distributed.dev()
     model.to(device)
     source = open_images(args.data_dir)
     classes = read_classes(source, "prefix", args.data_dir)[0] if options.class_cond else None

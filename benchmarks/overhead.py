@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch as th
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import build
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig
-from improved_diffusion.ema import ParameterEMA, flatten
-from improved_diffusion.script_util import build
-from improved_diffusion.trackers import make_trackers
-from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.logs import logger
+from improved_diffusion.logs.trackers import make_trackers
+from improved_diffusion.training.ema import ParameterEMA, flatten
+from improved_diffusion.training.loop import TrainLoop
 
 SAVE_INTERVAL = 1000  # over which the cost of a save is spread; the default of image_train.py is 10,000
 RATE = 0.9999
@@ -44,7 +45,7 @@ def make(args):
     options = parse_options((ModelConfig, DiffusionConfig), __doc__, argv)
     th.manual_seed(0)
     model, diffusion = build(options)
-    return model.to(dist_util.dev()), diffusion
+    return model.to(distributed.dev()), diffusion
 
 
 class BareLoop:
@@ -55,7 +56,7 @@ class BareLoop:
         self.params = list(self.model.parameters())
         self.opt = th.optim.AdamW(self.params, lr=1e-4, fused=True)
         self.ema = ParameterEMA(RATE, self.params)
-        self.applied = th.ones((), device=dist_util.dev())
+        self.applied = th.ones((), device=distributed.dev())
 
     def step(self, batch, step):
         for p in self.params:
@@ -98,12 +99,12 @@ def main():
     parser.add_argument("--block", type=int, default=20, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of each kind")
     args = parser.parse_args()
-    dist_util.setup_dist()
+    distributed.setup_dist()
     folder = tempfile.mkdtemp(prefix="overhead")
     logger.configure(dir=folder)
     for tracker in make_trackers(["tensorboard"], folder, vars(args)):
         logger.add_output(tracker)
-    batch = th.rand(args.batch_size, 3, 32, 32, device=dist_util.dev()) * 2 - 1
+    batch = th.rand(args.batch_size, 3, 32, 32, device=distributed.dev()) * 2 - 1
     data = Interleaved(batch, BareLoop(args), args.block)
     model, diffusion = make(args)
     loop = TrainLoop(
@@ -123,7 +124,9 @@ def main():
         "overhead_with_a_save_every_1000_steps": (per_step["loop"] + save / SAVE_INTERVAL) / per_step["bare"] - 1,
     }
     print(json.dumps(result, indent=1))
-    device = th.cuda.get_device_name() if dist_util.dev().type == "cuda" else platform.processor() or platform.machine()
+    device = (
+        th.cuda.get_device_name() if distributed.dev().type == "cuda" else platform.processor() or platform.machine()
+    )
     path = Path(__file__).parent / "results" / f"overhead_{device.replace(' ', '_')}.json"
     path.parent.mkdir(exist_ok=True)
     content = {"device": device, "torch": th.__version__, **vars(args), "blocks_in_seconds": data.seconds, **result}
@@ -132,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

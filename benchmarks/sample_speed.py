@@ -16,11 +16,11 @@ import time
 import torch as th
 from judges import RESULTS
 
-from improved_diffusion import dist_util
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import build
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig, SamplerConfig
-from improved_diffusion.sampling import prepare_model
-from improved_diffusion.script_util import build
+from improved_diffusion.sampling.guided import prepare_model
 
 WAYS = {
     "fp32": [],
@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    device = dist_util.dev()
+    device = distributed.dev()
     x = th.randn(args.batch_size, 3, 32, 32, device=device)
     t = th.full((args.batch_size,), 500.0, device=device)
     ways = {**WAYS, **(COMPILED if args.compile else {})}

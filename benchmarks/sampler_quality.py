@@ -20,11 +20,11 @@ import json
 import numpy as np
 from judges import RESULTS, Classifier, Drawer, parser, real_images
 
-from improved_diffusion import dist_util
-from improved_diffusion.evaluation.features import FeatureNetwork
-from improved_diffusion.evaluation.kid import kernel_distance
-from improved_diffusion.samplers import RULES
-from improved_diffusion.timestep_grids import NAMES
+from improved_diffusion import distributed
+from improved_diffusion.evaluation.feature_network import FeatureNetwork
+from improved_diffusion.evaluation.metrics.kid import kernel_distance
+from improved_diffusion.sampling.solvers import RULES
+from improved_diffusion.sampling.timestep_grids import NAMES
 
 EVALUATIONS = (5, 8, 10, 15, 20, 50)
 MANY = (250, 1000)  # of the ancestral rule alone
@@ -44,7 +44,7 @@ class Features:
     """The features of a program, as scripts/evaluate.py takes it."""
 
     def __init__(self, path):
-        self.network = FeatureNetwork(path, device=dist_util.dev())
+        self.network = FeatureNetwork(path, device=distributed.dev())
 
     def judge(self, images):
         parts = np.array_split(images, len(images) // 500 + 1)

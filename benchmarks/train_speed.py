@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch as th
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import build
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig
-from improved_diffusion.script_util import build
-from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.logs import logger
+from improved_diffusion.training.loop import TrainLoop
 
 VARIANTS = {
     "fp32": {},
@@ -38,7 +39,7 @@ def random_batches(batch_size, device):
 
 def measure(variant, args):
     """(images/s, peak memory in GiB or None, last mean loss) of training for args.steps after a warm-up."""
-    device = dist_util.dev()
+    device = distributed.dev()
     argv = ["--preset", "cifar10-hybrid", "--num_channels", str(args.num_channels)]
     options = parse_options((ModelConfig, DiffusionConfig), __doc__, argv)
     options.use_checkpoint = variant.get("use_checkpoint", False)
@@ -72,9 +73,11 @@ def main():
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--num_channels", type=int, default=128)
     args = parser.parse_args()
-    dist_util.setup_dist()
+    distributed.setup_dist()
     logger.configure(dir=tempfile.mkdtemp(), format_strs=["stdout"])
-    device = th.cuda.get_device_name() if dist_util.dev().type == "cuda" else platform.processor() or platform.machine()
+    device = (
+        th.cuda.get_device_name() if distributed.dev().type == "cuda" else platform.processor() or platform.machine()
+    )
     rows = {}
     for name, variant in VARIANTS.items():
         speed, memory, loss = measure(variant, args)
@@ -89,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

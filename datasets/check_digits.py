@@ -8,9 +8,9 @@ import argparse
 import numpy as np
 from PIL import Image
 
-from improved_diffusion import dist_util
+from improved_diffusion import distributed
 from improved_diffusion.config import UserError
-from improved_diffusion.image_sources import open_images
+from improved_diffusion.data.sources import open_images
 
 SIDE = 8  # of the original digits; samples are averaged down to it
 
@@ -45,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

@@ -19,10 +19,10 @@ import arrays_only
 import numpy as np
 from new_folder import NewFolder, check_out_dir
 
-from improved_diffusion import files
 from improved_diffusion.config import UserError
-from improved_diffusion.dist_util import run_script
-from improved_diffusion.logger import Progress
+from improved_diffusion.distributed import run_script
+from improved_diffusion.logs.logger import Progress
+from improved_diffusion.utils import files
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"

@@ -12,7 +12,7 @@ import numpy as np
 from new_folder import NewFolder, check_out_dir
 
 from improved_diffusion.config import UserError
-from improved_diffusion.dist_util import run_script
+from improved_diffusion.distributed import run_script
 
 NUM_TRAIN = 1500  # in the data set's own order, in which every tenth or so is of each class
 

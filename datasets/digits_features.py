@@ -16,11 +16,12 @@ import numpy as np
 import torch as th
 from torch import nn
 
-from improved_diffusion import files, logger
 from improved_diffusion.config import UserError
-from improved_diffusion.dist_util import run_script
-from improved_diffusion.image_sources import open_images
-from improved_diffusion.images import resize_crop
+from improved_diffusion.data.sources import open_images
+from improved_diffusion.distributed import run_script
+from improved_diffusion.logs import logger
+from improved_diffusion.utils import files
+from improved_diffusion.utils.images import resize_crop
 
 SIDE = 16  # as `make demo` draws digits
 CLASSES = 10

@@ -19,7 +19,7 @@ import numpy as np
 from new_folder import NewFolder, check_out_dir
 
 from improved_diffusion.config import UserError
-from improved_diffusion.dist_util import run_script
+from improved_diffusion.distributed import run_script
 
 BATCHES = {"train": [f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": ["val_data.npz"]}
 UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)

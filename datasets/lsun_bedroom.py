@@ -16,7 +16,7 @@ from new_folder import NewFolder
 from PIL import Image
 
 from improved_diffusion.config import UserError
-from improved_diffusion.dist_util import run_script
+from improved_diffusion.distributed import run_script
 
 
 def open_lmdb(path: str):

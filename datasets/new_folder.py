@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from improved_diffusion import files, images, logger
 from improved_diffusion.config import UserError
+from improved_diffusion.logs import logger
+from improved_diffusion.utils import files, images
 
 MADE_FROM = "made_from.json"  # lies beside the images and says what they were made from
 

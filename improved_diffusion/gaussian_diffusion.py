@@ -6,20 +6,52 @@ DDPM is Ho et al. 2020 (arXiv 2006.11239), IDDPM Nichol & Dhariwal 2021 (arXiv 2
 
 from __future__ import annotations
 
+import enum
 from itertools import pairwise
 
 import numpy as np
 import torch as th
 
-from .diffusion_types import LossType, ModelMeanType, ModelVarType
 from .losses import discretized_gaussian_log_likelihood, nats_to_bits, normal_kl
 from .nn import mean_flat
-from .samplers import DDIM, Ancestral, BothWays, Level, Prediction, sample_loop
+from .sampling.solvers import DDIM, Ancestral, BothWays, Level, Prediction, sample_loop
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
 
 __all__ = [
     "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "betas_for_alpha_bar", "get_named_beta_schedule",
 ]  # fmt: skip
+
+
+class ModelMeanType(enum.Enum):
+    """What the network predicts."""
+
+    PREVIOUS_X = enum.auto()  # x_{t-1}
+    START_X = enum.auto()  # x_0
+    EPSILON = enum.auto()  # the noise in x_t
+    VELOCITY = enum.auto()  # v = alpha eps - sigma x_0 (Salimans & Ho 2022, app. D)
+
+
+class ModelVarType(enum.Enum):
+    """The variance of p(x_{t-1} | x_t). LEARNED_RANGE interpolates between the two fixed ones (IDDPM eq. 15)."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """MSE adds the bound where the variance is learned; the rescaled kinds weigh the bound as if T were 1000 (MSE) or
+    sum it over all steps (KL)."""
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()
+
+    def is_vb(self) -> bool:
+        """Whether the loss is the variational bound."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
 
 
 class GaussianDiffusion:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch as th
 
-from . import dist_util
+from . import distributed
 from .config import unknown_name
 
 
@@ -34,7 +34,7 @@ class ScheduleSampler(ABC):
         indices = np.random.choice(len(p), size=(batch_size,), p=p)
         weights = 1 / (len(p) * p[indices])
         t, weight = th.from_numpy(indices).long(), th.from_numpy(weights).float()
-        return dist_util.to_device(t, device), dist_util.to_device(weight, device)
+        return distributed.to_device(t, device), distributed.to_device(weight, device)
 
 
 class UniformSampler(ScheduleSampler):
@@ -57,7 +57,7 @@ class LossAwareSampler(ScheduleSampler):
         Collective: every rank must call it.
         """
         pairs = th.stack([local_ts.double(), local_losses.detach().double()]).cpu()  # [2, n]
-        gathered = th.cat(dist_util.all_gather_ragged(pairs.T.contiguous()))
+        gathered = th.cat(distributed.all_gather_ragged(pairs.T.contiguous()))
         self.update_with_all_losses([int(t) for t in gathered[:, 0]], gathered[:, 1].tolist())
 
     @abstractmethod

@@ -1,8 +1,7 @@
 """Train a classifier of noisy images, to guide a diffusion model (Dhariwal & Nichol 2021)."""
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.classifier_util import adopt_process, build_classifier, build_classifier_validation
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import (
     ClassifierConfig,
     DataConfig,
@@ -12,7 +11,9 @@ from improved_diffusion.config import (
     RunConfig,
     TrainConfig,
 )
-from improved_diffusion.run_util import open_training_data, prepare_training, start_run, train
+from improved_diffusion.logs import logger
+from improved_diffusion.training.classifier import adopt_process, build_classifier, build_classifier_validation
+from improved_diffusion.training.run import open_training_data, prepare_training, start_run, train
 
 
 def main():
@@ -32,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

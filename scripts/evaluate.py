@@ -2,11 +2,12 @@
 
 import os
 
-from improved_diffusion import config, dist_util, judging, report
-from improved_diffusion.command_line import Command, parse_command
-from improved_diffusion.drawing import Drawing
-from improved_diffusion.run_util import run_folder, start_run
-from improved_diffusion.sweep import AXES, run_sweep
+from improved_diffusion import config, distributed
+from improved_diffusion.cli.parsing import Command, parse_command
+from improved_diffusion.evaluation import evaluator, report
+from improved_diffusion.evaluation.sweep import AXES, run_sweep
+from improved_diffusion.sampling.pipeline import Drawing
+from improved_diffusion.training.run import run_folder, start_run
 
 JUDGING = (config.JudgedConfig, config.FeaturesConfig)
 SAMPLING = (
@@ -33,18 +34,18 @@ COMMANDS = {
 
 
 def score(options):
-    judging.check_options(options)
+    evaluator.check_options(options)
     if options.samples:
-        judge = judging.Judge(options)
+        judge = evaluator.Judge(options)
         samples = judge.open_samples(options.samples)
-        options.out_dir = options.out_dir or judging.report_folder(options.samples)
+        options.out_dir = options.out_dir or evaluator.report_folder(options.samples)
         judge.check_out_dir(options.out_dir, samples.path)
         out_dir = start_run(options, "")
         judge.prepare()
         return judge.judge(samples, out_dir)
     drawing = Drawing(options)
-    judging.settle_for(options, options)
-    judge = judging.Judge(options)
+    evaluator.settle_for(options, options)
+    judge = evaluator.Judge(options)
     judge.expect_drawn()
     judge.check_out_dir(run_folder(options, drawing.name))
     out_dir = start_run(options, drawing.name)
@@ -66,11 +67,11 @@ def compare(options):
 
 def main():
     name, options = parse_command(COMMANDS, __doc__, default="score")
-    dist_util.setup_dist()
+    distributed.setup_dist()
     if name == "compare":
-        return dist_util.from_rank0(compare, options)
-    {"score": score, "reference": judging.write_reference, "sweep": run_sweep}[name](options)
+        return distributed.from_rank0(compare, options)
+    {"score": score, "reference": evaluator.write_reference, "sweep": run_sweep}[name](options)
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

@@ -2,11 +2,16 @@
 
 from functools import partial
 
-from improved_diffusion import config, dist_util, editing, logger
-from improved_diffusion.command_line import Command, parse_command
-from improved_diffusion.run_util import describe_request, read_images, samples_name, start_run
-from improved_diffusion.sampling import build_sampler, guide, prepare_model
-from improved_diffusion.script_util import load_model
+from improved_diffusion import config, distributed
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.cli.parsing import Command, parse_command
+from improved_diffusion.data.given import read_images
+from improved_diffusion.editing import commands
+from improved_diffusion.logs import logger
+from improved_diffusion.sampling.guided import guide, prepare_model
+from improved_diffusion.sampling.request import describe_request, samples_name
+from improved_diffusion.sampling.sampler import build_sampler
+from improved_diffusion.training.run import start_run
 
 SHARED = (
     config.EditConfig, config.SamplerConfig, config.GuidanceConfig, config.ModelConfig, config.DiffusionConfig,
@@ -38,21 +43,21 @@ COMMANDS = {
 
 def main():
     name, options = parse_command(COMMANDS, __doc__)
-    dist_util.setup_dist()
+    distributed.setup_dist()
     model, diffusion, metadata = load_model(options)
-    editing.settle(name, options)
-    sampler = editing.route(name, options, build_sampler(options, diffusion))
+    commands.settle(name, options)
+    sampler = commands.route(name, options, build_sampler(options, diffusion))
     if options.print_steps:
-        return dist_util.from_rank0(print, sampler.table())
+        return distributed.from_rank0(print, sampler.table())
     model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
     read = partial(read_images, options, "images", "image_size", classes and classes.names)
-    source = editing.read_source(name, options, read)
-    labels = editing.choose_classes(name, options, classes, source)
-    job = editing.Job(name, options, model, sampler, source, labels)
+    source = commands.read_source(name, options, read)
+    labels = commands.choose_classes(name, options, classes, source)
+    job = commands.Job(name, options, model, sampler, source, labels)
     out_dir = start_run(options, f"{name}_{samples_name(options, sampler.name, sampler.steps)}")
     logger.log(sampler.describe())
     job.run(out_dir, describe_request(options, metadata, sampler))
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

@@ -1,11 +1,12 @@
 """Train a diffusion model on images."""
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DataConfig, DiffusionConfig, ModelConfig, RunConfig, TrainConfig, WatchConfig
-from improved_diffusion.preview import build_previews
-from improved_diffusion.run_util import open_training_data, prepare_training, start_run, train
-from improved_diffusion.validation import build_validation
+from improved_diffusion.logs import logger
+from improved_diffusion.training.preview import build_previews
+from improved_diffusion.training.run import open_training_data, prepare_training, start_run, train
+from improved_diffusion.training.validation import build_validation
 
 
 def main():
@@ -22,4 +23,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
-from improved_diffusion.comparison import read_reference, write_comparison
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import (
     BaseSamplesConfig,
     DiffusionConfig,
@@ -16,21 +16,26 @@ from improved_diffusion.config import (
     SuperResConfig,
     height_width,
 )
-from improved_diffusion.images import from_uint8
-from improved_diffusion.run_util import describe_request, read_images, samples_name, start_run
-from improved_diffusion.sample_util import image_labels, label_kwargs, last_images, write_samples, write_steps
-from improved_diffusion.sampling import build_sampler, guide, prepare_model
-from improved_diffusion.script_util import load_model
+from improved_diffusion.data.given import read_images
+from improved_diffusion.evaluation.super_resolution import read_reference, write_comparison
+from improved_diffusion.logs import logger
+from improved_diffusion.sampling.guided import guide, prepare_model
+from improved_diffusion.sampling.labels import image_labels, label_kwargs
+from improved_diffusion.sampling.request import describe_request, samples_name
+from improved_diffusion.sampling.sampler import build_sampler
+from improved_diffusion.sampling.writer import last_images, write_samples, write_steps
+from improved_diffusion.training.run import start_run
+from improved_diffusion.utils.images import from_uint8
 
 
 def main():
     groups = (BaseSamplesConfig, SampleConfig, SamplerConfig, GuidanceConfig, SuperResConfig)
     options = parse_options((*groups, ModelConfig, DiffusionConfig, RunConfig), __doc__)
-    dist_util.setup_dist()
+    distributed.setup_dist()
     model, diffusion, metadata = load_model(options)
     sampler = build_sampler(options, diffusion)
     if options.print_steps:
-        dist_util.from_rank0(print, sampler.table())
+        distributed.from_rank0(print, sampler.table())
         return
     model, classes = guide(options, prepare_model(options, model), sampler.diffusion, metadata)
     names = classes and classes.names
@@ -45,7 +50,7 @@ def main():
     shape = (options.channels, *height_width(options.large_size))
 
     def walk(indices):
-        kwargs = {"low_res": from_uint8(base[[i % len(base) for i in indices]]).to(dist_util.dev())}
+        kwargs = {"low_res": from_uint8(base[[i % len(base) for i in indices]]).to(distributed.dev())}
         seeds = [options.seed + i for i in indices]
         return sampler.walk(model, shape, seeds, {**kwargs, **label_kwargs(labels, indices)})
 
@@ -60,8 +65,8 @@ def main():
     )
     write_steps(walk, out_dir, min(options.num_samples, options.batch_size), sampler.steps, options.save_steps)
     if options.reference:
-        dist_util.from_rank0(write_comparison, options, out_dir, samples, base, truth)
+        distributed.from_rank0(write_comparison, options, out_dir, samples, base, truth)
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

@@ -1,7 +1,7 @@
 """Train a super-resolution model: large images from their own area-downsampled versions."""
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import (
     DataConfig,
     DiffusionConfig,
@@ -11,10 +11,11 @@ from improved_diffusion.config import (
     TrainConfig,
     WatchConfig,
 )
-from improved_diffusion.low_res import WithLowRes
-from improved_diffusion.preview import build_previews
-from improved_diffusion.run_util import open_training_data, prepare_training, start_run, train
-from improved_diffusion.validation import build_validation
+from improved_diffusion.data.low_res import WithLowRes
+from improved_diffusion.logs import logger
+from improved_diffusion.training.preview import build_previews
+from improved_diffusion.training.run import open_training_data, prepare_training, start_run, train
+from improved_diffusion.training.validation import build_validation
 
 
 def main():
@@ -32,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

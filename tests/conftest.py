@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from improved_diffusion import logger
+from improved_diffusion.logs import logger
 
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
             "DIFFUSION_TRAINING_TEST")  # fmt: skip

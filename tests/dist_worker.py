@@ -16,11 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch as th
 
-from improved_diffusion import dist_util, logger, rendezvous, watchdog
+from improved_diffusion import distributed
 from improved_diffusion.config import UserError
+from improved_diffusion.distributed import launchers, watchdog
+from improved_diffusion.logs import logger
+from improved_diffusion.models.factories import create_gaussian_diffusion, create_model
 from improved_diffusion.resample import LossSecondMomentResampler
-from improved_diffusion.script_util import create_gaussian_diffusion, create_model
-from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.training.loop import TrainLoop
 
 STEPS, BATCH = 6, 4
 
@@ -83,17 +85,17 @@ def ragged(rank):
     """What all_gather_ragged gives of one tensor of `rank` rows from each rank, and of int64 ones of rank + 1."""
     rows = th.arange(rank * 2, dtype=th.float64).view(rank, 2) + 10 * rank
     numbers = th.arange(rank + 1) + 100 * rank
-    return dist_util.all_gather_ragged(rows), dist_util.all_gather_ragged(numbers)
+    return distributed.all_gather_ragged(rows), distributed.all_gather_ragged(numbers)
 
 
 def refused_by_rank0():
     """The message with which from_rank0 ends on this rank where rank 0 refuses."""
 
     def refuse():
-        raise UserError(f"refused by rank {dist_util.get_rank()}")
+        raise UserError(f"refused by rank {distributed.get_rank()}")
 
     try:
-        dist_util.from_rank0(refuse)
+        distributed.from_rank0(refuse)
     except UserError as error:
         return str(error)
 
@@ -108,22 +110,22 @@ def learned_history(rank):
 
 
 def everything(folder):
-    rank, ranks = dist_util.get_rank(), dist_util.get_world_size()
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
     before = th.full((3,), float(rank))
-    dist_util.sync_params([before])
+    distributed.sync_params([before])
     th.save(
         dict(
             rank=rank,
             ranks=ranks,
-            device=str(dist_util.dev()),
-            described=dist_util.describe_ranks(),
-            gathered=dist_util.all_gather_object({"rank": rank}),
+            device=str(distributed.dev()),
+            described=distributed.describe_ranks(),
+            gathered=distributed.all_gather_object({"rank": rank}),
             ragged=ragged(rank),
-            from_rank0=dist_util.from_rank0(lambda: f"from {rank}"),
+            from_rank0=distributed.from_rank0(lambda: f"from {rank}"),
             refused=refused_by_rank0(),
             history=learned_history(rank),
             synced=before,
-            summed=dist_util.sum_over_ranks(th.tensor([rank + 1.0])),
+            summed=distributed.sum_over_ranks(th.tensor([rank + 1.0])),
             six_steps=six_steps(folder / "run", split=(rank, ranks)),
         ),
         folder / f"rank{rank}.pt",
@@ -136,7 +138,7 @@ def end_badly(task):
     elif task == "frozen":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif task == "stuck":
-        with dist_util.working("the next batch of /data", 1):
+        with distributed.working("the next batch of /data", 1):
             time.sleep(60)
     raise {"mistaken": UserError, "crashed": RuntimeError}[task]("rank 1 alone is wrong")
 
@@ -144,21 +146,21 @@ def end_badly(task):
 def be_impatient():
     """The same waits in a tenth of the time."""
     watchdog.INTERVAL, watchdog.SILENCE = 0.5, 3
-    rendezvous.START_TIMEOUT = 4
+    launchers.START_TIMEOUT = 4
 
 
 def main():
     task, folder = sys.argv[1], Path(sys.argv[2])
     if task != "all":
         be_impatient()
-    if task == "absent" and dist_util.get_rank() == 1:
+    if task == "absent" and distributed.get_rank() == 1:
         time.sleep(15)
-    dist_util.setup_dist()
-    rank = dist_util.get_rank()
+    distributed.setup_dist()
+    rank = distributed.get_rank()
     if task == "all":
         everything(folder)
         return
-    dist_util.barrier()
+    distributed.barrier()
     if task == "uneven" and rank == 0:
         time.sleep(8)  # more than SILENCE
     if task in ("stopped", "uneven"):
@@ -167,19 +169,19 @@ def main():
     if task == "hanging":  # without a word of what it waits for
         watchdog.WORK_LIMIT = 2.0
         for step in range(1, 5):
-            dist_util.beat(step)
+            distributed.beat(step)
             if rank == 1 and step == 4:
                 time.sleep(60)
-            dist_util.barrier()
+            distributed.barrier()
     if rank == 1:
         end_badly(task)
-    dist_util.barrier()
+    distributed.barrier()
 
 
 if __name__ == "__main__" and sys.argv[1] == "script":
     be_impatient()
-    rendezvous.START_TIMEOUT = 60
+    launchers.START_TIMEOUT = 60
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 elif __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

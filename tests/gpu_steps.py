@@ -5,10 +5,11 @@ import sys
 import torch as th
 from train_helpers import Data, make_loop
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.command_line import parse_options
+from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import build
+from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig
-from improved_diffusion.script_util import build
+from improved_diffusion.logs import logger
 
 
 class PinnedData(Data):
@@ -20,12 +21,12 @@ class PinnedData(Data):
 
 
 def main():
-    dist_util.setup_dist()
+    distributed.setup_dist()
     logger.configure(dir=sys.argv[2], format_strs=["csv"])
     flags = "--image_size 8 --num_channels 32 --channel_mult 1,1 --attention_resolutions 4 --learn_sigma --dropout 0.1"
     model, diffusion = build(parse_options((ModelConfig, DiffusionConfig), "", flags.split()))
     loop = make_loop(
-        model=model.to(dist_util.dev()), diffusion=diffusion, data=PinnedData(), precision=sys.argv[1], grad_clip=1.0,
+        model=model.to(distributed.dev()), diffusion=diffusion, data=PinnedData(), precision=sys.argv[1], grad_clip=1.0,
         ema_rate="0.9,0.99", ema_warmup=True, ema_sigma_rel="0.1", microbatch=2, max_steps=100, log_interval=1000,
     )  # fmt: skip
     for _ in range(3):  # tables of coefficients, cuDNN's plans, the optimizer's state
@@ -41,4 +42,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

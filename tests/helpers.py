@@ -16,7 +16,8 @@ from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, Model
 from improved_diffusion.respace import SpacedDiffusion
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(__file__).resolve().parent / "golden"
+TESTS = ROOT / "tests"
+GOLDEN = TESTS / "golden"
 
 
 def golden(name):

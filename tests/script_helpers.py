@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
-from improved_diffusion import logger
+from improved_diffusion.logs import logger
 
 ROOT = Path(__file__).resolve().parents[1]
 STUBS = Path(__file__).resolve().parent / "stubs"
@@ -261,3 +261,27 @@ def wait_for(condition, what, process=None, seconds=90):
             raise AssertionError(f"the process ended before {what}:\n{out}\n{err}")
         assert time.monotonic() < deadline, f"no {what} within {seconds} s"
         time.sleep(0.02)
+
+
+WITH_LIMITED_FILES = (
+    "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); "
+    "os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def limited(file_size):
+    return [sys.executable, "-c", WITH_LIMITED_FILES, str(file_size)]
+
+
+def refused(result, *phrases, code=1):
+    """The command ended with one line of an error, which says all of the phrases."""
+    assert result.code == code, f"exit code {result.code}\n{result.out}\n{result.err}"
+    assert "Traceback" not in result.out + result.err
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    for phrase in map(str, phrases):
+        assert phrase in result.err, f"{phrase!r} is not in {result.err!r}"
+
+
+def cut(path):
+    """Leave the first half of a file, as a broken copy does."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch as th
 from train_helpers import Data, make_loop, parameters_of
 
-from improved_diffusion import dist_util, logger
+from improved_diffusion import distributed
+from improved_diffusion.logs import logger
 
 
 class Stuck(Data):
@@ -30,19 +31,21 @@ class SpoiltOnLastRank(Data):
     def __next__(self):
         step = self.step
         batch, kwargs = super().__next__()
-        bad = dist_util.get_rank() == dist_util.get_world_size() - 1 and int(sys.argv[2]) <= step <= int(sys.argv[3])
+        bad = distributed.get_rank() == distributed.get_world_size() - 1 and int(sys.argv[2]) <= step <= int(
+            sys.argv[3]
+        )
         return (batch * math.nan if bad else batch), kwargs
 
 
 def main():
     folder = Path(sys.argv[1])
-    dist_util.setup_dist()
+    distributed.setup_dist()
     logger.configure(dir=str(folder), format_strs=["csv", "stdout"])
     data = Stuck() if sys.argv[2] in ("python", "torch") else SpoiltOnLastRank()
     loop = make_loop(data=data, max_steps=10, log_interval=2, save_interval=3, max_bad_steps=4)
     loop.run_loop()
-    th.save(parameters_of(loop), folder / f"rank{dist_util.get_rank()}.pt")
+    th.save(parameters_of(loop), folder / f"rank{distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

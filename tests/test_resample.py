@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from helpers import golden, make_diffusion
 
-from improved_diffusion import dist_util
+from improved_diffusion import distributed
 from improved_diffusion.config import UserError
 from improved_diffusion.resample import (
     LossAwareSampler,
@@ -120,7 +120,7 @@ def test_state_of_another_process_is_an_error():
 
 def test_ranks_of_different_counts_are_heard_in_rank_order(monkeypatch):
     other = th.tensor([[1.0, 0.25], [0.0, 4.0]], dtype=th.float64)
-    monkeypatch.setattr(dist_util, "all_gather_ragged", lambda mine: [mine, other])
+    monkeypatch.setattr(distributed, "all_gather_ragged", lambda mine: [mine, other])
     heard = []
 
     class Listener(LossAwareSampler):

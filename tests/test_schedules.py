@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 from helpers import assert_golden, golden
 
-from improved_diffusion.schedules import (
-    betas_for_alpha_bar,
-    get_named_beta_schedule,
-    shift_schedule,
-    zero_terminal_snr,
-)
+from improved_diffusion.schedules import betas_for_alpha_bar, get_named_beta_schedule, shift_schedule, zero_terminal_snr
 
 SCHEDULES = golden("schedules")
 

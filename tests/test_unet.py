@@ -7,13 +7,9 @@ import torch as th
 from helpers import GOLDEN, golden, golden_json, set_golden_weights
 from torch import nn
 
-from improved_diffusion.script_util import (
-    create_model,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-    sr_create_model_and_diffusion,
-    sr_model_and_diffusion_defaults,
-)
+from improved_diffusion.config.published import model_and_diffusion_defaults, sr_model_and_diffusion_defaults
+from improved_diffusion.models.architecture import read_architecture
+from improved_diffusion.models.factories import create_model, create_model_and_diffusion, sr_create_model_and_diffusion
 from improved_diffusion.unet import (
     AttentionBlock,
     Downsample,
@@ -24,7 +20,6 @@ from improved_diffusion.unet import (
     TimestepEmbedSequential,
     UNetModel,
     Upsample,
-    read_architecture,
 )
 
 G = golden("networks")

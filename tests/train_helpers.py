@@ -7,11 +7,11 @@ import numpy as np
 import torch as th
 from helpers import make_diffusion, set_golden_weights
 
-from improved_diffusion import logger
 from improved_diffusion.fp16_util import convert_module_to_bf16, convert_module_to_f16
 from improved_diffusion.gaussian_diffusion import LossType, ModelVarType
+from improved_diffusion.logs import logger
 from improved_diffusion.nn import timestep_embedding
-from improved_diffusion.train_util import TrainLoop
+from improved_diffusion.training.loop import TrainLoop
 from improved_diffusion.unet import UNetModel
 
 PRECISIONS = ("fp32", "bf16", "fp16")

@@ -11,10 +11,11 @@ import numpy as np
 import torch as th
 from dist_worker import make_model
 
-from improved_diffusion import dist_util, logger
-from improved_diffusion.preview import PreviewGrid
-from improved_diffusion.script_util import create_gaussian_diffusion
-from improved_diffusion.validation import Validation
+from improved_diffusion import distributed
+from improved_diffusion.logs import logger
+from improved_diffusion.models.factories import create_gaussian_diffusion
+from improved_diffusion.training.preview import PreviewGrid
+from improved_diffusion.training.validation import Validation
 
 IMAGES = 7  # no multiple of the ranks
 
@@ -25,7 +26,7 @@ class Loop:
     def __init__(self, microbatch=4, labels=("0.9", "0.99"), model=None):
         th.manual_seed(0)
         self.model = model or make_model()
-        self.rank, self.device, self.microbatch = dist_util.get_rank(), th.device("cpu"), microbatch
+        self.rank, self.device, self.microbatch = distributed.get_rank(), th.device("cpu"), microbatch
         self.absolute_step = 4
         self.master_params = list(self.model.parameters())
         self.emas = []
@@ -83,7 +84,7 @@ def previewed(loop, folder, count=IMAGES):
 
 def main():
     folder = Path(sys.argv[1])
-    dist_util.setup_dist()
+    distributed.setup_dist()
     logger.configure(str(folder), format_strs=[])
     loop = Loop()
     # Of a single image, rank 1 has none.
@@ -94,4 +95,4 @@ def main():
 
 
 if __name__ == "__main__":
-    dist_util.run_script(main)
+    distributed.run_script(main)

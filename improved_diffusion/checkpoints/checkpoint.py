@@ -1,0 +1,125 @@
+"""Files that survive a crash and describe themselves.
+
+A checkpoint is a plain state dict. What made it rides along in the state dict's `_metadata`, which torch keeps and
+other code ignores: {"config": {...}, "class_names": [...], "step": n}, as JSON.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch as th
+
+from .. import distributed
+from ..config import UserError
+from ..utils import files
+
+METADATA_KEY = "improved_diffusion"
+
+
+def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -> dict[str, th.Tensor]:
+    """A copy of the state dict, in host memory, that carries its description."""
+    described: Any = OrderedDict((name, tensor.detach().to("cpu", copy=True)) for name, tensor in state_dict.items())
+    described._metadata = OrderedDict(getattr(state_dict, "_metadata", {}))
+    described._metadata[METADATA_KEY] = {"json": json.dumps(metadata)}
+    return described
+
+
+def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Mapping[str, Any]) -> None:
+    """Write a state dict with its description. Raises UserError where that fails, leaving an older file whole."""
+    save(describe(state_dict, metadata), path)
+
+
+def to_bytes(obj: Any) -> memoryview:
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    th.save(obj, buffer)
+    return buffer.getbuffer()
+
+
+def save(obj: Any, path: str) -> None:
+    """torch.save, so that a crash or a full disk leaves an older file whole."""
+    files.write_bytes(path, to_bytes(obj))
+
+
+def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    """(state dict on the CPU, its description, {} for a foreign file). Collective.
+
+    Nothing in the file is executed. Raises UserError for a missing, damaged or hostile file, or one of something else.
+    """
+    state_dict = distributed.load_state_dict(path, map_location="cpu")
+    if not isinstance(state_dict, dict) or not all(isinstance(value, th.Tensor) for value in state_dict.values()):
+        raise UserError(f"{path} is not a model's state dict: give a modelNNNNNN.pt or an ema_*.pt")
+    entry = getattr(state_dict, "_metadata", {}).get(METADATA_KEY, {})
+    try:
+        metadata = json.loads(entry.get("json", "{}"))
+        dict(metadata.get("config", {}))
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} holds a damaged description of its model: use another file") from None
+    return state_dict, metadata
+
+
+def check_fits(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
+    """Raise UserError naming the first tensor in which a state dict differs from the model's, if one does."""
+    own = model.state_dict()
+    for name in [*own, *state_dict]:
+        if name not in state_dict or name not in own:
+            where = "lacks" if name not in state_dict else "has, and the model lacks,"
+            raise UserError(f"{path} does not fit the model: it {where} {name}: check the model's flags")
+        if own[name].shape != state_dict[name].shape:
+            raise UserError(
+                f"{path} does not fit the model: {name} is {tuple(state_dict[name].shape)} there and "
+                f"{tuple(own[name].shape)} in the model: check the model's flags"
+            )
+
+
+def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
+    """model.load_state_dict whose failure is one message."""
+    check_fits(model, state_dict, path)
+    model.load_state_dict(state_dict)
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """The step NNNNNN of a path that ends in modelNNNNNN.pt; 0 for another path."""
+    match = re.search(r"model(\d+)(?:\.[^/]*)?$", str(filename))
+    return int(match.group(1)) if match else 0
+
+
+def model_name(step: int) -> str:
+    """The file of the parameters at a step."""
+    return f"model{step:06d}.pt"
+
+
+def ema_name(label: float | str, step: int) -> str:
+    """The file of a moving average at a step; the label is its rate, or what else tells it from others."""
+    return f"ema_{label}_{step:06d}.pt"
+
+
+def optimizer_name(step: int) -> str:
+    """The file of the optimizer's state at a step."""
+    return f"opt{step:06d}.pt"
+
+
+def model_steps(directory: str) -> list[int]:
+    """The steps, in rising order, of which the folder holds the model."""
+    if not files.is_dir(directory):
+        return []
+    matches = (re.fullmatch(r"model(\d+)\.pt", name) for name in files.list_dir(directory))
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def find_in_set(main_checkpoint: str, name: str, what: str) -> str:
+    """The path of another part of the set that a modelNNNNNN.pt belongs to. Raises UserError where it is missing."""
+    directory = main_checkpoint.rsplit("/", 1)[0] if "/" in main_checkpoint else "."
+    path = files.join(directory, name)
+    if not files.exists(path):
+        raise UserError(
+            f"cannot resume from {main_checkpoint}: {what} {path} is missing; "
+            "to start at step 0 from these weights alone, use --init_checkpoint"
+        )
+    return path

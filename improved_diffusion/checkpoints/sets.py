@@ -1,0 +1,271 @@
+"""Checkpoints as sets: the files of one step, written together, described by a manifest, verified, kept or removed.
+
+A set is there once its manifest is, which is written last: {"step": steps done, "files": {name: {"bytes": n,
+"sha256": hex}}}. Other code writes no manifests; before the first one in a folder a set is there once its files are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..config import UserError
+from ..utils import files
+from . import checkpoint
+
+CONFIG_FILE = "config.json"  # what made the run, beside its checkpoints
+FAILURES_ALLOWED = 2  # saves in a row that may fail before the run stops
+
+_PARTS = re.compile(r"(model|opt|ema_.+_)(\d{6,})\.pt")
+_MANIFEST = re.compile(r"manifest(\d{6,})\.json")
+_SNAPSHOT = "ema_sigma_rel"  # of a power-function average: each is needed to rebuild averages of other lengths
+
+
+def manifest_name(step: int) -> str:
+    """The file that describes the set of a step."""
+    return f"manifest{step:06d}.json"
+
+
+def step_of(path: str) -> int | None:
+    """The step NNNNNN of a model, EMA or optimizer file, None for another name."""
+    match = _PARTS.fullmatch(path.replace("\\", "/").rpartition("/")[2])
+    return int(match.group(2)) if match else None
+
+
+# Writing
+
+
+def write_set(directory: str, step: int, done: int, parts: Iterable[tuple[str, Any]]) -> None:
+    """Write a set and then its manifest, one part at a time in memory. Raises UserError, leaving older sets whole.
+
+    :param step: the number in the files' names.
+    :param done: the training steps done.
+    :param parts: (file name, what torch.save writes into it).
+    """
+    files.make_dirs(directory)
+    table: dict[str, dict[str, Any]] = {}
+
+    def contents() -> Iterator[tuple[str, memoryview]]:
+        for name, part in parts:
+            data = checkpoint.to_bytes(part)
+            table[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            yield files.join(directory, name), data
+
+    files.write_together(contents())
+    manifest = {"step": done, "files": table}
+    files.write_bytes(files.join(directory, manifest_name(step)), json.dumps(manifest, indent=1).encode())
+
+
+def _manifest_steps(names: Iterable[str]) -> list[int]:
+    return sorted(int(match.group(1)) for match in map(_MANIFEST.fullmatch, names) if match)
+
+
+def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[int]:
+    """Of the sets up to `newest` remove all but the last `keep_last` and those of a multiple of `keep_every`.
+
+    Returns their steps. Snapshots of power-function averages stay. A `keep_last` of 0 keeps all; sets without a
+    manifest are nobody's to remove.
+    """
+    if not keep_last:
+        return []
+    steps = [step for step in _manifest_steps(files.list_dir(directory)) if step <= newest]
+    removed = [step for step in steps[:-keep_last] if not (keep_every and step % keep_every == 0)]
+    for step in removed:
+        manifest = read_manifest(directory, step) or {"files": {}}
+        for name in manifest["files"]:
+            if step_of(name) == step and "/" not in name and not name.startswith(_SNAPSHOT):
+                files.remove(files.join(directory, name))
+        # Last: where this is cut short the next time finds what is left, and until then the set is not whole.
+        files.remove(files.join(directory, manifest_name(step)))
+    return removed
+
+
+def set_aside_after(directory: str, step: int) -> list[str]:
+    """Take the sets after a step out of sight, for a run that goes back to it: --resume auto would jump to them later.
+
+    Their files get the ending .aside, as do later snapshots of power-function averages. Returns the manifests' names.
+    """
+    names = files.list_dir(directory) if files.is_dir(directory) else []
+    later = [number for number in _manifest_steps(names) if number > step]
+    found = [name for name in names if name.startswith(_SNAPSHOT) and (step_of(name) or 0) > step]
+    for number in later:
+        manifest = read_manifest(directory, number) or {"files": {}}
+        found += [name for name in manifest["files"] if step_of(name) == number and name in names]
+    # The manifests first: from then on none of these sets is there.
+    for name in dict.fromkeys([*map(manifest_name, later), *found]):
+        files.rename(files.join(directory, name), files.join(directory, f"{name}.aside"))
+    return [manifest_name(number) for number in later]
+
+
+class SetWriter:
+    """Writes sets in the background, one at a time, so that training waits for the copy to host memory alone.
+
+    A save that fails is reported as a warning by `collect`; more than FAILURES_ALLOWED in a row raise UserError there.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        log: Callable[[str], None],
+        warn: Callable[[str], None],
+        keep_last: int = 0,
+        keep_every: int = 0,
+    ):
+        self.directory, self.log, self.warn = directory, log, warn
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.last_saved: str | None = None  # the model's file of the newest set
+        self.failures = 0
+        self.beside: dict[str, Any] = {}  # file name -> content of what is written before the next set
+        self.taken: dict[str, Any] = {}  # those that are being written
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+        self.remark: str | None = None  # what did not keep a set from being written
+
+    def submit(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
+        """Begin to write a set, once the one before is written."""
+        self.wait()
+        # Taken whole, so that this thread may note a newer file meanwhile; what cannot be written comes back.
+        self.taken, self.beside = self.beside, {}
+
+        def run() -> None:
+            self.failure = self.remark = None
+            try:
+                self._write(step, done, parts)
+            except BaseException as error:  # handed to the main thread
+                self.failure = error
+
+        self.thread = threading.Thread(target=run, name="checkpoint writer", daemon=True)
+        self.thread.start()
+
+    def write_beside(self, name: str, part: Any) -> None:
+        """Write a file of its own together with the next set: the set is there only if the file is."""
+        self.beside[name] = part
+
+    def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
+        files.make_dirs(self.directory)
+        for name, part in self.taken.items():
+            checkpoint.save(part, files.join(self.directory, name))
+        write_set(self.directory, step, done, parts)
+        self.last_saved = files.join(self.directory, checkpoint.model_name(step))
+        try:
+            prune(self.directory, step, self.keep_last, self.keep_every)
+        except UserError as error:
+            self.remark = f"older checkpoints stay: {error}"
+
+    def collect(self) -> None:
+        """Report what has been written since the last call, or that it could not be.
+
+        Raises UserError after too many failures in a row.
+        """
+        if self.thread is None or self.thread.is_alive():
+            return
+        failure = self._result()
+        if failure and self.failures > FAILURES_ALLOWED:
+            raise UserError(f"{self.failures} saves in a row have failed: {failure}")
+        if failure:
+            self.warn(f"saving failed, and is tried again at the next interval: {failure}")
+
+    def wait(self) -> None:
+        """`collect`, after what is under way is written."""
+        if self.thread is not None:
+            self.thread.join()
+        self.collect()
+
+    def finish(self) -> None:
+        """`wait`, where there is no next interval: any failure raises UserError."""
+        if self.thread is not None and (failure := self._result()):
+            raise UserError(failure)
+
+    def _result(self) -> str | None:
+        """Wait for what is under way; why it failed, if it did."""
+        assert self.thread is not None
+        self.thread.join()
+        self.thread = None
+        if isinstance(self.failure, UserError):
+            self.failures += 1
+            self.beside = {**self.taken, **self.beside}
+            return f"{self.failure}; last good checkpoint: {self.last_saved or 'none'}"
+        if self.failure is not None:
+            raise self.failure
+        self.failures = 0
+        self.log(f"saved {self.last_saved}")
+        if self.remark:
+            self.warn(self.remark)
+        return None
+
+
+# Finding
+
+
+def read_manifest(directory: str, step: int) -> dict[str, Any] | None:
+    """The manifest of a step, None where it is missing or damaged."""
+    path = files.join(directory, manifest_name(step))
+    try:
+        content = json.loads(files.read_bytes(path))
+        int(content["step"])
+        return content if all({"bytes", "sha256"} <= entry.keys() for entry in content["files"].values()) else None
+    except (UserError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
+    """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer.
+
+    From the first manifest on, every set needs one: without it the set was not written to its end.
+    """
+    if not files.is_dir(directory):
+        return []
+    names = set(files.list_dir(directory))
+    wanted = list(labels)
+    first_manifest = min(_manifest_steps(names), default=math.inf)
+    steps = []
+    for step in checkpoint.model_steps(directory):
+        required = {checkpoint.optimizer_name(step), *(checkpoint.ema_name(label, step) for label in wanted)}
+        if step >= first_manifest:
+            required.add(manifest_name(step))
+        if required <= names:
+            steps.append(step)
+    return steps
+
+
+def problem_of(directory: str, step: int) -> str | None:
+    """What is wrong with the files of a set by its manifest; None where nothing is, or where there is none."""
+    manifest = read_manifest(directory, step)
+    if manifest is None:
+        path = files.join(directory, manifest_name(step))
+        return f"{path} is damaged" if files.exists(path) else None
+    return next((problem for problem in map(_checker(directory), manifest["files"].items()) if problem), None)
+
+
+def _checker(directory: str) -> Callable[[tuple[str, Mapping[str, Any]]], str | None]:
+    def check(item: tuple[str, Mapping[str, Any]]) -> str | None:
+        name, entry = item
+        path = files.join(directory, name)
+        if not files.exists(path):
+            return f"{path} is missing"
+        try:
+            data = files.read_bytes(path)
+        except UserError as error:
+            return str(error)
+        if len(data) != entry["bytes"]:
+            return f"{path} has {len(data)} bytes, not the {entry['bytes']} that were written"
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            return f"{path} has changed since it was written (its checksum differs)"
+        return None
+
+    return check
+
+
+def newest_whole_set(directory: str, labels: Sequence[str], warn: Callable[[str], None]) -> int | None:
+    """The step of the newest set whose files are what was written; older ones are tried, with a warning, in turn."""
+    for step in reversed(complete_sets(directory, labels)):
+        problem = problem_of(directory, step)
+        if problem is None:
+            return step
+        warn(f"the checkpoint of step {step} is passed over: {problem}")
+    return None

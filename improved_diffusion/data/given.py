@@ -1,0 +1,83 @@
+"""Images given to a command, resized for the model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..config import NUM_CLASSES, UserError, height_width
+from ..logs import logger
+from .dataset import ImageDataset
+from .sources import ArrayImages, open_pictures, read_classes, stem
+
+
+class GivenImages(NamedTuple):
+    """Images to start from."""
+
+    arrays: np.ndarray  # uint8 [N, H, W, C]
+    labels: list[int] | None  # their classes, where the images tell
+    names: list[str]  # of the files, without what stands after the dot
+
+
+def read_images(
+    options: argparse.Namespace,
+    flag: str,
+    size_flag: str,
+    class_names: Sequence[str] | None,
+    exact_npz: bool = False,
+    enlarge: bool = True,
+) -> GivenImages:
+    """The images of the option `flag`: an npz, a folder, a zip, or one image or several separated by commas.
+
+    Resized and centre-cropped as in training to the size of the option `size_flag`.
+    :param exact_npz: an npz of another size raises UserError.
+    :param enlarge: otherwise images that are smaller raise UserError.
+    """
+    path, wanted = getattr(options, flag), getattr(options, size_flag)
+    source = open_pictures(path, f"--{flag}")
+    size = height_width(wanted)
+    dataset = ImageDataset(wanted, source, channels=options.channels)
+    sizes = {dataset.read(i).size[::-1] for i in range(len(dataset))}
+    if sizes != {size}:
+        other = "x".join(map(str, min(s for s in sizes if s != size)))
+        if exact_npz and isinstance(source, ArrayImages):
+            raise UserError(
+                f"--{flag} {path} has images of {other}, but the model's --{size_flag} is {wanted}: give an npz of "
+                "that size, or a folder of images, which are resized"
+            )
+        smaller = ["x".join(map(str, s)) for s in sorted(sizes) if s[0] < size[0] or s[1] < size[1]]
+        if smaller and not enlarge:
+            raise UserError(
+                f"--{flag} {path} has images of {smaller[0]}, smaller than --{size_flag} {wanted}: give larger ones"
+            )
+        logger.log(f"--{flag}: images of {other} are resized and centre-cropped to --{size_flag} {wanted}")
+    array = np.stack([_uint8(dataset[i][0]) for i in range(len(dataset))])
+    labels = None
+    if isinstance(source, ArrayImages):
+        labels = None if source.labels is None else [int(y) for y in source.labels]
+    elif class_names:
+        prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
+        if set(prefixes) <= set(class_names):
+            labels = [list(class_names).index(prefix) for prefix in prefixes]
+    return GivenImages(array, labels, [stem(source.name(i)) for i in range(len(source))])
+
+
+def _uint8(image: Any) -> Any:
+    return np.rint((image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # exact: the way back from x / 127.5 - 1
+
+
+def class_indices(options: argparse.Namespace, source: Any, metadata: dict[str, Any]) -> list[int]:
+    """Each image's class in the checkpoint's numbering. Raises UserError for a class that the checkpoint lacks."""
+    found, names = read_classes(source, options.labels, options.data_dir)
+    trained = metadata.get("class_names") or names
+    unknown = sorted({names[i] for i in found} - set(trained))
+    if unknown:
+        raise UserError(f"{options.data_dir} has the class {unknown[0]}, which {options.model_path} was not trained on")
+    indices = [trained.index(names[i]) for i in found]
+    if max(indices) >= (options.num_classes or NUM_CLASSES):
+        raise UserError(f"{options.data_dir} has class {max(indices)}; {options.model_path} has {options.num_classes}")
+    return indices

@@ -1,0 +1,145 @@
+"""Latents, the noise that leads to images: found by all ranks, kept in a file, going on where they were interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import distributed
+from ..config import SAMPLERS, UserError
+from ..logs import logger
+from ..sampling.labels import Labels
+from ..utils import files, images
+
+FILE = "latents.npz"
+PARTS_DIR = "latents"  # while they are being made
+# The options, with their types, that say by which steps the latents were found.
+WAY = {"sampler": str, "steps": int, "timestep_grid": str, "timestep_respacing": str}
+
+
+class Latents(NamedTuple):
+    """Noise that leads to images."""
+
+    arrays: np.ndarray  # float32 [N, C, H, W]
+    labels: list[int] | None
+    way: dict[str, Any]  # options of the steps on which it was found
+    model: str  # SHA-256 sum of the checkpoint's file
+
+
+def read_latents(path: str) -> Latents:
+    """The latents.npz of `encode`. Raises UserError for a missing, damaged or hostile file."""
+    if not path:
+        raise UserError(f"--latents is missing: name the {FILE} that encode wrote")
+    if not files.exists(path):
+        raise UserError(f"--latents {path} does not exist: encode writes it")
+    found = images.read_npz(path, ("arr_0", "arr_1", "way", "model"))
+    arrays, labels = found.get("arr_0"), found.get("arr_1")
+    if arrays is None or arrays.dtype != np.float32 or arrays.ndim != 4 or not len(arrays):
+        held = "no arr_0" if arrays is None else f"arr_0 of {arrays.dtype} {arrays.shape}"
+        raise UserError(f"--latents {path} has {held}: expected float32 [N, C, H, W], as encode writes it")
+    if labels is not None and (labels.shape != arrays.shape[:1] or labels.dtype.kind not in "iu"):
+        raise UserError(f"--latents {path} has arr_1 of {labels.dtype} {labels.shape}: expected {len(arrays)} integers")
+    try:
+        way = json.loads(str(found["way"])) if "way" in found else {}
+        if (
+            any(type(value) is not WAY[name] for name, value in way.items())
+            or way.get("sampler", "auto") not in SAMPLERS
+        ):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"--latents {path} does not say how it was made: encode again") from None
+    return Latents(arrays, None if labels is None else [int(y) for y in labels], way, str(found.get("model", "")))
+
+
+def write_latents(
+    invert: Callable[[list[int]], np.ndarray],
+    *,
+    out_dir: str,
+    count: int,
+    shape: tuple[int, ...],
+    batch_size: int,
+    labels: Labels | None,
+    way: Mapping[str, Any],
+    model: str,
+) -> np.ndarray:
+    """Make the latents 0..count-1, float32 [N, C, H, W], and latents.npz of them. Collective.
+
+    What an interrupted run left behind is kept; the folder must be claimed, and hold nothing of another request.
+    :param invert: image numbers -> their latents; each rank calls it with its share. :param shape: (C, H, W).
+    :param way: the options of WAY. :param model: SHA-256 sum of the checkpoint's file.
+    """
+    path, parts = files.join(out_dir, FILE), files.join(out_dir, PARTS_DIR)
+    if not distributed.from_rank0(files.exists, path):
+        missing = distributed.from_rank0(_missing, parts, count, shape)
+        bar = logger.Progress("encoding", count, "image", initial=count - len(missing))
+        try:
+            with closing(bar):
+                _make_missing(invert, missing, batch_size, parts, bar)
+        except KeyboardInterrupt:
+            saved = f"{bar.done} of {count} latents are in {parts}; the same command goes on"
+            raise KeyboardInterrupt(saved) from None
+        distributed.from_rank0(_join, path, parts, count, labels, way, model)
+    return distributed.from_rank0(read_latents, path).arrays
+
+
+def _make_missing(
+    invert: Callable[[list[int]], np.ndarray], missing: list[int], batch_size: int, parts: str, bar: logger.Progress
+) -> None:
+    """Make the missing latents, a batch on each rank at a time; rank 0 writes them. Collective."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    for start in range(0, len(missing), batch_size * world_size):
+        chunk = missing[start : start + batch_size * world_size]
+        mine = chunk[rank * batch_size : (rank + 1) * batch_size]
+        gathered = distributed.all_gather_object(invert(mine) if mine else None)
+        if rank == 0:
+            for i, latent in zip(chunk, np.concatenate([part for part in gathered if part is not None])):
+                buffer = io.BytesIO()
+                np.save(buffer, latent, allow_pickle=False)
+                files.write_bytes(_part(parts, i), buffer.getvalue(), durable=False)
+        bar.update(len(chunk))
+
+
+def _part(parts: str, i: int) -> str:
+    return files.join(parts, f"{i:06d}.npy")
+
+
+def _load(path: str) -> np.ndarray:
+    return np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False)
+
+
+def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
+    """The numbers of the latents that an interrupted run has not left behind, whole."""
+    files.make_dirs(parts)
+    files.remove_leftovers(parts)
+
+    def whole(i: int) -> bool:
+        try:
+            return _load(_part(parts, i)).shape == shape
+        except (UserError, ValueError, EOFError):
+            return False
+
+    missing = [i for i in range(count) if not whole(i)]
+    if len(missing) < count:
+        logger.log(f"{count - len(missing)} of {count} latents are in {parts} already")
+    return missing
+
+
+def _join(path: str, parts: str, count: int, labels: Labels | None, way: Mapping[str, Any], model: str) -> None:
+    """latents.npz of all parts, which are then removed."""
+    names = [_part(parts, i) for i in range(count)]
+    arrays = {"arr_0": np.stack([_load(name) for name in names]), "way": np.array(json.dumps(dict(way)))}
+    arrays["model"] = np.array(model)
+    if labels:
+        arrays["arr_1"] = np.array([labels.index(i) for i in range(count)], np.int64)
+    with files.open_write(path) as f:
+        np.savez(f, **arrays)  # type: ignore[arg-type]
+    for name in names:
+        files.remove(name)
+    os.rmdir(parts)
+    logger.log(f"wrote {path}: {count} latents")

@@ -1,0 +1,194 @@
+"""What samples are compared with: statistics on disk, and whether two sets can be compared at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import distributed
+from ..config import UserError
+from ..utils import files, images
+from .feature_network import LARGEST
+from .feature_sets import MIN_IMAGES, FeatureSet
+from .metrics.frechet import Moments
+
+PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
+ROUNDING = 1e-2  # of statistics in 16 bits
+FEW = 10_000  # samples or real images, below which published scores are not taken
+
+
+def save_reference(path: str, reference: FeatureSet, name: str) -> None:
+    """Write moments, features and description under the published names, as an npz that holds no objects."""
+    arrays: dict[str, np.ndarray] = {}
+    for suffix, of in (("", reference.moments), ("_s", reference.spatial_moments)):
+        if of is not None:
+            arrays |= {f"mu{suffix}": of.mu, f"sigma{suffix}": of.sigma}
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    about = json.dumps({"name": name, **reference.about})
+    images.save_npz(path, **arrays, about=np.array(about))
+
+
+def load_reference(path: str, flag: str) -> FeatureSet | None:
+    """The statistics in an npz, and on rank 0 its features; None where the path holds images alone.
+
+    Raises UserError for a damaged file.
+    """
+    if not path.lower().endswith(".npz") or not files.exists(path):
+        return None
+    what, members = f"{flag} {path}", images.npz_names(path)
+    if not {"mu", "sigma"} & set(members):
+        if "arr_0" in members:
+            return None
+        raise UserError(f"{what} has neither mu and sigma, of features, nor arr_0, of images")
+    arrays = images.read_npz(path, (*PUBLISHED_NAMES, "about"))
+    own = _moments_of(arrays, "", what)
+    spatial = _moments_of(arrays, "_s", what) if {"mu_s", "sigma_s"} & arrays.keys() else None
+    try:
+        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+        about = {"images": files.full_path(path), **about, "file": files.full_path(path)}
+        if not isinstance(about.get("count", 0), int) or not isinstance(about.get("features_sha256", ""), str):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise UserError(f"{what} has a damaged description: write it again with evaluate.py reference") from None
+    about["file_sha256"] = distributed.from_rank0(files.sha256, path)
+    features: list[np.ndarray] = []  # stay on rank 0: they may be large, and it alone compares
+    if "features" in members:
+        distributed.from_rank0(lambda: features.append(_read_features(path, own, what)))
+    return FeatureSet(flag, about, features[0] if features else None, None, own, spatial)
+
+
+def needs_images(path: str) -> bool:
+    """Whether an npz of statistics has images beside them, and not their features: as those of OpenAI's ADM."""
+    names = images.npz_names(path)
+    return "arr_0" in names and "features" not in names
+
+
+def with_statistics(images: FeatureSet, statistics: FeatureSet) -> FeatureSet:
+    """The images of an npz with the statistics beside them, which may be of more images and of another network."""
+    about = {**images.about, "file": statistics.about["file"], "file_sha256": statistics.about["file_sha256"]}
+    about["statistics"] = "those of the file"
+    return replace(images, about=about, moments=statistics.moments, spatial_moments=statistics.spatial_moments)
+
+
+def _read_features(path: str, of_all: Moments, what: str) -> np.ndarray:
+    """The features in an npz, float [N, D]. Raises UserError for those that do not belong to the moments."""
+    features, width = images.read_npz(path, ("features",))["features"], len(of_all.mu)
+    finite = features.dtype.kind == "f" and np.isfinite(features).all()
+    if features.ndim != 2 or features.shape[1] != width or not finite:
+        raise UserError(f"{what} has features of {features.shape} beside mu of {width}, or not finite: write it again")
+    if len(features) < MIN_IMAGES:
+        raise UserError(f"{what} has the features of {len(features)} images: at least {MIN_IMAGES} are needed")
+    # Of a selection of the images, the mean is off by a few standard errors.
+    deviation = np.sqrt(np.diag(of_all.sigma).clip(min=0)) * 10 / np.sqrt(len(features))
+    if (np.abs(features.mean(axis=0, dtype=np.float64) - of_all.mu) > deviation + ROUNDING * np.abs(of_all.mu)).any():
+        raise UserError(f"{what} has features that are not those of its mu: write it again with evaluate.py reference")
+    return features
+
+
+def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moments:
+    names = (f"mu{suffix}", f"sigma{suffix}")
+    for name in names:
+        if name not in arrays:
+            raise UserError(f"{what} has no {name}: statistics are both {names[0]} [D] and {names[1]} [D, D]")
+        if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
+            raise UserError(f"{what} has a {name} that is not of finite real numbers: use another file")
+    mu, sigma = (arrays[name].astype(np.float64) for name in names)
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D]")
+    largest = np.abs(sigma).max()
+    if not 0 < largest < LARGEST**2 or np.abs(mu).max() > LARGEST:
+        raise UserError(
+            f"{what} has {names[0]} and {names[1]} of numbers that cannot be compared, such as {largest:.3g}"
+        )
+    if np.abs(sigma - sigma.T).max() > ROUNDING * largest or np.linalg.eigvalsh(sigma)[0] < -ROUNDING * largest:
+        raise UserError(
+            f"{what} has a {names[1]} that is no covariance: it must be symmetric, without negative eigenvalues"
+        )
+    return Moments(mu, sigma)
+
+
+# Whether two sets can be compared
+
+
+def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, Any]], written: bool) -> None:
+    """Raise UserError where two sets, each a name and a description, are of other sizes or channels.
+
+    :param written: theirs is a file of statistics. What a description lacks is not compared.
+    """
+    (name, about), (other, their) = ours, theirs
+    size, channels = about["image_size"], about["channels"]
+    for key, has, remedy in (
+        ("image_size", f"images of {size}", f"give --resize {size} to resize and centre-crop both as training does"),
+        (
+            "channels",
+            f"{channels} channel{'s' * (channels > 1)}",
+            "convert one of them, or give --colour True to compare grey with colour",
+        ),
+    ):
+        if key in their and about[key] != their[key]:
+            remedy += ", and write the reference again with evaluate.py reference" if written else ""
+            raise UserError(f"{name} has {has}, {other} {their[key]}: {remedy}")
+
+
+def check_network(network: dict[str, Any], reference: FeatureSet) -> None:
+    """Raise UserError where a reference was made with another network than this description's."""
+    about = reference.about
+    if about.get("features_sha256", network["features_sha256"]) != network["features_sha256"]:
+        raise UserError(
+            f"{reference.name} was made with the features {_short(about)}, not {_short(network)}: give the same "
+            "--features, or write it again"
+        )
+
+
+def _short(about: dict[str, Any]) -> str:
+    return f"{about.get('features')} (SHA-256 {about['features_sha256'][:12]})"
+
+
+def check_comparable(samples: FeatureSet, reference: FeatureSet) -> list[str]:
+    """Warnings of what makes a comparison doubtful. Raises UserError where it would mean nothing."""
+    check_form((samples.name, samples.about), (reference.name, reference.about), reference.images is None)
+    check_network(samples.about, reference)
+    for what in ("moments", "spatial_moments"):
+        ours, theirs = getattr(samples, what), getattr(reference, what)
+        if ours and theirs and len(ours.mu) != len(theirs.mu):
+            kind = "features" if what == "moments" else "spatial features"
+            raise UserError(
+                f"{reference.name} is of {len(theirs.mu)} {kind}, --features {samples.about['features']} gives "
+                f"{len(ours.mu)}: give the features that it was made with"
+            )
+    return _doubts(samples.about, reference.about)
+
+
+def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    doubts = []
+    for who, about in (("samples", ours), ("images in the reference", theirs)):
+        if about.get("count", FEW) < FEW:
+            doubts.append(
+                f"only {about['count']:,} {who}: FID depends on their number, so compare it only with FIDs of as many"
+            )
+    if "features_sha256" not in theirs or "statistics" in theirs:
+        doubts.append(
+            "the statistics of the reference do not say which network, which resizing and how many images made them: "
+            "most public ones come from the Inception network's own resizing (--features inception --feature_size "
+            "native)"
+        )
+        return doubts
+    if ours.get("prepared") != "as they are" and theirs.get("prepared") == "as they are":
+        doubts.append("samples were resized to the size of the reference, of which the images were not")
+    if ours.get("feature_size") != theirs.get("feature_size"):
+        doubts.append(
+            f"samples were resized to {ours.get('feature_size')} for the features, images of the reference to "
+            f"{theirs.get('feature_size')}"
+        )
+    if ours.get("lossy_files") != theirs.get("lossy_files"):
+        which = (
+            "the samples are JPEGs and the reference is not"
+            if ours.get("lossy_files")
+            else ("the reference is of JPEGs and the samples are not")
+        )
+        doubts.append(f"{which}: compression alone moves the scores")
+    return doubts

@@ -1,0 +1,1 @@
+"""What a run says: messages, rows of values, trackers, curves."""

@@ -1,0 +1,210 @@
+"""The curves of a run on one picture, drawn from its progress.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import UserError
+from ..utils import files
+from ..utils.figures import new_figure, save_figure
+
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+COLUMNS = 3  # panels beside each other
+POINTS_TO_SMOOTH = 40  # from so many values on a curve is noise and trend
+POINTS_TO_MARK = 60  # up to so many each value is a dot
+LOG_RATIO = 3.0  # largest over smallest value, from which on a logarithmic axis shows more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes: which columns it shows, and how."""
+
+    title: str
+    unit: str
+    shows: Callable[[str], bool]  # whether a column belongs here
+    label: Callable[[str], str] = str
+    smooth: bool = False
+    log: bool = False  # where every value is positive
+    share: bool = False  # values from 0 to 1, shown as per cent
+
+
+def _is(*keys: str) -> Callable[[str], bool]:
+    return lambda key: key in keys
+
+
+def _weights(key: str) -> str:
+    """Whose validation it is: val_bpd_ema_0.9999 is that of "EMA 0.9999", val_bpd that of the model itself."""
+    name = key.removeprefix("val_loss").removeprefix("val_bpd").lstrip("_")
+    return name.replace("ema_", "EMA ") or "model"
+
+
+def _quarter(key: str) -> str:
+    return key[-2:] + {"q0": " (least noise)", "q3": " (most noise)"}.get(key[-2:], "")
+
+
+PANELS = (
+    Panel(title="Training loss", unit="loss", shows=_is("loss", "mse", "vb"), smooth=True, log=True),
+    Panel(
+        title="Training loss by quarter of the timesteps", unit="loss", label=_quarter, smooth=True, log=True,
+        shows=_is("loss_q0", "loss_q1", "loss_q2", "loss_q3"),
+    ),
+    Panel(
+        title="Validation loss", unit="loss", label=_weights, log=True,
+        shows=lambda key: key.startswith("val_loss") and not key.endswith("_se"),
+    ),
+    Panel(
+        title="Validation bound, \N{PLUS-MINUS SIGN} standard error", unit="bits/dim", label=_weights,
+        shows=lambda key: key.startswith("val_bpd") and not key.endswith("_se"),
+    ),
+    Panel(title="Gradient norm", unit="norm", shows=_is("grad_norm", "grad_norm_clipped"), smooth=True, log=True),
+    Panel(title="Learning rate", unit="lr", shows=_is("lr")),
+    Panel(title="Loss scale of float16", unit="log2", shows=_is("lg_loss_scale")),
+    Panel(title="Speed", unit="images/s", shows=_is("images_per_second"), smooth=True),
+    Panel(title="Waiting for data", unit="share of the time", shows=_is("data_wait"), smooth=True, share=True),
+    Panel(title="Skipped steps", unit="share of the steps", shows=_is("skipped_steps"), share=True),
+)  # fmt: skip
+
+
+def write_curves(csv_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
+    """Draw what a run's progress.csv holds against the step; panels for which it has no columns are left out.
+
+    Raises UserError where there is nothing to draw.
+    """
+    save_figure(png_path, figure_of(csv_path))
+
+
+def figure_of(csv_path: str | os.PathLike) -> Any:
+    """The picture of `write_curves` as a matplotlib Figure."""
+    steps, columns = _read(csv_path)
+    panels = [(panel, sorted(filter(panel.shows, columns))) for panel in PANELS]
+    panels = [(panel, keys) for panel, keys in panels if keys]
+    if not panels:
+        raise UserError(f"{csv_path} has no rows to draw yet: curves need a row of the log with its step and loss")
+    across = min(COLUMNS, len(panels))
+    down = -(-len(panels) // across)
+    figure = new_figure((5.4 * across, 3.4 * down + 0.4))
+    run = os.path.basename(os.path.dirname(os.path.abspath(csv_path)))
+    figure.suptitle(f"{run}: {len(steps):,} rows up to step {int(steps[-1]):,}", fontsize=12)
+    for i, (panel, keys) in enumerate(panels):
+        _draw(figure.add_subplot(down, across, i + 1), panel, keys, steps, columns)
+    return figure
+
+
+def _read(csv_path: str | os.PathLike) -> tuple[np.ndarray, dict[str, np.ma.MaskedArray]]:
+    """The steps [rows], ascending, and each column of numbers [rows], masked where its cell is empty."""
+    text = files.read_bytes(csv_path).decode(errors="replace").replace("\0", "")
+    header, *records = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+    cells = {key: [record[i] if i < len(record) else "" for record in records] for i, key in enumerate(header)}
+    steps = _numbers(cells.pop("step", []))
+    known = np.isfinite(steps.filled(np.nan))
+    order = np.argsort(steps[known], kind="stable")
+    columns = {key: _numbers(column)[known][order] for key, column in cells.items() if known.any()}
+    return steps[known][order].filled(), {
+        key: column for key, column in columns.items() if np.isfinite(column.filled(np.nan)).any()
+    }
+
+
+def _numbers(cells: Sequence[str]) -> np.ma.MaskedArray:
+    values = np.full(len(cells), np.nan)
+    empty = np.zeros(len(cells), bool)
+    for i, cell in enumerate(cells):
+        try:
+            values[i] = float(cell)
+        except ValueError:
+            empty[i] = True
+    return np.ma.array(values, mask=empty)
+
+
+def _curve(steps: np.ndarray, column: np.ma.MaskedArray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of a line through a column's values: it breaks, by a nan, where one is not finite and where the values
+    stop for longer than they usually do."""
+    rows = np.flatnonzero(~np.ma.getmaskarray(column))
+    x, y = steps[rows], np.where(np.isfinite(column.data[rows]), column.data[rows], np.nan)
+    apart = np.diff(rows)
+    usual = np.median(apart) if len(apart) else 0.0
+    breaks = np.flatnonzero(apart > 4 * usual) + 1
+    return np.insert(x, breaks, x[breaks]), np.insert(y, breaks, np.nan)
+
+
+def _running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The trend of a noisy curve, at no more than 500 places: medians over a twentieth of the values.
+
+    The window begins small, as a loss falls fast at first.
+    """
+    half = max(len(y) // 40, 5)
+    gaps = np.flatnonzero(np.isnan(y))
+    places = np.unique(np.concatenate([np.linspace(0, len(y) - 1, min(len(y), 500)).astype(int), gaps]))
+    medians = np.full(len(places), np.nan)
+    for i, place in enumerate(places):
+        if np.isfinite(y[place]):
+            reach = min(half, place)
+            window = y[place - reach : place + reach + 1]
+            medians[i] = np.median(window[np.isfinite(window)])
+    return x[places], medians
+
+
+def _draw(
+    axes: Any, panel: Panel, keys: Sequence[str], steps: np.ndarray, columns: Mapping[str, np.ma.MaskedArray]
+) -> None:
+    curves = {key: _curve(steps, columns[key]) for key in keys}
+    finite = np.concatenate([y[np.isfinite(y)] for _, y in curves.values()])
+    for i, (key, (x, y)) in enumerate(curves.items()):
+        color, label = COLORS[i % len(COLORS)], panel.label(key)
+        width = 2.8 if key == "loss" else 1.4  # seen below mse, which lies on it
+        n = np.isfinite(y).sum()
+        dots = {"marker": "o", "markersize": 3.0} if n <= POINTS_TO_MARK else {}
+        if panel.smooth and n >= POINTS_TO_SMOOTH:
+            axes.plot(x, y, color=color, linewidth=0.6, alpha=0.3)
+            axes.plot(*_running_median(x, y), color=color, linewidth=width, label=label)
+        else:
+            axes.plot(x, y, color=color, linewidth=width, label=label, **dots)
+        if f"{key}_se" in columns:
+            _draw_band(axes, steps, columns[key], columns[f"{key}_se"], color)
+    _dress(axes, panel, finite, len(keys), steps)
+
+
+def _draw_band(axes: Any, steps: np.ndarray, mean: np.ma.MaskedArray, error: np.ma.MaskedArray, color: str) -> None:
+    mean, error = mean[both := ~(np.ma.getmaskarray(mean) | np.ma.getmaskarray(error))], error[both]
+    axes.fill_between(steps[both], mean - error, mean + error, color=color, alpha=0.2, linewidth=0)
+
+
+def _dress(axes: Any, panel: Panel, values: np.ndarray, n_curves: int, steps: np.ndarray) -> None:
+    """Scales, ticks, title and legend."""
+    from matplotlib import ticker
+
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    if panel.share:
+        top = max(1.1 * values.max(), 0.01) if len(values) else 0.01
+        axes.set_ylim(0, top)
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
+    elif panel.log and len(values) and values.min() > 0 and values.max() > LOG_RATIO * values.min():
+        axes.set_yscale("log")
+        few_decades = values.max() < 1e3 * values.min()
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    if steps[-1] > steps[0]:
+        margin = 0.02 * (steps[-1] - steps[0])
+        axes.set_xlim(steps[0] - margin, steps[-1] + margin)  # the same in all panels
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel(panel.unit, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    lines = -(-n_curves // 4) if n_curves > 1 else 0
+    axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", pad=6 + 13 * lines)
+    if lines:  # above the axes, where no curve runs
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.1, ncol=4, frameon=False, fontsize=8,
+            handlelength=1.2, columnspacing=1.0,
+        )  # fmt: skip

@@ -1,0 +1,334 @@
+"""Key-value logging to the terminal and to files, and progress bars.
+
+Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv,jsonl"); the other ranks write
+log-rankNNN.txt only.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import distributed
+from ..utils import files
+from .outputs import CSVOutputFormat, HumanOutputFormat, make_output_format
+
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+
+
+class Logger:
+    """Collects values by key and writes them to its outputs as one row."""
+
+    def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None):
+        self.dir = dir
+        self.output_formats = output_formats
+        self.comm = comm
+        self.level = INFO
+        self.values: dict[str, Any] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def logkv(self, key: str, val: Any) -> None:
+        self.values[key] = val
+
+    def logkv_mean(self, key: str, val: float) -> None:
+        count = self.counts[key]
+        self.values[key] = self.values.get(key, 0.0) * count / (count + 1) + val / (count + 1)
+        self.counts[key] = count + 1
+
+    def dumpkvs(self) -> dict[str, Any]:
+        row = dict(self.values) if self.comm is None else self._mean_over_comm()
+        if row and self.level < DISABLED:
+            for output in self.output_formats:
+                output.writekvs(row)
+        self.values.clear()
+        self.counts.clear()
+        return row
+
+    def _mean_over_comm(self) -> dict[str, Any]:
+        """The means over an MPI communicator, weighted by counts; empty but on its rank 0."""
+        gathered = self.comm.gather({key: (value, self.counts.get(key, 1)) for key, value in self.values.items()})
+        if self.comm.rank != 0:
+            return {}
+        keys = dict.fromkeys(key for part in gathered for key in part)
+        row: dict[str, Any] = {}
+        for key in keys:
+            pairs = [part[key] for part in gathered if key in part]
+            try:
+                row[key] = sum(float(value) * count for value, count in pairs) / sum(count for _, count in pairs)
+            except ValueError:
+                row[key] = pairs[0][0]  # a text, as rank 0 has it
+        return row
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        if self.level <= level:
+            for output in self.output_formats:
+                if hasattr(output, "writeseq"):
+                    output.writeseq(args)
+
+    def log_image(self, name: str, image: Any, step: int) -> None:
+        if self.level < DISABLED:
+            for output in self.output_formats:
+                if hasattr(output, "writeimage"):
+                    output.writeimage(name, image, step)
+
+    def drop_rows(self, first_step: int) -> int:
+        dropped = 0
+        for output in self.output_formats:
+            if hasattr(output, "drop_rows"):
+                count = output.drop_rows(first_step)
+                dropped += count if isinstance(output, CSVOutputFormat) else 0
+        return dropped
+
+    def close(self) -> None:
+        for output in self.output_formats:
+            output.close()
+
+
+_current: Logger | None = None
+
+
+def configure(
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None, log_suffix: str = ""
+) -> None:
+    """Log into a folder: `dir`, else OPENAI_LOGDIR, else a new ./runs/<script>-<time>.
+
+    :param format_strs: the outputs; unless given, by OPENAI_LOG_FORMAT on rank 0, OPENAI_LOG_FORMAT_MPI on the others.
+    :param comm: an MPI communicator over whose ranks the values are averaged.
+    """
+    global _current
+    if dir is None:
+        dir = os.environ.get("OPENAI_LOGDIR") or distributed.from_rank0(_new_run_dir)
+    dir = os.path.abspath(os.path.expanduser(dir))
+    files.make_dirs(dir)
+    rank = distributed.get_rank()
+    if rank > 0:
+        log_suffix += f"-rank{rank:03d}"
+    if format_strs is None:
+        names = ("OPENAI_LOG_FORMAT", "stdout,log,csv,jsonl") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
+        format_strs = os.environ.get(*names).split(",")
+    try:
+        outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    except ValueError as error:
+        raise files.UserError(f"OPENAI_LOG_FORMAT: {error}") from None
+    except OSError as error:
+        raise files.UserError(f"cannot write into {dir}: {error.strerror}: choose another --out_dir") from None
+    if _current is not None:
+        _current.close()
+    _current = Logger(dir, outputs, comm)
+    log(f"logging to {dir}")
+
+
+def _new_run_dir() -> str:
+    stem = Path(sys.argv[0] or "python").stem or "python"
+    return os.path.join("runs", f"{stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+
+
+def get_current() -> Logger:
+    """The logger in use; before configure(), one that only prints."""
+    global _current
+    if _current is None:
+        _current = Logger(None, [HumanOutputFormat(sys.stdout)] if distributed.get_rank() == 0 else [])
+    return _current
+
+
+def get_dir() -> str:
+    """The folder that is logged to; configures the logger where nobody has."""
+    if get_current().dir is None:
+        configure()
+    return str(get_current().dir)
+
+
+def reset() -> None:
+    """Close the outputs and forget the configuration."""
+    global _current
+    if _current is not None:
+        _current.close()
+    _current = None
+
+
+atexit.register(reset)
+
+
+@contextmanager
+def scoped_configure(
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None
+) -> Iterator[None]:
+    """configure() for the length of a with statement."""
+    global _current
+    previous, _current = _current, None
+    configure(dir, format_strs, comm)
+    try:
+        yield
+    finally:
+        reset()
+        _current = previous
+
+
+def logkv(key: str, val: Any) -> None:
+    """Set the value of a key in the next row."""
+    get_current().logkv(key, val)
+
+
+def logkv_mean(key: str, val: float) -> None:
+    """Add a value whose mean goes into the next row."""
+    get_current().logkv_mean(key, val)
+
+
+def logkvs(d: Mapping[str, Any]) -> None:
+    """logkv for each item."""
+    for key, value in d.items():
+        logkv(key, value)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write the row and start the next one; returns the row."""
+    return get_current().dumpkvs()
+
+
+def drop_rows(first_step: int) -> int:
+    """Remove what an interrupted run has logged of `first_step` and later, which comes again where it goes on.
+
+    Rows without a step stay. Returns how many rows of the CSV went, a last one that a crash tore included.
+    """
+    return get_current().drop_rows(first_step)
+
+
+def log_image(name: str, image: Any, step: int) -> None:
+    """Hand an image, uint8 [H, W, C], to the outputs that take images."""
+    get_current().log_image(name, image, step)
+
+
+def add_output(output: Any) -> None:
+    """Write to one more output: an object with writekvs(row) and close(), and with writeseq(words),
+    writeimage(name, image, step) and drop_rows(first_step) if it takes those."""
+    get_current().output_formats.append(output)
+
+
+def getkvs() -> dict[str, Any]:
+    """The row collected so far."""
+    return get_current().values
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """Write a message to the outputs that take text."""
+    get_current().log(*args, level=level)
+
+
+def debug(*args: Any) -> None:
+    """A message of level DEBUG."""
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    """A message of level INFO."""
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    """A message of level WARN."""
+    log("warning:", *args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    """A message of level ERROR."""
+    log("error:", *args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """Leave out messages below a level."""
+    get_current().level = level
+
+
+def set_comm(comm: Any) -> None:
+    """Average values over an MPI communicator."""
+    get_current().comm = comm
+
+
+@contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds that the block takes to the key wait_<scopename>."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        values = get_current().values
+        key = "wait_" + scopename
+        values[key] = values.get(key, 0.0) + time.perf_counter() - start
+
+
+def profile(n: str):
+    """A decorator: profile_kv around each call of the function."""
+
+    def decorator(func):
+        def wrapped(*args, **kwargs):
+            with profile_kv(n):
+                return func(*args, **kwargs)
+
+        return wrapped
+
+    return decorator
+
+
+class Progress:
+    """How far a long work is, with rate and time left: a bar on a terminal, else a line now and then. Rank 0 only."""
+
+    SECONDS_BETWEEN_LINES = 15.0
+    WINDOW_SECONDS = 60.0  # over which the rate is taken: what is slow at the start, or now and then, passes
+
+    def __init__(self, description: str, total: int | None, unit: str, initial: int = 0):
+        self.description, self.total, self.unit, self.initial = description, total, unit, initial
+        self.done = initial
+        self.shown: dict[str, Any] = {}
+        self.last_line = time.monotonic()
+        self.marks = deque([(self.last_line, initial)])  # (time, done): one from before the window, and those in it
+        self.silent = distributed.get_rank() != 0
+        self.bar = None
+        if not self.silent and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
+
+    def update(self, n: int, **shown: Any) -> None:
+        """n more are done; `shown`, such as loss="0.12", stands beside the bar until others come."""
+        self.done += n
+        self.shown = shown or self.shown
+        now = time.monotonic()
+        if now - self.marks[-1][0] >= self.WINDOW_SECONDS / 60:
+            self.marks.append((now, self.done))
+            while self.marks[1][0] <= now - self.WINDOW_SECONDS:
+                self.marks.popleft()
+        if self.bar is not None:
+            if shown:
+                self.bar.set_postfix_str(self._shown(), refresh=False)
+            self.bar.update(n)
+        elif not self.silent and now - self.last_line > self.SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            log(self.line())
+
+    def _shown(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.shown.items())
+
+    def line(self) -> str:
+        """The state as one line of text."""
+        since, done_then = self.marks[0]
+        rate = (self.done - done_then) / max(time.monotonic() - since, 1e-9)
+        text = f"{self.description}: {self.done}" + (f"/{self.total}" if self.total else "") + f" {self.unit}s"
+        text += f", {rate:.3g} {self.unit}s/s"
+        if self.total and rate:
+            text += f", ETA {datetime.timedelta(seconds=round((self.total - self.done) / rate))}"
+        return text + (f", {self._shown()}" if self.shown else "")
+
+    def close(self) -> None:
+        """Take the bar off, or write the last line."""
+        if self.bar is not None:
+            self.bar.close()
+        elif not self.silent and self.done > self.initial:
+            log(self.line())

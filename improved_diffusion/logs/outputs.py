@@ -1,0 +1,283 @@
+"""What the logger writes to: the terminal, text, CSV and JSON. A full disk costs no row and ends no run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from ..utils import files
+
+
+def complain(text: str) -> None:
+    """A line on stderr, if that can be written: it may go to the disk that is full."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class PatientFile:
+    """A text file that is appended to. What cannot be written stays in memory, in order, until it can.
+
+    Raises OSError at once where the file cannot be opened for writing; later on it only complains, once in each spell.
+    """
+
+    LIMIT = 10_000  # entries in memory; beyond it the oldest go
+    BATCH = 25  # entries written at once, so that an attempt costs the same however many wait
+
+    def __init__(self, filename: str):
+        self.path = Path(filename)
+        self.unwritten: deque[Any] = deque()
+        self.dropped = 0
+        self.failing = False
+        self.sound_size: int | None = None  # the file's size before an append that has not succeeded yet
+        is_new = not self.path.exists()
+        open(self.path, "ab").close()
+        if is_new:
+            self.path.unlink()  # it appears with the first thing that is written
+
+    def add(self, entry: Any) -> None:
+        """Append an entry behind those that still wait."""
+        if len(self.unwritten) >= self.LIMIT:
+            self.unwritten.popleft()
+            self.dropped += 1
+        self.unwritten.append(entry)
+        self._try()
+
+    def _try(self) -> None:
+        try:
+            while self.unwritten:
+                batch = list(islice(self.unwritten, self.BATCH))
+                self._store(batch)
+                for _ in batch:
+                    self.unwritten.popleft()
+        except (OSError, files.UserError) as error:
+            if not self.failing:
+                reason = str(error)
+                if isinstance(error, OSError):
+                    reason = f"cannot write {self.path}: {error.strerror or error}: free some space"
+                complain(
+                    f"warning: {reason}; the run goes on, and what is not written is kept in memory until it can be"
+                )
+            self.failing = True
+        else:
+            self.failing = False
+
+    def _store(self, entries: list[Any]) -> None:
+        """Write all of the entries or, raising OSError or UserError, nothing."""
+        self._append("".join(entries))
+
+    def _append(self, text: str) -> None:
+        data = memoryview(text.encode(errors="backslashreplace"))
+        self._undo()
+        try:
+            # Opened each time: a handle may be dead for good where the storage was gone for a while. Unbuffered: a
+            # buffer would be written once more when the file is closed, after the line was undone.
+            with open(self.path, "a+b", buffering=0) as f:
+                self.sound_size = f.seek(0, os.SEEK_END)
+                if self.sound_size and os.pread(f.fileno(), 1, self.sound_size - 1) != b"\n":
+                    data = memoryview(b"\n" + data)  # a run that was killed has left half a line
+                while data:
+                    data = data[f.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                self._undo()
+            raise
+        self.sound_size = None
+
+    def _undo(self) -> None:
+        """Take back what a failed or interrupted append has left."""
+        if self.sound_size is not None:
+            with suppress(FileNotFoundError):
+                if self.path.stat().st_size > self.sound_size:
+                    os.truncate(self.path, self.sound_size)
+            self.sound_size = None
+
+    def _read(self) -> str:
+        """The whole file; "" if there is none. After a power cut it may hold anything."""
+        try:
+            self.path.stat()  # unlike exists(), tells a missing file from storage that is gone
+        except FileNotFoundError:
+            return ""
+        return files.read_bytes(self.path).decode(errors="replace").replace("\0", "")
+
+    def close(self) -> None:
+        """Try once more, and say what is lost."""
+        if self.unwritten:
+            self._try()
+        lost = self.dropped + len(self.unwritten)
+        if lost:
+            complain(f"error: {lost} {'entry' if lost == 1 else 'entries'} of {self.path} could not be written: lost")
+        self.unwritten.clear()
+        self.dropped = 0
+
+
+class HumanOutputFormat:
+    """Tables and messages, to a file or a terminal."""
+
+    def __init__(self, target: str | Any):
+        self.file: Any = target
+        self.lines = PatientFile(target) if isinstance(target, str) else None
+        self.failing = False
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        cells = {
+            key: f"{value:<8.3g}" if hasattr(value, "__float__") else str(value) for key, value in sorted(kvs.items())
+        }
+        if not cells:
+            return
+        left, right = max(map(len, cells)), max(map(len, cells.values()))
+        rule = "-" * (left + right + 7)
+        rows = [f"| {key:<{left}} | {value:<{right}} |" for key, value in cells.items()]
+        self.writeseq(["\n".join([rule, *rows, rule])])
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        text = " ".join(map(str, seq)) + "\n"
+        if self.lines is not None:
+            self.lines.add(text)
+            return
+        try:
+            self._print(text)
+        except OSError as error:
+            if not self.failing:
+                complain(f"warning: cannot write to the standard output: {error.strerror or error}; the run goes on")
+            self.failing = True
+        else:
+            self.failing = False
+
+    def _print(self, text: str) -> None:
+        if self.file.isatty() and "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=self.file):
+                self.file.write(text)
+        else:
+            self.file.write(text)
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.close()
+
+
+def _plain(value: Any) -> Any:
+    """The value as strict JSON has it: whole numbers stay whole, and a number that is not finite becomes null."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if hasattr(value, "__float__"):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+class JSONOutputFormat(PatientFile):
+    """A line of strict JSON for each dump."""
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        self.add(json.dumps(_plain(dict(sorted(kvs.items()))), allow_nan=False) + "\n")
+
+    def drop_rows(self, first_step: int) -> int:
+        """Remove the rows of `first_step` and later, and what is no whole row. Returns how many."""
+        lines = io.StringIO(self._read()).readlines()
+        kept = [line for line in lines if line.endswith("\n") and _is_before(first_step, line)]
+        if len(kept) < len(lines):
+            files.write_bytes(self.path, "".join(kept).encode())
+        return len(lines) - len(kept)
+
+
+def _is_before(first_step: int, line: str) -> bool:
+    try:
+        return not _is_from(first_step, json.loads(line).get("step"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def _is_from(first_step: int, step: Any) -> bool:
+    """Whether a row's step, None or "" where it has none, is `first_step` or later."""
+    try:
+        return float(step) >= first_step
+    except (TypeError, ValueError):
+        return False
+
+
+class CSVOutputFormat(PatientFile):
+    """A row for each dump; rows written earlier, by a run that goes on, are kept, and get new columns as they come."""
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        self.add(dict(kvs))
+
+    def _store(self, entries: list[Any]) -> None:
+        keys = self._header()
+        new = sorted({key for row in entries for key in row} - set(keys))
+        if new:
+            rows = self._table()[1]
+            self._rewrite(keys + new, rows + entries, durable=False)
+        else:
+            self._append(_csv_text(keys, entries))
+
+    def _header(self) -> list[str]:
+        """The columns that the file has now: it may have gone with its storage, or been moved away."""
+        self._undo()
+        try:
+            with self.path.open(newline="", encoding="utf-8", errors="replace") as f:
+                line = f.readline()
+        except FileNotFoundError:
+            return []
+        return next(csv.reader([line])) if line.endswith("\n") else []
+
+    def _table(self) -> tuple[list[str], list[dict[str, str]], bool]:
+        """(columns, rows, whether a last line without its end was left out)."""
+        text = self._read()
+        records = list(csv.reader(io.StringIO(text, newline="")))
+        torn = bool(records) and not text.endswith("\n")
+        if torn:
+            records.pop()
+        keys = records[0] if records else []
+        return keys, [dict(zip(keys, record)) for record in records[1:]], torn
+
+    def _rewrite(self, keys: list[str], rows: Iterable[Mapping[str, Any]], durable: bool = True) -> None:
+        text = _csv_text(keys, [dict(zip(keys, keys)), *rows]) if keys else ""
+        files.write_bytes(self.path, text.encode(errors="backslashreplace"), durable)
+
+    def drop_rows(self, first_step: int) -> int:
+        """Remove the rows of `first_step` and later, and a torn last line. Returns how many."""
+        keys, rows, torn = self._table()
+        kept = [row for row in rows if not _is_from(first_step, row.get("step"))]
+        if torn or len(kept) < len(rows):
+            self._rewrite(keys, kept)
+        return len(rows) - len(kept) + torn
+
+
+def _csv_text(keys: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, keys, restval="").writerows(rows)
+    return text.getvalue()
+
+
+FORMATS: dict[str, Callable[[str, str], Any]] = {
+    "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
+    "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
+    "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.json")),
+    "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
+    "jsonl": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.jsonl")),
+}
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = ""):
+    """The output called `format`: one of FORMATS. Raises ValueError for another name."""
+    if format not in FORMATS:
+        raise ValueError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")
+    return FORMATS[format](ev_dir, log_suffix)

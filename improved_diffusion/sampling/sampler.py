@@ -1,0 +1,159 @@
+"""From options to what draws: the rule and its steps, and the model as it is evaluated, in its precision and guided."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import distributed
+from ..config import UserError, height_width
+from ..respace import SpacedDiffusion
+from .guidance import dynamic_threshold
+from .noise import SeededNoise
+from .solvers import DDIM, RULES, Euler, Heun, Rule
+from .timestep_grids import churned, largest_sigma, straight_path, table, timestep_grid
+
+STEPS = 20  # of the rules that were made for few
+PUBLISHED = ("ancestral", "ddim")  # whose default is all steps
+# Where each rule's steps lie unless told: as published, and for the others where benchmarks/sampler_quality.py finds
+# the smallest errors.
+GRIDS = {"ancestral": "uniform", "ddim": "ddim", "euler": "karras", "heun": "karras"}
+OTHER_GRID = "logsnr"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A rule on the steps that it takes.
+
+    :param grid: what its timesteps are called.
+    :param make_rule: gives a fresh rule for each batch.
+    :param path: the timesteps of `diffusion` to visit; -1 is the image.
+    :param settings: the other options that its samples depend on.
+    """
+
+    name: str
+    grid: str
+    diffusion: SpacedDiffusion
+    make_rule: Callable[[], Rule]
+    path: Sequence[int]
+    clip_denoised: bool
+    denoised_fn: Callable[[th.Tensor], th.Tensor] | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """How many steps go down."""
+        return sum(there < here for here, there in zip(self.path, self.path[1:]))
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated for each sample."""
+        return self.make_rule().evaluations(self.steps)
+
+    def walk(
+        self, model: th.nn.Module, shape: Sequence[int], seeds: Sequence[int], model_kwargs: Mapping[str, Any],
+        noise: th.Tensor | None = None, path: Sequence[int] | None = None, rule: Rule | None = None,
+    ) -> Iterator[dict[str, th.Tensor]]:  # fmt: skip
+        """`sample` and `pred_xstart` [N, C, H, W] after each step.
+
+        :param shape: (C, H, W); :param seeds: of each sample's noise.
+        :param noise, path, rule: where to start, by which way and rule, where they are not the sampler's own.
+        """
+        return self.diffusion.sample_loop_progressive(
+            rule or self.make_rule(),
+            model,
+            (len(seeds), *shape),
+            noise=noise,
+            clip_denoised=self.clip_denoised,
+            denoised_fn=self.denoised_fn,
+            model_kwargs=dict(model_kwargs),
+            device=distributed.dev(),
+            noise_fn=SeededNoise(seeds),
+            path=self.path if path is None else path,
+        )
+
+    def describe(self) -> str:
+        """One line on the steps."""
+        return (
+            f"{self.name}, {self.steps} steps, {self.evaluations} evaluations of the network for each image "
+            f"(timestep grid: {self.grid})"
+        )
+
+    def request(self) -> dict[str, Any]:
+        """What its samples depend on, however it was asked for."""
+        visited = [self.diffusion.timestep_map[i] if i >= 0 else "image" for i in self.path]
+        shown = visited if len(visited) <= 12 else [*visited[:5], "...", *visited[-5:]]
+        return {
+            "sampler": self.name,
+            "steps": self.steps,
+            "timesteps": ", ".join(f"{t:.6g}" if isinstance(t, (int, float)) else t for t in shown),
+            "timesteps_sha256": hashlib.sha256(json.dumps(visited).encode()).hexdigest(),
+            **self.settings,
+        }
+
+    def table(self) -> str:
+        """The steps, one to a line, with their noise levels."""
+        d = self.diffusion
+        return table(d.timestep_map, d.alphas_cumprod, [d.network_timestep(t) for t in d.timestep_map], self.path)
+
+
+def build_sampler(options: argparse.Namespace, diffusion: SpacedDiffusion) -> Sampler:
+    """The sampler that the options ask for; `diffusion` is of the steps of --timestep_respacing.
+
+    Raises UserError for options that contradict each other, and for steps that there are not.
+    """
+    name = options.sampler
+    if name == "auto":
+        name = "ddim" if options.use_ddim else "ancestral"
+    grid = options.timestep_respacing or "uniform"
+    path: Sequence[int] = straight_path(diffusion.num_timesteps)
+    if not options.timestep_respacing and (options.steps or options.timestep_grid != "auto" or name not in PUBLISHED):
+        base = diffusion.base_alphas_cumprod
+        grid, levels = _levels(name, options, base)
+        levels, path = churned(levels, base, options.churn, options.churn_min, options.churn_max or math.inf)
+        diffusion = diffusion.respaced(levels)
+    elif options.timestep_respacing and (options.steps or options.timestep_grid != "auto"):
+        other = f"--steps {options.steps}" if options.steps else f"--timestep_grid {options.timestep_grid}"
+        raise UserError(f"--timestep_respacing {options.timestep_respacing} contradicts {other}: give one of them")
+    elif options.churn:
+        raise UserError(f"--churn {options.churn} needs --steps, rather than --timestep_respacing")
+    threshold = dynamic_threshold(options.dynamic_threshold) if options.dynamic_threshold else None
+    settings = {"clip_denoised": options.clip_denoised, "dynamic_threshold": options.dynamic_threshold}
+    settings |= {"ddim_eta": options.ddim_eta} if name == "ddim" else {}
+    settings |= {"churn_noise": options.churn_noise} if options.churn else {}
+    settings |= {option: getattr(options, option) for option in ("precision", "channels_last", "compile")}
+    return Sampler(name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold, settings)
+
+
+def _levels(name: str, options: argparse.Namespace, base: np.ndarray) -> tuple[str, np.ndarray]:
+    """(the grid's name, its timesteps) for a rule; base [T] is alpha_bar of the trained process."""
+    sigma_max = largest_sigma(*height_width(getattr(options, "large_size", None) or options.image_size))
+    grid = options.timestep_grid
+    listed = grid[:1].isdigit()
+    count = options.steps or (0 if listed else len(base) if name in PUBLISHED else min(STEPS, len(base)))
+    if grid != "auto":
+        return grid, timestep_grid(grid, count, base, sigma_max)
+    grid = GRIDS.get(name, OTHER_GRID)
+    if base[-1] > 0 or name == "ancestral":
+        return grid, timestep_grid(grid, count, base, sigma_max)
+    # A model that has learned to start from pure noise is to be started there (Lin et al. 2024, sec. 3.3).
+    if name == "ddim" or count == 1:
+        return "trailing", timestep_grid("trailing", count, base)
+    return f"{grid}, and pure noise", np.append(timestep_grid(grid, count - 1, base, sigma_max), len(base) - 1.0)
+
+
+def _maker(name: str, options: argparse.Namespace) -> Callable[[], Rule]:
+    if name == "ddim":
+        return lambda: DDIM(options.ddim_eta)
+    if name in ("euler", "heun"):
+        kind = Heun if name == "heun" else Euler
+        return lambda: kind(options.churn_noise)
+    return RULES[name]

@@ -1,0 +1,222 @@
+"""Sampling many images to disk: shared among ranks, resumable, image i a function of seed + i."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import distributed
+from ..config import UserError
+from ..data.low_res import pairs
+from ..logs import logger
+from ..utils import files, images
+from .labels import Labels
+
+REQUEST_FILE = "samples.json"
+PNG_DIR = "samples"
+SHOWN = 100  # images in the grid
+SHOWN_STEPS = 8  # images whose steps are shown
+HELD_FRAMES = 10
+
+
+def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
+    """Where a progressive sampling loop ends: uint8 [N, H, W, C]. Raises UserError for pixels that are no numbers."""
+    for out in steps:
+        sample = out["sample"]
+    if not sample.isfinite().all():
+        raise UserError(
+            "the samples have pixels that are not finite numbers: the checkpoint is damaged or was trained astray, or "
+            "--precision fp16 cannot hold its activations"
+        )
+    return images.to_uint8(sample)
+
+
+def write_steps(
+    walk: Callable[[list[int]], Iterator[Mapping[str, Any]]], out_dir: str, num_samples: int, steps: int, count: int
+) -> None:
+    """steps.png and steps.gif: `count` of the predictions of x_0 on the way to the first samples. Collective.
+
+    :param walk: sample numbers -> a progressive sampling loop of so many `steps` down; the samples are drawn again,
+        shared among the ranks.
+    :param num_samples: that there are, at most one batch.
+    """
+    if not count:
+        return
+    chosen = sorted({round((steps - 1) * (k + 1) / count) for k in range(count)} if count < steps else range(steps))
+    mine = range(distributed.get_rank(), min(num_samples, SHOWN_STEPS), distributed.get_world_size())
+    parts = distributed.all_gather_object(_steps_of(walk, list(mine), chosen) if mine else None)
+    # Sample i is the k-th of rank i mod the number of ranks, as images are dealt.
+    rows = [parts[i % len(parts)][i // len(parts)] for i in range(min(num_samples, SHOWN_STEPS))]
+    distributed.from_rank0(_save_steps, out_dir, np.stack(rows))
+
+
+def _steps_of(walk: Any, numbers: list[int], chosen: Sequence[int]) -> np.ndarray:
+    """uint8 [N, K, H, W, C]: the chosen predictions of x_0, counted from 0 without the steps that only add noise."""
+    predictions = (out["pred_xstart"] for out in walk(numbers) if out["pred_xstart"] is not None)
+    wanted = set(chosen)
+    return np.stack([images.to_uint8(x0) for k, x0 in enumerate(predictions) if k in wanted], axis=1)
+
+
+def _save_steps(out_dir: str, rows: np.ndarray) -> None:
+    strip, gif = files.join(out_dir, "steps.png"), files.join(out_dir, "steps.gif")
+    images.save_strip(strip, rows)
+    frames = [images.grid(rows[:, k], min_side=images.SHOWN_SIDE) for k in range(rows.shape[1])]
+    images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # the result is to be seen
+    logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps on the way to the first {len(rows)} samples")
+
+
+def write_samples(
+    draw: Callable[[list[int]], np.ndarray],
+    *,
+    out_dir: str,
+    num_samples: int,
+    batch_size: int,
+    labels: Labels | None,
+    request: Mapping[str, Any],
+    beside: Callable[[int], np.ndarray] | None = None,
+) -> str:
+    """Make samples 0..num_samples-1: PNGs as they come, then the npz and a grid. Returns the npz's path. Collective.
+
+    Samples that an interrupted run with the same request left behind are kept, but for damaged ones. No more than a
+    batch of images, or those of the grid, is held in memory.
+    :param draw: sample numbers -> uint8 [N, H, W, C]; each rank calls it with its share.
+    :param request: what the samples depend on; a folder that holds samples of another request raises UserError.
+    :param beside: an image [h, w, C] to show beside sample i in the grid.
+    """
+    missing = distributed.from_rank0(_prepare, out_dir, num_samples, dict(request))
+    png_dir = files.join(out_dir, PNG_DIR)
+    if len(missing) < num_samples:
+        logger.log(f"{num_samples - len(missing)} of {num_samples} samples are in {png_dir} already")
+    bar = logger.Progress("sampling", num_samples, "image", initial=num_samples - len(missing))
+    try:
+        with closing(bar):
+            _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
+        return distributed.from_rank0(_finish, out_dir, num_samples, labels, beside)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_saved(bar, png_dir)) from None
+
+
+def _saved(bar: logger.Progress, png_dir: str) -> str:
+    return f"{bar.done} of {bar.total} samples are in {png_dir}; the same command goes on"
+
+
+def _draw_missing(
+    draw: Callable[[list[int]], np.ndarray],
+    missing: list[int],
+    batch_size: int,
+    png_dir: str,
+    labels: Labels | None,
+    bar: logger.Progress,
+) -> None:
+    """Draw the missing samples, a batch on each rank at a time; rank 0 writes them. Collective."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    for start in range(0, len(missing), batch_size * world_size):
+        chunk = missing[start : start + batch_size * world_size]
+        mine = chunk[rank * batch_size : (rank + 1) * batch_size]
+        parts = distributed.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
+        if rank:
+            bar.update(len(chunk))
+            continue
+        for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
+            name = images.sample_name(i, labels.name(i) if labels else None)
+            try:
+                files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
+            except UserError as error:
+                raise UserError(f"{error}. {_saved(bar, png_dir)}") from None
+            bar.update(1)
+
+
+def _existing(png_dir: str) -> dict[int, str]:
+    found = ((re.search(r"(\d+)\.png$", name), name) for name in files.list_dir(png_dir))
+    return {int(match.group(1)): name for match, name in found if match}
+
+
+def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder holds samples of another request, or of none that is known."""
+    png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
+    if files.exists(path):
+        try:
+            before = json.loads(files.read_bytes(path))
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
+        request = json.loads(json.dumps(dict(request)))
+        # What tells most comes first: what was made at all, from which model, by which sampler.
+        for name in [*(before.keys() - request.keys()), *request]:
+            if before.get(name) != request.get(name):
+                raise UserError(
+                    f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose "
+                    f"another --out_dir, or remove {path} and {png_dir}"
+                )
+    elif files.is_dir(png_dir) and _existing(png_dir):
+        raise UserError(f"{png_dir} holds images of unknown origin: choose another --out_dir")
+
+
+def claim(out_dir: str, request: Mapping[str, Any]) -> None:
+    """Claim a folder for the samples of a request, described in it, until this process ends.
+
+    Raises UserError where another process holds it, and where it holds samples of another request. For rank 0.
+    """
+    png_dir = files.join(out_dir, PNG_DIR)
+    files.make_dirs(png_dir)
+    files.lock(out_dir, ".samples.lock")  # a name of its own: a training run may write into the same folder
+    files.remove_leftovers(png_dir)
+    files.remove_leftovers(out_dir, "samples")
+    check_request(out_dir, request)
+    files.write_bytes(files.join(out_dir, REQUEST_FILE), json.dumps(dict(request), indent=1).encode())
+
+
+def _prepare(out_dir: str, num_samples: int, request: Mapping[str, Any]) -> list[int]:
+    """The numbers of the samples still to be made. Claims the folder."""
+    claim(out_dir, request)
+    png_dir = files.join(out_dir, PNG_DIR)
+    existing = {i: files.join(png_dir, name) for i, name in _existing(png_dir).items() if i < num_samples}
+    # PNGs are not forced to the disk one by one, so a power cut may have damaged some. Reading them all takes a small
+    # part of the time that `_finish` needs to decode them.
+    damaged = {i for i, png in existing.items() if not images.is_whole_png(files.read_bytes(png))}
+    if damaged:
+        logger.log(f"samples that are damaged are made again: {len(damaged)}, {existing[min(damaged)]} for one")
+    return [i for i in range(num_samples) if i not in existing or i in damaged]
+
+
+def _read_samples(png_dir: str, names: Iterable[str]) -> Iterator[np.ndarray]:
+    """uint8 [H, W, C] of each PNG. Raises UserError for a damaged one and for one of another size than the first."""
+    first, shape = "", None
+    for name in names:
+        path = files.join(png_dir, name)
+        try:
+            array = images.decode_png(files.read_bytes(path))
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove it and run the same command again") from None
+        if shape is None:
+            first, shape = path, array.shape
+        elif array.shape != shape:
+            raise UserError(
+                f"{path} holds an image of {array.shape}, {first} one of {shape} (height, width, channels): remove the "
+                "one that is not a sample of this model and run the same command again"
+            )
+        yield array
+
+
+def _finish(out_dir: str, num_samples: int, labels: Labels | None, beside: Callable[[int], np.ndarray] | None) -> str:
+    png_dir = files.join(out_dir, PNG_DIR)
+    existing = _existing(png_dir)
+    names = [existing[i] for i in range(num_samples)]
+    shown = np.stack(list(_read_samples(png_dir, names[:SHOWN])))
+    shape = (num_samples, *shown.shape[1:])
+    label_array = [np.array([labels.index(i) for i in range(num_samples)], np.int64)] if labels else []
+    path = files.join(out_dir, f"samples_{'x'.join(map(str, shape))}.npz")
+    images.save_npz(path, images.Rows(shape, _read_samples(png_dir, names)), *label_array)
+    columns = 10 if len(shown) >= SHOWN // 2 else None
+    if beside is not None:
+        shown = pairs(np.stack([beside(i) for i in range(len(shown[: SHOWN // 2]))]), shown[: SHOWN // 2])
+        columns = 10 if len(shown) >= SHOWN // 2 else 2 * math.ceil(math.sqrt(len(shown) / 4))  # no pair is parted
+    images.save_grid(files.join(out_dir, "samples.png"), shown, columns)
+    logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {num_samples} PNGs in {png_dir}")
+    return path

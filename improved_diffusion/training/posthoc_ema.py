@@ -1,0 +1,183 @@
+"""Moving averages of any length, made after training from the snapshots of a run's power-function averages."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from ..checkpoints import checkpoint
+from ..config import UserError
+from ..logs import logger
+from ..utils import files
+from .ema import gamma_of, posthoc_weights, profile_error
+
+LARGEST_ERROR = 0.05  # of a profile, relative, above which the average made is not quite the one that was asked for
+
+_SNAPSHOT = re.compile(r"ema_sigma_rel([^_]+)_(\d+)\.pt")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stored power-function average."""
+
+    path: str
+    number: int  # in the file's name
+    step: int  # training steps done
+    gamma: float
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An average to make: the weights of the snapshots, and how far their profile is from the wanted one."""
+
+    sigma_rel: float
+    weights: np.ndarray  # [number of snapshots]
+    error: float
+
+
+def rebuild(run_dir: str, widths: Sequence[float], number: int = -1) -> list[str]:
+    """Write the average of each relative width beside the snapshots it is made of; returns the paths.
+
+    :param number: the one in the file names of the newest snapshots to use; -1: the newest there are.
+    Memory: two models for each width, and two more. Raises UserError where the folder has no such snapshots, and for
+    one that is damaged or of another model.
+    """
+    snapshots = find_snapshots(run_dir, number)
+    newest = max(snapshots, key=lambda snapshot: snapshot.step)
+    recipes = [_recipe(snapshots, newest.step, width) for width in widths]
+    averages = weighted_sums([s.path for s in snapshots], [recipe.weights for recipe in recipes], newest.path)
+    paths = []
+    for recipe, average in zip(recipes, averages):
+        path = files.join(run_dir, checkpoint.ema_name(f"posthoc_sigma_rel{recipe.sigma_rel}", newest.number))
+        own = {"ema_sigma_rel": recipe.sigma_rel, "posthoc": True, "step": newest.step}
+        checkpoint.save_state_dict(average, path, {**newest.metadata, **own})
+        logger.log(f"wrote {path}: {len(snapshots)} snapshots, error of the profile {100 * recipe.error:.2g} %")
+        paths.append(path)
+    return paths
+
+
+def _recipe(snapshots: Sequence[Snapshot], step: int, sigma_rel: float) -> Recipe:
+    steps, gammas = [s.step for s in snapshots], [s.gamma for s in snapshots]
+    weights = posthoc_weights(steps, gammas, step, gamma_of(sigma_rel))
+    error = profile_error(steps, gammas, weights, step, gamma_of(sigma_rel))
+    if error > LARGEST_ERROR:
+        logger.warn(
+            f"{len(snapshots)} snapshots up to step {step} represent sigma_rel {sigma_rel} to {100 * error:.2g} %: "
+            "the result is of another length; choose a width nearer to the stored ones, or save more often in training"
+        )
+    return Recipe(sigma_rel, weights, error)
+
+
+# Finding
+
+
+def find_snapshots(run_dir: str, number: int = -1) -> list[Snapshot]:
+    """The snapshots in a folder, by the number in their names, up to a given one.
+
+    On this machine only their descriptions are read. Raises UserError where there are none, or none of that number.
+    """
+    if not run_dir:
+        raise UserError("--run_dir is missing: name the folder of a run trained with --ema_sigma_rel 0.05,0.10")
+    if not files.is_dir(run_dir):
+        raise UserError(f"--run_dir {run_dir} is no folder: name that of a run trained with --ema_sigma_rel 0.05,0.10")
+    matches = [match for match in map(_SNAPSHOT.fullmatch, files.list_dir(run_dir)) if match]
+    if not matches:
+        raise UserError(f"{run_dir} holds no ema_sigma_rel*.pt: train with --ema_sigma_rel 0.05,0.10 to have snapshots")
+    numbers = sorted({int(match.group(2)) for match in matches})
+    if number == -1:
+        number = numbers[-1]
+    if number not in numbers:
+        nearest = sorted(numbers, key=lambda other: abs(other - number))[:2]
+        raise UserError(
+            f"--step {number}: {run_dir} has no snapshot of that number, from {numbers[0]} to {numbers[-1]}; "
+            f"nearest: {', '.join(map(str, sorted(nearest)))}"
+        )
+    found = [(match.group(), int(match.group(2))) for match in matches if int(match.group(2)) <= number]
+    bar = logger.Progress("reading descriptions", len(found), "snapshot")
+    snapshots: list[Snapshot] = []
+    for name, its_number in found:
+        snapshots.append(_read_description(files.join(run_dir, name), its_number))
+        _check_alike(snapshots[0], snapshots[-1])
+        bar.update(1)
+    bar.close()
+    return sorted(snapshots, key=lambda snapshot: (snapshot.number, snapshot.gamma))
+
+
+def _read_description(path: str, number: int) -> Snapshot:
+    state_dict, metadata = _open(path)
+    try:
+        step, gamma = int(metadata["step"]), gamma_of(float(metadata["ema_sigma_rel"]))
+        if step < 1:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} does not say of which step and width it is, so training with --ema_sigma_rel has not written it: "
+            "move it elsewhere"
+        ) from None
+    return Snapshot(path, number, step, gamma, {name: tuple(v.shape) for name, v in state_dict.items()}, metadata)
+
+
+def _open(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    """(state dict, description); of a file on this machine the tensors are left on the disk."""
+    if not files.is_url(path):
+        try:
+            state_dict = th.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return state_dict, json.loads(state_dict._metadata[checkpoint.METADATA_KEY]["json"])
+        except Exception:
+            pass  # reading it whole says what is wrong
+    return checkpoint.load(path)
+
+
+def _check_alike(first: Snapshot, other: Snapshot) -> None:
+    for name in [*first.shapes, *other.shapes]:
+        if first.shapes.get(name) != other.shapes.get(name):
+            raise UserError(
+                f"{first.path} and {other.path} are of different models: {name} is {first.shapes.get(name, 'missing')} "
+                f"in one and {other.shapes.get(name, 'missing')} in the other; keep each run in a folder of its own"
+            )
+
+
+# Summing
+
+
+def weighted_sums(
+    paths: Sequence[str], weights: Sequence[np.ndarray], newest_path: str
+) -> Iterator[dict[str, th.Tensor]]:
+    """The weighted sums of the state dicts in the files, in the files' types, one for each row of weights.
+
+    Each file is read once, and one at a time. What is not floating-point comes from `newest_path`.
+    """
+    sums: list[dict[str, th.Tensor]] = [{} for _ in weights]
+    newest: dict[str, th.Tensor] = {}
+    bar = logger.Progress("summing", len(paths), "snapshot")
+    for i, path in enumerate(paths):
+        state_dict, _ = checkpoint.load(path)
+        for total, row in zip(sums, weights):
+            _add(total, state_dict, float(row[i]))
+        if path == newest_path:
+            newest = state_dict
+        bar.update(1)
+    bar.close()
+    for total in sums:
+        result = copy.copy(newest)  # with the layers' versions, which torch keeps beside the tensors
+        for name in list(total):
+            result[name] = total.pop(name).to(newest[name].dtype)
+        yield result
+
+
+def _add(total: dict[str, th.Tensor], state_dict: Mapping[str, th.Tensor], weight: float) -> None:
+    """total += weight * state_dict, in float64: thousands of weights of both signs cancel."""
+    for name, value in state_dict.items():
+        if value.is_floating_point():
+            if name not in total:
+                total[name] = th.zeros(value.shape, dtype=th.float64)
+            total[name].add_(value, alpha=weight)

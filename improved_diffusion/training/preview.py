@@ -1,0 +1,114 @@
+"""Grids of samples that a training run draws on its way, from the same noise every time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import distributed
+from ..config import UserError, height_width
+from ..data.low_res import downsample, pairs
+from ..logs import logger
+from ..sampling.noise import SeededNoise
+from ..sampling.timestep_grids import timestep_grid
+from ..utils import files, images
+
+PREVIEWS = 64  # images in a grid
+STEPS = 25  # of DDIM, for each image
+
+
+class PreviewGrid:
+    """A hook for TrainLoop: a grid of samples of the model, and one of its first moving average.
+
+    Written as previews/step_NNNNNN_raw.png and previews/step_NNNNNN.png, and sent to the trackers. Draws nothing from
+    the global generators, so that training goes on as if there were no grids.
+    :param shape: (C, H, W).
+    :param model_kwargs: of the given number of images, on the device; a "low_res" is shown beside each sample.
+    :param seed: image i is drawn from seed + i, whatever the number of ranks.
+    """
+
+    def __init__(
+        self, diffusion: Any, shape: Sequence[int], count: int, model_kwargs: Mapping[str, Any], out_dir: str, seed: int
+    ):
+        self.diffusion, self.shape, self.count, self.seed = diffusion, shape, count, seed
+        self.model_kwargs, self.out_dir = model_kwargs, out_dir
+
+    def __call__(self, loop: Any) -> None:
+        """Draw the grids. Collective."""
+        done = loop.absolute_step + 1
+        self._show(loop, loop.master_params, f"step_{done:06d}_raw.png", "samples_raw")
+        if loop.emas:
+            self._show(loop, loop.emas[0].params, f"step_{done:06d}.png", "samples_ema")
+
+    def _show(self, loop: Any, params: Sequence[th.Tensor], file_name: str, name: str) -> None:
+        with loop.using(params):
+            samples = self._draw(loop)
+        if loop.rank != 0:
+            return
+        columns = None
+        if "low_res" in self.model_kwargs:
+            samples = pairs(images.to_uint8(self.model_kwargs["low_res"]), samples)
+            columns = 2 * math.isqrt(self.count)
+        grid = images.grid(samples, columns, min_side=48)
+        logger.log_image(name, grid, loop.absolute_step)
+        directory = files.join(self.out_dir, "previews")
+        try:
+            files.make_dirs(directory)
+            files.write_bytes(files.join(directory, file_name), images.encode_png(grid))
+            logger.log(f"wrote {files.join(directory, file_name)}")
+        except UserError as error:  # a full disk, say: the run itself can go on
+            logger.warn(f"no grid of samples after {loop.absolute_step + 1} steps: {error}")
+
+    def _draw(self, loop: Any) -> np.ndarray:
+        """All samples, uint8 [count, H, W, C]; each rank draws its share."""
+        world_size = distributed.get_world_size()
+        mine = range(loop.rank, self.count, world_size)
+        parts = []
+        # In parts as small as training's, so that a preview needs no more memory than a step.
+        for start in range(0, len(mine), loop.microbatch):
+            numbers = list(mine[start : start + loop.microbatch])
+            sample = self.diffusion.ddim_sample_loop(
+                loop.model,
+                (len(numbers), *self.shape),
+                model_kwargs={key: value[numbers] for key, value in self.model_kwargs.items()},
+                device=loop.device,
+                noise_fn=SeededNoise([self.seed + i for i in numbers]),
+            )
+            parts.append(images.to_uint8(sample))
+        gathered = distributed.all_gather_object(np.concatenate(parts) if parts else None)
+        samples = np.empty((self.count, *self.shape[1:], self.shape[0]), np.uint8)
+        for rank, part in enumerate(gathered):
+            if part is not None:
+                samples[rank::world_size] = part
+        return samples
+
+
+def build_previews(options: Any, diffusion: Any, data: Any) -> list[tuple[int, PreviewGrid]]:
+    """The hook that draws a grid every --sample_interval steps, with its interval; [] where there are to be none.
+
+    :param diffusion: that the model is trained on.
+    :param data: the BatchStream, of whose images an even selection is what a super-resolution model starts from.
+    """
+    if not options.sample_interval:
+        return []
+    grid = timestep_grid("uniform", min(STEPS, diffusion.original_num_steps), diffusion.base_alphas_cumprod)
+    quick = diffusion.respaced(grid)
+    size, count, kwargs = getattr(options, "large_size", None), PREVIEWS, {}
+    if size is None:
+        size = options.image_size
+        if options.class_cond:
+            kwargs["y"] = th.arange(count) % options.num_classes
+    else:
+        # Spread over the data, which often lie class by class.
+        usable = data.stream.usable
+        count = min(PREVIEWS, len(usable))
+        chosen = [usable[i * len(usable) // count] for i in range(count)]
+        batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
+        kwargs["low_res"] = downsample(batch, options.small_size)
+    kwargs = {key: value.to(distributed.dev()) for key, value in kwargs.items()}
+    shape = (options.channels, *height_width(size))
+    return [(options.sample_interval, PreviewGrid(quick, shape, count, kwargs, logger.get_dir(), options.seed))]

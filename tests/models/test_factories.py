@@ -1,0 +1,360 @@
+"""The factories, and checkpoints that describe themselves."""
+
+import argparse
+import inspect
+import json
+
+import pytest
+import torch as th
+from helpers import GOLDEN, golden_json, script_groups
+from published_options import MODEL, SUPER_RES
+
+from improved_diffusion import script_util
+from improved_diffusion.checkpoints import checkpoint, loading
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.cli.parsing import parse_options
+from improved_diffusion.cli.published_flags import add_dict_to_argparser, args_to_dict
+from improved_diffusion.config import UserError, str2bool
+from improved_diffusion.config.published import model_and_diffusion_defaults, sr_model_and_diffusion_defaults
+from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from improved_diffusion.models.factories import (
+    attention_factors,
+    create_gaussian_diffusion,
+    create_model,
+    create_model_and_diffusion,
+    resolve_channel_mult,
+    sr_create_model_and_diffusion,
+)
+from improved_diffusion.unet import SuperResModel, UNetModel
+
+NETWORK = (
+    "num_channels num_res_blocks learn_sigma class_cond use_checkpoint attention_resolutions num_heads "
+    "num_heads_upsample use_scale_shift_norm dropout"
+)
+BOTH = (
+    "num_channels num_res_blocks num_heads num_heads_upsample attention_resolutions dropout diffusion_steps "
+    "noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps rescale_learned_sigmas use_checkpoint "
+    "use_scale_shift_norm"
+)
+SIGNATURES = {
+    "create_model_and_diffusion": f"image_size class_cond learn_sigma sigma_small {BOTH}",
+    "sr_create_model_and_diffusion": f"large_size small_size class_cond learn_sigma {BOTH}",
+    "create_model": f"image_size {NETWORK}",
+    "sr_create_model": f"large_size small_size {NETWORK}",
+    "args_to_dict": "args keys",
+    "add_dict_to_argparser": "parser default_dict",
+}
+
+
+# Factories
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_factory_has_the_published_arguments_in_order(name):
+    parameters = list(inspect.signature(getattr(script_util, name)).parameters.values())
+    published = SIGNATURES[name].split()
+    assert [p.name for p in parameters[: len(published)]] == published
+    assert all(p.default is p.empty for p in parameters[: len(published)])
+    assert all(p.default is not p.empty for p in parameters[len(published) :])
+
+
+def test_create_gaussian_diffusion_has_the_published_defaults():
+    parameters = inspect.signature(create_gaussian_diffusion).parameters
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert {name: p.default for name, p in parameters.items()} == dict(
+        steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
+        rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+        # Ours, which change nothing unless given.
+        predict_v=False, schedule_shift=1.0, zero_terminal_snr=False, min_snr_gamma=0.0,
+    )  # fmt: skip
+
+
+def test_defaults_are_the_published_dicts():
+    assert model_and_diffusion_defaults() == MODEL
+    assert sr_model_and_diffusion_defaults() == SUPER_RES
+    assert script_util.NUM_CLASSES == 1000
+    model_and_diffusion_defaults()["image_size"] = 3
+    assert model_and_diffusion_defaults()["image_size"] == 64
+
+
+def test_defaults_make_the_published_model():
+    with th.device("meta"):
+        model, diffusion = create_model_and_diffusion(**model_and_diffusion_defaults())
+        sr_model, _ = sr_create_model_and_diffusion(**sr_model_and_diffusion_defaults())
+    assert type(model) is UNetModel and type(sr_model) is SuperResModel
+    assert model.channel_mult == (1, 2, 3, 4) and sr_model.channel_mult == (1, 1, 2, 2, 4, 4)
+    assert model.attention_resolutions == (4, 8) and sr_model.attention_resolutions == (16, 32)
+    assert model.out_channels == 3 and model.num_classes is None and sr_model.in_channels == 6
+    assert diffusion.num_timesteps == 1000 and diffusion.rescale_timesteps
+
+
+@pytest.mark.parametrize(
+    "flags, loss", [
+        (dict(use_kl=True), LossType.RESCALED_KL),
+        (dict(use_kl=True, rescale_learned_sigmas=True), LossType.RESCALED_KL),
+        (dict(rescale_learned_sigmas=True), LossType.RESCALED_MSE), (dict(), LossType.MSE),
+    ],
+)  # fmt: skip
+def test_flags_choose_the_loss(flags, loss):
+    assert create_gaussian_diffusion(steps=20, **flags).loss_type == loss
+
+
+@pytest.mark.parametrize(
+    "flags, var", [
+        (dict(learn_sigma=True), ModelVarType.LEARNED_RANGE),
+        (dict(learn_sigma=True, sigma_small=True), ModelVarType.LEARNED_RANGE),
+        (dict(sigma_small=True), ModelVarType.FIXED_SMALL), (dict(), ModelVarType.FIXED_LARGE),
+    ],
+)  # fmt: skip
+def test_flags_choose_the_variance(flags, var):
+    assert create_gaussian_diffusion(steps=20, **flags).model_var_type == var
+
+
+def test_flags_choose_the_target_and_the_steps():
+    assert create_gaussian_diffusion(steps=20, predict_xstart=True).model_mean_type == ModelMeanType.START_X
+    assert create_gaussian_diffusion(steps=20).model_mean_type == ModelMeanType.EPSILON
+    diffusion = create_gaussian_diffusion(steps=100, timestep_respacing="ddim10", noise_schedule="cosine")
+    assert diffusion.num_timesteps == 10 and diffusion.original_num_steps == 100
+    assert diffusion.timestep_map == list(range(0, 100, 10))
+
+
+def test_sigma_small_reaches_super_resolution():
+    with th.device("meta"):
+        flags = {**sr_model_and_diffusion_defaults(), "num_channels": 32, "sigma_small": True}
+        assert sr_create_model_and_diffusion(**flags)[1].model_var_type == ModelVarType.FIXED_SMALL
+
+
+def test_class_conditional_models_have_a_thousand_classes_unless_told():
+    with th.device("meta"):
+        for num_classes, expected in ((0, 1000), (7, 7)):
+            model = create_model(32, 32, 1, False, True, False, "8", 1, -1, True, 0.0, num_classes=num_classes)
+            assert model.label_emb.weight.shape == (expected, 128)
+
+
+@pytest.mark.parametrize(
+    "size, mult", [(256, (1, 1, 2, 2, 4, 4)), (64, (1, 2, 3, 4)), (32, (1, 2, 2, 2)), (28, (1, 2, 2)), (8, (1, 2))]
+)
+def test_levels_by_image_size(size, mult):
+    assert resolve_channel_mult(size) == mult
+
+
+@pytest.mark.parametrize("size", [*range(2, 300, 2), "32x64", "256x64", "48x96"])
+def test_levels_divide_every_even_size(size):
+    mult = resolve_channel_mult(size)
+    height, width = (size, size) if isinstance(size, int) else map(int, size.split("x"))
+    assert len(mult) > 1 and height % 2 ** (len(mult) - 1) == width % 2 ** (len(mult) - 1) == 0
+
+
+def test_given_levels_are_taken_or_refused():
+    assert resolve_channel_mult(24, "1,1.5,2") == (1, 1.5, 2)
+    with pytest.raises(UserError, match=r"--image_size 20.*1,2,2,2.*multiple of 8"):
+        resolve_channel_mult(20, "1,2,2,2")
+    with pytest.raises(UserError, match="--image_size 33"):
+        resolve_channel_mult(33)
+    assert resolve_channel_mult(33, "1") == (1,)
+    with pytest.raises(UserError, match=r"--channel_mult 1,1\.2"):
+        create_model(32, 32, 1, False, False, False, "8", 1, -1, True, 0.0, channel_mult="1,1.2")
+
+
+def test_attention_resolutions_become_downsampling_factors():
+    assert attention_factors(64, "16,8") == (4, 8)
+    assert attention_factors(256, "16") == (16,)
+    assert attention_factors("64x128", "16") == (4,)
+    assert attention_factors(28, "16,8") == (2, 4)
+    assert attention_factors(32, "") == ()
+
+
+def test_heads_that_do_not_fit_are_a_users_error():
+    with pytest.raises(UserError, match="num_heads 5"):
+        create_model(32, 32, 1, False, False, False, "8", 5, -1, True, 0.0)
+
+
+# argparse helpers
+
+
+def test_published_scripts_parse_their_defaults():
+    parser = argparse.ArgumentParser()
+    defaults = {**model_and_diffusion_defaults(), "data_dir": None, "lr": 1e-4}
+    add_dict_to_argparser(parser, defaults)
+    assert vars(parser.parse_args([])) == defaults
+    args = parser.parse_args(["--learn_sigma", "True", "--lr", "1", "--image_size", "32", "--data_dir", "x"])
+    assert (args.learn_sigma, args.lr, args.image_size, args.data_dir) == (True, 1.0, 32, "x")
+    assert args_to_dict(args, ["lr", "image_size"]) == {"lr": 1.0, "image_size": 32}
+    chosen = args_to_dict(args, model_and_diffusion_defaults().keys())
+    assert chosen == {**MODEL, "learn_sigma": True, "image_size": 32}
+
+
+def test_str2bool():
+    for text in ("yes", "True", "T", "y", "1", True):
+        assert str2bool(text) is True
+    for text in ("no", "False", "F", "n", "0", False):
+        assert str2bool(text) is False
+    with pytest.raises(ValueError):
+        str2bool("maybe")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_dict_to_argparser(parser, {"flag": True})
+    with pytest.raises(argparse.ArgumentError):
+        parser.parse_args(["--flag", "maybe"])
+
+
+# Checkpoints
+
+SMALL = dict(
+    num_channels=32, num_res_blocks=1, num_heads=2, attention_resolutions="4", learn_sigma=True, diffusion_steps=50,
+    noise_schedule="cosine",
+)  # fmt: skip
+IMAGE = dict(SMALL, image_size=8, channel_mult="1,2")
+SUPER = dict(SMALL, large_size=16, small_size=4, channel_mult="1,2", class_cond=True, num_classes=3)
+
+
+def options_for(script, **flags):
+    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return parse_options(script_groups(script), "A script.", argv)
+
+
+def save_model(path, metadata, superres=False, **flags):
+    model, _ = loading.build(options_for("super_res_sample" if superres else "image_sample", **flags))
+    checkpoint.save_state_dict(model.state_dict(), str(path), metadata)
+    return model
+
+
+@pytest.fixture
+def described(tmp_path):
+    path = tmp_path / "ema_0.9999_000010.pt"
+    config = vars(options_for("image_train", **IMAGE))
+    config = {name: value for name, value in config.items() if name not in ("given", "flags", "preset")}
+    model = save_model(path, {"config": config, "class_names": None, "step": 11}, **IMAGE)
+    return path, model
+
+
+def test_a_described_checkpoint_needs_no_flags(described):
+    path, saved = described
+    options = options_for("image_sample", model_path=path)
+    model, diffusion, metadata = load_model(options)
+    assert not model.training and metadata["step"] == 11
+    assert model.num_heads == 2 and diffusion.num_timesteps == 50 and options.image_size == 8
+    for name, value in saved.state_dict().items():
+        th.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+    assert options.batch_size == 16  # the sampling script's own
+
+
+def test_what_training_does_not_fix_may_be_given(described):
+    _, diffusion, _ = load_model(options_for("image_sample", model_path=described[0], timestep_respacing="10"))
+    assert diffusion.num_timesteps == 10 and diffusion.original_num_steps == 50
+
+
+def test_a_flag_that_repeats_the_checkpoint_is_no_contradiction(described):
+    load_model(options_for("image_sample", model_path=described[0], image_size=8, num_channels=32))
+
+
+@pytest.mark.parametrize(
+    "name, value, stored",
+    [("num_channels", 64, 32), ("diffusion_steps", 100, 50), ("noise_schedule", "linear", "cosine"),
+     ("learn_sigma", False, True), ("image_size", 32, 8), ("channels", 1, 3), ("num_heads", 4, 2)],
+)  # fmt: skip
+def test_a_contradicting_flag_names_both_values(described, name, value, stored):
+    with pytest.raises(UserError) as error:
+        load_model(options_for("image_sample", model_path=described[0], **{name: value}))
+    assert f"--{name} {value}" in str(error.value) and f"--{name} {stored}" in str(error.value)
+    assert str(described[0]) in str(error.value)
+
+
+def test_image_and_super_resolution_models_are_told_apart(described, tmp_path):
+    with pytest.raises(UserError, match=r"an image model.*image_\*"):
+        load_model(options_for("super_res_sample", model_path=described[0]))
+    path = tmp_path / "sr.pt"
+    save_model(path, {"config": {"large_size": 16, "small_size": 4}}, superres=True, **SUPER)
+    with pytest.raises(UserError, match=r"super-resolution model.*super_res_\*"):
+        load_model(options_for("image_sample", model_path=path))
+
+
+def test_a_super_resolution_checkpoint_needs_no_flags(tmp_path):
+    path, defaults = tmp_path / "sr.pt", vars(options_for("super_res_train", **SUPER))
+    config = {name: value for name, value in defaults.items() if name not in ("given", "flags", "preset")}
+    save_model(path, {"config": config}, superres=True, **SUPER)
+    model, _, _ = load_model(options_for("super_res_sample", model_path=path))
+    assert isinstance(model, SuperResModel) and model.num_classes == 3
+
+
+# Foreign checkpoints
+
+
+def save_foreign(path, model):
+    th.save({name: value.clone() for name, value in model.state_dict().items()}, path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(image_size=32, num_channels=32, num_res_blocks=2, learn_sigma=True),
+        dict(image_size=32, num_channels=64, num_res_blocks=1, class_cond=True, use_scale_shift_norm=False),
+        dict(image_size=64, num_channels=32, num_res_blocks=1, attention_resolutions="32,8", num_heads=2),
+        dict(image_size=32, num_channels=32, num_res_blocks=1, channels=1, class_cond=True, num_classes=4),
+    ],
+)
+def test_a_foreign_checkpoint_has_its_architecture_read_off(tmp_path, flags, capsys):
+    path = tmp_path / "model.pt"
+    model, _ = loading.build(options_for("image_sample", **flags))
+    save_foreign(path, model)
+    options = options_for("image_sample", model_path=path)
+    loaded, _, metadata = load_model(options)
+    assert metadata == {}
+    for name, value in flags.items():
+        if name != "num_heads":
+            assert getattr(options, name) == value, name
+    text = capsys.readouterr().out
+    assert f"num_channels={flags['num_channels']}" in text and "num_heads=4" in text  # as read, and as assumed
+    assert loaded.attention_resolutions == model.attention_resolutions
+
+
+def test_a_foreign_super_resolution_checkpoint_is_read_too(tmp_path):
+    flags = dict(large_size=64, small_size=16, num_channels=32, num_res_blocks=1, learn_sigma=True, class_cond=True)
+    model, _ = loading.build(options_for("super_res_sample", **flags))
+    save_foreign(tmp_path / "sr.pt", model)
+    options = options_for("super_res_sample", model_path=tmp_path / "sr.pt", small_size=16)
+    assert isinstance(load_model(options)[0], SuperResModel)
+    assert (options.large_size, options.learn_sigma, options.class_cond, options.num_classes) == (64, True, True, 1000)
+    with pytest.raises(UserError, match="super-resolution model"):
+        load_model(options_for("image_sample", model_path=tmp_path / "sr.pt"))
+
+
+def test_a_flag_that_contradicts_a_foreign_checkpoint_names_both_values(tmp_path):
+    model, _ = loading.build(options_for("image_sample", image_size=32, num_channels=32, num_res_blocks=1))
+    save_foreign(tmp_path / "model.pt", model)
+    with pytest.raises(UserError, match=r"--num_res_blocks 2 .*--num_res_blocks 1"):
+        load_model(options_for("image_sample", model_path=tmp_path / "model.pt", num_res_blocks=2))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "layouts").glob("*.json")))
+def test_flags_of_the_published_models_are_read_off_their_shapes(name):
+    layout = golden_json(f"layouts/{name}")
+    shapes = {key: th.empty(shape, device="meta") for key, shape in layout["state_dict"].items()}
+    options = options_for("super_res_sample" if layout["superres"] else "image_sample")
+    loading.adopt(options, "model.pt", shapes, {})
+    for flag in ("num_channels", "num_res_blocks", "learn_sigma", "class_cond", "image_size"):
+        if flag in layout["flags"]:
+            assert getattr(options, flag) == layout["flags"][flag]
+    if layout["superres"]:
+        assert options.large_size == 256
+    assert options.attention_resolutions == "16,8" and options.use_scale_shift_norm is True
+
+
+def test_a_state_dict_of_something_else_is_an_error(tmp_path):
+    th.save(th.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of this method"):
+        load_model(options_for("image_sample", model_path=tmp_path / "other.pt"))
+
+
+def test_a_missing_model_path_is_named():
+    with pytest.raises(UserError, match="--model_path is missing"):
+        load_model(options_for("image_sample"))
+    with pytest.raises(UserError, match=r"cannot read nowhere\.pt"):
+        load_model(options_for("image_sample", model_path="nowhere.pt"))
+
+
+def test_a_description_with_unknown_options_is_still_read(described, tmp_path):
+    """A newer version's checkpoint may know more options than we do."""
+    state_dict, metadata = checkpoint.load(str(described[0]))
+    metadata["config"]["of_the_future"] = 1
+    checkpoint.save_state_dict(state_dict, str(tmp_path / "newer.pt"), json.loads(json.dumps(metadata)))
+    load_model(options_for("image_sample", model_path=tmp_path / "newer.pt"))

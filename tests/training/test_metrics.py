@@ -1,0 +1,89 @@
+"""What the steps report, collected without waiting for the device."""
+
+import math
+
+import pytest
+import torch as th
+
+from improved_diffusion.training.metrics import BadSteps, LossMeter, StepClock, peak_memory
+
+
+def test_quartiles_split_the_losses_by_timestep():
+    meter = LossMeter()
+    meter.add_losses(8, th.tensor([0, 1, 2, 7]), {"loss": th.tensor([1.0, 3.0, 5.0, 11.0])})
+    meter.add_losses(8, th.tensor([6]), {"loss": th.tensor([5.0])})
+    assert meter.read() == {"loss": 5.0, "loss_q0": 2.0, "loss_q1": 5.0, "loss_q3": 8.0}
+    assert meter.read() == {}
+    meter.add("norm", th.tensor(math.inf), counted=th.tensor(0.0))
+    meter.add("norm", th.tensor(3.0), counted=th.tensor(1.0))
+    assert meter.read() == {"norm": 3.0}
+
+
+def test_losses_that_are_no_numbers_are_left_out():
+    meter = LossMeter()
+    meter.add_losses(4, th.tensor([0, 0, 3]), {"loss": th.tensor([1.0, math.nan, math.inf])})
+    assert meter.read() == {"loss": 1.0, "loss_q0": 1.0}
+
+
+def test_sums_go_on_from_where_they_were_saved():
+    values = [th.rand(3) for _ in range(6)]
+    whole, first, second = LossMeter(), LossMeter(), LossMeter()
+    for i, value in enumerate(values):
+        whole.add("loss", value)
+        if i == 2:
+            second.load_state_dict(first.state_dict())
+        (first if i <= 2 else second).add("loss", value)
+    second.load_state_dict(first.state_dict())
+    for value in values[3:]:
+        second.add("loss", value)
+    assert second.read() == whole.read()
+
+
+def note_all(bad_steps, flags, first=0):
+    for step, bad in enumerate(flags, first):
+        bad_steps.note(th.tensor(float(bad)), step)
+
+
+@pytest.mark.parametrize(
+    "flags, longest, first",
+    [([0, 0, 0], 0, 0), ([1, 0, 0], 1, 0), ([0, 1, 1, 1, 0, 1, 1], 3, 1), ([1, 0, 1, 1], 2, 2), ([1] * 5, 5, 0)],
+)
+def test_the_longest_row_of_bad_steps_and_its_first(flags, longest, first):
+    bad_steps = BadSteps("cpu")
+    note_all(bad_steps, flags)
+    assert bad_steps.read() == (longest, first) if longest else bad_steps.read()[0] == 0
+
+
+def test_a_row_is_counted_across_reads_and_saves():
+    bad_steps, other = BadSteps("cpu"), BadSteps("cpu")
+    note_all(bad_steps, [0, 1, 1])
+    assert bad_steps.read() == (2, 1)
+    note_all(bad_steps, [1], first=3)
+    other.load_state_dict(bad_steps.state_dict())
+    note_all(other, [1, 0, 1], first=4)
+    assert other.read() == (4, 1)
+    note_all(other, [0, 0], first=7)
+    assert other.read()[0] == 0  # the row that ended before is told of once
+
+
+def test_the_clock_counts_images_and_the_wait_for_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = StepClock(batch_size=8)
+    for _ in range(5):
+        with clock.waiting():
+            now[0] += 0.5
+        now[0] += 1.5
+    speed = clock.read()
+    assert (speed["images_per_second"], speed["data_wait"]) == (4.0, 0.25)
+    with clock.waiting():
+        now[0] += 1.0
+    with clock.aside():
+        now[0] += 100.0
+    assert clock.read()["images_per_second"] == 8.0
+
+
+def test_peak_memory_counts_what_is_taken():
+    before = peak_memory()
+    th.zeros(2**26).add_(1)  # 256 MiB
+    assert 2**20 < before < 2**40 and peak_memory() >= max(before, 2**28)

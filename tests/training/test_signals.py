@@ -1,0 +1,71 @@
+"""Signals become a flag; two ranks see it after the same step (the scripts' tests show that)."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from improved_diffusion.training import signals as stop_signals
+from improved_diffusion.training.signals import SIGNALS, Agreement, StopSignals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_sets_the_flag_and_nothing_else_happens(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), number)
+        assert signals.received == number
+    assert signal.getsignal(number) is before
+
+
+def test_the_first_signal_counts():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGUSR1
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+
+
+def test_a_warning_that_comes_before_the_loop_is_kept_for_it(monkeypatch):
+    monkeypatch.setattr(stop_signals, "_early", 0)
+    before = signal.getsignal(signal.SIGUSR1)
+    stop_signals.catch_early_warning()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with StopSignals() as signals:
+        assert signals.received == signal.SIGUSR1
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_handlers_are_put_back_after_an_error():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(RuntimeError), StopSignals():
+        raise RuntimeError
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_outside_the_main_thread_nothing_is_caught():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with StopSignals() as signals:
+            seen.append((signals.received, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(0, before)]
+
+
+def test_one_rank_agrees_with_itself_at_once():
+    agreement = Agreement()
+    assert [agreement.exchange(n) for n in (0, 15, 0)] == [0, 15, 0]
+    agreement.finish()
