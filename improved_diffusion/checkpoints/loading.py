@@ -1,50 +1,91 @@
-"""Checkpoint files to models, with the options that they were trained with."""
+"""Checkpoints to models: the options that a model was trained with come from its file."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
 
-from ..cli.published_flags import args_to_dict
+import torch as th
+
 from ..config import (
+    KINDS,
     ClassifierConfig,
     DiffusionConfig,
     ModelConfig,
-    SuperResConfig,
+    SuperResModelConfig,
     UserError,
     fixed_names,
     from_dict,
     height_width,
 )
-from ..config.published import model_and_diffusion_defaults, sr_model_and_diffusion_defaults
+from ..config.settings import ImageModel, Settings, SuperResModel
 from ..logs import logger
 from ..models.architecture import read_architecture
+from ..models.build import build_classifier, build_model_and_diffusion
 from ..models.classifier import NoisyClassifier
-from ..models.factories import (
-    attention_factors,
-    create_classifier,
-    create_model_and_diffusion,
-    sr_create_model_and_diffusion,
-)
+from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
 from ..unet import UNetModel
 from . import checkpoint
 
-# Checkpoints that describe themselves
+S = TypeVar("S", bound=Settings)
 
 _MODEL_OPTIONS = [
-    f.name for group in (ModelConfig, DiffusionConfig, SuperResConfig, ClassifierConfig) for f in fields(group)
+    f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
 ]
-KINDS = {
-    "image": ("an image model", "use the image_* scripts"),
-    "super_res": ("a super-resolution model", "use the super_res_* scripts"),
-    "classifier": (
-        "a classifier",
-        "it makes no images but guides a model that does (--classifier_path); classifier_train.py trains it",
-    ),
-}
+
+
+@dataclass(frozen=True)
+class LoadedModel(Generic[S]):
+    """A model from a checkpoint.
+
+    :param settings: the command's, with the options that the model was trained with.
+    :param given: the options that the user gave.
+    :param model: in eval mode, on the CPU.
+    :param metadata: what the checkpoint says of itself; {} for a published one.
+    """
+
+    path: str
+    settings: S
+    given: frozenset[str]
+    model: UNetModel
+    diffusion: SpacedDiffusion
+    metadata: Mapping[str, Any]
+
+
+def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
+    """The model of a checkpoint. What training fixed need not be given. Collective.
+
+    :param settings: a command's, with groups `model` and `diffusion`.
+    :param given: the options that the user gave.
+    Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
+    """
+    if not path:
+        raise UserError("--model_path is missing: name a checkpoint, such as runs/NAME/ema_0.9999_010000.pt")
+    state_dict, metadata = checkpoint.load(path)
+    settings = take_options(settings, given, path, state_dict, metadata)
+    model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
+    checkpoint.load_into(model, state_dict, path)
+    return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
+
+
+def read_kind(path: str) -> type[ImageModel] | type[SuperResModel]:
+    """Which kind of model a checkpoint holds, by its description or its shapes. Collective.
+
+    Raises UserError for a classifier, which makes no images, and for a file of something else.
+    """
+    state_dict, metadata = checkpoint.load(path)
+    stored = metadata.get("config", {})
+    if stored:
+        kind = kind_of(stored)
+        if kind == "classifier":
+            raise UserError(f"{path} is {': '.join(KINDS[kind])}")
+        return SuperResModel if kind == "super_res" else ImageModel
+    arch = _read_architecture(path, state_dict)
+    # A super-resolution network takes twice the channels; of the two readings, the one as an image model comes first.
+    as_image = arch["in_channels"] <= 4 and arch["out_channels"] in (arch["in_channels"], 2 * arch["in_channels"])
+    return ImageModel if as_image else SuperResModel
 
 
 def kind_of(names: Iterable[str]) -> str:
@@ -53,57 +94,56 @@ def kind_of(names: Iterable[str]) -> str:
     return "classifier" if "classifier_width" in names else "super_res" if "large_size" in names else "image"
 
 
-def build(options: Any) -> tuple[UNetModel, SpacedDiffusion]:
-    """(model, diffusion) for a namespace of options; super-resolution where they have a large_size."""
-    superres = hasattr(options, "large_size")
-    create = sr_create_model_and_diffusion if superres else create_model_and_diffusion
-    names = [
-        *(sr_model_and_diffusion_defaults() if superres else model_and_diffusion_defaults()),
-        "channels",
-        "num_classes",
-        "channel_mult",
-        *(f.name for f in fields(DiffusionConfig) if not f.metadata["published"]),
-    ]
-    return create(**args_to_dict(options, names))
-
-
-def adopt(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any], metadata: Mapping[str, Any],
-          names: Iterable[str] | None = None) -> None:  # fmt: skip
-    """Take the options that were not given from a checkpoint. A contradiction raises UserError with both values.
+def take_options(
+    settings: S,
+    given: Iterable[str],
+    path: str,
+    state_dict: Mapping[str, th.Tensor],
+    metadata: Mapping[str, Any],
+    names: Iterable[str] | None = None,
+) -> S:
+    """The settings with the options of a checkpoint, where the user gave none.
 
     :param names: the options that may be taken; those of the model and the diffusion unless given.
+    Raises UserError for an option that contradicts what training fixed, naming both values.
     """
     stored = dict(metadata.get("config", {}))
-    if stored and kind_of(stored) != kind_of(vars(options)):
-        raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
-    if not stored:
-        stored = _config_from_shapes(options, path, state_dict)
-        shown = ", ".join(f"{name}={value}" for name, value in stored.items())
-        logger.log(
-            f"{path} has no description. Read off its shapes: {shown}. By flag or default: "
-            + ", ".join(
-                f"{name}={getattr(options, name)}"
-                for name in sorted(fixed_names())
-                if hasattr(options, name) and name not in stored
-            )
-        )
-    else:
+    known, values, given = settings.options(), settings.values(), frozenset(given)
+    if stored:
+        if kind_of(stored) != settings.model.kind:  # type: ignore[attr-defined]
+            raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
         # An older file lacks newer options, which did not exist when it was trained.
-        newer = {
-            f.name: f.default for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]
-        }
-        stored = {**{name: value for name, value in newer.items() if hasattr(options, name)}, **stored}
+        newer = [f for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]]
+        stored = {**{f.name: f.default for f in newer if f.name in known}, **stored}
+    else:
+        stored = _options_from_shapes(settings, given, path, state_dict)
+        by_flag = {name: values[name] for name in sorted(fixed_names() & known.keys() - stored.keys())}
+        logger.log(
+            f"{path} has no description. From its shapes: {_shown(stored)}. By flag or default: {_shown(by_flag)}"
+        )
     fixed = fixed_names()
-    refuse_contradictions(options, path, stored, fixed)
-    for name in _MODEL_OPTIONS if names is None else names:
-        if name in stored and hasattr(options, name) and (name in fixed or name not in options.given):
-            setattr(options, name, stored[name])
+    refuse_contradictions(values, given, path, stored, fixed)
+    taken = {
+        name: stored[name]
+        for name in (_MODEL_OPTIONS if names is None else names)
+        if name in stored and name in known and (name in fixed or name not in given)
+    }
+    try:
+        return settings.replace(**taken)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def refuse_contradictions(options: argparse.Namespace, path: str, stored: Mapping[str, Any], names: set[str]) -> None:
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def refuse_contradictions(
+    values: Mapping[str, Any], given: Iterable[str], path: str, stored: Mapping[str, Any], names: Iterable[str]
+) -> None:
     """Raise UserError where one of the names was given another value than a checkpoint has."""
-    for name in sorted(options.given & stored.keys() & names):
-        value, there = getattr(options, name), stored[name]
+    for name in sorted(set(given) & stored.keys() & set(names)):
+        value, there = values[name], stored[name]
         if name in ("channel_mult", "num_classes") and not value:
             continue
         if value != there:
@@ -112,24 +152,29 @@ def refuse_contradictions(options: argparse.Namespace, path: str, stored: Mappin
             )
 
 
-def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tensors' shapes say of a checkpoint that comes without a description."""
-    if kind_of(vars(options)) == "classifier":
-        raise UserError(f"{path} has no description: a classifier needs one, as classifier_train.py writes it")
+def _read_architecture(path: str, state_dict: Mapping[str, th.Tensor]) -> dict[str, Any]:
     try:
-        arch = read_architecture(state_dict)
+        return read_architecture(state_dict)
     except (KeyError, IndexError, ValueError):
         raise UserError(f"{path} is not a checkpoint of this method's networks") from None
-    superres = hasattr(options, "large_size")
+
+
+def _options_from_shapes(
+    settings: Settings, given: Iterable[str], path: str, state_dict: Mapping[str, th.Tensor]
+) -> dict[str, Any]:
+    """What the tensors' shapes say of a checkpoint that comes without a description."""
+    config: Any = settings.model  # type: ignore[attr-defined]
+    if isinstance(config, ClassifierConfig):
+        raise UserError(f"{path} has no description: a classifier needs one, as classifier-train writes it")
+    arch = _read_architecture(path, state_dict)
+    superres = isinstance(config, SuperResModelConfig)
     channels = arch["in_channels"] // 2 if superres else arch["in_channels"]
     if channels > 4 or arch["out_channels"] not in (channels, 2 * channels):
-        other = "an image" if superres else "a super-resolution"
-        raise UserError(f"{path} is {other} model: use the other kind of script")
+        raise UserError(f"{path} is {': '.join(KINDS['image' if superres else 'super_res'])}")
     mult = arch["channel_mult"]
     by_mult = {(1, 1, 2, 2, 4, 4): 256, (1, 2, 3, 4): 64, (1, 2, 2, 2): 32}
     name = "large_size" if superres else "image_size"
-    size = getattr(options, name) if name in options.given else by_mult.get(mult, getattr(options, name))
-    side = min(height_width(size))
+    size = config.size if name in given else by_mult.get(mult, config.size)
     stored = {
         name: size,
         "channels": channels,
@@ -141,39 +186,33 @@ def _config_from_shapes(options: argparse.Namespace, path: str, state_dict: Mapp
         "learn_sigma": arch["out_channels"] == 2 * channels,
         "use_scale_shift_norm": arch["use_scale_shift_norm"],
     }
-    listed = {f for f in attention_factors(size, options.attention_resolutions) if f < 2 ** len(mult)}
+    listed = {f for f in attention_factors(size, config.attention_resolutions) if f < 2 ** len(mult)}
     if listed != set(arch["attention_resolutions"]):
+        side = min(height_width(size))
         stored["attention_resolutions"] = ",".join(str(side // f) for f in arch["attention_resolutions"])
     return stored
 
 
-def load_model(options: argparse.Namespace) -> tuple[UNetModel, SpacedDiffusion, dict[str, Any]]:
-    """(model in eval mode on the CPU, diffusion, metadata) of --model_path; what training fixed need not be given.
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A classifier from a checkpoint: in eval mode on the CPU, its run's options, and its classes' names."""
 
-    Raises UserError for a flag that contradicts the checkpoint, and for a file that is not a checkpoint. Collective.
-    """
-    if not options.model_path:
-        raise UserError("--model_path is missing: name a checkpoint, such as runs/NAME/ema_0.9999_010000.pt")
-    state_dict, metadata = checkpoint.load(options.model_path)
-    adopt(options, options.model_path, state_dict, metadata)
-    model, diffusion = build(options)
-    checkpoint.load_into(model, state_dict, options.model_path)
-    return model.eval(), diffusion, metadata
+    path: str
+    classifier: NoisyClassifier
+    config: Mapping[str, Any]
+    class_names: list[str] | None
 
 
-def load_classifier(path: str) -> tuple[NoisyClassifier, dict[str, Any], list[str] | None]:
-    """(classifier in eval mode on the CPU, its run's options, its classes' names) of a checkpoint. Collective.
-
-    Raises UserError for a file that is not a classifier's.
-    """
+def load_classifier(path: str) -> LoadedClassifier:
+    """The classifier of a checkpoint. Collective. Raises UserError for a file that is not a classifier's."""
     state_dict, metadata = checkpoint.load(path)
     stored = metadata.get("config", {})
     if not stored:
-        raise UserError(f"{path} has no description: a classifier is a file that classifier_train.py wrote")
+        raise UserError(f"{path} has no description: a classifier is a file that classifier-train wrote")
     if kind_of(stored) != "classifier":
-        raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier_train.py trains one")
+        raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier-train makes one")
     names = [f.name for f in fields(ClassifierConfig)]
     config = from_dict(ClassifierConfig, {name: stored[name] for name in names if name in stored})
-    classifier = create_classifier(**vars(config))
+    classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
-    return classifier.eval(), stored, metadata.get("class_names")
+    return LoadedClassifier(path, classifier.eval(), stored, metadata.get("class_names"))

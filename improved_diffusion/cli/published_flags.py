@@ -6,9 +6,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..config import (
-    str2bool,
-)
+from ..config import str2bool
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:

@@ -10,9 +10,11 @@ from .base import (
     Config,
     UserError,
     comma_list,
+    default_of,
     extra,
     from_dict,
     height_width,
+    number_list,
     option,
     parse_size,
     str2bool,
@@ -29,12 +31,15 @@ from .editing import (
 )
 from .evaluation import CompareConfig, FeaturesConfig, JudgedConfig, ReferenceConfig, SweepConfig
 from .model import (
+    KINDS,
     ClassifierConfig,
     DiffusionConfig,
     GuidedModelConfig,
     ModelConfig,
+    NetworkConfig,
     ProcessConfig,
-    SuperResConfig,
+    SuperResModelConfig,
+    UNetConfig,
     fixed_names,
 )
 from .run import RunConfig
@@ -52,6 +57,7 @@ from .training import (
 )
 
 __all__ = [
+    "KINDS",
     "LR_SCHEDULES",
     "MAX_SIGMA_REL",
     "NUM_CLASSES",
@@ -76,6 +82,7 @@ __all__ = [
     "LatentsConfig",
     "ModelConfig",
     "NLLConfig",
+    "NetworkConfig",
     "PosthocConfig",
     "ProcessConfig",
     "ProgressConfig",
@@ -84,17 +91,20 @@ __all__ = [
     "SampleConfig",
     "SamplerConfig",
     "SourceConfig",
-    "SuperResConfig",
+    "SuperResModelConfig",
     "SweepConfig",
     "TrainConfig",
+    "UNetConfig",
     "UserError",
     "VariationsConfig",
     "WatchConfig",
     "comma_list",
+    "default_of",
     "extra",
     "fixed_names",
     "from_dict",
     "height_width",
+    "number_list",
     "option",
     "parse_size",
     "str2bool",

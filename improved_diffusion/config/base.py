@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -27,13 +27,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}: {' '.join(hints)}")
 
 
-def str2bool(value: str | bool) -> bool:
+def str2bool(v: str | bool) -> bool:
     """The published spellings of a truth value: yes/true/t/y/1 and no/false/f/n/0."""
-    if isinstance(value, bool):
-        return value
-    if value.lower() in ("yes", "true", "t", "y", "1"):
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
         return True
-    if value.lower() in ("no", "false", "f", "n", "0"):
+    if v.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise ValueError("expected True or False")
 
@@ -62,6 +62,17 @@ def comma_list(text: str, kind: Callable[[str], Any]) -> list[Any]:
     return [kind(part) for part in str(text).split(",") if part.strip()]
 
 
+def number_list(text: str) -> list[int]:
+    """The numbers of a list such as `17,40-47`, both ends of a range included; none for an empty one."""
+    numbers: list[int] = []
+    for part in (part.strip() for part in str(text).split(",") if part.strip()):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ValueError("expected numbers such as 17,40-47")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def option(
     default: Any,
     help: str,
@@ -86,6 +97,11 @@ def extra(default: Any, help: str, **kwargs: Any) -> Any:
     return option(default, help, published=False, **kwargs)
 
 
+def default_of(cls: type, name: str) -> Any:
+    """The default of the option `name` of the config `cls`."""
+    return next(f.default for f in fields(cls) if f.name == name)
+
+
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the config `cls` from a mapping; a name it does not have raises with the nearest one."""
     known = {f.name for f in fields(cls)}
@@ -95,11 +111,12 @@ def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**values)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """What the option groups share: each value is checked against its type and choices."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):
             value = getattr(self, f.name)
             try:
                 value = f.metadata["parse"](value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Config, UserError, comma_list, extra, height_width, option, parse_size
 
@@ -13,7 +13,8 @@ from .base import Config, UserError, comma_list, extra, height_width, option, pa
 class NetworkConfig(Config):
     """What every network has."""
 
-    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
+    kind: ClassVar[str]  # which of KINDS such a network is
+
     dropout: float = option(0.0, "dropout probability inside the residual blocks, while training")
     use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     channels: int = extra(3, "channels of the images: 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha", fixed=True)
@@ -23,6 +24,11 @@ class NetworkConfig(Config):
     channel_mult: str = extra(
         "", "width of each level in units of the network's, comma-separated; empty: by image size", fixed=True
     )
+
+    @property
+    def size(self) -> Any:
+        """The side of the images that the network takes, or "HEIGHTxWIDTH"."""
+        raise NotImplementedError
 
     def validate(self) -> None:
         self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
@@ -41,8 +47,8 @@ class NetworkConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(NetworkConfig):
-    """The network."""
+class UNetConfig(NetworkConfig):
+    """The U-Net of an image model or of a super-resolution model."""
 
     num_channels: int = option(128, "width of the network's first level, a multiple of 32", fixed=True)
     num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
@@ -74,14 +80,57 @@ class ModelConfig(NetworkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelConfig(UNetConfig):
+    """The network."""
+
+    kind = "image"
+
+    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
+
+    @property
+    def size(self) -> Any:
+        return self.image_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResModelConfig(UNetConfig):
+    """The super-resolution network."""
+
+    kind = "super_res"
+
+    large_size: Any = option(256, "side of the images that are made, in pixels", parse=parse_size, fixed=True)
+    small_size: Any = option(64, "side of the low-resolution images given, in pixels", parse=parse_size, fixed=True)
+
+    @property
+    def size(self) -> Any:
+        return self.large_size
+
+    def validate(self) -> None:
+        super().validate()
+        large, small = height_width(self.large_size), height_width(self.small_size)
+        if large[0] % small[0] or large[1] % small[1] or large[0] // small[0] != large[1] // small[1]:
+            raise UserError(
+                f"--large_size {self.large_size} must be a whole multiple of --small_size {self.small_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(NetworkConfig):
     """The classifier of noisy images."""
+
+    kind = "classifier"
+
+    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
 
     classifier_width: int = extra(128, "width of the classifier's first level, a multiple of 32", fixed=True)
     classifier_depth: int = extra(2, "residual blocks on each level of the classifier", fixed=True)
     classifier_attention_resolutions: str = extra(
         "32,16,8", "sides in pixels of the classifier's levels that have attention, comma-separated", fixed=True
     )
+
+    @property
+    def size(self) -> Any:
+        return self.image_size
 
     def validate(self) -> None:
         super().validate()
@@ -157,22 +206,15 @@ class DiffusionConfig(ProcessConfig):
             raise UserError("--min_snr_gamma weighs the squared error, which --use_kl leaves out: give one of them")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuperResConfig(Config):
-    """The sizes of super-resolution."""
-
-    large_size: Any = option(256, "side of the images that are made, in pixels", parse=parse_size, fixed=True)
-    small_size: Any = option(64, "side of the low-resolution images given, in pixels", parse=parse_size, fixed=True)
-
-    def validate(self) -> None:
-        large, small = height_width(self.large_size), height_width(self.small_size)
-        if large[0] % small[0] or large[1] % small[1] or large[0] // small[0] != large[1] // small[1]:
-            raise UserError(
-                f"--large_size {self.large_size} must be a whole multiple of --small_size {self.small_size}"
-            )
+# What a checkpoint may hold, and what to do with one of another kind.
+KINDS = {
+    "image": ("an image model", "use the image commands"),
+    "super_res": ("a super-resolution model", "use the super-res commands"),
+    "classifier": ("a classifier", "it makes no images but guides a model that does (--classifier_path)"),
+}
 
 
 def fixed_names() -> set[str]:
     """The options that training decides and sampling may not contradict."""
-    groups = (ModelConfig, DiffusionConfig, SuperResConfig, ClassifierConfig)
+    groups = (ModelConfig, DiffusionConfig, SuperResModelConfig, ClassifierConfig)
     return {f.name for group in groups for f in fields(group) if f.metadata["fixed"]}

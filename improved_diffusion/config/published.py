@@ -1,17 +1,11 @@
-"""The published factories' options and defaults, derived from the configs."""
+"""The options of the published factories and their defaults, derived from the option groups."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
 
-from . import (
-    DiffusionConfig,
-    ModelConfig,
-    SuperResConfig,
-)
-
-# Factories
+from .model import DiffusionConfig, ModelConfig, SuperResModelConfig
 
 
 def _published(*groups: type) -> dict[str, Any]:
@@ -25,6 +19,4 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """The published options of sr_create_model_and_diffusion and their defaults."""
-    defaults = _published(ModelConfig, DiffusionConfig, SuperResConfig)
-    del defaults["image_size"]
-    return defaults
+    return _published(SuperResModelConfig, DiffusionConfig)

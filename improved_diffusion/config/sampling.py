@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import PRECISIONS, Config, UserError, comma_list, extra, option
+from .base import PRECISIONS, Config, UserError, comma_list, extra, number_list, option
 
 SAMPLERS = (
     "auto", "ancestral", "ddim", "plms", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "unipc_3", "euler", "heun",
@@ -107,6 +107,9 @@ class SampleConfig(Config):
 
     model_path: str = option("", "checkpoint to sample from, preferably an ema_*.pt")
     num_samples: int = option(10000, "images to make; super-resolution makes one of each base image unless told")
+    seeds: str = extra(
+        "", "numbers of the images to make, such as 17,40-47: image i of --seed, again; empty: 0 to num_samples - 1"
+    )
     batch_size: int = option(16, "images at once on each rank")
     classes: str = extra("", "classes to draw, by name or index, comma-separated, in turn; empty: random ones")
     save_steps: int = extra(
@@ -118,6 +121,11 @@ class SampleConfig(Config):
         self.require(self.num_samples >= 1, "num_samples", "must be at least 1")
         self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
         self.require(self.save_steps >= 0, "save_steps", "must not be negative")
+        try:
+            numbers = number_list(self.seeds)
+        except ValueError as error:
+            raise UserError(f"--seeds {self.seeds!r}: {error}") from None
+        self.require(len(set(numbers)) == len(numbers), "seeds", "names an image twice")
 
 
 @dataclass(frozen=True, kw_only=True)

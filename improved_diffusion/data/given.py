@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,37 +23,35 @@ class GivenImages(NamedTuple):
 
 
 def read_images(
-    options: argparse.Namespace,
-    flag: str,
-    size_flag: str,
-    class_names: Sequence[str] | None,
-    exact_npz: bool = False,
-    enlarge: bool = True,
-) -> GivenImages:
-    """The images of the option `flag`: an npz, a folder, a zip, or one image or several separated by commas.
+    flag: str, path: str, size_flag: str, wanted: Any, channels: int, class_names: Sequence[str] | None,
+    exact_npz: bool = False, enlarge: bool = True,
+) -> GivenImages:  # fmt: skip
+    """The images of an npz, a folder or a zip, of one image, or of several separated by commas.
 
-    Resized and centre-cropped as in training to the size of the option `size_flag`.
+    They are resized and centre-cropped as in training.
+    :param flag: the option that names the path, and `size_flag` the one of the size, for messages.
+    :param wanted: the side, or "HEIGHTxWIDTH".
+    :param class_names: file names that begin with one of them have that class.
     :param exact_npz: an npz of another size raises UserError.
     :param enlarge: otherwise images that are smaller raise UserError.
     """
-    path, wanted = getattr(options, flag), getattr(options, size_flag)
-    source = open_pictures(path, f"--{flag}")
+    source = open_pictures(path, flag)
     size = height_width(wanted)
-    dataset = ImageDataset(wanted, source, channels=options.channels)
+    dataset = ImageDataset(wanted, source, channels=channels)
     sizes = {dataset.read(i).size[::-1] for i in range(len(dataset))}
     if sizes != {size}:
         other = "x".join(map(str, min(s for s in sizes if s != size)))
         if exact_npz and isinstance(source, ArrayImages):
             raise UserError(
-                f"--{flag} {path} has images of {other}, but the model's --{size_flag} is {wanted}: give an npz of "
+                f"{flag} {path} has images of {other}, but the model's {size_flag} is {wanted}: give an npz of "
                 "that size, or a folder of images, which are resized"
             )
         smaller = ["x".join(map(str, s)) for s in sorted(sizes) if s[0] < size[0] or s[1] < size[1]]
         if smaller and not enlarge:
             raise UserError(
-                f"--{flag} {path} has images of {smaller[0]}, smaller than --{size_flag} {wanted}: give larger ones"
+                f"{flag} {path} has images of {smaller[0]}, smaller than {size_flag} {wanted}: give larger ones"
             )
-        logger.log(f"--{flag}: images of {other} are resized and centre-cropped to --{size_flag} {wanted}")
+        logger.log(f"{flag}: images of {other} are resized and centre-cropped to {size_flag} {wanted}")
     array = np.stack([_uint8(dataset[i][0]) for i in range(len(dataset))])
     labels = None
     if isinstance(source, ArrayImages):
@@ -70,14 +67,22 @@ def _uint8(image: Any) -> Any:
     return np.rint((image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # exact: the way back from x / 127.5 - 1
 
 
-def class_indices(options: argparse.Namespace, source: Any, metadata: dict[str, Any]) -> list[int]:
-    """Each image's class in the checkpoint's numbering. Raises UserError for a class that the checkpoint lacks."""
-    found, names = read_classes(source, options.labels, options.data_dir)
-    trained = metadata.get("class_names") or names
+def class_indices(
+    source: Any, labels: str, data_dir: str, class_names: Sequence[str] | None, num_classes: int, model_path: str
+) -> list[int]:
+    """Each image's class in a checkpoint's numbering.
+
+    :param labels: where the classes come from, see `read_classes`.
+    :param class_names: the checkpoint's; None where it has none.
+    :param num_classes: the checkpoint's; 0: NUM_CLASSES.
+    Raises UserError for a class that the checkpoint does not have.
+    """
+    found, names = read_classes(source, labels, data_dir)
+    trained = list(class_names or names)
     unknown = sorted({names[i] for i in found} - set(trained))
     if unknown:
-        raise UserError(f"{options.data_dir} has the class {unknown[0]}, which {options.model_path} was not trained on")
+        raise UserError(f"{data_dir} has the class {unknown[0]}, which {model_path} was not trained on")
     indices = [trained.index(names[i]) for i in found]
-    if max(indices) >= (options.num_classes or NUM_CLASSES):
-        raise UserError(f"{options.data_dir} has class {max(indices)}; {options.model_path} has {options.num_classes}")
+    if max(indices) >= (num_classes or NUM_CLASSES):
+        raise UserError(f"{data_dir} has class {max(indices)}; {model_path} has {num_classes} classes")
     return indices

@@ -1,20 +1,17 @@
-"""A model prepared for sampling: device, precision, guidance."""
+"""A model prepared for sampling: its device, precision and guidance."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import math
 import shutil
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch as th
 
 from .. import distributed
-from ..checkpoints.loading import load_classifier, load_model
-from ..config import UserError, comma_list
+from ..checkpoints.loading import LoadedModel, load_classifier, load_model
+from ..config import SamplerConfig, UserError, comma_list
 from ..logs import logger
 from ..respace import SpacedDiffusion
 from ..schedules import sigma_at, timestep_of_sigma
@@ -22,71 +19,72 @@ from .guidance import EVERYWHERE, Autoguidance, ClassifierFreeGuidance, Classifi
 from .labels import Classes, classes_of
 
 
-def prepare_model(options: argparse.Namespace, model: th.nn.Module) -> th.nn.Module:
-    """The model on the device, in the precision and layout of the options, compiled where asked."""
+def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
+    """The model on the device, in the precision and layout of the options, compiled if they say so."""
     model.to(distributed.dev())
-    if options.precision != "fp32":
-        getattr(model, f"convert_to_{options.precision}")()
-    if options.channels_last:
+    if config.precision != "fp32":
+        getattr(model, f"convert_to_{config.precision}")()
+    if config.channels_last:
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
-    if options.compile:
+    if config.compile:
         if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave the flag out")
         model.compile()
     return model
 
 
-def guide(
-    options: argparse.Namespace, model: th.nn.Module, diffusion: SpacedDiffusion, metadata: Mapping[str, Any]
-) -> tuple[th.nn.Module, Classes | None]:
-    """(the prepared model, guided as the options say; the classes that it takes, or None).
+def guide(loaded: LoadedModel, model: th.nn.Module, diffusion: SpacedDiffusion) -> tuple[th.nn.Module, Classes | None]:
+    """(the model with the guidance of its settings, the classes that it takes, or None).
 
-    :param diffusion: the sampler's; :param metadata: of the model's checkpoint.
+    :param model: prepared by `prepare_model`.
+    :param diffusion: the sampler's.
     Raises UserError where the model, the guide or the classifier cannot do what is asked. Collective.
     """
-    interval, classes = _interval(options, diffusion), classes_of(options, metadata)
+    options, classes = loaded.settings.guidance, classes_of(loaded)
+    interval = _interval(options.guidance_interval, diffusion)
     scale, rescale = options.guidance_scale, options.guidance_rescale
     if options.guide_path:
-        weaker, takes_classes = _load_guide(options, classes)
+        weaker, takes_classes = _load_guide(loaded, classes)
         model = Autoguidance(model, weaker, scale, takes_classes, interval=interval, rescale=rescale)
     elif scale != 1:
-        _check_null_class(options, metadata)
+        _check_null_class(loaded)
         model = ClassifierFreeGuidance(model, scale, interval, rescale)
     if options.classifier_path:
-        classifier, classes = _load_classifier(options, classes)
-        model = ClassifierGuidance(
-            model, classifier, diffusion.score_weight, options.classifier_scale, options.class_cond, interval
-        )
+        classifier, classes = _load_classifier(loaded, classes)
+        takes_classes = loaded.settings.model.class_cond
+        weight = diffusion.score_weight
+        model = ClassifierGuidance(model, classifier, weight, options.classifier_scale, takes_classes, interval)
     return model, classes
 
 
-def _interval(options: argparse.Namespace, diffusion: SpacedDiffusion) -> tuple[float, float]:
+def _interval(text: str, diffusion: SpacedDiffusion) -> tuple[float, float]:
     """The timesteps, as the network sees them, between the noise levels of --guidance_interval."""
-    if not options.guidance_interval:
+    if not text:
         return EVERYWHERE
     base = diffusion.base_alphas_cumprod
-    sigmas = np.array(comma_list(options.guidance_interval, float))
+    sigmas = np.array(comma_list(text, float))
     lowest, highest = sigma_at(base, np.array([0, len(base) - 1]))
     if sigmas[1] < lowest or sigmas[0] > highest:
         raise UserError(
-            f"--guidance_interval {options.guidance_interval} lies outside of the model's noise levels, which go from "
-            f"{lowest:.3g} to {highest:.3g}"
+            f"--guidance_interval {text} is outside of the model's noise levels, which go from {lowest:.3g} to "
+            f"{highest:.3g}"
         )
     low, high = (diffusion.network_timestep(t) for t in timestep_of_sigma(base, sigmas))
     return (low if sigmas[0] > lowest else -math.inf), (high if sigmas[1] < highest else math.inf)
 
 
-def _check_null_class(options: argparse.Namespace, metadata: Mapping[str, Any]) -> None:
-    if not options.class_cond:
+def _check_null_class(loaded: LoadedModel) -> None:
+    flag = f"--guidance_scale {loaded.settings.guidance.guidance_scale}"
+    if not loaded.settings.model.class_cond:
         raise UserError(
-            f"--guidance_scale {options.guidance_scale}: {options.model_path} was trained without classes. Train with "
-            "--class_cond True --label_drop 0.1, or guide by a weaker checkpoint with --guide_path"
+            f"{flag}: {loaded.path} was trained without classes. Train with --class_cond True --label_drop 0.1, or "
+            "guide by a weaker checkpoint with --guide_path"
         )
-    if not metadata.get("config", {}).get("label_drop"):
+    if not loaded.metadata.get("config", {}).get("label_drop"):
         raise UserError(
-            f"--guidance_scale {options.guidance_scale}: {options.model_path} never saw an image without its class. "
-            f"Train with --label_drop 0.1, from --init_checkpoint {options.model_path} for one, or guide by an "
-            "unconditional checkpoint with --guide_path"
+            f"{flag}: {loaded.path} was never trained with its class hidden. Train with --label_drop 0.1, starting "
+            f"from --init_checkpoint {loaded.path} for example, or guide by an unconditional checkpoint with "
+            "--guide_path"
         )
 
 
@@ -95,53 +93,53 @@ _NOISE = ("diffusion_steps", "noise_schedule", "schedule_shift", "zero_terminal_
 _SHARED = ("image_size", "large_size", "small_size", "channels", "predict_xstart", "predict_v", *_NOISE)
 
 
-def _load_guide(options: argparse.Namespace, classes: Classes | None) -> tuple[th.nn.Module, bool]:
+def _load_guide(loaded: LoadedModel, classes: Classes | None) -> tuple[th.nn.Module, bool]:
     """(the prepared guide, whether it takes classes); `classes` are the model's."""
-    theirs = copy.copy(options)
+    options = loaded.settings.guidance
     # What describes the model describes its guide too, where the guide's file does not say.
-    theirs.model_path, theirs.given = options.guide_path, set()
-    guide, _, metadata = load_model(theirs)
-    for name in (name for name in _SHARED if hasattr(options, name)):
-        if getattr(options, name) != getattr(theirs, name):
-            raise UserError(
-                f"--guide_path {options.guide_path} has {name} {getattr(theirs, name)}, but {options.model_path} has "
-                f"{getattr(options, name)}: they must agree"
-            )
-    if theirs.class_cond and not options.class_cond:
-        raise UserError(f"--guide_path {options.guide_path} needs classes, which {options.model_path} has not")
-    if theirs.class_cond:
-        _compare_classes(f"--guide_path {options.guide_path}", classes_of(theirs, metadata), options, classes)
+    theirs = load_model(loaded.settings, (), options.guide_path)
+    flag, ours, guides = f"--guide_path {options.guide_path}", loaded.settings.values(), theirs.settings.values()
+    for name in (name for name in _SHARED if name in ours):
+        if ours[name] != guides[name]:
+            raise UserError(f"{flag} has {name} {guides[name]}, but {loaded.path} has {ours[name]}: they must agree")
+    takes_classes = theirs.settings.model.class_cond
+    if takes_classes and classes is None:
+        raise UserError(f"{flag} needs classes, which {loaded.path} does not have")
+    if takes_classes:
+        _compare_classes(flag, classes_of(theirs), loaded.path, classes)
     logger.log(f"guided by {options.guide_path}, scale {options.guidance_scale}")
-    return prepare_model(options, guide), theirs.class_cond
+    return prepare_model(loaded.settings.sampler, theirs.model), takes_classes
 
 
-def _load_classifier(options: argparse.Namespace, classes: Classes | None) -> tuple[th.nn.Module, Classes]:
+def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.nn.Module, Classes]:
     """(the prepared classifier, its classes, which are the model's where it has any)."""
-    path = options.classifier_path
-    classifier, config, names = load_classifier(path)
+    options = loaded.settings.guidance
+    theirs = load_classifier(options.classifier_path)
+    ours: dict[str, Any] = {**loaded.settings.values(), "image_size": loaded.settings.model.size}
+    flag = f"--classifier_path {options.classifier_path}"
     for name in (*_NOISE, "image_size", "channels"):
-        value = getattr(options, "large_size" if name == "image_size" and hasattr(options, "large_size") else name)
-        if value != config.get(name, value):
+        if ours[name] != theirs.config.get(name, ours[name]):
             raise UserError(
-                f"--classifier_path {path} was trained with {name} {config[name]}, but {options.model_path} with "
-                f"{value}: train a classifier for it with classifier_train.py --model_path {options.model_path}"
+                f"{flag} was trained with {name} {theirs.config[name]}, but {loaded.path} with {ours[name]}: train a "
+                f"classifier for it with classifier-train --model_path {loaded.path}"
             )
-    theirs = Classes(len(names) if names else config["num_classes"], names)
+    names = theirs.class_names
+    their_classes = Classes(len(names) if names else theirs.config["num_classes"], names)
     if classes is not None:
-        _compare_classes(f"--classifier_path {path}", theirs, options, classes)
-    logger.log(f"guided by the classifier {path}, scale {options.classifier_scale}")
+        _compare_classes(flag, their_classes, loaded.path, classes)
+    logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
     # Where the checkpoint has no names, the classifier's will do.
-    return prepare_model(options, classifier), theirs
+    return prepare_model(loaded.settings.sampler, theirs.classifier), their_classes
 
 
-def _compare_classes(guide: str, theirs: Classes | None, options: argparse.Namespace, classes: Classes | None) -> None:
+def _compare_classes(flag: str, theirs: Classes | None, model_path: str, classes: Classes | None) -> None:
     """Raise UserError where a label means one thing to a guide and another to the model."""
     assert theirs is not None and classes is not None
     named = theirs.names and classes.names  # a published checkpoint has no names
     if theirs.num != classes.num or (named and list(theirs.names or []) != list(classes.names or [])):
         raise UserError(
-            f"{guide} has the {theirs.num} classes {_names(theirs)}, but {options.model_path} has the {classes.num} "
-            f"classes {_names(classes)}: they must agree"
+            f"{flag} has the {theirs.num} classes {_names(theirs)}, but {model_path} has the {classes.num} classes "
+            f"{_names(classes)}: they must agree"
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch as th
 
 from .. import distributed
+from ..checkpoints.loading import LoadedModel
 from ..config import NUM_CLASSES, UserError
+from .noise import image_generator
 
 
 def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int) -> list[int]:
@@ -26,7 +28,7 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
 
 
 class Labels:
-    """The class of each sample: those asked for in turn, or drawn at random from seed + i."""
+    """The class of each sample: the wanted ones in turn, or a random one, which follows from (seed, number)."""
 
     def __init__(self, num_classes: int, seed: int, classes: Sequence[int], class_names: Sequence[str] | None):
         self.num_classes, self.seed, self.classes, self.class_names = num_classes, seed, classes, class_names
@@ -35,7 +37,7 @@ class Labels:
         """The class of sample i."""
         if self.classes:
             return self.classes[i % len(self.classes)]
-        return int(th.randint(self.num_classes, (1,), generator=th.Generator().manual_seed(self.seed + i)))
+        return int(image_generator(self.seed, i, "label").integers(self.num_classes))
 
     def name(self, i: int) -> str:
         """The class's name, or its index where it has none."""
@@ -50,46 +52,48 @@ class Classes(NamedTuple):
     names: Sequence[str] | None
 
 
-def classes_of(options: Any, metadata: Mapping[str, Any]) -> Classes | None:
+def classes_of(loaded: LoadedModel) -> Classes | None:
     """The classes of a model, no more than it was trained on; None for an unconditional one."""
-    if not options.class_cond:
+    config, names = loaded.settings.model, loaded.metadata.get("class_names")
+    if not config.class_cond:
         return None
-    names = metadata.get("class_names")
-    return Classes(len(names) if names else options.num_classes or NUM_CLASSES, names)
+    return Classes(len(names) if names else config.num_classes or NUM_CLASSES, names)
 
 
-def choose_labels(options: Any, classes: Classes | None) -> Labels | None:
-    """The labels that --classes, or chance, gives a model with classes; None for one without."""
+def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: str) -> Labels | None:
+    """The labels of samples: the wanted classes in turn, or random ones; None for a model without classes.
+
+    :param wanted: names or indices, comma-separated.
+    :param model_path: of the model, for messages.
+    Raises UserError for a class that the model does not have.
+    """
     if classes is None:
-        if options.classes:
-            raise UserError(
-                f"--classes {options.classes}: {options.model_path} was trained without classes (--class_cond)"
-            )
+        if wanted:
+            raise UserError(f"--classes {wanted}: {model_path} was trained without classes (--class_cond)")
         return None
-    wanted = parse_classes(options.classes, classes.names, classes.num)
-    return Labels(classes.num, options.seed, wanted, classes.names)
+    return Labels(classes.num, seed, parse_classes(wanted, classes.names, classes.num), classes.names)
 
 
 def image_labels(
-    options: Any, classes: Classes | None, found: Sequence[int] | None, path: str, flag: str
+    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Sequence[int] | None, path: str, flag: str
 ) -> Labels | None:
-    """The labels of images that were given: those of --classes, else `found` with the images; None without classes.
+    """The labels of images that were given: the wanted classes, else `found` with the images; None without classes.
 
     :param path: of the images, which `flag` names. Raises UserError where the model needs classes and there are none.
     """
-    labels = choose_labels(options, classes)
-    if labels is None or options.classes:
+    labels = choose_labels(classes, wanted, seed, model_path)
+    if labels is None or wanted:
         return labels
     if found is None:
         known = f" among {', '.join(classes.names[:10])}" if classes and classes.names else ""
-        raise UserError(f"{flag} {path} has no classes{known}, which {options.model_path} needs: give --classes")
+        raise UserError(f"{flag} {path} has no classes{known}, which {model_path} needs: give --classes")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
         raise UserError(
             f"{flag} {path} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}: "
             "give an npz with those, or --classes"
         )
-    return Labels(labels.num_classes, options.seed, found, labels.class_names)
+    return Labels(labels.num_classes, seed, found, labels.class_names)
 
 
 def label_kwargs(labels: Labels | None, indices: Sequence[int]) -> dict[str, th.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch as th
 
 
@@ -21,20 +22,37 @@ def slerp(a: th.Tensor, b: th.Tensor, weight: float) -> th.Tensor:
     return th.where(angle > 1e-4, arc, chord).to(a)
 
 
+# Which scheme turns (seed, number of the image) into an image. Samples made by another one do not mix with ours.
+SEED_SCHEME = "SeedSequence(seed, (stream, number))"
+_STREAMS = {"noise": 0, "label": 1}
+
+
+def image_generator(seed: int, number: int, stream: str) -> np.random.Generator:
+    """The random numbers of image `number` of a seed. No two (seed, number, stream) share any.
+
+    :param stream: noise, or label, so that a class that is given leaves the noise as it is.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAMS[stream], number)))
+
+
 class SeededNoise:
-    """Noise whose i-th image depends on the i-th seed alone, whatever the batch, the ranks or the device.
+    """Noise whose images depend on the seed and their own numbers alone, whatever the batch, the ranks or the device.
 
     Drawn on the CPU, because generators of different devices give different numbers.
     """
 
-    def __init__(self, seeds: Sequence[int]):
-        self.generators = [th.Generator().manual_seed(int(seed)) for seed in seeds]
+    def __init__(self, seed: int, numbers: Sequence[int]):
+        self.generators = [image_generator(seed, int(number), "noise") for number in numbers]
+
+    def __len__(self) -> int:
+        return len(self.generators)
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
-        """Standard normal noise of x's shape, [N, ...] with N the number of seeds."""
-        shape = x.shape[1:]
-        return th.stack([th.randn(shape, generator=generator) for generator in self.generators]).to(x)
+        """Standard normal noise of x's shape, [N, ...] with N the number of images."""
+        shape = tuple(x.shape[1:])
+        draws = [generator.standard_normal(shape, dtype=np.float32) for generator in self.generators]
+        return th.from_numpy(np.stack(draws)).to(x)
 
     def integers(self, high: int) -> th.Tensor:
-        """One integer in 0..high-1 for each seed: [N] int64."""
-        return th.cat([th.randint(high, (1,), generator=generator) for generator in self.generators])
+        """One integer in 0..high-1 for each image: [N] int64."""
+        return th.tensor([int(generator.integers(high)) for generator in self.generators])

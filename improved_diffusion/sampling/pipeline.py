@@ -1,53 +1,121 @@
-"""Images from a checkpoint, as the options of image_sample.py ask for them."""
+"""A model with its sampler, guidance and labels: numbers of images in, images out."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..checkpoints.loading import load_model
-from ..config import height_width
+import numpy as np
+import torch as th
+
+from .. import distributed
+from ..checkpoints.loading import LoadedModel
+from ..config import height_width, number_list
+from ..data.given import GivenImages, read_images
 from ..logs import logger
+from ..utils.images import from_uint8
 from .guided import guide, prepare_model
-from .labels import choose_labels, label_kwargs
+from .labels import Labels, choose_labels, image_labels, label_kwargs
+from .noise import SeededNoise
 from .request import describe_request, samples_name
 from .sampler import build_sampler
 from .writer import last_images, write_samples, write_steps
 
 
-class Drawing:
-    """The model, guided, with its sampler and labels. Collective.
+class SamplingPipeline:
+    """Draws the images of a model that its settings ask for. Collective.
 
+    :param loaded: with the settings of image-sample or super-res-sample.
     Raises UserError for options that contradict each other or the checkpoint.
     """
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        model, diffusion, metadata = load_model(options)
-        self.sampler = build_sampler(options, diffusion)
-        self.model, classes = guide(options, prepare_model(options, model), self.sampler.diffusion, metadata)
-        self.labels = choose_labels(options, classes)
-        self.request = describe_request(options, metadata, self.sampler)
-        self.name = samples_name(options, self.sampler.name, self.sampler.steps)
+    def __init__(self, loaded: LoadedModel):
+        settings = loaded.settings
+        self.loaded = loaded
+        self.seed: int = settings.run.seed
+        self.sampler = build_sampler(settings, loaded.diffusion)
+        prepared = prepare_model(settings.sampler, loaded.model)
+        self.model, self.classes = guide(loaded, prepared, self.sampler.diffusion)
+        self.labels = self._choose_labels()
+        self.shape = (settings.model.channels, *height_width(settings.model.size))
 
-    def _walk(self, indices: list[int]) -> Iterator[dict[str, Any]]:
-        shape = (self.options.channels, *height_width(self.options.image_size))
-        seeds = [self.options.seed + i for i in indices]
-        return self.sampler.walk(self.model, shape, seeds, label_kwargs(self.labels, indices))
+    def _choose_labels(self) -> Labels | None:
+        return choose_labels(self.classes, self.loaded.settings.sample.classes, self.seed, self.loaded.path)
+
+    @property
+    def name(self) -> str:
+        """What the folder of the samples is called unless told otherwise."""
+        return samples_name(self.loaded, self.sampler.name, self.sampler.steps)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The numbers of the images that the settings ask for."""
+        sample = self.loaded.settings.sample
+        return number_list(sample.seeds) or range(sample.num_samples)
+
+    def model_kwargs(self, numbers: Sequence[int]) -> dict[str, th.Tensor]:
+        """What the network takes, besides x and t, for the images with these numbers."""
+        return label_kwargs(self.labels, numbers)
+
+    def trajectory(self, numbers: Sequence[int], **start: Any) -> Iterator[dict[str, th.Tensor]]:
+        """`sample` and `pred_xstart` [N, C, H, W] after each step, of the images with these numbers.
+
+        :param start: see Sampler.trajectory.
+        """
+        noise = SeededNoise(self.seed, numbers)
+        return self.sampler.trajectory(self.model, self.shape, noise, self.model_kwargs(numbers), **start)
+
+    def draw(self, numbers: Sequence[int]) -> np.ndarray:
+        """The images with these numbers, uint8 [N, H, W, C]."""
+        return last_images(self.trajectory(numbers))
+
+    def shown_beside(self, number: int) -> np.ndarray | None:
+        """An image to show beside the sample in the grid, uint8 [h, w, C]; None where there is none."""
+        return None
 
     def write(self, out_dir: str) -> str:
         """Draw the samples that are not in the folder yet; returns the npz's path. Collective."""
-        options = self.options
+        sample = self.loaded.settings.sample
         logger.log(self.sampler.describe())
+        numbers = self.numbers
         path = write_samples(
-            lambda indices: last_images(self._walk(indices)),
+            self.draw,
             out_dir=out_dir,
-            num_samples=options.num_samples,
-            batch_size=options.batch_size,
+            numbers=numbers,
+            batch_size=sample.batch_size,
             labels=self.labels,
-            request=self.request,
+            request=describe_request(self.loaded, self.sampler),
+            beside=self.shown_beside,
         )
-        shown = min(options.num_samples, options.batch_size)
-        write_steps(self._walk, out_dir, shown, self.sampler.steps, options.save_steps)
+        first = list(numbers)[: sample.batch_size]
+        write_steps(self.trajectory, out_dir, first, self.sampler.steps, sample.save_steps)
         return path
+
+
+class SuperResPipeline(SamplingPipeline):
+    """Enlarges images: sample i is made from base image i modulo their number. Collective."""
+
+    base: GivenImages
+
+    def _choose_labels(self) -> Labels | None:
+        settings = self.loaded.settings
+        path, names = settings.base.base_samples, self.classes.names if self.classes else None
+        self.base = read_images(
+            "--base_samples", path, "--small_size", settings.model.small_size, settings.model.channels, names,
+            exact_npz=True,
+        )  # fmt: skip
+        wanted = settings.sample.classes
+        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, path, "--base_samples")
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        if {"num_samples", "seeds"} & self.loaded.given:
+            return super().numbers
+        return range(len(self.base.arrays))
+
+    def model_kwargs(self, numbers: Sequence[int]) -> dict[str, th.Tensor]:
+        low_res = from_uint8(np.stack([self.shown_beside(i) for i in numbers])).to(distributed.dev())
+        return {"low_res": low_res, **super().model_kwargs(numbers)}
+
+    def shown_beside(self, number: int) -> np.ndarray:
+        return self.base.arrays[number % len(self.base.arrays)]

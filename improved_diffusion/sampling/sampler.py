@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -14,7 +13,7 @@ import numpy as np
 import torch as th
 
 from .. import distributed
-from ..config import UserError, height_width
+from ..config import SamplerConfig, UserError, height_width
 from ..respace import SpacedDiffusion
 from .guidance import dynamic_threshold
 from .noise import SeededNoise
@@ -58,25 +57,26 @@ class Sampler:
         """How often the network is evaluated for each sample."""
         return self.make_rule().evaluations(self.steps)
 
-    def walk(
-        self, model: th.nn.Module, shape: Sequence[int], seeds: Sequence[int], model_kwargs: Mapping[str, Any],
+    def trajectory(
+        self, model: th.nn.Module, shape: Sequence[int], draw: SeededNoise, model_kwargs: Mapping[str, Any],
         noise: th.Tensor | None = None, path: Sequence[int] | None = None, rule: Rule | None = None,
     ) -> Iterator[dict[str, th.Tensor]]:  # fmt: skip
         """`sample` and `pred_xstart` [N, C, H, W] after each step.
 
-        :param shape: (C, H, W); :param seeds: of each sample's noise.
-        :param noise, path, rule: where to start, by which way and rule, where they are not the sampler's own.
+        :param shape: (C, H, W) of an image.
+        :param draw: each sample's noise.
+        :param noise, path, rule: where to start, which levels to visit and by which rule, if not the sampler's own.
         """
         return self.diffusion.sample_loop_progressive(
             rule or self.make_rule(),
             model,
-            (len(seeds), *shape),
+            (len(draw), *shape),
             noise=noise,
             clip_denoised=self.clip_denoised,
             denoised_fn=self.denoised_fn,
             model_kwargs=dict(model_kwargs),
             device=distributed.dev(),
-            noise_fn=SeededNoise(seeds),
+            noise_fn=draw,
             path=self.path if path is None else path,
         )
 
@@ -105,37 +105,42 @@ class Sampler:
         return table(d.timestep_map, d.alphas_cumprod, [d.network_timestep(t) for t in d.timestep_map], self.path)
 
 
-def build_sampler(options: argparse.Namespace, diffusion: SpacedDiffusion) -> Sampler:
-    """The sampler that the options ask for; `diffusion` is of the steps of --timestep_respacing.
+def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
+    """The sampler that the settings ask for.
+
+    :param settings: with groups `sampler`, `model` and `diffusion`.
+    :param diffusion: on the steps of --timestep_respacing.
 
     Raises UserError for options that contradict each other, and for steps that there are not.
     """
+    options, respacing = settings.sampler, settings.diffusion.timestep_respacing
     name = options.sampler
     if name == "auto":
         name = "ddim" if options.use_ddim else "ancestral"
-    grid = options.timestep_respacing or "uniform"
+    grid = respacing or "uniform"
     path: Sequence[int] = straight_path(diffusion.num_timesteps)
-    if not options.timestep_respacing and (options.steps or options.timestep_grid != "auto" or name not in PUBLISHED):
+    if not respacing and (options.steps or options.timestep_grid != "auto" or name not in PUBLISHED):
         base = diffusion.base_alphas_cumprod
-        grid, levels = _levels(name, options, base)
+        grid, levels = _levels(name, settings, base)
         levels, path = churned(levels, base, options.churn, options.churn_min, options.churn_max or math.inf)
         diffusion = diffusion.respaced(levels)
-    elif options.timestep_respacing and (options.steps or options.timestep_grid != "auto"):
+    elif respacing and (options.steps or options.timestep_grid != "auto"):
         other = f"--steps {options.steps}" if options.steps else f"--timestep_grid {options.timestep_grid}"
-        raise UserError(f"--timestep_respacing {options.timestep_respacing} contradicts {other}: give one of them")
+        raise UserError(f"--timestep_respacing {respacing} contradicts {other}: give one of them")
     elif options.churn:
         raise UserError(f"--churn {options.churn} needs --steps, rather than --timestep_respacing")
     threshold = dynamic_threshold(options.dynamic_threshold) if options.dynamic_threshold else None
-    settings = {"clip_denoised": options.clip_denoised, "dynamic_threshold": options.dynamic_threshold}
-    settings |= {"ddim_eta": options.ddim_eta} if name == "ddim" else {}
-    settings |= {"churn_noise": options.churn_noise} if options.churn else {}
-    settings |= {option: getattr(options, option) for option in ("precision", "channels_last", "compile")}
-    return Sampler(name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold, settings)
+    depends_on = {"clip_denoised": options.clip_denoised, "dynamic_threshold": options.dynamic_threshold}
+    depends_on |= {"ddim_eta": options.ddim_eta} if name == "ddim" else {}
+    depends_on |= {"churn_noise": options.churn_noise} if options.churn else {}
+    depends_on |= {option: getattr(options, option) for option in ("precision", "channels_last", "compile")}
+    return Sampler(name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold, depends_on)
 
 
-def _levels(name: str, options: argparse.Namespace, base: np.ndarray) -> tuple[str, np.ndarray]:
+def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray]:
     """(the grid's name, its timesteps) for a rule; base [T] is alpha_bar of the trained process."""
-    sigma_max = largest_sigma(*height_width(getattr(options, "large_size", None) or options.image_size))
+    sigma_max = largest_sigma(*height_width(settings.model.size))
+    options = settings.sampler
     grid = options.timestep_grid
     listed = grid[:1].isdigit()
     count = options.steps or (0 if listed else len(base) if name in PUBLISHED else min(STEPS, len(base)))
@@ -150,7 +155,7 @@ def _levels(name: str, options: argparse.Namespace, base: np.ndarray) -> tuple[s
     return f"{grid}, and pure noise", np.append(timestep_grid(grid, count - 1, base, sigma_max), len(base) - 1.0)
 
 
-def _maker(name: str, options: argparse.Namespace) -> Callable[[], Rule]:
+def _maker(name: str, options: SamplerConfig) -> Callable[[], Rule]:
     if name == "ddim":
         return lambda: DDIM(options.ddim_eta)
     if name in ("euler", "heun"):

@@ -39,27 +39,32 @@ def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
 
 
 def write_steps(
-    walk: Callable[[list[int]], Iterator[Mapping[str, Any]]], out_dir: str, num_samples: int, steps: int, count: int
+    trajectory: Callable[[list[int]], Iterator[Mapping[str, Any]]],
+    out_dir: str,
+    numbers: Sequence[int],
+    steps: int,
+    count: int,
 ) -> None:
     """steps.png and steps.gif: `count` of the predictions of x_0 on the way to the first samples. Collective.
 
-    :param walk: sample numbers -> a progressive sampling loop of so many `steps` down; the samples are drawn again,
-        shared among the ranks.
-    :param num_samples: that there are, at most one batch.
+    :param trajectory: sample numbers -> a progressive sampling loop of so many `steps` down; the samples are drawn
+        again, shared among the ranks.
+    :param numbers: of the samples that there are, at most one batch.
     """
     if not count:
         return
     chosen = sorted({round((steps - 1) * (k + 1) / count) for k in range(count)} if count < steps else range(steps))
-    mine = range(distributed.get_rank(), min(num_samples, SHOWN_STEPS), distributed.get_world_size())
-    parts = distributed.all_gather_object(_steps_of(walk, list(mine), chosen) if mine else None)
+    shown = list(numbers)[:SHOWN_STEPS]
+    mine = shown[distributed.get_rank() :: distributed.get_world_size()]
+    parts = distributed.all_gather_object(_steps_of(trajectory, mine, chosen) if mine else None)
     # Sample i is the k-th of rank i mod the number of ranks, as images are dealt.
-    rows = [parts[i % len(parts)][i // len(parts)] for i in range(min(num_samples, SHOWN_STEPS))]
+    rows = [parts[i % len(parts)][i // len(parts)] for i in range(len(shown))]
     distributed.from_rank0(_save_steps, out_dir, np.stack(rows))
 
 
-def _steps_of(walk: Any, numbers: list[int], chosen: Sequence[int]) -> np.ndarray:
+def _steps_of(trajectory: Any, numbers: list[int], chosen: Sequence[int]) -> np.ndarray:
     """uint8 [N, K, H, W, C]: the chosen predictions of x_0, counted from 0 without the steps that only add noise."""
-    predictions = (out["pred_xstart"] for out in walk(numbers) if out["pred_xstart"] is not None)
+    predictions = (out["pred_xstart"] for out in trajectory(numbers) if out["pred_xstart"] is not None)
     wanted = set(chosen)
     return np.stack([images.to_uint8(x0) for k, x0 in enumerate(predictions) if k in wanted], axis=1)
 
@@ -76,13 +81,15 @@ def write_samples(
     draw: Callable[[list[int]], np.ndarray],
     *,
     out_dir: str,
-    num_samples: int,
+    numbers: Sequence[int],
     batch_size: int,
     labels: Labels | None,
     request: Mapping[str, Any],
-    beside: Callable[[int], np.ndarray] | None = None,
+    beside: Callable[[int], np.ndarray | None] | None = None,
 ) -> str:
-    """Make samples 0..num_samples-1: PNGs as they come, then the npz and a grid. Returns the npz's path. Collective.
+    """Make the samples with these numbers: PNGs as they come, then the npz and a grid. Collective.
+
+    Returns the npz's path.
 
     Samples that an interrupted run with the same request left behind are kept, but for damaged ones. No more than a
     batch of images, or those of the grid, is held in memory.
@@ -90,15 +97,16 @@ def write_samples(
     :param request: what the samples depend on; a folder that holds samples of another request raises UserError.
     :param beside: an image [h, w, C] to show beside sample i in the grid.
     """
-    missing = distributed.from_rank0(_prepare, out_dir, num_samples, dict(request))
+    missing = distributed.from_rank0(_prepare, out_dir, numbers, dict(request))
     png_dir = files.join(out_dir, PNG_DIR)
-    if len(missing) < num_samples:
-        logger.log(f"{num_samples - len(missing)} of {num_samples} samples are in {png_dir} already")
-    bar = logger.Progress("sampling", num_samples, "image", initial=num_samples - len(missing))
+    done = len(numbers) - len(missing)
+    if done:
+        logger.log(f"{done} of {len(numbers)} samples are in {png_dir} already")
+    bar = logger.Progress("sampling", len(numbers), "image", initial=done)
     try:
         with closing(bar):
             _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
-        return distributed.from_rank0(_finish, out_dir, num_samples, labels, beside)
+        return distributed.from_rank0(_finish, out_dir, numbers, labels, beside)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved(bar, png_dir)) from None
 
@@ -148,7 +156,12 @@ def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
             raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
         request = json.loads(json.dumps(dict(request)))
         # What tells most comes first: what was made at all, from which model, by which sampler.
-        for name in [*(before.keys() - request.keys()), *request]:
+        for name in [*request, *(before.keys() - request.keys())]:
+            if name == "seed_scheme" and before.get(name) != request[name]:
+                raise UserError(
+                    f"{out_dir} holds samples made by an older scheme of seeds, whose images differ: choose another "
+                    f"--out_dir, or remove {path} and {png_dir}"
+                )
             if before.get(name) != request.get(name):
                 raise UserError(
                     f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose "
@@ -172,17 +185,18 @@ def claim(out_dir: str, request: Mapping[str, Any]) -> None:
     files.write_bytes(files.join(out_dir, REQUEST_FILE), json.dumps(dict(request), indent=1).encode())
 
 
-def _prepare(out_dir: str, num_samples: int, request: Mapping[str, Any]) -> list[int]:
+def _prepare(out_dir: str, numbers: Sequence[int], request: Mapping[str, Any]) -> list[int]:
     """The numbers of the samples still to be made. Claims the folder."""
     claim(out_dir, request)
     png_dir = files.join(out_dir, PNG_DIR)
-    existing = {i: files.join(png_dir, name) for i, name in _existing(png_dir).items() if i < num_samples}
+    wanted = set(numbers)
+    existing = {i: files.join(png_dir, name) for i, name in _existing(png_dir).items() if i in wanted}
     # PNGs are not forced to the disk one by one, so a power cut may have damaged some. Reading them all takes a small
     # part of the time that `_finish` needs to decode them.
     damaged = {i for i, png in existing.items() if not images.is_whole_png(files.read_bytes(png))}
     if damaged:
         logger.log(f"samples that are damaged are made again: {len(damaged)}, {existing[min(damaged)]} for one")
-    return [i for i in range(num_samples) if i not in existing or i in damaged]
+    return [i for i in numbers if i not in existing or i in damaged]
 
 
 def _read_samples(png_dir: str, names: Iterable[str]) -> Iterator[np.ndarray]:
@@ -204,19 +218,23 @@ def _read_samples(png_dir: str, names: Iterable[str]) -> Iterator[np.ndarray]:
         yield array
 
 
-def _finish(out_dir: str, num_samples: int, labels: Labels | None, beside: Callable[[int], np.ndarray] | None) -> str:
+def _finish(
+    out_dir: str, numbers: Sequence[int], labels: Labels | None, beside: Callable[[int], np.ndarray | None] | None
+) -> str:
     png_dir = files.join(out_dir, PNG_DIR)
     existing = _existing(png_dir)
-    names = [existing[i] for i in range(num_samples)]
+    names = [existing[i] for i in numbers]
     shown = np.stack(list(_read_samples(png_dir, names[:SHOWN])))
-    shape = (num_samples, *shown.shape[1:])
-    label_array = [np.array([labels.index(i) for i in range(num_samples)], np.int64)] if labels else []
+    shape = (len(numbers), *shown.shape[1:])
+    label_array = [np.array([labels.index(i) for i in numbers], np.int64)] if labels else []
     path = files.join(out_dir, f"samples_{'x'.join(map(str, shape))}.npz")
     images.save_npz(path, images.Rows(shape, _read_samples(png_dir, names)), *label_array)
     columns = 10 if len(shown) >= SHOWN // 2 else None
-    if beside is not None:
-        shown = pairs(np.stack([beside(i) for i in range(len(shown[: SHOWN // 2]))]), shown[: SHOWN // 2])
+    found = [beside(i) for i in list(numbers)[: SHOWN // 2]] if beside is not None else []
+    inputs = [image for image in found if image is not None]
+    if inputs:
+        shown = pairs(np.stack(inputs), shown[: SHOWN // 2])
         columns = 10 if len(shown) >= SHOWN // 2 else 2 * math.ceil(math.sqrt(len(shown) / 4))  # no pair is parted
     images.save_grid(files.join(out_dir, "samples.png"), shown, columns)
-    logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {num_samples} PNGs in {png_dir}")
+    logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {len(numbers)} PNGs in {png_dir}")
     return path

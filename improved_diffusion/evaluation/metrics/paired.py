@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch as th
 
 from ...config import UserError
-from ...utils import files
 
 PEAK = 255.0  # of a byte
 WINDOW = 11  # pixels: the side of SSIM's Gaussian window
@@ -142,8 +140,3 @@ def describe(result: dict[str, Any]) -> list[str]:
 def _shown(part: dict[str, Any], digits: int) -> str:
     error = part["standard_error"]
     return f"{part['mean']:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
-
-
-def write(path: str, result: dict[str, Any]) -> None:
-    """Write what `compare` found as JSON."""
-    files.write_bytes(path, json.dumps(result, indent=1, allow_nan=False).encode())

@@ -1,0 +1,78 @@
+"""What a command is: its options and what it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import UserError, unknown_name
+from ..config.settings import Settings
+from ..distributed import run_script
+from .parsing import Parsed, parse, program_name
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command with flags.
+
+    :param summary: a sentence on what it does.
+    :param settings: its options.
+    :param run: what it does with them.
+    :param first: the options that matter most: --help shows these, --help-all all of them.
+    :param words: the option that words before the flags are the values of.
+    """
+
+    summary: str
+    settings: type[Settings]
+    run: Callable[[Parsed[Any]], Any]
+    first: Sequence[str] = ()
+    words: str = ""
+
+    def main(self, argv: Sequence[str], program: str) -> None:
+        """Parse the command line and run."""
+        self.run(
+            parse(self.settings, argv, program=program, description=self.summary, first=self.first, words=self.words)
+        )
+
+
+@dataclass(frozen=True)
+class CommandGroup:
+    """Several commands, the first word of the command line names one.
+
+    :param default: the command of a line that begins with a flag; "" where there is none.
+    """
+
+    summary: str
+    commands: Mapping[str, Command]
+    default: str = ""
+
+    def main(self, argv: Sequence[str], program: str) -> None:
+        """Run the command that the first word names. Raises UserError where there is none of that name."""
+        words = list(argv)
+        if words[:1] in (["--help"], ["-h"]):
+            print(self.help(program))
+            return
+        if self.default and words and words[0].startswith("-"):
+            words = [self.default, *words]
+        if not words or words[0].startswith("-"):
+            names = ", ".join(self.commands)
+            raise UserError(f"the command comes first: {program} with one of {names}; --help describes them")
+        if words[0] not in self.commands:
+            raise unknown_name("command", words[0], self.commands)
+        self.commands[words[0]].main(words[1:], f"{program} {words[0]}")
+
+    def help(self, program: str) -> str:
+        """What --help prints."""
+        width = max(map(len, self.commands))
+        rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in self.commands.items())
+        return (
+            f"usage: {program} COMMAND [--flag value ...]\n\n{self.summary}\n\ncommands:\n{rows}\n\n"
+            f"{program} COMMAND --help lists a command's flags."
+        )
+
+
+def run(command: Command | CommandGroup) -> None:
+    """Run a command with this process's arguments; a user's mistake ends in one message and exit code 1."""
+    run_script(lambda: command.main(sys.argv[1:], program_name()))

@@ -1,0 +1,59 @@
+"""The console command `improved-diffusion`: the first word names a command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ..config import UserError, unknown_name
+from .parsing import program_name
+
+# Name: (module, what it does). A module is imported when its command runs, so that --help answers at once.
+COMMANDS = {
+    "train": ("image_train", "train a model on images"),
+    "sample": ("image_sample", "draw images from a model"),
+    "edit": ("image_edit", "encode, decode, interpolate, inpaint or vary images"),
+    "nll": ("image_nll", "measure bits per dimension on images"),
+    "evaluate": ("evaluate", "FID, KID and other scores of samples, in a report"),
+    "super-res-train": ("super_res_train", "train a super-resolution model"),
+    "super-res-sample": ("super_res_sample", "enlarge images with a super-resolution model"),
+    "classifier-train": ("classifier_train", "train a classifier for guidance"),
+    "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
+}
+
+
+def help_text(program: str) -> str:
+    """What --help prints."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return (
+        f"usage: {program} COMMAND [--flag value ...]\n\nTrain pixel-space diffusion models and sample from them.\n\n"
+        f"commands:\n{rows}\n\n{program} COMMAND --help lists a command's options."
+    )
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Run the command that the first word names. Raises UserError where there is none of that name."""
+    program = program_name()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text(program))
+        return
+    if argv[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return
+    if argv[0].startswith("-"):
+        raise UserError(f"the command comes first, before {argv[0]}: one of {', '.join(COMMANDS)}")
+    if argv[0] not in COMMANDS:
+        raise unknown_name("command", argv[0], COMMANDS)
+    module = import_module(f".{COMMANDS[argv[0]][0]}", __package__)
+    module.COMMAND.main(argv[1:], f"{program} {argv[0]}")
+
+
+def main() -> None:
+    """The entry point."""
+    from ..distributed import run_script
+
+    run_script(lambda: dispatch(sys.argv[1:]))

@@ -1,0 +1,282 @@
+"""The options of a whole command: several groups, held together and found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any, TypeVar, get_type_hints
+
+from .base import Config, unknown_name
+from .editing import (
+    CopiesConfig,
+    EditConfig,
+    ImagesConfig,
+    InpaintConfig,
+    InterpolateConfig,
+    LatentsConfig,
+    VariationsConfig,
+)
+from .evaluation import CompareConfig, FeaturesConfig, JudgedConfig, ReferenceConfig, SweepConfig
+from .model import (
+    ClassifierConfig,
+    DiffusionConfig,
+    GuidedModelConfig,
+    ModelConfig,
+    ProcessConfig,
+    SuperResModelConfig,
+)
+from .run import RunConfig
+from .sampling import BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
+from .training import DataConfig, PosthocConfig, ProgressConfig, SourceConfig, TrainConfig, WatchConfig
+
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The groups of options of one command: each field is a Config. Never changed: `replace` gives a new object."""
+
+    @classmethod
+    def groups(cls) -> dict[str, type[Config]]:
+        """The config class of each group, by the group's name."""
+        hints = get_type_hints(cls)
+        return {f.name: hints[f.name] for f in fields(cls)}
+
+    @classmethod
+    def options(cls) -> dict[str, Field]:
+        """Each option, by its name."""
+        return {f.name: f for group in cls.groups().values() for f in fields(group)}
+
+    @classmethod
+    def of(cls: type[S], options: Mapping[str, Any]) -> S:
+        """Settings with these options, given by name, and defaults for the rest.
+
+        Raises UserError for an unknown name, naming the nearest one, and for a value that cannot work.
+        """
+        for name in options.keys() - cls.options().keys():
+            raise unknown_name("option", name, cls.options())
+        return cls(**{
+            group: config(**{f.name: options[f.name] for f in fields(config) if f.name in options})
+            for group, config in cls.groups().items()
+        })  # fmt: skip
+
+    def values(self) -> dict[str, Any]:
+        """The value of each option, by its name."""
+        return {f.name: getattr(config, f.name) for config in self._configs().values() for f in fields(config)}
+
+    def replace(self: S, **options: Any) -> S:
+        """A copy in which these options have other values, in every group that has them."""
+        for name in options.keys() - self.options().keys():
+            raise unknown_name("option", name, self.options())
+        changed = {}
+        for group, config in self._configs().items():
+            mine = {f.name: options[f.name] for f in fields(config) if f.name in options}
+            if mine:
+                changed[group] = replace(config, **mine)
+        return replace(self, **changed)
+
+    def _configs(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+# Models
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageModel(Settings):
+    """An image model."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResModel(Settings):
+    """A super-resolution model."""
+
+    model: SuperResModelConfig
+    diffusion: DiffusionConfig
+
+
+# Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTraining(Settings):
+    """Training an image model."""
+
+    data: DataConfig
+    train: TrainConfig
+    watch: WatchConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResTraining(Settings):
+    """Training a super-resolution model."""
+
+    data: DataConfig
+    train: TrainConfig
+    watch: WatchConfig
+    model: SuperResModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTraining(Settings):
+    """Training a classifier of noisy images."""
+
+    data: DataConfig
+    train: TrainConfig
+    watch: ProgressConfig
+    guided: GuidedModelConfig
+    model: ClassifierConfig
+    diffusion: ProcessConfig
+    run: RunConfig
+
+
+Training = ImageTraining | SuperResTraining | ClassifierTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class PosthocEMA(Settings):
+    """Averages made after training."""
+
+    posthoc: PosthocConfig
+
+
+# Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSampling(Settings):
+    """Sampling from an image model."""
+
+    sample: SampleConfig
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResSampling(Settings):
+    """Sampling from a super-resolution model."""
+
+    base: BaseSamplesConfig
+    sample: SampleConfig
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    model: SuperResModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+# Editing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editing(Settings):
+    """What all editing commands have."""
+
+    edit: EditConfig
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding(Editing):
+    """Finding the noise of images."""
+
+    images: ImagesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Editing):
+    """Turning encoded noise back into images."""
+
+    latents: LatentsConfig
+    copies: CopiesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolation(Editing):
+    """Images between two."""
+
+    images: ImagesConfig
+    interpolate: InterpolateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpainting(Editing):
+    """Painting parts of images."""
+
+    images: ImagesConfig
+    inpaint: InpaintConfig
+    copies: CopiesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variations(Editing):
+    """Variations of images."""
+
+    images: ImagesConfig
+    variations: VariationsConfig
+    copies: CopiesConfig
+
+
+# Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood(Settings):
+    """Evaluating the variational bound."""
+
+    nll: NLLConfig
+    source: SourceConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring(Settings):
+    """Evaluating samples, given or drawn."""
+
+    judged: JudgedConfig
+    features: FeaturesConfig
+    sample: SampleConfig
+    sampler: SamplerConfig
+    guidance: GuidanceConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweeping(Scoring):
+    """Evaluating a model under several settings."""
+
+    sweep: SweepConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceStatistics(Settings):
+    """Writing the statistics of real images."""
+
+    reference: ReferenceConfig
+    features: FeaturesConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Settings):
+    """Reports side by side."""
+
+    compare: CompareConfig

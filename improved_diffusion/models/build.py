@@ -1,0 +1,49 @@
+"""Option groups to networks and diffusions."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from ..config import ClassifierConfig, DiffusionConfig, NetworkConfig, ProcessConfig, SuperResModelConfig, UNetConfig
+from ..respace import SpacedDiffusion
+from ..unet import UNetModel
+from .classifier import NoisyClassifier
+from .factories import create_classifier, create_gaussian_diffusion, create_model, resolve_channel_mult, sr_create_model
+
+_OF_THE_DATA = {"label_drop"}  # options of the network's group that the network itself does not need
+
+
+def build_model(config: UNetConfig, learn_sigma: bool) -> UNetModel:
+    """The network of an image model or of a super-resolution model, on the CPU.
+
+    :param learn_sigma: twice the channels come out, the second half for the variance.
+    """
+    create = sr_create_model if isinstance(config, SuperResModelConfig) else create_model
+    return create(learn_sigma=learn_sigma, **_options(config))
+
+
+def build_diffusion(config: ProcessConfig) -> SpacedDiffusion:
+    """The diffusion on the steps of --timestep_respacing; of a bare process, one that predicts the noise."""
+    options = _options(config)
+    return create_gaussian_diffusion(steps=options.pop("diffusion_steps"), **options)
+
+
+def build_model_and_diffusion(model: UNetConfig, diffusion: DiffusionConfig) -> tuple[UNetModel, SpacedDiffusion]:
+    """(network, diffusion)."""
+    return build_model(model, diffusion.learn_sigma), build_diffusion(diffusion)
+
+
+def build_classifier(config: ClassifierConfig) -> NoisyClassifier:
+    """The classifier of noisy images, on the CPU."""
+    return create_classifier(**_options(config))
+
+
+def with_channel_mult(config: Any) -> Any:
+    """The network's options with the widths of its levels written out, as they follow from the image size."""
+    mult = resolve_channel_mult(config.size, config.channel_mult)
+    return replace(config, channel_mult=",".join(map(str, mult)))
+
+
+def _options(config: NetworkConfig | ProcessConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _OF_THE_DATA}
