@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from ..config import UserError, str2bool, unknown_name
 from ..config.presets import PRESETS, preset_options
-from ..config.settings import Settings
+from ..config.settings import Settings, merge_options
 from ..utils import files
 
 S = TypeVar("S", bound=Settings)
@@ -78,21 +78,8 @@ def parse(
         _from_file(config, known) if config else {},
         values,
     ]
-    given = _merge(sources)
+    given = merge_options(sources)
     return Parsed(kind.of(given), frozenset(given), preset)
-
-
-def _merge(sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The options of all sources; the later ones win."""
-    given: dict[str, Any] = {}
-    for number, source in enumerate(sources):
-        if {"batch_size", "total_batch_size"} <= source.keys() and number < len(sources) - 1:
-            source = {name: value for name, value in source.items() if name != "batch_size"}  # a run's own config.json
-        for name, other in (("batch_size", "total_batch_size"), ("total_batch_size", "batch_size")):
-            if name in source:
-                given.pop(other, None)  # two ways to say one thing: the stronger source's counts
-        given |= source
-    return given
 
 
 def _build_parser(kind: type[Settings], program: str, description: str, first: Sequence[str]) -> _Parser:

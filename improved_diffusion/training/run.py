@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch as th
@@ -38,8 +38,16 @@ _NOT_KEPT = {"out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_r
 MANY_EPOCHS = 1000  # beyond, a model may memorise its images
 
 
-def train(settings: Training, given: frozenset[str], default_name: str) -> str:
-    """Train as the settings say; returns the run's folder. Collective.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended: its folder, and the one of its checkpoints."""
+
+    folder: str
+    checkpoints: str
+
+
+def train(settings: Training, given: frozenset[str], default_name: str) -> TrainedRun:
+    """Train as the settings say. Collective.
 
     :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
     :param default_name: of the folder below ./runs, where --out_dir does not say.
@@ -47,6 +55,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> str:
     """
     catch_early_warning()
     folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
+    checkpoints = get_blob_logdir()
     settings, metadata = resolve(settings, given)
     data, settings = open_data(settings, metadata)
     task = task_of(settings)
@@ -60,7 +69,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> str:
                     os.rmdir(folder)  # unless it was there before
         else:
             run_loop(loop, settings, description)
-    return folder
+    return TrainedRun(folder, checkpoints)
 
 
 # Where it starts
