@@ -28,7 +28,7 @@ from ..utils import files
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import _find_resume
-from .signals import catch_early_warning
+from .signals import EXIT_RESUME, Stopped, catch_early_warning
 
 # What belongs to one start of a run and not to the run itself.
 _NOT_KEPT = {"given", "flags", "preset", "out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
@@ -200,6 +200,7 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any, 
         seed=options.seed,
         metadata=metadata,
         hooks=[] if options.dry_run else hooks(diffusion),
+        strict_resume=True,
         **arguments,
     )
     with contextlib.closing(data):
@@ -213,10 +214,12 @@ def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any, 
             # Not before the loop has what it resumes from: a run that is refused leaves the older description.
             path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
             files.write_bytes(path, json.dumps(metadata, indent=1).encode())
-        distributed.from_rank0(_open_trackers, options.trackers, config, loop.first_row)
+        distributed.from_rank0(_open_trackers, options.trackers, config, loop.run_log.first_row)
         warn_of_small_disk(loop)
         try:
             loop.run_loop()
+        except Stopped:
+            raise SystemExit(EXIT_RESUME) from None
         finally:
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
                 if distributed.get_rank() == 0 and loop.step:
