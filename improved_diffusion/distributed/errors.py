@@ -32,7 +32,12 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def end_by_exception(kind: type[BaseException], error: BaseException, tb: Any) -> None:
-    """Report the error and end this process, and under mpiexec the others."""
+    """Report the error and end this process, and under mpiexec the others.
+
+    An error with the `exit_code` STOPPED comes on all ranks alike: each ends in order, with that code.
+    """
+    if getattr(error, "exit_code", None) == STOPPED:
+        raise SystemExit(STOPPED)
     _report(kind, error, tb)
     # Not sys.exit: a collective's threads, or a worker that is stuck, must not keep a failed process alive.
     watchdog.end_process(_exit_code(error))

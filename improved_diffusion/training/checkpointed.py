@@ -19,6 +19,7 @@ class CheckpointedStep(TrainStep):
     checkpointer: Checkpointer
     resumed: ResumedSet | None  # what the run has been resumed from
     hooks: list[tuple[int, Hook]]
+    _saved_after = -1  # the steps done when the loop last saved
 
     def save(self) -> None:
         """Write the checkpoint of the current step, and wait until it is written. Collective."""
@@ -27,6 +28,7 @@ class CheckpointedStep(TrainStep):
 
     def _save_for_loop(self) -> None:
         """`save`, in the background unless somebody has replaced it and may want the files at once."""
+        self._saved_after = self.steps_done
         if getattr(self.save, "__func__", None) is CheckpointedStep.save:
             self._start_saving()
         else:

@@ -52,7 +52,6 @@ class Checkpointer:
         self.description = description
         self.keep_last, self.keep_every, self.timeout = keep_last, keep_every, timeout
         self.writer = sets.SetWriter(self.folder, logger.log, logger.warn, keep_last, keep_every)
-        self.saved_after = -1  # the steps done when a set was last written
 
     def save(self, step: int, done: int, weights: Iterable[Weights], state: TrainState) -> None:
         """Copy a set to host memory and begin to write it, once the one before is written. Collective.
@@ -63,7 +62,6 @@ class Checkpointer:
         with distributed.working("the previous checkpoint to be written", self.timeout):
             self.writer.wait()  # first: host memory may have no room for two
         rest = state.state_dict(done)
-        self.saved_after = done
         if distributed.get_rank() != 0:
             return
         parts: list[tuple[str, Any]] = []

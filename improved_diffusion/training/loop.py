@@ -83,8 +83,8 @@ class TrainLoop(CheckpointedStep):
 
         self.step = 0  # since this process started
         self.resume_step = 0  # done before
-        self.resume_checkpoint, self.strict_resume = resume_checkpoint, strict_resume
-        self.resumed: ResumedSet | None = None
+        self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
+        self.resumed = ResumedSet(self.resume_checkpoint, strict_resume) if self.resume_checkpoint else None
         self.model_params = list(model.parameters())
         self.device = self.model_params[0].device
         self.sync_cuda = self.device.type == "cuda"
@@ -152,7 +152,7 @@ class TrainLoop(CheckpointedStep):
             reason = agreement.exchange(signals.received or (TIME_IS_UP if self.time_limit.is_over() else 0))
         agreement.finish()
         # The last step may have been saved already, under its own number.
-        if self.step and self.checkpointer.saved_after != self.steps_done:
+        if self.step and self._saved_after != self.steps_done:
             self._save_for_loop()
         if self.run_log.first_row < self.steps_done:
             self._write_row()  # of the steps since the last row; resuming from here discards it
@@ -176,9 +176,7 @@ class TrainLoop(CheckpointedStep):
 
     def _load_and_sync_parameters(self) -> None:
         """Load the weights to resume from, if any, and give every rank rank 0's."""
-        self.resume_checkpoint = find_resume_checkpoint() or self.resume_checkpoint
-        if self.resume_checkpoint:
-            self.resumed = ResumedSet(self.resume_checkpoint, self.strict_resume)
+        if self.resumed:
             self.resumed.load_model(self.model)
             self.resume_step = self.resumed.number
         if distributed.get_world_size() > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,3 @@ def split(tensors: Mapping[str, th.Tensor], part: slice) -> dict[str, th.Tensor]
 def per_image(losses: Mapping[str, th.Tensor], count: int) -> dict[str, th.Tensor]:
     """Loss terms of shape [count]; one without dimensions, a mean over the images, counts for each of them."""
     return {name: term.expand(count) if term.ndim == 0 else term for name, term in losses.items()}
-
-
-def join(parts: Sequence[Mapping[str, th.Tensor]]) -> dict[str, th.Tensor]:
-    """The terms [N] of all microbatches, without their graphs."""
-    return {name: th.cat([part[name].detach() for part in parts]) for name in parts[0]}

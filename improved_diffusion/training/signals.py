@@ -25,10 +25,9 @@ _early = 0  # the number of a signal that came before the training loop
 
 
 class Stopped(Exception):
-    """Training was asked to stop by a signal, and has saved a checkpoint.
+    """Training was asked to stop by a signal, and has saved a checkpoint. Commands end with EXIT_RESUME then."""
 
-    Commands turn it into SystemExit(EXIT_RESUME).
-    """
+    exit_code = EXIT_RESUME
 
     def __init__(self, number: int, steps_done: int):
         self.signal, self.steps_done = signal.Signals(number), steps_done

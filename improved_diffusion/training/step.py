@@ -179,8 +179,8 @@ class TrainStep:
                 precision_util.backward((losses["loss"] * weights[part]).sum() / len(batch) * scale)
             if self.sixteen_bits and (len(batch) > self.microbatch or distributed.get_world_size() > 1):
                 precision_util.collect_gradients(self.model_params, self.master_params)
-            parts.append(losses)
-        all_losses = objective.join(parts)
+            parts.append({key: value.detach() for key, value in losses.items()})
+        all_losses = {key: th.cat([part[key] for part in parts]) for key in parts[0]}
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, all_losses["loss"])
         self.run_log.add_losses(self.diffusion.num_timesteps, t, {k: v * weights for k, v in all_losses.items()})
@@ -201,6 +201,8 @@ class TrainStep:
         if self.sixteen_bits:
             precision_util.collect_gradients(self.model_params, self.master_params)
             precision_util.average_gradients(self.master_params)
+            if distributed.get_world_size() > 1:
+                distributed.sync_params(self.model.buffers())  # as DDP does
 
     def _optimize(self) -> th.Tensor:
         """Clip the gradient of master_params, step, and move the averages; 1 if the step was skipped, else 0."""

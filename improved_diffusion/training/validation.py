@@ -124,11 +124,11 @@ class HeldOutImages:
         batch: th.Tensor,
         model_kwargs: dict[str, th.Tensor],
         numbers: Sequence[int],
-        draw: SeededNoise,
+        noise: th.Tensor,
     ) -> dict[str, th.Tensor]:
-        """The training losses [N], each image at its own timestep and noise."""
+        """The training losses [N], each image at its own timestep."""
         t = th.from_numpy(self.loss_t[numbers]).to(batch.device)
-        return self.diffusion.training_losses(model, batch, t, model_kwargs=model_kwargs, noise=draw(batch))
+        return self.diffusion.training_losses(model, batch, t, model_kwargs=model_kwargs, noise=noise)
 
     # The best
 

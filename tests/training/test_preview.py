@@ -74,7 +74,7 @@ def test_a_full_disk_is_a_warning_and_not_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write_bytes", full)
     assert previewed(Loop(), tmp_path).keys() == {"samples_raw", "samples_ema"}
     text = (tmp_path / "log" / "log.txt").read_text()
-    assert text.count("no grid of samples after 5 steps: cannot write") == 2
+    assert text.count("no preview after 5 steps: cannot write") == 2
     assert text.count("No space left on device") == 2
 
 
