@@ -1,7 +1,12 @@
 """Gradients of microbatches and ranks add up in float32, whatever the model computes in."""
 
+from pathlib import Path
+
+import precision_worker
 import pytest
 import torch as th
+from dist_worker import STEPS, six_steps
+from script_helpers import run
 from train_helpers import make_loop, small_model, small_unet
 
 from improved_diffusion import distributed
@@ -87,3 +92,16 @@ def test_state_dicts_and_parameters_are_inverses(precision):
     assert {value.dtype for value in state_dict.values()} == {th.float32}
     for a, b in zip(params_of(loop.model, state_dict, loop.sixteen_bits), loop.master_params):
         assert th.equal(a, b)
+
+
+def test_two_ranks_in_bf16_add_up_one_float32_gradient_a_step(tmp_path):
+    run("torchrun", 2, Path(precision_worker.__file__), tmp_path, cwd=tmp_path).succeed()
+    ranks = [th.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert th.equal(ranks[0]["parameters"], ranks[1]["parameters"])
+    count = ranks[0]["parameters"].numel()
+    assert [dtype for dtype, numel in ranks[0]["reduced"] if numel == count] == [th.float32] * STEPS
+    assert not any(dtype == th.bfloat16 for dtype, _ in ranks[0]["reduced"])
+    alone, _ = six_steps(tmp_path / "alone", precision="bf16")
+    exact, _ = six_steps(tmp_path / "exact")
+    error = (alone.float() - exact).norm()
+    assert (ranks[0]["parameters"] - alone.float()).norm() < 1.5 * error
