@@ -58,7 +58,7 @@ def make_model():
     return model
 
 
-def six_steps(folder, microbatch=-1, split=(0, 1)):
+def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32"):
     """The parameters [n], as one vector, after six steps on four images each, and the last five gradients' mean norm.
 
     :param split: this rank and the number of ranks.
@@ -74,6 +74,7 @@ def six_steps(folder, microbatch=-1, split=(0, 1)):
     loop = TrainLoop(
         model=model, diffusion=ImageDecides(diffusion), data=data, batch_size=BATCH // ranks, microbatch=microbatch,
         lr=1e-3, ema_rate="0.9", log_interval=STEPS, save_interval=100, resume_checkpoint="", max_steps=STEPS,
+        precision=precision,
         # A bias before a norm of one channel a group has no gradient but rounding, which Adam would blow up to lr.
         adam_eps=1e-6,
     )  # fmt: skip

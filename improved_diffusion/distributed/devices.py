@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import sys
 
 import torch as th
 
@@ -40,7 +42,7 @@ def device_name() -> str:
     """The device and, for a GPU, the name of its model."""
     if dev().type != "cuda":
         return str(dev())
-    return f"{dev()} ({th.cuda.getdevice_name(dev())})"
+    return f"{dev()} ({th.cuda.get_device_name(dev())})"
 
 
 def check_devices() -> None:
@@ -72,3 +74,37 @@ def to_device(tensor: th.Tensor, device: th.device) -> th.Tensor:
     if th.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def synchronize(device: th.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        th.cuda.synchronize(device)
+    elif device.type != "cpu":
+        th.accelerator.synchronize(device)
+
+
+def memory_info(device: th.device) -> tuple[int, int]:
+    """(free, total) bytes: of an accelerator that tells, else of the machine (half of it where free is not known)."""
+    if device.type == "cuda":
+        return th.cuda.mem_get_info(device)
+    if not hasattr(os, "sysconf"):
+        raise UserError("the size of this machine's memory is not known: --dry_run needs Linux or macOS")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            table = dict(line.split(":") for line in f)
+        return int(table["MemAvailable"].split()[0]) * 1024, total
+    return total // 2, total
+
+
+def peak_memory(device: th.device) -> float:
+    """The largest number of bytes in use so far: on the accelerator, or without one by this process; NaN if unknown."""
+    if device.type == "cuda":
+        return th.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # kilobytes, except on macOS

@@ -259,4 +259,5 @@ def _forget() -> None:
     _process.watch, _process.work = None, None
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_forget)

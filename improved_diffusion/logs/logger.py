@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Logger:
         self.level = INFO
         self.values: dict[str, Any] = {}
         self.counts: dict[str, int] = defaultdict(int)
+        self.deferred: list[Callable[[], Mapping[str, Any]]] = []
 
     def logkv(self, key: str, val: Any) -> None:
         self.values[key] = val
@@ -43,7 +44,14 @@ class Logger:
         self.values[key] = self.values.get(key, 0.0) * count / (count + 1) + val / (count + 1)
         self.counts[key] = count + 1
 
+    def defer(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        if values not in self.deferred:
+            self.deferred.append(values)
+
     def dumpkvs(self) -> dict[str, Any]:
+        for values in self.deferred:
+            self.values.update(values())
+        self.deferred.clear()
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
             for output in self.output_formats:
@@ -186,6 +194,11 @@ def logkvs(d: Mapping[str, Any]) -> None:
     """logkv for each item."""
     for key, value in d.items():
         logkv(key, value)
+
+
+def defer(values: Callable[[], Mapping[str, Any]]) -> None:
+    """Add values() to the next row when it is written, once: for values that are still being computed on a device."""
+    get_current().defer(values)
 
 
 def dumpkvs() -> dict[str, Any]:
