@@ -105,7 +105,7 @@ def timesteps_per_pass(shape: tuple[int, ...], count: int, device: str = "cpu") 
     """How many of `count` timesteps to evaluate at once, of images [N, C, H, W]: a pass of small ones is faster for
     more of them, and one of large ones keeps its memory."""
     n, _, height, width = shape
-    return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cpu"]) // (n * height * width), 1), count)
+    return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cuda"]) // (n * height * width), 1), count)
 
 
 def describe_mean(result: BoundSummary) -> str:
