@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import distributed
 from ..config import UserError
 from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files
 
 TIMEOUT_SECONDS = 60  # without a byte from a server
@@ -62,7 +63,7 @@ def _download(url: str, target: Path) -> bytes:
             return files.read_bytes(url)
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
             length = int(response.headers.get("Content-Length") or 0)
-            bar = logger.Progress("downloading", length or None, "byte")
+            bar = Progress("downloading", length or None, "byte")
             parts = []
             while part := response.read(CHUNK_BYTES):
                 parts.append(part)

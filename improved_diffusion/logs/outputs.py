@@ -153,7 +153,8 @@ class HumanOutputFormat:
             self._print(text)
         except (OSError, ValueError) as error:  # ValueError: it is closed
             if not self.failing:
-                complain(f"warning: cannot write to the standard output: {error}; the run continues")
+                reason = getattr(error, "strerror", None) or error
+                complain(f"warning: cannot write to the standard output: {reason}; the run continues")
             self.failing = True
         else:
             self.failing = False

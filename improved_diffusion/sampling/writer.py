@@ -16,6 +16,7 @@ from .. import distributed
 from ..config import UserError
 from ..data.low_res import pairs
 from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files, images
 from .labels import Labels
 
@@ -102,7 +103,7 @@ def write_samples(
     done = len(numbers) - len(missing)
     if done:
         logger.log(f"{done} of {len(numbers)} samples are in {png_dir} already")
-    bar = logger.Progress("sampling", len(numbers), "image", initial=done)
+    bar = Progress("sampling", len(numbers), "image", initial=done)
     try:
         with closing(bar):
             _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
@@ -111,7 +112,7 @@ def write_samples(
         raise KeyboardInterrupt(_saved(bar, png_dir)) from None
 
 
-def _saved(bar: logger.Progress, png_dir: str) -> str:
+def _saved(bar: Progress, png_dir: str) -> str:
     return f"{bar.done} of {bar.total} samples are in {png_dir}; the same command goes on"
 
 
@@ -121,7 +122,7 @@ def _draw_missing(
     batch_size: int,
     png_dir: str,
     labels: Labels | None,
-    bar: logger.Progress,
+    bar: Progress,
 ) -> None:
     """Draw the missing samples, a batch on each rank at a time; rank 0 writes them. Collective."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

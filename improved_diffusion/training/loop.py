@@ -26,6 +26,7 @@ from ..fp16_util import (
     model_grads_to_master_grads,
 )
 from ..logs import logger
+from ..logs.progress import Progress
 from ..resample import LossAwareSampler, UniformSampler
 from ..utils import files
 from . import train_state
@@ -193,7 +194,7 @@ class TrainLoop:
             logger.log(f"nothing to do: {self.resume_step} of --max_steps {self.max_steps} steps are done")
             return
         self._go_back()
-        bar = logger.Progress("training", self.max_steps or None, "step", initial=self.resume_step)
+        bar = Progress("training", self.max_steps or None, "step", initial=self.resume_step)
         self.clock = StepClock(self.global_batch)
         try:
             with StopSignals() as signals:
@@ -215,7 +216,7 @@ class TrainLoop:
             )
             raise SystemExit(EXIT_RESUME)
 
-    def _run(self, bar: logger.Progress, signals: StopSignals) -> int:
+    def _run(self, bar: Progress, signals: StopSignals) -> int:
         """The loop itself; returns why it ended: 0 where it is finished, TIME_IS_UP, or a signal's number."""
         agreement = Agreement()
         reason = 0
