@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from PIL import Image
 
+from .. import distributed
 from ..config import UserError
 from ..utils import files
 from . import untrusted
@@ -181,9 +182,9 @@ class _Program:
         tf32, th.backends.cudnn.allow_tf32 = th.backends.cudnn.allow_tf32, False
         try:
             return self.module(x, **kwargs)
-        except th.cuda.OutOfMemoryError:
-            raise UserError(f"{self.flag} needs more memory than the GPU has free: lower --feature_batch") from None
         except Exception as error:
+            if distributed.is_out_of_memory(error):
+                raise UserError(f"{self.flag} needs more memory than the GPU has free: lower --feature_batch") from None
             wanted = self.input_shape[2:]
             help = f"; it takes images of {wanted[0]}x{wanted[1]}: give --feature_size" if all(wanted) else ""
             raise UserError(

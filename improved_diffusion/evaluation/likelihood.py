@@ -16,6 +16,7 @@ from ..bound import BoundSummary, stratified_timesteps, summarize_bound
 from ..config import UserError
 from ..data.dataset import selection
 from ..logs import logger
+from ..logs.progress import Progress
 from ..sampling.noise import SeededNoise
 from ..utils import files, images
 from .likelihood_plot import write_terms_plot
@@ -66,7 +67,7 @@ class Evaluation:
             (np.array_split(self.numbers[start : start + step], world_size)[rank].tolist(),)
             for start in range(0, n, step)
         ]
-        bar = logger.Progress("evaluating", n, "image")
+        bar = Progress("evaluating", n, "image")
 
         def report(done: int, mean: float) -> None:
             logger.log(f"done {done} samples: bpd={mean}")
@@ -105,7 +106,7 @@ def timesteps_per_pass(shape: tuple[int, ...], count: int, device: str = "cpu") 
     """How many of `count` timesteps to evaluate at once, of images [N, C, H, W]: a pass of small ones is faster for
     more of them, and one of large ones keeps its memory."""
     n, _, height, width = shape
-    return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cpu"]) // (n * height * width), 1), count)
+    return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cuda"]) // (n * height * width), 1), count)
 
 
 def describe_mean(result: BoundSummary) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch as th
 
 from .. import distributed
+from ..config import UserError
 from ..distributed.devices import memory_info, peak_memory, synchronize
 from ..logs import logger
 from ..utils import files
@@ -31,14 +32,13 @@ def dry_run(loop: TrainLoop) -> None:
         synchronize(loop.device)
         seconds.append(time.perf_counter() - start)
     per_step = sum(seconds[1:]) / (STEPS - 1)
-    memory = peak_memory(loop.device)
     largest = min(distributed.all_gather_object(_largest_microbatch(loop, batch, cond)))
     more = " or more" if largest >= LARGEST_TRIED else ""
     how = "tried" if _tells_out_of_memory(loop.device) else "estimated"
     rows = {
         "time per step": f"{per_step:.3g} s ({loop.global_batch / per_step:.4g} images/s)",
         "time in all": _time_in_all(loop, per_step),
-        "peak memory": f"{_size(memory)} of {_size(memory_info(loop.device)[1])} on each rank",
+        "peak memory": _describe_memory(loop.device),
         "largest microbatch": f"{largest}{more} ({how}; now {loop.microbatch})",
         "checkpoints": _describe_disk(loop),
     }
@@ -51,6 +51,26 @@ def _time_in_all(loop: TrainLoop, per_step: float) -> str:
         return "unlimited: there is no --max_steps"
     left = datetime.timedelta(seconds=round((loop.max_steps - loop.resume_step) * per_step))
     return f"{left.total_seconds() / 3600:.2f} hours to --max_steps {loop.max_steps:,}"
+
+
+def _describe_memory(device: th.device) -> str:
+    peak = peak_memory(device)
+    return f"{'unknown' if peak is None else _size(peak)} of {_size(_memory(device)[1])} on each rank"
+
+
+def _memory(device: th.device) -> tuple[int, int]:
+    """(free, total) bytes of the accelerator that tells, else of the machine (half of it where free is not known)."""
+    found = memory_info(device)
+    if found is not None:
+        return found
+    if not hasattr(os, "sysconf"):
+        raise UserError("the size of this machine's memory is not known: --dry_run needs Linux or macOS")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            table = dict(line.split(":") for line in f)
+        return int(table["MemAvailable"].split()[0]) * 1024, total
+    return total // 2, total
 
 
 def _size(count: float) -> str:
@@ -68,9 +88,8 @@ def _largest_microbatch(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Te
     """How many images fit in one forward and backward pass."""
     if not _tells_out_of_memory(loop.device):
         per_image = _saved_bytes(loop, batch, cond, 2) - _saved_bytes(loop, batch, cond, 1)
-        return min(
-            LARGEST_TRIED, max(1, memory_info(loop.device)[0] // distributed.get_world_size() // max(per_image, 1))
-        )
+        free = _memory(loop.device)[0] // distributed.get_world_size()
+        return min(LARGEST_TRIED, max(1, free // max(per_image, 1)))
     fits, too_many, size = 0, LARGEST_TRIED + 1, loop.microbatch
     while too_many - fits > max(1, fits // 8):
         try:

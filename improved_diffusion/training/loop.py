@@ -58,7 +58,7 @@ class TrainLoop(CheckpointedStep):
         adam_eps=TrainConfig.adam_eps, seed=None, metadata=None, hooks: Sequence[tuple[int, Hook]] = (),
         keep_last=TrainConfig.keep_last, keep_every=TrainConfig.keep_every, max_bad_steps=TrainConfig.max_bad_steps,
         ema_warmup=TrainConfig.ema_warmup, ema_sigma_rel=TrainConfig.ema_sigma_rel, strict_resume=False,
-        batch_timeout=TrainConfig.batch_timeout, hook_timeout=TrainConfig.hook_timeout,
+        hook_timeout=TrainConfig.hook_timeout,
         save_timeout=TrainConfig.save_timeout,
     ):  # fmt: skip
         self.model, self.diffusion, self.data = model, diffusion, data
@@ -76,7 +76,7 @@ class TrainLoop(CheckpointedStep):
         self.lr_schedule = LRSchedule(schedule, lr_anneal_steps or self.max_steps, lr_warmup_steps)
         self.ema_rate = comma_list(str(ema_rate), float)
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.batch_timeout, self.hook_timeout = batch_timeout, hook_timeout
+        self.hook_timeout = hook_timeout
         self.time_limit = TimeLimit(max_hours)
         self.seed = seed
         self.hooks = [(interval, hook) for interval, hook in hooks if interval > 0]
@@ -134,7 +134,7 @@ class TrainLoop(CheckpointedStep):
         agreement, reason = Agreement(), 0
         while not reason and not self._is_finished():
             distributed.beat(self.absolute_step + 1)
-            with self.run_log.clock.waiting(), distributed.working("the next batch of images", self.batch_timeout):
+            with self.run_log.clock.waiting(), distributed.working("the next batch of images"):
                 batch, cond = next(self.data)
             self.run_step(batch, cond)
             self._call_hooks()

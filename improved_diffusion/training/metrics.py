@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ class StepClock:
         speed = {
             "images_per_second": self.steps * self.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "peak_gib": peak_memory(distributed.dev()) / 2**30,
+            "peak_gib": (peak_memory(distributed.dev()) or math.nan) / 2**30,
         }
         self.restart()
         return speed

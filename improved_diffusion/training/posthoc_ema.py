@@ -15,6 +15,7 @@ import torch as th
 from ..checkpoints import checkpoint
 from ..config import UserError
 from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files
 from .ema import gamma_of, posthoc_weights, profile_error
 
@@ -104,7 +105,7 @@ def find_snapshots(run_dir: str, number: int = -1) -> list[Snapshot]:
             f"nearest: {', '.join(map(str, sorted(nearest)))}"
         )
     found = [(match.group(), int(match.group(2))) for match in matches if int(match.group(2)) <= number]
-    bar = logger.Progress("reading descriptions", len(found), "snapshot")
+    bar = Progress("reading descriptions", len(found), "snapshot")
     snapshots: list[Snapshot] = []
     for name, its_number in found:
         snapshots.append(_read_description(files.join(run_dir, name), its_number))
@@ -159,7 +160,7 @@ def weighted_sums(
     """
     sums: list[dict[str, th.Tensor]] = [{} for _ in weights]
     newest: dict[str, th.Tensor] = {}
-    bar = logger.Progress("summing", len(paths), "snapshot")
+    bar = Progress("summing", len(paths), "snapshot")
     for i, path in enumerate(paths):
         state_dict, _ = checkpoint.load(path)
         for total, row in zip(sums, weights):

@@ -9,6 +9,7 @@ import torch as th
 
 from ..config import UserError
 from ..logs import logger
+from ..logs.progress import Progress
 from .metrics import BadSteps, LossMeter, StepClock
 
 
@@ -26,7 +27,7 @@ class RunLog:
         self.clock = StepClock(images_per_step)
         self.first_row = 0  # the first step whose row is not written, or has to be written again
         self.shown: dict[str, str] = {}  # beside the progress bar
-        self.bar: logger.Progress | None = None
+        self.bar: Progress | None = None
 
     # What a step reports, without waiting for the device
 
@@ -51,7 +52,7 @@ class RunLog:
 
     def start(self, total_steps: int, done: int) -> None:
         """Show progress from here on, and measure speed. A `total_steps` of 0: not known."""
-        self.bar = logger.Progress("training", total_steps or None, "step", initial=done)
+        self.bar = Progress("training", total_steps or None, "step", initial=done)
         self.clock.restart()
 
     def advance(self) -> None:
