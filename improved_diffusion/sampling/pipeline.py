@@ -105,7 +105,9 @@ class SuperResPipeline(SamplingPipeline):
             exact_npz=True,
         )  # fmt: skip
         wanted = settings.sample.classes
-        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, path, "--base_samples")
+        return image_labels(
+            self.classes, wanted, self.seed, self.loaded.path, self.base.labels, f"--base_samples {path}"
+        )
 
     @property
     def numbers(self) -> Sequence[int]:

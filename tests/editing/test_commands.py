@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from gaussian_world import MU, GaussianWorld, S
 from helpers import ROOT, slope
+from improved_diffusion.editing.commands import Job, Source
 from PIL import Image
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, contents, pixels, run, write_images
 
@@ -18,7 +19,6 @@ from improved_diffusion.cli.parsing import Command, parse_command
 from improved_diffusion.config import SAMPLERS, EditConfig, ImagesConfig, RunConfig, SamplerConfig, UserError
 from improved_diffusion.data.given import GivenImages
 from improved_diffusion.editing import commands
-from improved_diffusion.editing.commands import Job, Source
 from improved_diffusion.editing.latents import read_latents
 from improved_diffusion.gaussian_diffusion import ModelMeanType
 from improved_diffusion.sampling.labels import Classes
