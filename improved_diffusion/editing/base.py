@@ -204,7 +204,7 @@ def straight(settings: Any, sampler: Sampler) -> Sequence[int]:
 
 
 def inversion_path(settings: Any, sampler: Sampler) -> Sequence[int]:
-    """The sampler's path, which must have two steps to be walked in both directions."""
+    """The path of plain sampling. Raises UserError where it has a single step, which has no way back."""
     if sampler.diffusion.num_timesteps < 2:
         raise UserError(f"--steps {sampler.steps}: going from an image to its noise needs at least two steps")
     return sampler.path
@@ -307,8 +307,7 @@ class ImageEdit(Edit):
 
     @property
     def count(self) -> int:
-        copies = getattr(self.model.settings, "copies", None)
-        return copies.num_samples or len(self.images) if copies else len(self.images)
+        return self.model.settings.copies.num_samples or len(self.images)
 
     def originals(self, numbers: Sequence[int]) -> np.ndarray:
         """The images that those with these numbers are made from, uint8 [N, H, W, C]."""

@@ -32,6 +32,10 @@ class Encode(ImageEdit):
         settings = inversion_settings(loaded.settings, loaded.given)
         return EditingModel.build(loaded, settings, inversion_path)
 
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
     def invert(self, numbers: Sequence[int]) -> np.ndarray:
         """The noise of the images with these numbers, float32 [N, C, H, W]."""
         return self.model.find_noise(self.originals(numbers), label_kwargs(self.labels, numbers)).cpu().numpy()

@@ -47,7 +47,7 @@ def read_latents(path: str) -> Latents:
 
 
 def read_step_options(path: str) -> dict[str, Any]:
-    """The step options of a latents.npz. Raises UserError for a missing file, and for one that `encode` did not write."""
+    """The step options of a latents.npz. Raises UserError for a missing, damaged or foreign file."""
     if not path:
         raise UserError(f"--latents is missing: name the {FILE} that encode wrote")
     if not files.exists(path):
