@@ -28,13 +28,13 @@ class Decode(Edit):
     def __init__(self, model: EditingModel, latents: Latents):
         path = model.settings.latents.latents
         source = f"--latents {path}" if path else "the latents"
-        super().__init__(model, model.labels(latents.labels, source))
-        self.latents = latents
         if latents.arrays.shape[1:] != model.shape:
             raise UserError(
                 f"{source} have noise of {latents.arrays.shape[1:]}, but {model.loaded.path} makes images of "
                 f"{model.shape} (channels, height, width): use the model that encoded them"
             )
+        super().__init__(model, model.labels(latents.labels, source))
+        self.latents = latents
 
     @classmethod
     def prepare(cls, loaded: LoadedModel[Any], step_options: Mapping[str, Any] | None = None) -> EditingModel:
