@@ -60,7 +60,7 @@ def test_the_version_is_the_packages(capsys):
 
 
 def test_a_flag_before_the_command_is_refused():
-    with pytest.raises(UserError, match="--seed.*train, sample"):
+    with pytest.raises(UserError, match=r"--seed.*train, sample"):
         dispatch(["--seed", "3", "sample"])
 
 
