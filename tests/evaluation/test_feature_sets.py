@@ -6,13 +6,13 @@ import zipfile
 import numpy as np
 import pytest
 from feature_helpers import write_script
+from improved_diffusion.evaluation.feature_network import FeatureNetwork
 from PIL import Image
 
 from improved_diffusion import distributed
 from improved_diffusion.config import UserError
 from improved_diffusion.data.dataset import selection
 from improved_diffusion.evaluation import feature_sets
-from improved_diffusion.evaluation.feature_network import FeatureNetwork
 from improved_diffusion.evaluation.feature_sets import FeatureSet, ImageSet, extract
 from improved_diffusion.utils import images
 

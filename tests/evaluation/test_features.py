@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch as th
 from feature_helpers import export_module, write_program, write_script
+from improved_diffusion.evaluation.feature_network import FeatureNetwork
 from PIL import Image
 
 from improved_diffusion.config import UserError
-from improved_diffusion.evaluation.feature_network import FeatureNetwork
 
 SIDE = 8
 
