@@ -21,11 +21,11 @@ $(VENV)/.torch: $(VENV)/.venv constraints.txt
 	@echo "installing torch into $(VENV)"
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt) && touch $@
 
-$(VENV)/.demo: $(VENV)/.torch setup.py
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "installing improved_diffusion into $(VENV)"
 	$(PIP) -e '.[digits]' && touch $@
 
-$(VENV)/.dev: $(VENV)/.torch setup.py
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "installing the tests' packages into $(VENV)"
 	$(PIP) -e '.[test,dev]' && touch $@
 
@@ -44,7 +44,7 @@ demo: $(VENV)/.demo
 	@echo "look at $(RUN)/samples.png, at $(RUN)/report/report.md, and at $(RUN)/previews for how it came about"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -53,6 +53,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

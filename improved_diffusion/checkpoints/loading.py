@@ -26,7 +26,6 @@ from ..models.build import build_classifier, build_model_and_diffusion
 from ..models.classifier import NoisyClassifier
 from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
-from ..unet import UNetModel
 from . import checkpoint
 
 S = TypeVar("S", bound=Settings)
@@ -49,7 +48,7 @@ class LoadedModel(Generic[S]):
     path: str
     settings: S
     given: frozenset[str]
-    model: UNetModel
+    model: th.nn.Module
     diffusion: SpacedDiffusion
     metadata: Mapping[str, Any]
 

@@ -269,3 +269,17 @@ def newest_whole_set(directory: str, labels: Sequence[str], warn: Callable[[str]
             return step
         warn(f"the checkpoint of step {step} is passed over: {problem}")
     return None
+
+
+def average_labels(directory: str, step: int) -> list[str]:
+    """The labels of the moving averages of a step, in the order of the run's options."""
+    pattern = re.compile(rf"ema_(.+)_{step:06d}\.pt")
+    found = [match.group(1) for match in map(pattern.fullmatch, files.list_dir(directory)) if match]
+    path = files.join(directory, CONFIG_FILE)
+    order: list[str] = []
+    if files.exists(path):
+        try:
+            order = str(json.loads(files.read_bytes(path))["config"]["ema_rate"]).split(",")
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: remove it, or name a checkpoint's file") from None
+    return sorted(found, key=lambda label: (order.index(label) if label in order else len(order), label))

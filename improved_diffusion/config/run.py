@@ -1,4 +1,4 @@
-"""The options that every command has."""
+"""Options of every command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .base import Config, UserError, extra
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """The run itself."""
+    """Run."""
 
-    seed: int = extra(0, "all randomness follows from it")
-    out_dir: str = extra("", "folder for everything that is written; empty: ./runs/<name>")
+    seed: int = extra(0, "random seed")
+    out_dir: str = extra("", "output folder; empty: ./runs/<name>")
 
     def validate(self) -> None:
         self.require(self.seed >= 0, "seed", "must not be negative")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
@@ -77,6 +77,22 @@ class Settings:
 
     def _configs(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def merge_options(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options of all sources; the later ones win.
+
+    The batch size and its total over the ranks are two ways to say one thing: the stronger source's counts.
+    """
+    given: dict[str, Any] = {}
+    for number, source in enumerate(sources):
+        if {"batch_size", "total_batch_size"} <= source.keys() and number < len(sources) - 1:
+            source = {name: value for name, value in source.items() if name != "batch_size"}  # a run's own config.json
+        for name, other in (("batch_size", "total_batch_size"), ("total_batch_size", "batch_size")):
+            if name in source:
+                given.pop(other, None)
+        given |= source
+    return given
 
 
 # Models

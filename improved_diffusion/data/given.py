@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ..config import NUM_CLASSES, UserError, height_width
 from ..logs import logger
+from ..utils.images import convert, resize_crop, to_image
 from .dataset import ImageDataset
 from .sources import ArrayImages, open_pictures, read_classes, stem
 
@@ -86,3 +88,32 @@ def class_indices(
     if max(indices) >= (num_classes or NUM_CLASSES):
         raise UserError(f"{data_dir} has class {max(indices)}; {model_path} has {num_classes} classes")
     return indices
+
+
+def as_pixels(given: Any, what: str, wanted: Any, channels: int) -> GivenImages:
+    """Images given in Python: a path or several, PIL images, or uint8 arrays [N, H, W, C] or [H, W, C].
+
+    They are resized and centre-cropped as in training.
+    :param what: the name of the argument, for messages.
+    :param wanted: the side, or "HEIGHTxWIDTH".
+    Raises UserError for anything else.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return read_images(what, os.fspath(given), "image_size", wanted, channels, None)
+    if isinstance(given, (list, tuple)) and given and all(isinstance(path, (str, os.PathLike)) for path in given):
+        return read_images(what, ",".join(map(os.fspath, given)), "image_size", wanted, channels, None)
+    if isinstance(given, Image.Image):
+        given = [given]
+    if isinstance(given, np.ndarray):
+        arrays = given[None] if given.ndim == 3 else given
+        if arrays.dtype != np.uint8 or arrays.ndim != 4 or not 1 <= arrays.shape[-1] <= 4 or not len(arrays):
+            raise UserError(
+                f"{what}: expected uint8 of shape [N, height, width, channels], got {given.dtype} {given.shape}"
+            )
+        given = [to_image(array) for array in arrays]
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(image, Image.Image) for image in given):
+        raise UserError(f"{what}: expected a path, PIL images or a uint8 array, got {type(given).__name__}")
+    size = height_width(wanted)
+    resized = [convert(resize_crop(image, size), channels, f"{what}[{i}]") for i, image in enumerate(given)]
+    arrays = np.stack([np.asarray(image).reshape(*size, channels) for image in resized])
+    return GivenImages(arrays, None, [f"{i:06d}" for i in range(len(arrays))])

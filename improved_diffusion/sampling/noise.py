@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch as th
@@ -41,7 +41,7 @@ class SeededNoise:
     Drawn on the CPU, because generators of different devices give different numbers.
     """
 
-    def __init__(self, seed: int, numbers: Sequence[int]):
+    def __init__(self, seed: int, numbers: Iterable[int]):
         self.generators = [image_generator(seed, int(number), "noise") for number in numbers]
 
     def __len__(self) -> int:

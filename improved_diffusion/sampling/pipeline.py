@@ -93,14 +93,19 @@ class SamplingPipeline:
 
 
 class SuperResPipeline(SamplingPipeline):
-    """Enlarges images: sample i is made from base image i modulo their number. Collective."""
+    """Enlarges images: sample i is made from base image i modulo their number. Collective.
 
-    base: GivenImages
+    :param base: the images; those of --base_samples unless given.
+    """
+
+    def __init__(self, loaded: LoadedModel, base: GivenImages | None = None):
+        self._given = base
+        super().__init__(loaded)
 
     def _choose_labels(self) -> Labels | None:
         settings = self.loaded.settings
         path, names = settings.base.base_samples, self.classes.names if self.classes else None
-        self.base = read_images(
+        self.base = self._given or read_images(
             "--base_samples", path, "--small_size", settings.model.small_size, settings.model.channels, names,
             exact_npz=True,
         )  # fmt: skip

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 
-from ..checkpoints import checkpoint
-from ..checkpoints.loading import KINDS, kind_of, refuse_contradictions
-from ..cli.published_flags import args_to_dict
-from ..config import ClassifierConfig, ProcessConfig, UserError
 from ..logs import logger
-from ..models.classifier import NoisyClassifier
-from ..models.factories import create_classifier, create_gaussian_diffusion
 from ..sampling.noise import SeededNoise
-from .validation import SEED, Validation, build_validation
+from .validation import SEED, Validation
 
 
 class ClassifierObjective:
@@ -50,41 +41,6 @@ class ClassifierObjective:
         if logits.shape[1] >= 10:
             terms["accuracy_top5"] = (rank < 5).float()
         return terms
-
-
-_PROCESS = [f.name for f in fields(ProcessConfig)]
-
-
-def build_classifier(options: Any) -> tuple[NoisyClassifier, ClassifierObjective]:
-    """(classifier, objective) for a namespace of options, as script_util.build gives a model and its diffusion."""
-    process = args_to_dict(options, _PROCESS)
-    diffusion = create_gaussian_diffusion(steps=process.pop("diffusion_steps"), **process)
-    classifier = create_classifier(**args_to_dict(options, [f.name for f in fields(ClassifierConfig)]))
-    return classifier, ClassifierObjective(diffusion)
-
-
-def adopt_process(options: argparse.Namespace) -> None:
-    """Take the images' size and channels and the noise from the diffusion model at --model_path, if there is one.
-
-    They count as given from there on. Raises UserError for a flag that contradicts the checkpoint. Collective.
-    """
-    path = options.model_path
-    if not path:
-        return
-    _, metadata = checkpoint.load(path)
-    stored = metadata.get("config", {})
-    names = {"image_size", "channels", *_PROCESS}
-    if not stored:
-        flags = ", ".join(f"--{name}" for name in sorted(names))
-        raise UserError(f"--model_path {path} has no description: leave it out, and say by {flags} what it is")
-    if kind_of(stored) != "image":
-        raise UserError(f"--model_path {path} is {KINDS[kind_of(stored)][0]}: a classifier guides an image model")
-    stored = {**{f.name: f.default for f in fields(ProcessConfig)}, **stored}  # an older file lacks newer options
-    refuse_contradictions(options, path, stored, names)
-    for name in names:
-        setattr(options, name, stored[name])
-        options.given.add(name)
-    logger.log(f"to guide {path}: {', '.join(f'{name}={getattr(options, name)}' for name in sorted(names))}")
 
 
 class ClassifierValidation(Validation):
@@ -120,19 +76,6 @@ class ClassifierValidation(Validation):
             batch,
             th.from_numpy(self.loss_t[numbers]).to(loop.device),
             model_kwargs={key: value.to(loop.device) for key, value in kwargs.items()},
-            noise=SeededNoise([SEED + i for i in indices])(batch),
+            noise=SeededNoise(SEED, indices)(batch),
         )
         return th.stack([losses["loss"].double(), losses["accuracy"].double()], dim=1).cpu()
-
-
-def build_classifier_validation(
-    options: Any, objective: ClassifierObjective, class_names: Sequence[str] | None
-) -> list[tuple[int, ClassifierValidation]]:
-    """The hook that evaluates a classifier on --val_dir, as validation.build_validation makes one. Collective."""
-    return [
-        (
-            interval,
-            ClassifierValidation(objective, hook.dataset, num_images=hook.num_images, batch_size=hook.batch_size),
-        )
-        for interval, hook in build_validation(options, objective, class_names)
-    ]

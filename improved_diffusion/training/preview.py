@@ -10,8 +10,8 @@ import numpy as np
 import torch as th
 
 from .. import distributed
-from ..config import UserError, height_width
-from ..data.low_res import downsample, pairs
+from ..config import UserError
+from ..data.low_res import pairs
 from ..logs import logger
 from ..sampling.noise import SeededNoise
 from ..sampling.timestep_grids import timestep_grid
@@ -76,7 +76,7 @@ class PreviewGrid:
                 (len(numbers), *self.shape),
                 model_kwargs={key: value[numbers] for key, value in self.model_kwargs.items()},
                 device=loop.device,
-                noise_fn=SeededNoise([self.seed + i for i in numbers]),
+                noise_fn=SeededNoise(self.seed, numbers),
             )
             parts.append(images.to_uint8(sample))
         gathered = distributed.all_gather_object(np.concatenate(parts) if parts else None)
@@ -87,28 +87,7 @@ class PreviewGrid:
         return samples
 
 
-def build_previews(options: Any, diffusion: Any, data: Any) -> list[tuple[int, PreviewGrid]]:
-    """The hook that draws a grid every --sample_interval steps, with its interval; [] where there are to be none.
-
-    :param diffusion: that the model is trained on.
-    :param data: the BatchStream, of whose images an even selection is what a super-resolution model starts from.
-    """
-    if not options.sample_interval:
-        return []
+def preview_diffusion(diffusion: Any) -> Any:
+    """The diffusion on the few steps that a preview takes."""
     grid = timestep_grid("uniform", min(STEPS, diffusion.original_num_steps), diffusion.base_alphas_cumprod)
-    quick = diffusion.respaced(grid)
-    size, count, kwargs = getattr(options, "large_size", None), PREVIEWS, {}
-    if size is None:
-        size = options.image_size
-        if options.class_cond:
-            kwargs["y"] = th.arange(count) % options.num_classes
-    else:
-        # Spread over the data, which often lie class by class.
-        usable = data.stream.usable
-        count = min(PREVIEWS, len(usable))
-        chosen = [usable[i * len(usable) // count] for i in range(count)]
-        batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
-        kwargs["low_res"] = downsample(batch, options.small_size)
-    kwargs = {key: value.to(distributed.dev()) for key, value in kwargs.items()}
-    shape = (options.channels, *height_width(size))
-    return [(options.sample_interval, PreviewGrid(quick, shape, count, kwargs, logger.get_dir(), options.seed))]
+    return diffusion.respaced(grid)

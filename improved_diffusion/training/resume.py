@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 from ..checkpoints import checkpoint, sets
-from ..config import UserError, comma_list
+from ..config import TrainConfig, UserError, comma_list
 from ..logs import logger
 from ..utils import files
 from .loop import get_blob_logdir
 
 
-def _find_resume(options: argparse.Namespace) -> str:
-    """The modelNNNNNN.pt to go on from, "" to start afresh."""
-    wanted = options.resume or options.resume_checkpoint
+def find_resume(config: TrainConfig, given: frozenset[str]) -> str:
+    """The model's file to go on from, "" to start afresh.
+
+    :param given: the options that the user gave.
+    Raises UserError where --resume names no complete checkpoint, and where a new run would overwrite an earlier one.
+    """
     folder = get_blob_logdir()
-    if not wanted:
-        if _holds_a_run(folder) and not options.dry_run:
-            raise UserError(
-                f"{folder} holds checkpoints of an earlier run: give --resume auto to go on, or another --out_dir"
-            )
-        return ""
-    if wanted == "auto":
-        return _newest(options, folder) or _none_to_resume(options, folder)
+    labels = _WantedLabels(config, given)
+    if config.resume == "auto":
+        return _newest(folder, labels) or _none_to_resume(folder, labels)
+    if config.resume:
+        return _find_named(config.resume, labels)
+    if config.resume_checkpoint:
+        return _find_published(config.resume_checkpoint)
+    if _holds_a_run(folder) and not config.dry_run:
+        raise UserError(
+            f"{folder} holds checkpoints of an earlier run: give --resume auto to go on, or another --out_dir"
+        )
+    return ""
+
+
+def _find_named(wanted: str, labels: _WantedLabels) -> str:
+    """--resume PATH: a folder, or one of the files of a complete set."""
     if files.is_dir(wanted):
-        newest = _newest(options, wanted)
+        newest = _newest(wanted, labels)
         if not newest:
             raise UserError(
                 f"--resume {wanted}: no complete checkpoint (model, ema and opt files of one step) in that folder"
@@ -37,27 +47,47 @@ def _find_resume(options: argparse.Namespace) -> str:
             f"--resume {wanted}: name a modelNNNNNN.pt or another file of its set (ema_*, opt), or a folder; to start "
             "at step 0 from the weights of any other file, use --init_checkpoint"
         )
-    folder = wanted.replace("\\", "/").rpartition("/")[0] or "."
+    folder = _folder_of(wanted)
     problem = sets.problem_of(folder, step)
     if problem:
-        raise UserError(f"--resume {wanted}: {problem}; --resume {folder} takes the newest checkpoint that is whole")
+        raise UserError(f"--resume {wanted}: {problem}; --resume {folder} takes the newest complete checkpoint")
     return files.join(folder, checkpoint.model_name(step))
 
 
-def _newest(options: argparse.Namespace, folder: str) -> str:
-    """The model's file of the newest whole set in a folder, "" where there is none."""
-    step = sets.newest_whole_set(folder, _wanted_labels(options, folder), logger.warn)
+def _find_published(wanted: str) -> str:
+    """--resume_checkpoint PATH: as published, weights alone will do. A set that has changed since is refused."""
+    if not files.exists(wanted):
+        raise UserError(f"--resume_checkpoint {wanted} does not exist")
+    if files.is_dir(wanted):
+        raise UserError(f"--resume_checkpoint {wanted} is a folder: --resume {wanted} takes its newest checkpoint")
+    step, folder = sets.step_of(wanted), _folder_of(wanted)
+    problem = None if step is None else sets.problem_of(folder, step)
+    if problem:
+        raise UserError(
+            f"--resume_checkpoint {wanted}: {problem}; --resume {folder} takes the newest complete checkpoint"
+        )
+    return wanted
+
+
+def _folder_of(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[0] or "."
+
+
+def _newest(folder: str, labels: _WantedLabels) -> str:
+    """The model's file of the newest complete set in a folder, "" where there is none."""
+    step = sets.newest_whole_set(folder, labels.of(folder), logger.warn)
     return "" if step is None else files.join(folder, checkpoint.model_name(step))
 
 
-def _none_to_resume(options: argparse.Namespace, folder: str) -> str:
+def _none_to_resume(folder: str, labels: _WantedLabels) -> str:
     """Start afresh, unless that would overwrite the rest of a run."""
     if _holds_a_run(folder):
         newest = checkpoint.model_name(checkpoint.model_steps(folder)[-1])
-        parts = ", ".join(["model", *(f"ema_{label}" for label in _wanted_labels(options, folder)), "opt", "manifest"])
+        parts = ", ".join(["model", *(f"ema_{label}" for label in labels.of(folder)), "opt", "manifest"])
         raise UserError(
-            f"--resume auto: {folder} holds {newest}, but of no step all of {parts}, whole: bring the missing files "
-            "back or choose another --out_dir; to start at step 0 from weights alone, use --init_checkpoint"
+            f"--resume auto: {folder} holds {newest} but no complete checkpoint: every step lacks one of {parts}. "
+            "Restore the missing files or choose another --out_dir; to start at step 0 from weights alone, use "
+            "--init_checkpoint"
         )
     logger.log(f"--resume auto: no complete checkpoint in {folder}, so training starts at step 0")
     return ""
@@ -68,19 +98,26 @@ def _holds_a_run(folder: str) -> bool:
     return any(checkpoint.model_steps(folder)) or bool(sets.complete_sets(folder, []))
 
 
+class _WantedLabels:
+    """The labels of the averages to resume: as given, else those that the run which wrote a folder keeps."""
+
+    def __init__(self, config: TrainConfig, given: frozenset[str]):
+        self.config = config
+        self.given = bool({"ema_rate", "ema_sigma_rel"} & given)
+
+    def of(self, folder: str) -> list[str]:
+        """For the checkpoints in a folder. Raises UserError where its description is damaged."""
+        if self.given:
+            return _ema_labels(self.config.ema_rate, self.config.ema_sigma_rel)
+        path = files.join(folder, sets.CONFIG_FILE)
+        if not files.exists(path):
+            return []
+        try:
+            config = json.loads(files.read_bytes(path))["config"]
+            return _ema_labels(config["ema_rate"], config.get("ema_sigma_rel", ""))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: remove it, or name the checkpoint with --resume PATH") from None
+
+
 def _ema_labels(rates: str, widths: str) -> list[str]:
     return [*map(str, comma_list(rates, float)), *(f"sigma_rel{width}" for width in comma_list(widths, float))]
-
-
-def _wanted_labels(options: argparse.Namespace, folder: str) -> list[str]:
-    """The labels of the averages to resume: as given, else those that the run which wrote into the folder keeps."""
-    path = files.join(folder, sets.CONFIG_FILE)
-    if {"ema_rate", "ema_sigma_rel"} & options.given:
-        return _ema_labels(options.ema_rate, options.ema_sigma_rel)
-    if not files.exists(path):
-        return []
-    try:
-        config = json.loads(files.read_bytes(path))["config"]
-        return _ema_labels(config["ema_rate"], config.get("ema_sigma_rel", ""))
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: remove it, or name the checkpoint with --resume PATH") from None

@@ -1,84 +1,111 @@
-"""A training run: its folder, data, model and loop."""
+"""A training run from its settings: where it starts, its data, its network, its loop."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch as th
 
 from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
-from ..checkpoints.loading import adopt, build
+from ..checkpoints.loading import take_options
 from ..config import TrainConfig, UserError, comma_list
+from ..config.settings import ClassifierTraining, Training
 from ..data.dataset import ImageDataset
 from ..data.sources import open_images, read_classes
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
+from ..logs.run_folder import open_run
 from ..logs.trackers import make_trackers
-from ..models.factories import resolve_channel_mult
+from ..models.build import with_channel_mult
 from ..resample import create_named_schedule_sampler
 from ..utils import files
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
-from .resume import _find_resume
+from .resume import find_resume
 from .signals import catch_early_warning
+from .tasks import Task, take_guided_process, task_of
 
-# What belongs to one start of a run and not to the run itself.
-_NOT_KEPT = {"given", "flags", "preset", "out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
-MANY_EPOCHS = 1000  # a run that sees each image more often than this may learn them by heart
-
-
-def run_folder(options: argparse.Namespace, default_name: str) -> str:
-    """The folder that everything is written to: --out_dir, else OPENAI_LOGDIR, else ./runs/<default_name>."""
-    return options.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
+# Options of one start of a run rather than of the run itself.
+_NOT_KEPT = {"out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
+MANY_EPOCHS = 1000  # beyond, a model may memorise its images
 
 
-def start_run(options: argparse.Namespace, default_name: str) -> str:
-    """Join the other ranks and open the run's `run_folder`.
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended: its folder, and the one of its checkpoints."""
 
-    Returns the folder's absolute path, which is printed, as are the ranks. Collective.
+    folder: str
+    checkpoints: str
+
+
+def train(settings: Training, given: frozenset[str], default_name: str) -> TrainedRun:
+    """Train as the settings say. Collective.
+
+    :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
+    :param default_name: of the folder below ./runs, where --out_dir does not say.
+    Raises UserError for what cannot work, before anything is written.
     """
-    distributed.setup_dist()
-    if hasattr(options, "max_steps"):
-        catch_early_warning()
-    out_dir = run_folder(options, default_name)
-    only_said = ["stdout"] if distributed.get_rank() == 0 else []
-    logger.configure(dir=out_dir, format_strs=only_said if getattr(options, "dry_run", False) else None)
-    logger.log(distributed.describe_ranks())
-    return logger.get_dir()
+    catch_early_warning()
+    folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
+    checkpoints = get_blob_logdir()
+    settings, metadata = resolve(settings, given)
+    data, settings = open_data(settings, metadata)
+    task = task_of(settings)
+    stream = task.stream(data)
+    with contextlib.closing(stream):
+        loop, description = build_loop(task, data, stream)
+        if settings.train.dry_run:
+            dry_run(loop)
+            if distributed.get_rank() == 0:
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)  # unless it was there before
+        else:
+            run_loop(loop, settings, description)
+    return TrainedRun(folder, checkpoints)
 
 
-def prepare_training(options: argparse.Namespace) -> dict[str, Any]:
-    """Settle what a training run starts from, before anything is built; returns that checkpoint's metadata, or {}.
+# Where it starts
 
-    Claims the run's folder. Resolves --resume to a file in `resume_checkpoint`, takes options that were not given from
-    it (or, those of the model, from --init_checkpoint), and each rank's batch size from --total_batch_size. Collective.
+
+def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
+    """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
+
+    Claims the run's folder. `resume_checkpoint` becomes the file to go on from. Options that were not given come from
+    it, or, those of the model, from --init_checkpoint. Collective.
     """
-    if not options.dry_run:
+    if not settings.train.dry_run:
         distributed.from_rank0(_claim, logger.get_dir(), get_blob_logdir())
-    options.resume_checkpoint = distributed.from_rank0(_find_resume, options)
+    if isinstance(settings, ClassifierTraining):
+        settings, given = take_guided_process(settings, given)
+    resumed = distributed.from_rank0(find_resume, settings.train, given)
+    source = resumed or settings.train.init_checkpoint
     metadata: dict[str, Any] = {}
-    source = options.resume_checkpoint or options.init_checkpoint
     if source:
         state_dict, metadata = checkpoint.load(source)
-        left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in options.given else set())
-        resumed = [name for name in vars(options) if name not in left_out]
-        adopt(options, source, state_dict, metadata, resumed if options.resume_checkpoint else None)
-    if options.resume_checkpoint:
-        options.init_checkpoint = ""
-    size = _training_size(options)
-    options.channel_mult = ",".join(map(str, resolve_channel_mult(size, options.channel_mult)))
-    _share_batch(options)
-    if options.resume_checkpoint:
-        _log_changes(options, metadata.get("config", {}))
-    return metadata
+        left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
+        names = settings.options().keys() - left_out if resumed else None
+        settings = take_options(settings, given, source, state_dict, metadata, names)
+    settings = settings.replace(**_continued(settings, resumed))
+    settings = settings.replace(channel_mult=with_channel_mult(settings.model).channel_mult)
+    settings = _share_batch(settings, given)
+    if resumed:
+        _log_changes(settings, given, metadata.get("config", {}))
+    return settings, metadata
+
+
+def _continued(settings: Training, resumed: str) -> dict[str, Any]:
+    """The options of where a run starts, when it goes on from `resumed`, "" for a new one."""
+    if not resumed:
+        return {"resume": "", "resume_checkpoint": ""}
+    return {"resume": resumed if settings.train.resume else "", "resume_checkpoint": resumed, "init_checkpoint": ""}
 
 
 def _claim(*folders: str) -> None:
@@ -88,140 +115,157 @@ def _claim(*folders: str) -> None:
         files.remove_leftovers(folder)
 
 
-def _log_changes(options: argparse.Namespace, before: dict[str, Any]) -> None:
+def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
+    now = settings.values()
     changes = [
-        f"--{name} {before[name]} -> {getattr(options, name)}"
-        for name in sorted(before.keys() & options.given - _NOT_KEPT)
-        if before[name] != getattr(options, name)
+        f"--{name} {before[name]} -> {now[name]}"
+        for name in sorted(before.keys() & given - _NOT_KEPT)
+        if before[name] != now[name]
     ]
     if changes:
         logger.log(f"changed since the checkpoint was written: {', '.join(changes)}")
 
 
-def _training_size(options: argparse.Namespace) -> Any:
-    return options.large_size if hasattr(options, "large_size") else options.image_size
-
-
-def _share_batch(options: argparse.Namespace) -> None:
-    world_size = distributed.get_world_size()
-    if options.total_batch_size:
-        if options.total_batch_size % world_size:
+def _share_batch(settings: Training, given: frozenset[str]) -> Training:
+    """The settings with each rank's batch size and the total."""
+    train, world_size = settings.train, distributed.get_world_size()
+    batch_size = train.batch_size
+    if train.total_batch_size:
+        if train.total_batch_size % world_size:
             raise UserError(
-                f"--total_batch_size {options.total_batch_size} cannot be shared evenly by {world_size} ranks"
+                f"--total_batch_size {train.total_batch_size} cannot be shared evenly by {world_size} ranks"
             )
-        share = options.total_batch_size // world_size
-        if "batch_size" in options.flags and options.batch_size != share:
+        batch_size = train.total_batch_size // world_size
+        if {"batch_size", "total_batch_size"} <= given and train.batch_size != batch_size:
             raise UserError(
-                f"--batch_size {options.batch_size} on {world_size} ranks contradicts --total_batch_size "
-                f"{options.total_batch_size}: give one of them"
+                f"--batch_size {train.batch_size} on {world_size} ranks contradicts --total_batch_size "
+                f"{train.total_batch_size}: give one of them"
             )
-        options.batch_size = share
-    options.total_batch_size = options.batch_size * world_size
-    logger.log(
-        f"total batch: {options.total_batch_size} images a step ({options.batch_size} per rank x {world_size} ranks)"
-    )
+    total = batch_size * world_size
+    logger.log(f"total batch: {total} images a step ({batch_size} per rank x {world_size} ranks)")
+    return settings.replace(batch_size=batch_size, total_batch_size=total)
 
 
-def open_training_data(options: argparse.Namespace, metadata: dict[str, Any]) -> BatchStream:
-    """The training images, described in the log and checked; settles the number of classes. Collective."""
-    label_drop = getattr(options, "label_drop", 0.0)
-    if label_drop and not options.class_cond:
-        raise UserError(f"--label_drop {label_drop} hides classes, of which there are none: give --class_cond True")
-    source = open_images(options.data_dir)
-    classes, names = read_classes(source, options.labels, options.data_dir) if options.class_cond else (None, None)
-    dataset = ImageDataset(_training_size(options), source, classes, channels=options.channels)
+# Its data
+
+
+def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStream, Training]:
+    """(the training images, described in the log and checked; the settings with the number of classes). Collective."""
+    data_options, model, needs_classes = settings.data, settings.model, task_of(settings).needs_classes
+    label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
+    if label_drop and not needs_classes:
+        raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
+    source = open_images(data_options.data_dir)
+    classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
     data = BatchStream(
-        dataset, options.batch_size, class_names=names, seed=options.seed, random_flip=options.random_flip,
-        label_drop=label_drop, num_workers=options.num_workers,
-    )  # fmt: skip
+        ImageDataset(model.size, source, classes, channels=model.channels),
+        settings.train.batch_size,
+        class_names=names,
+        seed=settings.run.seed,
+        random_flip=data_options.random_flip,
+        label_drop=label_drop,
+        num_workers=data_options.num_workers,
+    )
     for name in data.skipped_names():
         logger.warn(f"{name} is unreadable and left out")
-    text = f"{options.data_dir}: {data.num_images} images"
     if names is not None:
-        before = metadata.get("class_names")
-        if before and names != before and options.resume_checkpoint:
-            raise UserError(
-                f"{options.data_dir} has the classes {names[:10]} but {options.resume_checkpoint} has {before[:10]}"
-            )
-        if options.num_classes and len(names) > options.num_classes:
-            raise UserError(
-                f"{options.data_dir} has {len(names)} classes, more than --num_classes {options.num_classes}"
-            )
-        options.num_classes = options.num_classes or len(names)
-        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        settings = _count_classes(settings, names, metadata)
     before = metadata.get("num_images", data.num_images)
-    if options.resume_checkpoint and before != data.num_images:
-        logger.warn(f"{options.data_dir} had {before} images before: from here on they come in another order")
-    steps = options.max_steps or options.lr_anneal_steps or 10_000
-    epochs = steps * options.total_batch_size / data.num_images
+    if settings.train.resume_checkpoint and before != data.num_images:
+        logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
+    _log_epochs(settings, data.num_images, names)
+    return data, settings
+
+
+def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, Any]) -> Training:
+    data_dir, before = settings.data.data_dir, metadata.get("class_names")
+    if before and names != before and settings.train.resume_checkpoint:
+        raise UserError(
+            f"{data_dir} has the classes {names[:10]} but {settings.train.resume_checkpoint} has {before[:10]}"
+        )
+    wanted = settings.model.num_classes
+    if wanted and len(names) > wanted:
+        raise UserError(f"{data_dir} has {len(names)} classes, more than --num_classes {wanted}")
+    return settings.replace(num_classes=wanted or len(names))
+
+
+def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
+    text = f"{settings.data.data_dir}: {num_images} images"
+    if names is not None:
+        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+    end = settings.train.max_steps or settings.train.lr_anneal_steps
+    steps = end or 10_000
+    epochs = steps * settings.train.total_batch_size / num_images
     logger.log(f"{text}; {steps:,} steps are {epochs:,.1f} epochs")
-    if epochs > MANY_EPOCHS and (options.max_steps or options.lr_anneal_steps):
+    if end and epochs > MANY_EPOCHS:
         logger.warn(
-            f"the run sees each image {epochs:,.0f} times and may learn them by heart: --val_dir shows whether it "
-            "does, --dropout and --random_flip help, and more images help most"
+            f"the run sees each image {epochs:,.0f} times and may overfit (memorise the images): --val_dir shows "
+            "whether it does, --dropout and --random_flip help, and more images help most"
         )
-    return data
 
 
-def train(options: argparse.Namespace, data: Any, class_names: Any, hooks: Any, build: Any = build) -> None:
-    """Build the model and train it. Collective.
+# Its network and its loop
 
-    :param hooks: diffusion -> the loop's hooks.
-    :param build: options -> (model, diffusion, or whatever else has num_timesteps and training_losses).
-    """
-    th.manual_seed(options.seed)
-    model, diffusion = build(options)
-    if options.init_checkpoint:
-        state_dict, _ = checkpoint.load(options.init_checkpoint)
-        checkpoint.load_into(model, state_dict, options.init_checkpoint)
-        logger.log(f"weights of {options.init_checkpoint}, from step 0")
+
+def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, dict[str, Any]]:
+    """(the loop, resumed if it is to go on; the description that its checkpoints carry). Collective."""
+    settings = task.settings
+    train = settings.train
+    th.manual_seed(settings.run.seed)
+    model, objective = task.build()
+    if train.init_checkpoint:
+        state_dict, _ = checkpoint.load(train.init_checkpoint)
+        checkpoint.load_into(model, state_dict, train.init_checkpoint)
+        logger.log(f"weights of {train.init_checkpoint}, from step 0")
     model.to(distributed.dev())
-    if options.use_fp16:
-        options.precision, options.use_fp16 = "fp16", False
-    if options.precision == "fp16" and distributed.dev().type == "cpu":
-        logger.warn("float16 is slow on CPUs: --precision bf16 or fp32 is faster there")
-    logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {options.precision}")
-    if not (options.max_steps or options.lr_anneal_steps or options.max_hours):
-        logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
-    if options.val_dir and 0 < options.max_steps < options.val_interval:
-        logger.warn(
-            f"--val_interval {options.val_interval} is more than --max_steps {options.max_steps}: no validation"
-        )
-    config = {name: value for name, value in sorted(vars(options).items()) if name not in _NOT_KEPT}
-    metadata = {"version": __version__, "config": config, "class_names": class_names, "num_images": data.num_images}
+    precision = "fp16" if train.use_fp16 else train.precision
+    settings = settings.replace(precision=precision, use_fp16=False)
+    _log_model(settings, model)
+    config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
+    description = {
+        "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
+    }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
-    arguments = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name not in own}
     loop = TrainLoop(
         model=model,
-        diffusion=diffusion,
-        data=data,
-        batch_size=options.batch_size,
-        schedule_sampler=create_named_schedule_sampler(options.schedule_sampler, diffusion),
-        seed=options.seed,
-        metadata=metadata,
-        hooks=[] if options.dry_run else hooks(diffusion),
-        **arguments,
+        diffusion=objective,
+        data=stream,
+        batch_size=train.batch_size,
+        schedule_sampler=create_named_schedule_sampler(train.schedule_sampler, objective),
+        seed=settings.run.seed,
+        metadata=description,
+        hooks=[] if train.dry_run else task.hooks(objective, data),
+        **{f.name: getattr(settings.train, f.name) for f in fields(TrainConfig) if f.name not in own},
     )
-    with contextlib.closing(data):
-        if options.dry_run:
-            dry_run(loop)
-            if distributed.get_rank() == 0:
-                with contextlib.suppress(OSError):
-                    os.rmdir(logger.get_dir())  # where there was none before
-            return
-        if distributed.get_rank() == 0:
-            # Not before the loop has what it resumes from: a run that is refused leaves the older description.
-            path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
-            files.write_bytes(path, json.dumps(metadata, indent=1).encode())
-        distributed.from_rank0(_open_trackers, options.trackers, config, loop.first_row)
-        warn_of_small_disk(loop)
-        try:
-            loop.run_loop()
-        finally:
-            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-                if distributed.get_rank() == 0 and loop.step:
-                    _draw_curves(logger.get_dir())
-                logger.reset()  # the trackers' last rows leave before the ranks part, or are ended
+    return loop, description
+
+
+def _log_model(settings: Training, model: th.nn.Module) -> None:
+    train, watch = settings.train, settings.watch
+    if train.precision == "fp16" and distributed.dev().type == "cpu":
+        logger.warn("float16 is slow on CPUs: --precision bf16 or fp32 is faster there")
+    logger.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {train.precision}")
+    if not (train.max_steps or train.lr_anneal_steps or train.max_hours):
+        logger.log("no --max_steps, --max_hours or --lr_anneal_steps: training goes on until it is stopped (Ctrl-C)")
+    if watch.val_dir and 0 < train.max_steps < watch.val_interval:
+        logger.warn(f"--val_interval {watch.val_interval} is more than --max_steps {train.max_steps}: no validation")
+
+
+def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]) -> None:
+    """Train, with trackers and curves. Collective."""
+    if distributed.get_rank() == 0:
+        # Not before the loop has what it resumes from: a run that is refused leaves the older description.
+        path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
+        files.write_bytes(path, json.dumps(description, indent=1).encode())
+    distributed.from_rank0(_open_trackers, settings.watch.trackers, description["config"], loop.first_row)
+    warn_of_small_disk(loop)
+    try:
+        loop.run_loop()
+    finally:
+        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            if distributed.get_rank() == 0 and loop.step:
+                _draw_curves(logger.get_dir())
+            logger.reset()  # the trackers' last rows leave before the ranks part, or are ended
 
 
 def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None:

@@ -12,9 +12,7 @@ import torch as th
 from .. import distributed
 from ..bound import BoundSummary, stratified_timesteps
 from ..config import UserError
-from ..data.dataset import ImageDataset
 from ..data.low_res import downsample
-from ..data.sources import open_images, read_classes
 from ..logs import logger
 from ..sampling.noise import SeededNoise
 
@@ -109,7 +107,7 @@ class Validation:
         kwargs = {key: value.to(loop.device) for key, value in kwargs.items()}
         if self.small_size is not None:
             kwargs["low_res"] = downsample(batch, self.small_size)
-        draw = SeededNoise([SEED + i for i in indices])
+        draw = SeededNoise(SEED, indices)
         t, bound_t, weights = (
             th.from_numpy(array[numbers]).to(loop.device) for array in (self.loss_t, self.bound_t, self.weights)
         )
@@ -154,36 +152,3 @@ def _with_averages(texts: dict[str, str]) -> str:
     """The model's, and in brackets the averages'."""
     averages = ", ".join(f"EMA {label}: {text}" for label, text in texts.items() if label)
     return texts[""] + (f" ({averages})" if averages else "")
-
-
-def build_validation(options: Any, diffusion: Any, class_names: Sequence[str] | None) -> list[tuple[int, Validation]]:
-    """The hook that evaluates on --val_dir every --val_interval steps, with its interval; [] without --val_dir.
-
-    :param class_names: of the training images, whose numbering holds. A class that they lack raises UserError.
-    Collective.
-    """
-    if not options.val_dir:
-        return []
-    source = open_images(options.val_dir, "--val_dir")
-    classes = _class_indices(options, source, class_names or []) if options.class_cond else None
-    size = getattr(options, "large_size", None) or options.image_size
-    validation = Validation(
-        diffusion,
-        ImageDataset(size, source, classes, channels=options.channels),
-        num_images=options.val_images,
-        batch_size=options.microbatch if options.microbatch > 0 else options.batch_size,
-        small_size=getattr(options, "small_size", None),
-    )
-    return [(options.val_interval, validation)]
-
-
-def _class_indices(options: Any, source: Any, trained: Sequence[str]) -> list[int]:
-    found, names = read_classes(source, options.labels, options.val_dir, few=True)
-    unknown = sorted({names[i] for i in found} - set(trained))
-    if unknown:
-        raise UserError(
-            f"--val_dir {options.val_dir} has the class {unknown[0]}, which {options.data_dir} has not (it has "
-            f"{', '.join(trained[:10])}{', ...' if len(trained) > 10 else ''}): take its images out"
-        )
-    index = {name: i for i, name in enumerate(trained)}
-    return [index[names[i]] for i in found]

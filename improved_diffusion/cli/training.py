@@ -1,0 +1,16 @@
+"""What the training commands share."""
+
+from collections.abc import Callable
+
+from ..config.settings import Training
+from ..training.run import train
+from .parsing import Parsed
+
+
+def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
+    """What a training command runs; the run is called by its preset, or by `default_name`."""
+
+    def run(parsed: Parsed[Training]) -> None:
+        train(parsed.settings, parsed.given, parsed.preset or default_name)
+
+    return run

@@ -1,0 +1,181 @@
+"""What is trained: an image model, a super-resolution model or a classifier. One class for each kind of run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
+
+import torch as th
+
+from .. import distributed
+from ..checkpoints import checkpoint
+from ..checkpoints.loading import kind_of, refuse_contradictions
+from ..config import KINDS, ProcessConfig, UserError, height_width
+from ..config.settings import ClassifierTraining, ImageTraining, SuperResTraining, Training
+from ..data.dataset import ImageDataset, selection
+from ..data.low_res import WithLowRes, downsample
+from ..data.sources import open_images, read_classes
+from ..data.stream import BatchStream
+from ..logs import logger
+from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
+from .classifier import ClassifierObjective, ClassifierValidation
+from .preview import PREVIEWS, PreviewGrid, preview_diffusion
+from .validation import Validation
+
+S = TypeVar("S", bound=Training)
+Hooks = list[tuple[int, Any]]  # (interval in steps, hook)
+
+
+class Task(Generic[S]):
+    """What one kind of run trains, on what, and what it shows on the way."""
+
+    def __init__(self, settings: S):
+        self.settings = settings
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether the classes of the images are read."""
+        raise NotImplementedError
+
+    def build(self) -> tuple[th.nn.Module, Any]:
+        """(network, objective): the objective has num_timesteps and training_losses."""
+        raise NotImplementedError
+
+    def stream(self, data: BatchStream) -> Any:
+        """The batches that the loop trains on."""
+        return data
+
+    def hooks(self, objective: Any, data: BatchStream) -> Hooks:
+        """What the loop calls every so many steps. Collective."""
+        raise NotImplementedError
+
+    def _validation(self, kind: type[Validation], objective: Any, data: BatchStream, **more: Any) -> Hooks:
+        """Evaluation on --val_dir every --val_interval steps; none without --val_dir. Collective."""
+        settings: Any = self.settings
+        watch, train = settings.watch, settings.train
+        if not watch.val_dir:
+            return []
+        source = open_images(watch.val_dir, "--val_dir")
+        classes = _validation_classes(settings, source, data.class_names or []) if self.needs_classes else None
+        validation = kind(
+            objective,
+            ImageDataset(settings.model.size, source, classes, channels=settings.model.channels),
+            num_images=watch.val_images,
+            batch_size=train.microbatch if train.microbatch > 0 else train.batch_size,
+            **more,
+        )
+        return [(watch.val_interval, validation)]
+
+    def _previews(self, diffusion: Any, count: int, model_kwargs: dict[str, th.Tensor]) -> Hooks:
+        """Grids of samples every --sample_interval steps."""
+        settings: Any = self.settings
+        model_kwargs = {key: value.to(distributed.dev()) for key, value in model_kwargs.items()}
+        shape = (settings.model.channels, *height_width(settings.model.size))
+        quick = preview_diffusion(diffusion)
+        grid = PreviewGrid(quick, shape, count, model_kwargs, logger.get_dir(), settings.run.seed)
+        return [(settings.watch.sample_interval, grid)]
+
+
+class ImageTask(Task[ImageTraining]):
+    """An image model."""
+
+    @property
+    def needs_classes(self) -> bool:
+        return self.settings.model.class_cond
+
+    def build(self) -> tuple[th.nn.Module, Any]:
+        return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
+
+    def hooks(self, objective: Any, data: BatchStream) -> Hooks:
+        model, found = self.settings.model, []
+        if self.settings.watch.sample_interval:
+            labels = {"y": th.arange(PREVIEWS) % model.num_classes} if model.class_cond else {}
+            found = self._previews(objective, PREVIEWS, labels)
+        return found + self._validation(Validation, objective, data)
+
+
+class SuperResTask(Task[SuperResTraining]):
+    """A super-resolution model, trained on images and their own low-resolution versions."""
+
+    @property
+    def needs_classes(self) -> bool:
+        return self.settings.model.class_cond
+
+    def build(self) -> tuple[th.nn.Module, Any]:
+        return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
+
+    def stream(self, data: BatchStream) -> Any:
+        return WithLowRes(data, self.settings.model.small_size)
+
+    def hooks(self, objective: Any, data: BatchStream) -> Hooks:
+        small, found = self.settings.model.small_size, []
+        if self.settings.watch.sample_interval:
+            usable = data.stream.usable
+            chosen = usable[selection(len(usable), PREVIEWS)]
+            batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
+            found = self._previews(objective, len(chosen), {**kwargs, "low_res": downsample(batch, small)})
+        return found + self._validation(Validation, objective, data, small_size=small)
+
+
+class ClassifierTask(Task[ClassifierTraining]):
+    """A classifier of noisy images."""
+
+    @property
+    def needs_classes(self) -> bool:
+        return True
+
+    def build(self) -> tuple[th.nn.Module, Any]:
+        classifier = build_classifier(self.settings.model)
+        return classifier, ClassifierObjective(build_diffusion(self.settings.diffusion))
+
+    def hooks(self, objective: Any, data: BatchStream) -> Hooks:
+        return self._validation(ClassifierValidation, objective, data)
+
+
+def task_of(settings: Training) -> Task:
+    """The task of a run's settings."""
+    kinds: dict[type, type[Task]] = {
+        ImageTraining: ImageTask, SuperResTraining: SuperResTask, ClassifierTraining: ClassifierTask,
+    }  # fmt: skip
+    return kinds[type(settings)](settings)
+
+
+def _validation_classes(settings: Any, source: Any, trained: Sequence[str]) -> list[int]:
+    """The class of each image of --val_dir, in the numbering of the training images."""
+    val_dir, data = settings.watch.val_dir, settings.data
+    found, names = read_classes(source, data.labels, val_dir, few=True)
+    unknown = sorted({names[i] for i in found} - set(trained))
+    if unknown:
+        raise UserError(
+            f"--val_dir {val_dir} has the class {unknown[0]}, which {data.data_dir} does not have (it has "
+            f"{', '.join(trained[:10])}{', ...' if len(trained) > 10 else ''}): remove its images"
+        )
+    index = {name: i for i, name in enumerate(trained)}
+    return [index[names[i]] for i in found]
+
+
+def take_guided_process(
+    settings: ClassifierTraining, given: frozenset[str]
+) -> tuple[ClassifierTraining, frozenset[str]]:
+    """The settings with the images' size and channels and the noise of the diffusion model at --model_path, if any.
+
+    Those count as given from there on. Raises UserError for an option that contradicts the checkpoint. Collective.
+    """
+    path = settings.guided.model_path
+    if not path:
+        return settings, given
+    _, metadata = checkpoint.load(path)
+    stored = metadata.get("config", {})
+    process = [f.name for f in fields(ProcessConfig)]
+    names = sorted({"image_size", "channels", *process})
+    if not stored:
+        flags = ", ".join(f"--{name}" for name in names)
+        raise UserError(f"--model_path {path} has no description: leave it out, and give {flags}")
+    if kind_of(stored) != "image":
+        raise UserError(f"--model_path {path} is {KINDS[kind_of(stored)][0]}: a classifier guides an image model")
+    stored = {**{f.name: f.default for f in fields(ProcessConfig)}, **stored}  # an older file lacks newer options
+    refuse_contradictions(settings.values(), given, path, stored, names)
+    settings = settings.replace(**{name: stored[name] for name in names})
+    logger.log(f"to guide {path}: {', '.join(f'{name}={stored[name]}' for name in names)}")
+    return settings, given | set(names)
