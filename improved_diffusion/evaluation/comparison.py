@@ -34,7 +34,7 @@ def comparison(reports: Sequence[Report], names: Sequence[str]) -> str:
             cells = [number(name, report.metrics[name]) if name in report.metrics else "" for report in reports]
             lines.append(f"| {title(name)} | {' | '.join(cells)} |")
     for key, row in _differences(reports):
-        shown = [value[:12] if key.endswith("sha256") and value else value for value in row]
+        shown = [str(value)[:12] if key.endswith("sha256") and value else value for value in row]
         lines.append(f"| {escape(key)} | {' | '.join(map(escape, shown))} |")
     return "\n".join(lines) + "\n"
 

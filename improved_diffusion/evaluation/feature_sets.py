@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class ImageSet:
-    """The images of a folder, a zip, an npz or an array, all of one size and as many channels: uint8 [H, W, C] by index.
+    """The images of a folder, a zip, an npz or an array, all of one size and channels: uint8 [H, W, C] by index.
 
     :param path: of the images, or an array uint8 [N, H, W, C] with 1 or 3 channels.
     :param flag: the option that names them, for messages.

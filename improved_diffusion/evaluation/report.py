@@ -33,8 +33,8 @@ EXPLAINED = {
     "density": "higher is better, about 1 for real images: number of real images near a sample, normalised (Naeem et "
     "al. 2020, k = 5)",
     "coverage": "higher is better: share of real images with a sample nearby (same paper)",
-    "copies": "0.5 is best: probability that a sample is nearer to the training images than a held-out image is (Meehan "
-    "et al. 2020); near 1: training images are copied, near 0: samples are unlike any of them",
+    "copies": "0.5 is best: probability that a sample is nearer to the training images than a held-out image is "
+    "(Meehan et al. 2020); near 1: training images are copied, near 0: samples are unlike any of them",
 }
 # How samples were made: known keys, in this order.
 MADE_BY = (
@@ -132,7 +132,7 @@ class Report:
     """What an evaluation found.
 
     Each metric is an attribute, None where it could not be computed; `missing` says why. `samples`, `reference`,
-    `train` and `held_out` describe the sets. `pictures` is None for a report that was read from disk, and on ranks but 0.
+    `train` and `held_out` describe the sets. `pictures` is None in a report read from disk, and on ranks but 0.
     """
 
     fid: Metric | None = None
@@ -259,6 +259,7 @@ class Report:
     def save(self, folder: str | os.PathLike) -> str:
         """Write report.json, report.md and the pictures, all or none. Returns the path of report.md."""
         folder = os.fspath(folder)
+        files.make_dirs(folder)
         contents = self.pictures.encode() if self.pictures else {}
         contents[TEXT_FILE] = self.markdown().encode(errors="replace")
         contents[JSON_FILE] = (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
