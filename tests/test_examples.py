@@ -1,0 +1,61 @@
+"""The scripts in examples/ run as they are, on tiny data."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+import improved_diffusion as idf
+from improved_diffusion.logs import logger
+
+EXAMPLES = ROOT / "examples"
+TINY = dict(num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4")
+METHOD = dict(learn_sigma=True, noise_schedule="cosine", num_workers=0, batch_size=4, ema_rate="0.5")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 16 images."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"cat_{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(photos, tmp_path_factory):
+    """The folder of a tiny trained model."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    idf.train(photos, image_size=8, max_steps=2, out_dir=str(folder), **TINY, **METHOD)
+    logger.reset()
+    return folder
+
+
+def run_example(monkeypatch, name, *args):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_has_at_most_ten_lines(path):
+    assert len(path.read_text().splitlines()) <= 10
+
+
+def test_train(monkeypatch, photos, tmp_path):
+    train = idf.train
+    monkeypatch.setattr(idf, "train", lambda *args, **options: train(*args, **options, **TINY))
+    run_example(monkeypatch, "train.py", photos, tmp_path / "run", 8, 2)
+    assert {"config.json", "model000002.pt", "ema_0.9999_000002.pt"} <= {path.name for path in tmp_path.glob("run/*")}
+    assert len(list((tmp_path / "run" / "samples" / "samples").glob("*.png"))) == 16
+
+
+def test_sample(monkeypatch, run_dir, tmp_path, capsys):
+    run_example(monkeypatch, "sample.py", run_dir, tmp_path / "out")
+    path = tmp_path / "out" / "samples_16x8x8x3.npz"
+    assert str(path) in capsys.readouterr().out
+    expected = idf.load(run_dir).sample(16, sampler="dpmpp_2m", steps=15, progress=False)
+    np.testing.assert_array_equal(np.load(path)["arr_0"], expected.array)
