@@ -215,7 +215,7 @@ class _Program:
             return self.module(x, **kwargs)
         except Exception as error:
             if distributed.is_out_of_memory(error):
-                raise UserError(f"{self.flag} needs more memory than the GPU has free: lower --feature_batch") from None
+                raise UserError(f"{self.name} needs more memory than the GPU has free: lower --feature_batch") from None
             wanted = self.input_shape[2:]
             help = f"; it takes images of {wanted[0]}x{wanted[1]}: give --feature_size" if all(wanted) else ""
             raise UserError(
