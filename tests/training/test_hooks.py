@@ -252,7 +252,7 @@ def test_a_deferred_value_is_read_when_its_row_is_written(out_dir):
 
     def values():
         reads.append(1)
-        return {"late": 7.0}
+        return {"early": 2, "late": 7.0}
 
     for _ in range(3):
         logger.defer(values)
