@@ -50,7 +50,7 @@ class Logger:
 
     def dumpkvs(self) -> dict[str, Any]:
         for values in self.deferred:
-            self.values.update(values())
+            self.values.update({key: value for key, value in values().items() if key not in self.values})
         self.deferred.clear()
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
@@ -197,7 +197,10 @@ def logkvs(d: Mapping[str, Any]) -> None:
 
 
 def defer(values: Callable[[], Mapping[str, Any]]) -> None:
-    """Add values() to the next row when it is written, once: for values that are still being computed on a device."""
+    """Add values() to the next row when that is written: for values that a device is still computing.
+
+    Values of the same key that are logged directly win.
+    """
     get_current().defer(values)
 
 
