@@ -357,7 +357,7 @@ def test_checkpoints_of_the_wrong_kind_are_named(classifier, diffusion_model, st
         ("classifier_train", [*data, "--init_checkpoint", diffusion_model], "is an image model"),
         ("classifier_train", [*data, "--init_checkpoint", plain], "plain.pt has no description"),
         ("classifier_train", [*data, "--model_path", own], "is a classifier: a classifier guides an image model"),
-        ("classifier_train", [*data, "--model_path", plain], "has no description: leave it out, and say by --channels"),
+        ("classifier_train", [*data, "--model_path", plain], "has no description: leave it out, and give --channels"),
     ):
         result = call(script, *args, "--out_dir", "run", cwd=tmp_path)
         assert result.code == 1 and message in result.err and len(result.err.strip().splitlines()) == 1, result.err

@@ -270,7 +270,7 @@ def test_the_steps_shown_are_predictions_without_those_that_add_noise(model, tmp
     out = tmp_path / "out"
     flags = ["--sampler", "euler", "--steps", "6", "--churn", "3", "--save_steps", "100", "--batch_size", "3"]
     _, _, printed = sample(model, out, *flags)
-    assert "6 steps on the way to the first 3 samples" in printed
+    assert "6 steps to the first 3 samples" in printed
     with_one = tmp_path / "one"
     samples, _, _ = sample(model, with_one, "--sampler", "unipc", "--steps", "4", "--save_steps", "1")
     strip = pixels(with_one / "steps.png")
