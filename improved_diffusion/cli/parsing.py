@@ -83,42 +83,32 @@ def parse(
 
 
 def _build_parser(kind: type[Settings], program: str, description: str, first: Sequence[str]) -> _Parser:
+    """A parser of all options; its help shows those of `first`, or all where there are none."""
     parser = _Parser(
         usage=f"{program} [--flag value ...]",
         description=description,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--help-all lists all options." if first else None,
     )
     parser.add_argument("-h", "--help", "--help-all", action=_Help, nargs=0, help=argparse.SUPPRESS)
-    published = f"options of a published model: {', '.join(PRESETS)}"
-    has_presets = "diffusion_steps" in kind.options()
-    parser.add_argument("--preset", metavar="NAME", help=published if has_presets and not first else argparse.SUPPRESS)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML or JSON file of options, such as a run's config.json" if not first else argparse.SUPPRESS,
-    )
-    shown = parser.add_argument_group("options") if first else None
-    for name in first:
-        _add_option(shown, kind.options()[name])
+    common = {
+        "preset": f"options of a published model: {', '.join(PRESETS)}",
+        "config": "YAML or JSON file of options, such as a run's config.json",
+    }
+    for name, text in common.items():
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS if first else text)
+    added: set[str] = set()
     for group in kind.groups().values():
-        section = (
-            None if first else parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
-        )
-        for f in fields(group):
-            if f.name not in first and not _has(parser, f.name):
-                _add_option(section or parser, f, hidden=bool(first))
+        section = parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
+        for f in (f for f in fields(group) if f.name not in added):
+            added.add(f.name)
+            _add_option(section, f, hidden=bool(first) and f.name not in first)
     return parser
 
 
-def _has(parser: argparse.ArgumentParser, name: str) -> bool:
-    return f"--{name}" in parser._option_string_actions
-
-
-def _add_option(section: Any, f: Any, hidden: bool = False) -> None:
+def _add_option(section: Any, f: Any, hidden: bool) -> None:
     kind = f.metadata["parse"]
     extra: dict[str, Any] = {"nargs": "?", "const": "True", "metavar": "True|False"} if kind is str2bool else {}
     if f.metadata["choices"]:

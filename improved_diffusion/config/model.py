@@ -1,4 +1,4 @@
-"""The options of the network and of its diffusion."""
+"""Network and diffusion options."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from .base import Config, UserError, comma_list, extra, height_width, option, pa
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Config):
-    """What every network has."""
+    """Every network."""
 
     kind: ClassVar[str]  # which of KINDS such a network is
 
-    dropout: float = option(0.0, "dropout probability inside the residual blocks, while training")
-    use_checkpoint: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    dropout: float = option(0.0, "dropout probability in the residual blocks, in training")
+    use_checkpoint: bool = option(
+        False, "gradient checkpointing: recompute activations in the backward pass, for less memory and more time"
+    )
     channels: int = extra(3, "channels of the images: 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha", fixed=True)
     num_classes: int = extra(
-        0, "classes of a conditional model; 0: counted from the data, or as the checkpoint says", fixed=True
+        0, "number of classes of a conditional model; 0: from the data, or from the checkpoint", fixed=True
     )
     channel_mult: str = extra(
-        "", "width of each level in units of the network's, comma-separated; empty: by image size", fixed=True
+        "", "width of each level as a multiple of num_channels, comma-separated; empty: by image size", fixed=True
     )
 
     @property
@@ -50,19 +52,17 @@ class NetworkConfig(Config):
 class UNetConfig(NetworkConfig):
     """The U-Net of an image model or of a super-resolution model."""
 
-    num_channels: int = option(128, "width of the network's first level, a multiple of 32", fixed=True)
+    num_channels: int = option(128, "channels of the first level, a multiple of 32", fixed=True)
     num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
     num_heads: int = option(4, "attention heads", fixed=True)
-    num_heads_upsample: int = option(-1, "attention heads on the way up; -1: as num_heads", fixed=True)
-    attention_resolutions: str = option(
-        "16,8", "sides in pixels of the levels that have attention, comma-separated", fixed=True
-    )
-    class_cond: bool = option(False, "condition the model on the images' classes", fixed=True)
+    num_heads_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads", fixed=True)
+    attention_resolutions: str = option("16,8", "resolutions in pixels with attention, comma-separated", fixed=True)
+    class_cond: bool = option(False, "class-conditional model", fixed=True)
     label_drop: float = extra(
-        0.0, "share of training images whose class is hidden, 0.1 for classifier-free guidance (Ho & Salimans 2022)"
+        0.0, "probability of hiding an image's class in training, 0.1 for classifier-free guidance (Ho & Salimans 2022)"
     )
     use_scale_shift_norm: bool = option(
-        True, "timestep and class scale and shift the norms, rather than being added", fixed=True
+        True, "timestep and class embedding scale and shift the norms (AdaGN), rather than being added", fixed=True
     )
 
     def validate(self) -> None:
@@ -81,7 +81,7 @@ class UNetConfig(NetworkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(UNetConfig):
-    """The network."""
+    """Network."""
 
     kind = "image"
 
@@ -94,12 +94,12 @@ class ModelConfig(UNetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResModelConfig(UNetConfig):
-    """The super-resolution network."""
+    """Network."""
 
     kind = "super_res"
 
-    large_size: Any = option(256, "side of the images that are made, in pixels", parse=parse_size, fixed=True)
-    small_size: Any = option(64, "side of the low-resolution images given, in pixels", parse=parse_size, fixed=True)
+    large_size: Any = option(256, "side of the images to make, in pixels", parse=parse_size, fixed=True)
+    small_size: Any = option(64, "side of the low-resolution inputs, in pixels", parse=parse_size, fixed=True)
 
     @property
     def size(self) -> Any:
@@ -116,16 +116,16 @@ class SuperResModelConfig(UNetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(NetworkConfig):
-    """The classifier of noisy images."""
+    """Classifier."""
 
     kind = "classifier"
 
     image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
 
-    classifier_width: int = extra(128, "width of the classifier's first level, a multiple of 32", fixed=True)
+    classifier_width: int = extra(128, "channels of the classifier's first level, a multiple of 32", fixed=True)
     classifier_depth: int = extra(2, "residual blocks on each level of the classifier", fixed=True)
     classifier_attention_resolutions: str = extra(
-        "32,16,8", "sides in pixels of the classifier's levels that have attention, comma-separated", fixed=True
+        "32,16,8", "resolutions in pixels with attention in the classifier, comma-separated", fixed=True
     )
 
     @property
@@ -142,22 +142,23 @@ class ClassifierConfig(NetworkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedModelConfig(Config):
-    """The diffusion model that the classifier is to guide."""
+    """Model to guide."""
 
     model_path: str = extra(
-        "", "its checkpoint, which settles the images' size and channels and the noise; empty: they come as flags"
+        "",
+        "its checkpoint, which gives the images' size and channels and the noise schedule; empty: give them as flags",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig(Config):
-    """The forward process: how an image becomes noise, and which timesteps a network is told."""
+    """Forward process."""
 
-    diffusion_steps: int = option(1000, "T, the number of noise levels the model is trained on", fixed=True)
+    diffusion_steps: int = option(1000, "T, the number of noise levels in training", fixed=True)
     noise_schedule: str = option(
         "linear", "how alpha_bar falls over the steps", choices=("linear", "cosine", "sigmoid"), fixed=True
     )
-    rescale_timesteps: bool = option(True, "the network sees t * 1000/T rather than t", fixed=True)
+    rescale_timesteps: bool = option(True, "give the network t * 1000/T rather than t", fixed=True)
     schedule_shift: float = extra(
         1.0, "divide the schedule's SNR by its square: image_size / 64 for larger images (Hoogeboom 2023)", fixed=True
     )
@@ -179,18 +180,18 @@ class ProcessConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(ProcessConfig):
-    """The forward process and what the network predicts."""
+    """Diffusion."""
 
-    learn_sigma: bool = option(False, "learn the variance as well (IDDPM sec. 3.1)", fixed=True)
-    sigma_small: bool = option(False, "with a fixed variance, take the posterior's (small) rather than beta (large)")
+    learn_sigma: bool = option(False, "learn the variance too (IDDPM sec. 3.1)", fixed=True)
+    sigma_small: bool = option(False, "fixed variance: the posterior's (small) rather than beta (large)")
     timestep_respacing: str = option(
-        "", "steps to use: a count (250), counts per section (10,15,20) or a DDIM stride (ddim50); empty: all"
+        "", "sampling steps: a count (250), counts per section (10,15,20) or a DDIM stride (ddim50); empty: all"
     )
-    use_kl: bool = option(False, "train on the variational bound alone (L_vlb) rather than the hybrid loss")
+    use_kl: bool = option(False, "train on the variational bound (L_vlb) rather than the hybrid loss")
     predict_xstart: bool = option(False, "the network predicts x_0 rather than the noise", fixed=True)
-    rescale_learned_sigmas: bool = option(True, "weigh the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
+    rescale_learned_sigmas: bool = option(True, "weight the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
     predict_v: bool = extra(False, "the network predicts v rather than the noise (Salimans & Ho 2022)", fixed=True)
-    min_snr_gamma: float = extra(0.0, "weigh the squared error by min(SNR, gamma), 5 in Hang et al. 2023; 0: not")
+    min_snr_gamma: float = extra(0.0, "min-SNR weighting of the squared error, gamma = 5 in Hang et al. 2023; 0: off")
 
     def validate(self) -> None:
         super().validate()
@@ -199,11 +200,10 @@ class DiffusionConfig(ProcessConfig):
             raise UserError("--predict_v contradicts --predict_xstart: the network predicts one of them")
         if self.zero_terminal_snr and not (self.predict_v or self.predict_xstart):
             raise UserError(
-                "--zero_terminal_snr needs --predict_v True: where there is no signal, the noise says nothing of the "
-                "image"
+                "--zero_terminal_snr needs --predict_v True: at the last step there is no signal to predict noise from"
             )
         if self.min_snr_gamma and self.use_kl:
-            raise UserError("--min_snr_gamma weighs the squared error, which --use_kl leaves out: give one of them")
+            raise UserError("--min_snr_gamma weights the squared error, which --use_kl does not have: give one of them")
 
 
 # What a checkpoint may hold, and what to do with one of another kind.

@@ -1,4 +1,4 @@
-"""The options of training."""
+"""Training options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import PRECISIONS, Config, UserError, comma_list, extra, option, unkn
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(Config):
-    """The images."""
+    """Images."""
 
     data_dir: str = option("", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads")
     labels: str = extra("prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file")
@@ -18,10 +18,10 @@ class SourceConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
-    """The training images."""
+    """Training images."""
 
-    random_flip: bool = extra(False, "mirror each image left-right half of the time")
-    num_workers: int = extra(1, "processes that read and resize images, per rank; 0: in the training process")
+    random_flip: bool = extra(False, "mirror each image left to right with probability 1/2")
+    num_workers: int = extra(1, "processes that read and resize images, per rank; 0: read in the training process")
 
     def validate(self) -> None:
         self.require(self.num_workers >= 0, "num_workers", "must not be negative")
@@ -33,7 +33,7 @@ LR_SCHEDULES = ("auto", "constant", "linear", "cosine", "one-cycle")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """The training loop."""
+    """Training loop."""
 
     schedule_sampler: str = option(
         "uniform",
@@ -42,42 +42,50 @@ class TrainConfig(Config):
     )
     lr: float = option(1e-4, "learning rate")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
-    lr_anneal_steps: int = option(0, "steps over which the learning rate falls to 0 and training ends; 0: no annealing")
+    lr_anneal_steps: int = option(
+        0, "steps over which the learning rate falls to 0; training ends there; 0: no annealing"
+    )
     batch_size: int = option(1, "images a step on each rank")
     microbatch: int = option(-1, "images in one forward pass, to save memory; -1: the whole batch")
-    ema_rate: str = option("0.9999", "rates of the parameters' moving averages, comma-separated")
+    ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma-separated")
     log_interval: int = option(10, "steps between rows of the log")
     save_interval: int = option(10000, "steps between checkpoints")
-    resume_checkpoint: str = option("", "modelNNNNNN.pt to go on from (the same as --resume PATH)")
+    resume_checkpoint: str = option(
+        "", "modelNNNNNN.pt to continue from; without its ema_* and opt files these start afresh, as published"
+    )
     use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
-    fp16_scale_growth: float = option(1e-3, "what a good step adds to log2 of fp16's loss scale")
+    fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step")
     precision: str = extra(
-        "fp32", "arithmetic of the network's torso; the master parameters stay fp32", choices=PRECISIONS
+        "fp32", "arithmetic of the network's blocks; the master weights stay fp32", choices=PRECISIONS
     )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks")
     max_steps: int = extra(0, "steps to train for; 0: until lr_anneal_steps, or until stopped")
-    max_hours: float = extra(0.0, "hours of wall clock after which training saves and ends; 0: no limit")
+    max_hours: float = extra(0.0, "hours of wall-clock time after which training saves and ends; 0: no limit")
     lr_schedule: str = extra(
         "auto",
-        "its course over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
+        "learning rate over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
         choices=LR_SCHEDULES,
     )
     lr_warmup_steps: int = extra(0, "steps over which the learning rate rises from 0")
-    grad_clip: float = extra(0.0, "largest norm of the gradient; 0: no clipping")
-    adam_beta1: float = extra(0.9, "Adam's decay of the gradient's mean")
-    adam_beta2: float = extra(0.999, "Adam's decay of the gradient's square")
+    grad_clip: float = extra(0.0, "clip the gradient's norm to this; 0: no clipping")
+    adam_beta1: float = extra(0.9, "decay rate of Adam's first moment")
+    adam_beta2: float = extra(0.999, "decay rate of Adam's second moment")
     adam_eps: float = extra(1e-8, "Adam's epsilon")
-    resume: str = extra("", "auto: the newest complete checkpoint in out_dir, if any; or one of its files, or a folder")
+    resume: str = extra(
+        "", "auto: continue from the newest complete checkpoint in out_dir, if any; or a checkpoint file or folder"
+    )
     init_checkpoint: str = extra("", "start at step 0 from these weights")
-    keep_last: int = extra(0, "checkpoints to keep, the newest; 0: all")
-    keep_every: int = extra(0, "with keep_last, keep those of each multiple of this many steps as well; 0: none")
-    max_bad_steps: int = extra(100, "steps in a row without a finite gradient after which training stops")
-    ema_warmup: bool = extra(False, "let the averages start fast: rate min(ema_rate, (1 + s)/(10 + s)) at step s")
+    keep_last: int = extra(0, "newest checkpoints to keep; 0: all")
+    keep_every: int = extra(0, "with keep_last, also keep checkpoints at multiples of this many steps; 0: none")
+    max_bad_steps: int = extra(100, "stop after this many steps in a row without a finite gradient")
+    ema_warmup: bool = extra(False, "EMA warm-up: the rate is min(ema_rate, (1 + s)/(10 + s)) at step s")
     ema_sigma_rel: str = extra(
         "",
-        "relative widths of power-function averages, such as 0.05,0.10 (EDM2); posthoc_ema.py makes any other of them",
+        "relative widths of power-function averages, such as 0.05,0.10 (EDM2); posthoc-ema makes other widths later",
     )
-    dry_run: bool = extra(False, "try three steps, say what the run will need, and write nothing")
+    hook_timeout: float = extra(14400.0, "seconds that previews or a validation may take before the run ends")
+    save_timeout: float = extra(3600.0, "seconds that writing a checkpoint may take before the run ends")
+    dry_run: bool = extra(False, "run 3 steps and report time, memory and disk needs; write nothing")
 
     def validate(self) -> None:
         for name in ("batch_size", "log_interval", "save_interval"):
@@ -95,7 +103,7 @@ class TrainConfig(Config):
         ):
             self.require(getattr(self, name) >= 0, name, "must not be negative")
         self.require(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
-        for name in ("lr", "adam_eps"):
+        for name in ("lr", "adam_eps", "hook_timeout", "save_timeout"):
             self.require(getattr(self, name) > 0 and math.isfinite(getattr(self, name)), name, "must be positive")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")
@@ -128,15 +136,15 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressConfig(Config):
-    """How a run is watched."""
+    """Monitoring."""
 
     val_dir: str = extra(
         "",
-        "held-out images, given as data_dir is, on which the loss and bits/dim (a classifier's accuracy) are watched",
+        "held-out images, in any form of data_dir, to measure the loss and bits/dim (a classifier's accuracy) on",
     )
-    val_interval: int = extra(5000, "steps between evaluations on val_dir")
-    val_images: int = extra(512, "images of val_dir to evaluate; at most all there are")
-    trackers: str = extra("", "where the log goes besides the files, comma-separated: tensorboard, wandb")
+    val_interval: int = extra(5000, "steps between measurements on val_dir")
+    val_images: int = extra(512, "images of val_dir to use, at most all")
+    trackers: str = extra("", "also log to these, comma-separated: tensorboard, wandb")
 
     def validate(self) -> None:
         for name in ("val_interval", "val_images"):
@@ -148,9 +156,9 @@ class ProgressConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig(ProgressConfig):
-    """What a run shows of itself."""
+    """Monitoring."""
 
-    sample_interval: int = extra(0, "steps between grids of samples, of the model and of its first EMA; 0: none")
+    sample_interval: int = extra(0, "steps between preview grids of samples, from the model and its first EMA; 0: none")
 
     def validate(self) -> None:
         super().validate()
@@ -159,11 +167,11 @@ class WatchConfig(ProgressConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PosthocConfig(Config):
-    """Averages made after training."""
+    """Averages after training."""
 
-    run_dir: str = extra("", "folder or URL of a run trained with --ema_sigma_rel; the averages are written there too")
+    run_dir: str = extra("", "folder or URL of a run trained with --ema_sigma_rel; the averages are written there")
     sigma_rel: str = extra("", "relative widths of the averages to make, such as 0.07,0.15, each in (0, 0.28)")
-    step: int = extra(-1, "the number in the snapshots' file names at which to make them; -1: the newest")
+    step: int = extra(-1, "step, as in the snapshots' file names, to make them at; -1: the newest")
 
     def validate(self) -> None:
         try:
@@ -171,4 +179,4 @@ class PosthocConfig(Config):
         except ValueError:
             raise UserError(f"--sigma_rel {self.sigma_rel!r}: expected numbers such as 0.07,0.15") from None
         self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "sigma_rel", "must be in (0, 0.28)")
-        self.require(self.step >= -1, "step", "must be -1 or the number of a snapshot")
+        self.require(self.step >= -1, "step", "must be -1 or the step of a snapshot")

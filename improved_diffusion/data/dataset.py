@@ -20,7 +20,7 @@ from ..config import UserError, height_width
 from ..utils import images
 from .sources import FolderImages, ZipImages
 
-MAX_CHECKED = 10_000  # images read before training starts; beyond, an even selection of so many
+MAX_CHECKED = 10_000  # images read before training starts; of more, a selection
 MAX_CACHED_BYTES = 2**28  # data sets that are smaller once resized stay in memory, in each process that reads them
 MAX_UNREADABLE = 0.01  # the share of unreadable images that is skipped
 
@@ -105,11 +105,11 @@ class UnreadableImage(UserError):
 
 
 def check_images(dataset: ImageDataset) -> list[int]:
-    """The indices of unreadable images, found by reading all of them, or an even selection of MAX_CHECKED.
+    """The indices of unreadable images, found by reading all of them, or a `selection` of MAX_CHECKED.
 
     Raises UserError where more than 1% are unreadable, or where one does not fit the channels.
     """
-    indices = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_CHECKED)).astype(int))
+    indices = selection(len(dataset), MAX_CHECKED)
 
     def problem(idx):
         try:

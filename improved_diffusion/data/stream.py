@@ -140,7 +140,7 @@ class BatchStream:
                 batch_sampler=_Positions(self.first_step, self.batch_size, self.rank, self.world_size),
                 num_workers=self.num_workers,
                 collate_fn=_collate,
-                pin_memory=th.cuda.is_available(),
+                pin_memory=distributed.pins_memory(distributed.dev()),
                 # The workers draw nothing at random, and the training's generators must not be advanced.
                 generator=th.Generator(),
                 worker_init_fn=_start_worker if self.num_workers else None,
@@ -158,8 +158,9 @@ class BatchStream:
 def _start_worker(worker: int) -> None:
     th.set_num_threads(1)
     # What stops a run, often sent to all of its processes, is for the training to act on; it then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, channels=3, labels="prefix",

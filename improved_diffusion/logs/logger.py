@@ -1,4 +1,4 @@
-"""Key-value logging to the terminal and to files, and progress bars.
+"""Key-value logging to the terminal and to files.
 
 Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv,jsonl"); the other ranks write
 log-rankNNN.txt only.
@@ -11,8 +11,8 @@ import datetime
 import os
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Logger:
         self.level = INFO
         self.values: dict[str, Any] = {}
         self.counts: dict[str, int] = defaultdict(int)
+        self.deferred: list[Callable[[], Mapping[str, Any]]] = []
 
     def logkv(self, key: str, val: Any) -> None:
         self.values[key] = val
@@ -43,7 +44,14 @@ class Logger:
         self.values[key] = self.values.get(key, 0.0) * count / (count + 1) + val / (count + 1)
         self.counts[key] = count + 1
 
+    def defer(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        if values not in self.deferred:
+            self.deferred.append(values)
+
     def dumpkvs(self) -> dict[str, Any]:
+        for values in self.deferred:
+            self.values.update(values())
+        self.deferred.clear()
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
             for output in self.output_formats:
@@ -188,6 +196,11 @@ def logkvs(d: Mapping[str, Any]) -> None:
         logkv(key, value)
 
 
+def defer(values: Callable[[], Mapping[str, Any]]) -> None:
+    """Add values() to the next row when it is written, once: for values that are still being computed on a device."""
+    get_current().defer(values)
+
+
 def dumpkvs() -> dict[str, Any]:
     """Write the row and start the next one; returns the row."""
     return get_current().dumpkvs()
@@ -275,60 +288,3 @@ def profile(n: str):
         return wrapped
 
     return decorator
-
-
-class Progress:
-    """How far a long work is, with rate and time left: a bar on a terminal, else a line now and then. Rank 0 only."""
-
-    SECONDS_BETWEEN_LINES = 15.0
-    WINDOW_SECONDS = 60.0  # over which the rate is taken: what is slow at the start, or now and then, passes
-
-    def __init__(self, description: str, total: int | None, unit: str, initial: int = 0):
-        self.description, self.total, self.unit, self.initial = description, total, unit, initial
-        self.done = initial
-        self.shown: dict[str, Any] = {}
-        self.last_line = time.monotonic()
-        self.marks = deque([(self.last_line, initial)])  # (time, done): one from before the window, and those in it
-        self.silent = distributed.get_rank() != 0
-        self.bar = None
-        if not self.silent and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
-
-    def update(self, n: int, **shown: Any) -> None:
-        """n more are done; `shown`, such as loss="0.12", stands beside the bar until others come."""
-        self.done += n
-        self.shown = shown or self.shown
-        now = time.monotonic()
-        if now - self.marks[-1][0] >= self.WINDOW_SECONDS / 60:
-            self.marks.append((now, self.done))
-            while self.marks[1][0] <= now - self.WINDOW_SECONDS:
-                self.marks.popleft()
-        if self.bar is not None:
-            if shown:
-                self.bar.set_postfix_str(self._shown(), refresh=False)
-            self.bar.update(n)
-        elif not self.silent and now - self.last_line > self.SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            log(self.line())
-
-    def _shown(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.shown.items())
-
-    def line(self) -> str:
-        """The state as one line of text."""
-        since, done_then = self.marks[0]
-        rate = (self.done - done_then) / max(time.monotonic() - since, 1e-9)
-        text = f"{self.description}: {self.done}" + (f"/{self.total}" if self.total else "") + f" {self.unit}s"
-        text += f", {rate:.3g} {self.unit}s/s"
-        if self.total and rate:
-            text += f", ETA {datetime.timedelta(seconds=round((self.total - self.done) / rate))}"
-        return text + (f", {self._shown()}" if self.shown else "")
-
-    def close(self) -> None:
-        """Take the bar off, or write the last line."""
-        if self.bar is not None:
-            self.bar.close()
-        elif not self.silent and self.done > self.initial:
-            log(self.line())

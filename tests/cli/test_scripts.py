@@ -298,11 +298,13 @@ def test_a_runs_config_repeats_it(trained, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_explains_every_flag_with_its_default(script, tmp_path):
     runner = python if script == "image_train" else call
-    result = runner(script, "--help", cwd=tmp_path).succeed()
+    result = runner(script, "--help-all", cwd=tmp_path).succeed()
     flags = set(re.findall(r"^  --(\w+)", result.out, re.MULTILINE))
     size = "image_size" if script.startswith("image") else "large_size"
     assert {size, "num_channels", "seed", "out_dir", "preset", "config"} <= flags
     assert " ".join(result.out.split()).count("(default: ") == len(flags - {"preset", "config"})
+    short = set(re.findall(r"^  --(\w+)", call(script, "--help", cwd=tmp_path).succeed().out, re.MULTILINE))
+    assert short < flags and 8 <= len(short) <= 11
 
 
 # Sampling
@@ -353,8 +355,8 @@ def test_the_batch_size_does_not_change_the_samples(sampled, model, tmp_path):
     same_samples(tmp_path / "samples", sampled)
 
 
-def test_sample_i_depends_on_the_seed_plus_i(sampled, model, tmp_path):
-    args = ["--model_path", model, "--num_samples", 3, "--seed", 2, "--out_dir", "samples"]
+def test_given_images_of_a_seed_are_drawn_again(sampled, model, tmp_path):
+    args = ["--model_path", model, "--seeds", "2-4", "--out_dir", "samples"]
     call("image_sample", *args, cwd=tmp_path).succeed()
     same_samples(tmp_path / "samples", sampled, slice(2, 5))
 

@@ -270,7 +270,7 @@ def test_misspelt_preset(place, tmp_path):
 
 def test_preset_of_the_other_kind_of_script(place, tmp_path):
     result = call("image_train", "--preset", "upsample64-256", "--data_dir", place.data, cwd=tmp_path)
-    refused(result, "--preset upsample64-256 is for the super-resolution scripts")
+    refused(result, "--preset upsample64-256 is for the super-resolution commands")
 
 
 @pytest.mark.parametrize(("size", "message"), [("9", "--image_size 9 cannot be halved"), ("8x9", "--image_size 8x9")])
@@ -374,9 +374,9 @@ def test_flags_contradicting_the_checkpoint(args, there, place, tmp_path):
 
 def test_a_checkpoint_of_the_other_kind_of_model(place, tmp_path):
     result = call("super_res_sample", "--model_path", place.model, "--base_samples", place.data, cwd=tmp_path)
-    refused(result, f"{place.model} is an image model: use the image_* scripts")
+    refused(result, f"{place.model} is an image model")
     result = call("image_sample", "--model_path", place.folder / "large/model000000.pt", cwd=tmp_path)
-    refused(result, "is a super-resolution model: use the super_res_* scripts")
+    refused(result, "large/model000000.pt is a super-resolution model")
 
 
 def test_no_checkpoint(place, tmp_path):
@@ -483,7 +483,12 @@ def test_resuming_where_no_set_is_complete_never_starts_afresh(place, own_run, t
     for name in ("opt000000.pt", "opt000002.pt"):
         (own_run / name).unlink()
         before.pop(name)
-    refused(call("image_train", *args, "--resume", "auto", cwd=tmp_path), "--resume auto", "bring the missing files")
+    refused(
+        call("image_train", *args, "--resume", "auto", cwd=tmp_path),
+        "--resume auto",
+        "ema_0.9999, opt",
+        "--init_checkpoint",
+    )
     refused(call("image_train", *args, "--resume", own_run, cwd=tmp_path), f"--resume {own_run}", "no complete")
     assert contents(own_run) == before
 

@@ -186,7 +186,7 @@ def test_the_users_own_plots_are_left_alone(tmp_path):
     code = (
         "import sys, matplotlib\n"
         "before = str(list(dict.items(matplotlib.rcParams)))\n"
-        "from improved_diffusion import curves\n"
+        "from improved_diffusion.logs import curves\n"
         f"curves.write_curves({str(tmp_path / 'progress.csv')!r}, {str(tmp_path / 'curves.png')!r})\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert str(list(dict.items(matplotlib.rcParams))) == before\n"

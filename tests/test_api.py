@@ -1,0 +1,224 @@
+"""The Python API: the same objects, options and bytes as the commands."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, write_images
+
+import improved_diffusion as idf
+from improved_diffusion.config import UserError
+
+TINY = dict(
+    num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1,1", attention_resolutions="4", diffusion_steps=20,
+    noise_schedule="cosine", learn_sigma=True, num_workers=0, batch_size=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def photos(place):
+    return write_images(place / "photos", 12)
+
+
+@pytest.fixture(scope="module")
+def run_folder(place, photos):
+    """A class-conditional run by the command."""
+    args = [*TINY_IMAGE, "--data_dir", photos, "--class_cond", "--ema_rate", "0.9,0.5", "--batch_size", 4]
+    call("image_train", *args, "--max_steps", 3, "--out_dir", place / "run", cwd=place).succeed()
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run_folder):
+    return idf.load(run_folder)
+
+
+@pytest.fixture(scope="module")
+def upscaler(place, photos):
+    args = [*TINY_SUPER_RES, "--data_dir", photos, "--max_steps", 1, "--batch_size", 4, "--out_dir", place / "sr"]
+    call("super_res_train", *args, cwd=place).succeed()
+    return idf.load(place / "sr")
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import improved_diffusion, sys; print('torch' in sys.modules, improved_diffusion.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False ")
+
+
+# Loading
+
+
+def test_a_run_folder_gives_its_newest_first_average(model, run_folder):
+    assert model.path == str(run_folder / "ema_0.9_000003.pt")
+    assert model.step == 3 and list(model.class_names) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(("average", "file"), [(0.5, "ema_0.5_000003.pt"), ("raw", "model000003.pt")])
+def test_another_average_of_a_run_folder(average, file, run_folder):
+    assert idf.load(run_folder, average=average).path == str(run_folder / file)
+
+
+def test_an_average_that_is_not_there_lists_those_that_are(run_folder):
+    with pytest.raises(UserError, match=r"0\.7.*0\.9, 0\.5, raw"):
+        idf.load(run_folder, average=0.7)
+
+
+def test_what_is_no_model_is_one_error(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        idf.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        idf.load(tmp_path)
+
+
+def test_a_file_without_a_description_takes_options(model, tmp_path):
+    """As published checkpoints are: plain state dicts."""
+    th.save(dict(model.network.state_dict()), tmp_path / "plain.pt")
+    options = {name: TINY[name] for name in ("num_heads", "diffusion_steps", "noise_schedule", "attention_resolutions")}
+    plain = idf.load(tmp_path / "plain.pt", image_size=8, **options)
+    ours = model.sample(2, classes=["1"], progress=False)
+    assert np.array_equal(plain.sample(2, classes=["1"], progress=False).array, ours.array)
+
+
+def test_a_saved_model_loads_again_with_its_classes(model, tmp_path):
+    model.save(tmp_path / "mine.pt")
+    again = idf.load(tmp_path / "mine.pt")
+    assert again.class_names == model.class_names and again.step == 3
+    assert np.array_equal(again.sample(2, progress=False).array, model.sample(2, progress=False).array)
+
+
+# Sampling
+
+
+def test_the_bytes_are_the_commands(model, run_folder, tmp_path):
+    args = ["--model_path", run_folder / "ema_0.9_000003.pt", "--num_samples", 8, "--seed", 3, "--batch_size", 8]
+    call("image_sample", *args, "--out_dir", "command", cwd=tmp_path).succeed()
+    images = model.sample(8, seed=3, batch_size=8, progress=False)
+    images.save(tmp_path / "python")
+    command, ours = ({p.name: p.read_bytes() for p in (tmp_path / d).rglob("*.*g")} for d in ("command", "python"))
+    assert command == ours and len(ours) == 9
+    with np.load(tmp_path / "command/samples_8x8x8x3.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], images.array) and np.array_equal(arrays["arr_1"], images.labels)
+
+
+def test_images_do_not_depend_on_the_batch_or_the_count(model):
+    whole = model.sample(5, batch_size=5, seed=1, progress=False)
+    parts = model.sample(3, batch_size=2, seed=1, progress=False)
+    assert np.abs(whole.array[:3].astype(int) - parts.array).max() <= 1  # sums over another batch round differently
+    again = model.sample(seeds="3-4", batch_size=2, seed=1, progress=False)
+    assert list(again.numbers) == [3, 4] and np.abs(whole.array[3:].astype(int) - again.array).max() <= 1
+
+
+def test_classes_by_name_and_by_label_are_the_same(model):
+    name = model.class_names[1]
+    by_name, by_label = (model.sample(2, classes=c, progress=False) for c in ([name], [1]))
+    assert np.array_equal(by_name.array, by_label.array) and list(by_name.labels) == [1, 1]
+
+
+def test_steps_come_to_a_callback_and_out_of_a_generator(model):
+    seen = []
+    images = model.sample(2, sampler="ddim", steps=4, progress=False, on_step=seen.append)
+    steps = list(model.sample_steps(2, sampler="ddim", steps=4))
+    assert [step.index for step in seen] == [step.index for step in steps] == [0, 1, 2, 3]
+    assert steps[0].pred_xstart.shape == (2, 3, 8, 8) and steps[0].images.array.dtype == np.uint8
+    assert np.array_equal(steps[-1].images.array, seen[-1].images.array)
+    assert np.array_equal(steps[-1].images.array, images.array)  # DDIM's last step is its prediction
+
+
+def test_another_precision_leaves_the_model_as_it_is(model):
+    before = model.sample(2, steps=3, sampler="ddim", progress=False).array
+    assert model.sample(2, steps=3, sampler="ddim", precision="bf16", progress=False).array.shape == before.shape
+    assert np.array_equal(model.sample(2, steps=3, sampler="ddim", progress=False).array, before)
+    assert {p.dtype for p in model.network.parameters()} == {th.float32}
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ({"samplr": "ddim"}, "samplr.*sampler"),
+        ({"sampler": "dimm"}, "dimm.*ddim"),
+        ({"steps": 21}, "steps 21"),
+        ({"classes": ["unicorn"]}, "unicorn"),
+        ({"num_channels": 64}, "num_channels"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+    ],
+)
+def test_a_mistake_is_an_exception_that_names_it(options, culprit, model):
+    with pytest.raises(UserError, match=culprit):
+        model.sample(1, progress=False, **options)
+
+
+def test_images_show_and_give_themselves(model, tmp_path):
+    images = model.sample(3, steps=2, sampler="ddim", progress=False)
+    assert len(images) == 3 and images.array.dtype == np.uint8 and images.array.shape == (3, 8, 8, 3)
+    assert [im.size for im in images.pil()] == [(8, 8)] * 3
+    assert np.array_equal(np.asarray(images[1].pil()[0]), images.array[1])
+    assert images[-1].labels.tolist() == images.labels[-1:].tolist()
+    assert images._repr_png_().startswith(b"\x89PNG")
+    assert images.grid(columns=3).size[0] > images.grid(columns=1).size[0]
+
+
+# Super-resolution
+
+
+def test_upscale_is_the_commands(upscaler, photos, tmp_path):
+    small = np.stack([np.asarray(Image.open(path).resize((8, 8))) for path in sorted(photos.glob("*.png"))[:2]])
+    np.savez(tmp_path / "small.npz", small)
+    args = ["--model_path", upscaler.path, "--base_samples", "small.npz", "--batch_size", 2, "--out_dir", "out"]
+    call("super_res_sample", *args, cwd=tmp_path).succeed()
+    large = upscaler.upscale(small, batch_size=2, progress=False)
+    with np.load(tmp_path / "out/samples_2x16x16x3.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], large.array)
+    as_pil = [Image.fromarray(array) for array in small]
+    assert np.array_equal(upscaler.upscale(as_pil, batch_size=2, progress=False).array, large.array)
+
+
+def test_each_kind_of_model_says_what_it_can_do(model, upscaler):
+    with pytest.raises(UserError, match="upscale"):
+        upscaler.sample(1)
+    with pytest.raises(UserError, match="super-resolution"):
+        model.upscale(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="base"):
+        upscaler.upscale(np.zeros((1, 8, 8, 3)))
+
+
+# Training
+
+
+def test_training_returns_the_model_and_goes_on(photos, tmp_path):
+    run = tmp_path / "run"
+    model = idf.train(photos, image_size=8, max_steps=2, out_dir=str(run), **TINY)
+    assert model.step == 2 and model.path == str(run / "ema_0.9999_000002.pt")
+    assert model.sample(1, progress=False).array.shape == (1, 8, 8, 3)
+    model = idf.train(photos, max_steps=4, out_dir=str(run), resume="auto", num_workers=0)
+    assert model.step == 4
+
+
+def test_the_commands_bytes_come_from_train_too(photos, tmp_path):
+    idf.train(photos, image_size=8, max_steps=2, out_dir=str(tmp_path / "a"), **TINY)
+    args = [*TINY_IMAGE, "--data_dir", photos, "--batch_size", 4, "--max_steps", 2, "--out_dir", tmp_path / "b"]
+    call("image_train", *args, cwd=tmp_path).succeed()
+    a, b = (th.load(tmp_path / d / "model000002.pt", weights_only=True) for d in "ab")
+    assert all(th.equal(a[name], b[name]) for name in a)
+
+
+def test_sizes_of_super_resolution_train_such_a_model(photos, tmp_path):
+    model = idf.train(photos, large_size=16, small_size=8, max_steps=1, out_dir=str(tmp_path / "run"), **TINY)
+    assert model.is_super_resolution
+
+
+def test_a_wrong_option_of_training_is_an_exception(photos, tmp_path):
+    with pytest.raises(UserError, match="max_step"):
+        idf.train(photos, image_size=8, max_step=2, out_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="nowhere"):
+        idf.train(tmp_path / "nowhere", image_size=8, max_steps=1, out_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="cifar10-hybrid"):
+        idf.train(photos, preset="cifar10-hybird")
