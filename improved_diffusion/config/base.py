@@ -27,13 +27,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}: {' '.join(hints)}")
 
 
-def str2bool(value: str | bool) -> bool:
+def str2bool(v: str | bool) -> bool:
     """The published spellings of a truth value: yes/true/t/y/1 and no/false/f/n/0."""
-    if isinstance(value, bool):
-        return value
-    if value.lower() in ("yes", "true", "t", "y", "1"):
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
         return True
-    if value.lower() in ("no", "false", "f", "n", "0"):
+    if v.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise ValueError("expected True or False")
 

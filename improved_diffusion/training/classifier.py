@@ -43,7 +43,7 @@ class ClassifierObjective:
         y = model_kwargs["y"]
         x_t = self.diffusion.q_sample(x_start, t, noise)
         # As the guided model is given them, so that both are called alike.
-        logits = model(x_t, self.diffusion._scale_timesteps(t)).float()
+        logits = self.diffusion._wrap_model(model)(x_t, t).float()
         # Classes that come before the right one. Those that tie with it do, and those that are not a number.
         rank = (~(logits < logits.gather(1, y[:, None]))).sum(dim=1) - 1
         terms = {"loss": F.cross_entropy(logits, y, reduction="none"), "accuracy": (rank < 1).float()}
