@@ -237,7 +237,7 @@ class Multistep(Rule):
         self.history = [(here.log_snr, x0), *self.history[: self.depth - 1]]
 
     def _differences(self, h: float) -> list[tuple[float, th.Tensor]]:
-        """(r_k, (D_k - D_0) / r_k) of the earlier predictions D_k, at distance r_k h in lambda; [] for an infinite h."""
+        """(r_k, (D_k - D_0) / r_k) of the earlier predictions D_k, r_k h away in lambda; [] for an infinite h."""
         (here, newest), *earlier = self.history
         if not math.isfinite(h):
             return []
