@@ -13,7 +13,7 @@ from helpers import ROOT
 FOLDER = Path(__file__).resolve().parent
 PUBLISHED = json.loads((FOLDER / "published.json").read_text())
 # Modules that star imports of the published files bring along by accident.
-INCIDENTAL = set(["th", "np", "math", "enum", "dist", "bf", "copy", "functools", "os", "F", "nn", "AdamW", "DDP"])
+INCIDENTAL = {"th", "np", "math", "enum", "dist", "bf", "copy", "functools", "os", "F", "nn", "AdamW", "DDP"}
 
 
 @pytest.fixture(scope="module")

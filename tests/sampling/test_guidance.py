@@ -185,7 +185,8 @@ def test_guided_samples_go_further_into_their_class():
     y, means = th.ones(100, dtype=th.int64), []
     for scale in (0.0, 1.0, 2.0, 4.0):
         th.manual_seed(0)
-        sample = sample_loop(DPMSolverPP(), diffusion, ClassifierFreeGuidance(World(diffusion), scale), (100, 1, 1, 1), clip_denoised=False,
+        sample = sample_loop(DPMSolverPP(), diffusion, ClassifierFreeGuidance(World(diffusion), scale), (100, 1, 1, 1),
+            clip_denoised=False,
             model_kwargs={"y": y}, device="cpu",
         )  # fmt: skip
         means.append(sample.mean().item())

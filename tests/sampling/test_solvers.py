@@ -575,7 +575,7 @@ def test_an_instances_own_p_sample_is_what_runs():
     diffusion.p_sample = p_sample
     sample_loop(Ancestral(), diffusion, stand_in_network(False), (1, 1, 2, 2), device="cpu")
     assert calls == [3, 2, 1, 0]
-    with pytest.raises(ValueError, match="p_sample.*subclass"):  # on other steps it could not be right
+    with pytest.raises(ValueError, match=r"p_sample.*subclass"):  # on other steps it could not be right
         diffusion.respaced([0, 3])
 
 
