@@ -37,7 +37,7 @@ from .config.settings import (
 )
 from .data.given import as_pixels
 from .logs import logger
-from .logs.logger import Progress
+from .logs.progress import Progress
 from .models.build import build_diffusion
 from .sampling.pipeline import SamplingPipeline, SuperResPipeline
 from .sampling.writer import PNG_DIR, SHOWN, last_images
