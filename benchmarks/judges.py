@@ -22,7 +22,7 @@ from improved_diffusion.config import (
 )
 from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images, read_classes
-from improved_diffusion.logs import logger
+from improved_diffusion.logs.progress import Progress
 from improved_diffusion.sampling.guided import guide, prepare_model
 from improved_diffusion.sampling.sampler import build_sampler
 from improved_diffusion.sampling.writer import last_images
@@ -106,7 +106,7 @@ class Drawer:
         """(uint8 [count, H, W, C], classes [count], evaluations for each)."""
         sampler, model = self.sampler(flags)
         shape, parts = (self.channels, *height_width(self.image_size)), []
-        bar = logger.Progress(" ".join(flags), count, "image")
+        bar = Progress(" ".join(flags), count, "image")
         for start in range(0, count, self.batch_size):
             seeds = range(start, min(start + self.batch_size, count))
             kwargs = {}

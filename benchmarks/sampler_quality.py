@@ -21,7 +21,7 @@ import numpy as np
 from judges import RESULTS, Classifier, Drawer, parser, real_images
 
 from improved_diffusion import distributed
-from improved_diffusion.evaluation.feature_network import FeatureNetwork
+from improved_diffusion.evaluation.features import FeatureNetwork
 from improved_diffusion.evaluation.metrics.kid import kernel_distance
 from improved_diffusion.sampling.solvers import RULES
 from improved_diffusion.sampling.timestep_grids import NAMES

@@ -20,6 +20,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 th.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine cost more
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_config(tmp_path_factory):
+    """The user's own files, such as the list of trusted programs, are neither read nor changed."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_start(monkeypatch):
     for name in SETTINGS:

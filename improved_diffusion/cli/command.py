@@ -10,7 +10,7 @@ from typing import Any
 from ..config import UserError, unknown_name
 from ..config.settings import Settings
 from ..distributed import run_script
-from .parsing import Parsed, parse, program_name
+from .parsing import Parsed, parse, program_name, split_lists
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,27 @@ class Command:
     :param run: what it does with them.
     :param first: the options that matter most: --help shows these, --help-all all of them.
     :param words: the option that words before the flags are the values of.
+    :param lists: the options that may have several values, separated by commas. `run` then takes a list: for each
+        combination ({name: value} of the listed options that were given, the parsed settings with them).
     """
 
     summary: str
     settings: type[Settings]
-    run: Callable[[Parsed[Any]], Any]
+    run: Callable[[Any], Any]
     first: Sequence[str] = ()
     words: str = ""
+    lists: Sequence[str] = ()
 
     def main(self, argv: Sequence[str], program: str) -> None:
         """Parse the command line and run."""
-        self.run(
-            parse(self.settings, argv, program=program, description=self.summary, first=self.first, words=self.words)
-        )
+        if self.lists:
+            self.run([(chosen, self.parse(words, program)) for chosen, words in split_lists(argv, self.lists)])
+        else:
+            self.run(self.parse(argv, program))
+
+    def parse(self, argv: Sequence[str], program: str) -> Parsed[Any]:
+        """The settings of a command line."""
+        return parse(self.settings, argv, program=program, description=self.summary, first=self.first, words=self.words)
 
 
 @dataclass(frozen=True)

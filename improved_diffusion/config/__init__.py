@@ -29,7 +29,7 @@ from .editing import (
     LatentsConfig,
     VariationsConfig,
 )
-from .evaluation import CompareConfig, FeaturesConfig, JudgedConfig, ReferenceConfig, SweepConfig
+from .evaluation import SWEEP_OPTIONS, CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
 from .model import (
     KINDS,
     ClassifierConfig,
@@ -63,6 +63,7 @@ __all__ = [
     "NUM_CLASSES",
     "PRECISIONS",
     "SAMPLERS",
+    "SWEEP_OPTIONS",
     "TRACKERS",
     "BaseSamplesConfig",
     "ClassifierConfig",
@@ -72,13 +73,13 @@ __all__ = [
     "DataConfig",
     "DiffusionConfig",
     "EditConfig",
+    "EvaluationConfig",
     "FeaturesConfig",
     "GuidanceConfig",
     "GuidedModelConfig",
     "ImagesConfig",
     "InpaintConfig",
     "InterpolateConfig",
-    "JudgedConfig",
     "LatentsConfig",
     "ModelConfig",
     "NLLConfig",

@@ -1,4 +1,4 @@
-"""The options of judging samples."""
+"""Evaluation options."""
 
 from __future__ import annotations
 
@@ -7,28 +7,39 @@ from dataclasses import dataclass
 
 from .base import Config, UserError, extra, height_width
 
+# The options of a sweep that may have several values.
+SWEEP_OPTIONS = (
+    "ema", "sampler", "steps", "guidance_scale", "classifier_scale", "ddim_eta", "churn", "dynamic_threshold", "seed",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(Config):
-    """What images are judged by."""
+    """Feature network."""
 
     features: str = extra(
-        "", "exported program (.pt2) or TorchScript (.pt), a file or URL, uint8 [N, 3, H, W] -> [N, D]; or inception"
+        "",
+        "network that maps uint8 [N, 3, H, W] to features [N, D]: an exported program (.pt2) or TorchScript (.pt), a "
+        "file or a URL; or inception",
     )
     logits: str = extra(
-        "",
-        "a program like --features, to logits of classes [N, C]: for the inception score, where --features has none",
+        "", "a second program, to class logits [N, C], for the inception score; needed where --features gives no logits"
+    )
+    trust_features: bool = extra(
+        False,
+        "allow the programs of --features and --logits, which can run any code on this machine; their checksums are "
+        "remembered, so that the same files need the flag once",
     )
     feature_size: str = extra(
         "auto",
-        "side to which images are resized for the features, antialiased; native: as they are, so that a program that "
-        "resizes does; auto: what the program needs, 299 for inception",
+        "side in pixels to resize images to for the network (antialiased); native: no resizing; auto: what the network "
+        "needs, 299 for inception",
     )
-    feature_batch: int = extra(100, "images at once through the features on each rank")
+    feature_batch: int = extra(100, "images per forward pass of the network on each rank")
     resize: str = extra(
-        "", "resize and centre-crop all images to this size as training does; empty: all must be of one size"
+        "", "resize and centre-crop all images to this size, as training does; empty: all must have one size"
     )
-    colour: bool = extra(False, "take grey images for coloured ones, with three equal channels")
+    colour: bool = extra(False, "treat grey images as RGB with three equal channels")
 
     def validate(self) -> None:
         self.require(self.feature_batch >= 1, "feature_batch", "must be at least 1")
@@ -47,39 +58,42 @@ class FeaturesConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedConfig(Config):
-    """What is judged, against what."""
+class EvaluationConfig(Config):
+    """Evaluation inputs."""
 
-    samples: str = extra("", "samples to judge: an npz, a folder or a zip; or give --model_path to draw them first")
+    samples: str = extra("", "samples to evaluate: an npz, a folder or a zip; or give --model_path to draw them first")
     reference: str = extra("", "real images (a folder, a zip or an npz), or an npz of their statistics (mu and sigma)")
-    train_dir: str = extra("", "training images, to look for copies of them; empty: the images of --reference")
+    train_dir: str = extra("", "training images, to find copies of them; empty: the images of --reference")
     held_out: str = extra(
         "",
-        "real images that were not trained on: their scores, and distances to the training images, are what is normal",
+        "real images that the model was not trained on: their scores and their distances to the training images show "
+        "what to expect of real images",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig(Config):
-    """What to describe once."""
+    """Reference statistics."""
 
     images: str = extra("", "real images: a folder, a zip or an npz")
-    name: str = extra("", "what to call them; empty: the name of the folder or file")
+    name: str = extra("", "name of the data set, for reports; empty: the name of the folder or file")
     out: str = extra("", "npz to write")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(Config):
-    """What to vary."""
+    """Sweep."""
 
     ema: str = extra(
-        "", "averages to sample from, beside --model_path and of its step, such as 0.999,0.9999; none: --model_path"
+        "",
+        "EMA rates whose checkpoints to sample from, of the step of --model_path and in its folder, such as "
+        "0.999,0.9999; none: --model_path itself",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Config):
-    """What to compare."""
+    """Comparison."""
 
     reports: str = extra("", "report.json files, or the folders that hold them, separated by commas or blanks")
     out_dir: str = extra("", "folder for compare.md and compare.png; empty: print only")

@@ -16,7 +16,7 @@ from .editing import (
     LatentsConfig,
     VariationsConfig,
 )
-from .evaluation import CompareConfig, FeaturesConfig, JudgedConfig, ReferenceConfig, SweepConfig
+from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
 from .model import (
     ClassifierConfig,
     DiffusionConfig,
@@ -266,7 +266,7 @@ class Likelihood(Settings):
 class Scoring(Settings):
     """Evaluating samples, given or drawn."""
 
-    judged: JudgedConfig
+    evaluation: EvaluationConfig
     features: FeaturesConfig
     sample: SampleConfig
     sampler: SamplerConfig

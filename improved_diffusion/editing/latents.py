@@ -14,6 +14,7 @@ import numpy as np
 from .. import distributed
 from ..config import SAMPLERS, UserError
 from ..logs import logger
+from ..logs.progress import Progress
 from ..sampling.labels import Labels
 from ..utils import files, images
 
@@ -85,7 +86,7 @@ def write_latents(
     path, parts = files.join(out_dir, FILE), files.join(out_dir, PARTS_DIR)
     if not distributed.from_rank0(files.exists, path):
         missing = distributed.from_rank0(_missing, parts, count, shape)
-        bar = logger.Progress("encoding", count, "image", initial=count - len(missing))
+        bar = Progress("encoding", count, "image", initial=count - len(missing))
         try:
             with closing(bar):
                 _make_missing(invert, missing, batch_size, parts, bar)
@@ -97,7 +98,7 @@ def write_latents(
 
 
 def _make_missing(
-    invert: Callable[[list[int]], np.ndarray], missing: list[int], batch_size: int, parts: str, bar: logger.Progress
+    invert: Callable[[list[int]], np.ndarray], missing: list[int], batch_size: int, parts: str, bar: Progress
 ) -> None:
     """Make the missing latents, a batch on each rank at a time; rank 0 writes them. Collective."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

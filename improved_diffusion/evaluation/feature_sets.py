@@ -1,4 +1,4 @@
-"""Sets of images as their features: extracted by all ranks, described so that two of them can be told comparable."""
+"""Sets of images and their features, with a description that tells whether two sets can be compared."""
 
 from __future__ import annotations
 
@@ -14,93 +14,109 @@ import numpy as np
 from .. import distributed
 from ..config import UserError, height_width
 from ..data.dataset import ImageDataset, quiet, selection
-from ..data.sources import ZipImages, open_images
-from ..logs import logger
+from ..data.sources import ArrayImages, ZipImages, open_images
+from ..logs.progress import Progress
 from ..utils import files, images
-from .feature_network import FeatureNetwork, Outputs
+from .features import FeatureNetwork, Outputs
 from .metrics.frechet import Moments, RunningMoments, moments
 
-MIN_IMAGES = 40  # below, no error of a metric can be told
-MAX_PAIRED = 50_000  # images that are compared with each of as many others: what published scores take
+MIN_IMAGES = 40  # fewer do not give a metric with an error
+IN_MEMORY = "(an array)"  # instead of a path
+MAX_PAIRED = 50_000  # images in metrics that compare all pairs; published scores use as many
+
+
+class Batch(NamedTuple):
+    """Some images of a set."""
+
+    images: np.ndarray  # uint8 [n, H, W, C]
+    resized: bool  # whether any had another size
 
 
 class ImageSet:
-    """The images of a folder, a zip or an npz, all of one size and as many channels: uint8 [H, W, C] by index.
+    """The images of a folder, a zip, an npz or an array, all of one size and channels: uint8 [H, W, C] by index.
 
+    :param path: of the images, or an array uint8 [N, H, W, C] with 1 or 3 channels.
+    :param flag: the option that names them, for messages.
     :param resize: a size to resize and centre-crop to, as training does; "": they must have one size.
-    :param colour: whether grey images are taken for coloured ones.
+    :param colour: treat grey images as RGB.
     :param count: how many to take, a fixed `selection`; 0: all.
-    Raises UserError for too few images, and, when it is read, for one that does not fit the others.
+    Raises UserError for too few images, and when reading for an image that does not fit the others.
     """
 
-    def __init__(self, path: str, flag: str, resize: str = "", colour: bool = False, count: int = 0):
-        self.path, self.flag, self.resized = path, flag, bool(resize)
-        self.changed = False  # whether an image that was read had another size
-        self.source = open_images(path, flag)
+    def __init__(self, path: str | np.ndarray, flag: str, resize: str = "", colour: bool = False, count: int = 0):
+        self.source = _InMemory(path, flag) if isinstance(path, np.ndarray) else open_images(path, flag)
+        self.path = IN_MEMORY if isinstance(path, np.ndarray) else path
+        self.flag, self.resize = flag, resize
         if count > len(self.source):
-            raise UserError(f"--num_samples {count}: {flag} {path} has {len(self.source)} images")
+            raise UserError(f"--num_samples {count}: {flag} {self.path} has {len(self.source)} images")
         self.count = count or len(self.source)
-        self.chosen = selection(len(self.source), self.count)
+        self.indices = selection(len(self.source), self.count)
         if self.count < MIN_IMAGES:
             plural = "s" * (self.count > 1)
-            too_few = f"--num_samples {count}" if count else f"{flag} {path} has {self.count} image{plural}"
+            too_few = f"--num_samples {count}" if count else f"{flag} {self.path} has {self.count} image{plural}"
             raise UserError(
-                f"{too_few}: at least {MIN_IMAGES} are needed to tell anything, and 10,000 for numbers to be published"
+                f"{too_few}: at least {MIN_IMAGES} are needed, and 10,000 for numbers that will be published"
             )
         first = ImageDataset(1, self.source).read(0)
         self.size = height_width(resize) if resize else first.size[::-1]
         self.channels = 3 if colour or images.native_mode(first) not in ("L", "LA") else 1
         self.dataset = ImageDataset(self.size, self.source, channels=self.channels)
-        # Compression alone moves the scores (Parmar et al. 2022, sec. 4).
-        self.lossy = any(self.source.name(i).lower().endswith((".jpg", ".jpeg")) for i in self.chosen)
+        # Compression alone changes the scores (Parmar et al. 2022, sec. 4).
+        self.lossy = any(self.source.name(i).lower().endswith((".jpg", ".jpeg")) for i in self.indices)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> np.ndarray:
-        at = int(self.chosen[i])
+        return self._read(i)[0]
+
+    def _read(self, i: int) -> tuple[np.ndarray, bool]:
+        """(the image, whether it had another size)."""
+        at = int(self.indices[i])
         image, name = self.dataset.decode(at), self.source.describe(at)
-        if image.size[::-1] != self.size:
-            if not self.resized:
-                raise UserError(
-                    f"{name} is {by(image.size[::-1])}, but the first image of {self.flag} {self.path} is "
-                    f"{by(self.size)}: give --resize, such as --resize 64, to resize and centre-crop all as training "
-                    "does"
-                )
-            self.changed = True
+        resized = image.size[::-1] != self.size
+        if resized and not self.resize:
+            raise UserError(
+                f"{name} is {by(image.size[::-1])}, but the first image of {self.flag} {self.path} is {by(self.size)}: "
+                "give --resize, such as --resize 64, to resize and centre-crop all as training does"
+            )
+        if resized:
             image = images.resize_crop(image, self.size)
         mode = images.native_mode(image)
         if mode in ("LA", "RGBA"):
-            raise UserError(f"{name} has an alpha channel, which features cannot take: convert the images to RGB")
+            raise UserError(
+                f"{name} has an alpha channel, which feature networks do not take: convert the images to RGB"
+            )
         if mode == "RGB" and self.channels == 1 and image.mode[0] not in "IF":  # of more than 8 bits
             raise UserError(
                 f"{name} is in colour, but the first image of {self.flag} {self.path} is grey: give --colour True to "
-                "take all for coloured ones"
+                "treat all as RGB"
             )
         array = np.asarray(images.convert(image, self.channels, name))
-        return array[..., None] if array.ndim == 2 else array
+        return (array[..., None] if array.ndim == 2 else array), resized
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 [len(indices), H, W, C]."""
         with quiet():
             return np.stack([self[int(i)] for i in indices])
 
-    def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """uint8 [n, H, W, C] of each batch, the next being read meanwhile."""
+    def batches(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The images of each list of indices. Threads read the next batch meanwhile."""
         # A zip's members are read one by one: its file has one position.
         threads = 1 if isinstance(self.source, ZipImages) else 4
         with quiet(), ThreadPoolExecutor(threads) as pool:
             ahead: list[Any] = []
             for batch in [*batches, None]:
                 if batch is not None:
-                    ahead.append([pool.submit(self.__getitem__, i) for i in batch])
+                    ahead.append([pool.submit(self._read, i) for i in batch])
                 if len(ahead) > 1 or (batch is None and ahead):
-                    yield np.stack([future.result() for future in ahead.pop(0)])
+                    arrays, resized = zip(*(future.result() for future in ahead.pop(0)))
+                    yield Batch(np.stack(arrays), any(resized))
 
     def describe(self) -> dict[str, Any]:
-        """What tells whether another set can be compared with this one."""
+        """What another set must agree in to be comparable."""
         return {
-            "images": files.full_path(self.path),
+            "images": self.path if self.path == IN_MEMORY else files.full_path(self.path),
             "count": self.count,
             "image_size": by(self.size),
             "channels": self.channels,
@@ -108,16 +124,27 @@ class ImageSet:
         }
 
 
+class _InMemory(ArrayImages):
+    """Images given as an array."""
+
+    def __init__(self, array: np.ndarray, flag: str):
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not len(array):
+            raise UserError(
+                f"{flag} is an array {array.dtype} {array.shape}: expected uint8 [N, H, W, C] with 1 or 3 channels"
+            )
+        self.path, self.arrays, self.labels = IN_MEMORY, array, None
+
+
 def by(size: Sequence[int]) -> str:
     """(height, width) as text, such as 48x64."""
     return "x".join(map(str, size))
 
 
-@dataclass
+@dataclass(frozen=True)
 class FeatureSet:
-    """What the network says of a set of images, on rank 0; and what the set is.
+    """The network's outputs for a set of images, on rank 0, and a description of the set.
 
-    `features` is None for published statistics, of which there are moments alone.
+    `features` is None for published statistics, which have moments only.
     """
 
     flag: str
@@ -127,17 +154,17 @@ class FeatureSet:
     moments: Moments | None = None  # of all images
     spatial_moments: Moments | None = None
     images: ImageSet | None = None
-    numbers: np.ndarray | None = None  # [n], rising, of all images or of a selection
+    numbers: np.ndarray | None = None  # [n], increasing, of all images or of a selection
     digests: frozenset[bytes] = frozenset()  # of the pixels of each image
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"{self.flag} {self.about.get('file') or self.about['images']}"
 
     @property
     def count(self) -> int | None:
-        """How many images it is of, where that is known."""
+        """The number of its images, where that is known."""
         return self.about.get("count")
 
     def take(self, rows: Sequence[int]) -> np.ndarray:
@@ -146,7 +173,7 @@ class FeatureSet:
         return self.images.take(self.numbers[rows].tolist())
 
     def subset(self, count: int) -> FeatureSet:
-        """A fixed `selection` of as many of the images; all where there are no more."""
+        """A fixed `selection` of `count` images; all where there are no more."""
         assert self.features is not None
         if count >= len(self.features):
             return self
@@ -157,11 +184,11 @@ class FeatureSet:
 
 
 class _Part(NamedTuple):
-    """What comes of a batch."""
+    """The results of a batch."""
 
     outputs: Outputs
     digests: list[bytes]  # of each image's pixels
-    resized: bool  # whether any image so far had another size
+    resized: bool  # whether any image had another size
 
 
 def extract(
@@ -169,18 +196,18 @@ def extract(
 ) -> FeatureSet:
     """The features of every image, shared among the ranks, and their moments, on rank 0. Collective.
 
-    Batches are the same on any number of ranks, and so is the result. Of more than MAX_PAIRED images the moments are of
-    all, the features of a fixed `selection`.
+    Batches are the same on any number of ranks, and so is the result. With more than MAX_PAIRED images the moments are
+    of all, and the features of a fixed `selection`.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     batches = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     collected = _Collected(selection(len(images), MAX_PAIRED))
-    bar = logger.Progress(title, len(images), "image")
+    bar = Progress(title, len(images), "image")
     with closing(bar):
         mine = images.batches(batches[rank::world_size])
         for start in range(0, len(batches), world_size):
             now = batches[start : start + world_size]
-            own = _judge(next(mine), images, network, probabilities) if rank < len(now) else None
+            own = _evaluate(next(mine), network, probabilities) if rank < len(now) else None
             for batch, part in zip(now, distributed.all_gather_object(own)):
                 if rank == 0:
                     collected.add(batch, part)
@@ -189,9 +216,9 @@ def extract(
     return FeatureSet(images.flag, about, images=images) if rank else collected.result(about, images)
 
 
-def _judge(batch: np.ndarray, images: ImageSet, network: FeatureNetwork, probabilities: bool) -> _Part:
-    digests = [hashlib.sha256(image.tobytes()).digest() for image in batch]
-    return _Part(network(batch, probabilities), digests, images.changed)
+def _evaluate(batch: Batch, network: FeatureNetwork, probabilities: bool) -> _Part:
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in batch.images]
+    return _Part(network(batch.images, probabilities), digests, batch.resized)
 
 
 class _Collected:

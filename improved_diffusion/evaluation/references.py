@@ -1,8 +1,9 @@
-"""What samples are compared with: statistics on disk, and whether two sets can be compared at all."""
+"""References: statistics of real images on disk, and whether two sets can be compared."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,51 @@ import numpy as np
 
 from .. import distributed
 from ..config import UserError
+from ..config.settings import ReferenceStatistics
+from ..logs import logger
 from ..utils import files, images
-from .feature_network import LARGEST
-from .feature_sets import MIN_IMAGES, FeatureSet
+from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, extract
+from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
 
 PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
 ROUNDING = 1e-2  # of statistics in 16 bits
-FEW = 10_000  # samples or real images, below which published scores are not taken
+FEW = 10_000  # published scores use at least as many samples and real images
+
+
+# Writing
+
+
+def write_reference(settings: ReferenceStatistics) -> None:
+    """Write the statistics and the features of --images to --out. Collective."""
+    out, path = settings.reference.out, settings.reference.images
+    if not out.endswith(".npz"):
+        raise UserError(f"--out {out or 'is missing'}: name an npz to write, such as reference.npz")
+    if files.is_url(out):
+        raise UserError(f"--out {out} must be a local file: write it locally, then copy it")
+    network = FeatureNetwork.of(settings.features)
+    if not path:
+        raise UserError("--images is missing: name real images, a folder, a zip or an npz")
+    image_set = ImageSet(path, "--images", settings.features.resize, settings.features.colour)
+    network.check(image_set.size, image_set.channels)  # fails early
+    distributed.from_rank0(_check_writable, out)
+    found = extract(image_set, network, settings.features.feature_batch, "features")
+    name = settings.reference.name or os.path.basename(os.path.abspath(path))
+    distributed.from_rank0(save_reference, out, found, name)
+    logger.log(f"wrote {out}: {name}, {found.about['count']:,} images of {found.about['image_size']}")
+
+
+def _check_writable(path: str) -> None:
+    if files.is_dir(path) or (files.exists(path) and "mu" not in images.npz_names(path)):
+        raise UserError(f"--out {path} exists and is not a reference: name another file")
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"--out {path}: no file can be written into {folder}: name another place")
 
 
 def save_reference(path: str, reference: FeatureSet, name: str) -> None:
@@ -32,8 +70,11 @@ def save_reference(path: str, reference: FeatureSet, name: str) -> None:
     images.save_npz(path, **arrays, about=np.array(about))
 
 
+# Reading
+
+
 def load_reference(path: str, flag: str) -> FeatureSet | None:
-    """The statistics in an npz, and on rank 0 its features; None where the path holds images alone.
+    """The statistics in an npz, and on rank 0 its features; None where the path has images only. Collective.
 
     Raises UserError for a damaged file.
     """
@@ -52,25 +93,25 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
         about = {"images": files.full_path(path), **about, "file": files.full_path(path)}
         if not isinstance(about.get("count", 0), int) or not isinstance(about.get("features_sha256", ""), str):
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{what} has a damaged description: write it again with evaluate.py reference") from None
     about["file_sha256"] = distributed.from_rank0(files.sha256, path)
-    features: list[np.ndarray] = []  # stay on rank 0: they may be large, and it alone compares
+    features: list[np.ndarray] = []  # they may be large and stay on rank 0, which does the comparison
     if "features" in members:
         distributed.from_rank0(lambda: features.append(_read_features(path, own, what)))
     return FeatureSet(flag, about, features[0] if features else None, None, own, spatial)
 
 
 def needs_images(path: str) -> bool:
-    """Whether an npz of statistics has images beside them, and not their features: as those of OpenAI's ADM."""
+    """Whether an npz of statistics has images and no features, such as those of OpenAI's ADM."""
     names = images.npz_names(path)
     return "arr_0" in names and "features" not in names
 
 
 def with_statistics(images: FeatureSet, statistics: FeatureSet) -> FeatureSet:
-    """The images of an npz with the statistics beside them, which may be of more images and of another network."""
+    """The images of an npz with its statistics, which may be of more images and of another network."""
     about = {**images.about, "file": statistics.about["file"], "file_sha256": statistics.about["file_sha256"]}
-    about["statistics"] = "those of the file"
+    about["statistics"] = "those in the file"
     return replace(images, about=about, moments=statistics.moments, spatial_moments=statistics.spatial_moments)
 
 
@@ -101,12 +142,10 @@ def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moment
         raise UserError(f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D]")
     largest = np.abs(sigma).max()
     if not 0 < largest < LARGEST**2 or np.abs(mu).max() > LARGEST:
-        raise UserError(
-            f"{what} has {names[0]} and {names[1]} of numbers that cannot be compared, such as {largest:.3g}"
-        )
+        raise UserError(f"{what} has {names[0]} and {names[1]} of numbers that are out of range, such as {largest:.3g}")
     if np.abs(sigma - sigma.T).max() > ROUNDING * largest or np.linalg.eigvalsh(sigma)[0] < -ROUNDING * largest:
         raise UserError(
-            f"{what} has a {names[1]} that is no covariance: it must be symmetric, without negative eigenvalues"
+            f"{what} has a {names[1]} that is not a covariance: it must be symmetric, without negative eigenvalues"
         )
     return Moments(mu, sigma)
 
@@ -115,7 +154,7 @@ def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moment
 
 
 def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, Any]], written: bool) -> None:
-    """Raise UserError where two sets, each a name and a description, are of other sizes or channels.
+    """Raise UserError where two sets, each a name and a description, have different sizes or channels.
 
     :param written: theirs is a file of statistics. What a description lacks is not compared.
     """
@@ -126,7 +165,7 @@ def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, An
         (
             "channels",
             f"{channels} channel{'s' * (channels > 1)}",
-            "convert one of them, or give --colour True to compare grey with colour",
+            "convert one of them, or give --colour True to treat grey images as RGB",
         ),
     ):
         if key in their and about[key] != their[key]:
@@ -135,7 +174,7 @@ def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, An
 
 
 def check_network(network: dict[str, Any], reference: FeatureSet) -> None:
-    """Raise UserError where a reference was made with another network than this description's."""
+    """Raise UserError where a reference was made with another network than the one described."""
     about = reference.about
     if about.get("features_sha256", network["features_sha256"]) != network["features_sha256"]:
         raise UserError(
@@ -149,7 +188,7 @@ def _short(about: dict[str, Any]) -> str:
 
 
 def check_comparable(samples: FeatureSet, reference: FeatureSet) -> list[str]:
-    """Warnings of what makes a comparison doubtful. Raises UserError where it would mean nothing."""
+    """Warnings about what makes a comparison doubtful. Raises UserError where it would be meaningless."""
     check_form((samples.name, samples.about), (reference.name, reference.about), reference.images is None)
     check_network(samples.about, reference)
     for what in ("moments", "spatial_moments"):
@@ -157,7 +196,7 @@ def check_comparable(samples: FeatureSet, reference: FeatureSet) -> list[str]:
         if ours and theirs and len(ours.mu) != len(theirs.mu):
             kind = "features" if what == "moments" else "spatial features"
             raise UserError(
-                f"{reference.name} is of {len(theirs.mu)} {kind}, --features {samples.about['features']} gives "
+                f"{reference.name} has {len(theirs.mu)} {kind}, --features {samples.about['features']} gives "
                 f"{len(ours.mu)}: give the features that it was made with"
             )
     return _doubts(samples.about, reference.about)
@@ -168,7 +207,7 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     for who, about in (("samples", ours), ("images in the reference", theirs)):
         if about.get("count", FEW) < FEW:
             doubts.append(
-                f"only {about['count']:,} {who}: FID depends on their number, so compare it only with FIDs of as many"
+                f"only {about['count']:,} {who}: FID depends on their number; compare it only with FIDs of as many"
             )
     if "features_sha256" not in theirs or "statistics" in theirs:
         doubts.append(
@@ -178,7 +217,9 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         )
         return doubts
     if ours.get("prepared") != "as they are" and theirs.get("prepared") == "as they are":
-        doubts.append("samples were resized to the size of the reference, of which the images were not")
+        doubts.append(
+            "the samples were resized to the size of the reference, and the reference's images were not resized"
+        )
     if ours.get("feature_size") != theirs.get("feature_size"):
         doubts.append(
             f"samples were resized to {ours.get('feature_size')} for the features, images of the reference to "
@@ -188,7 +229,7 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
         which = (
             "the samples are JPEGs and the reference is not"
             if ours.get("lossy_files")
-            else ("the reference is of JPEGs and the samples are not")
+            else "the reference is of JPEGs and the samples are not"
         )
-        doubts.append(f"{which}: compression alone moves the scores")
+        doubts.append(f"{which}: compression alone changes the scores")
     return doubts

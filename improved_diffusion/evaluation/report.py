@@ -1,10 +1,13 @@
-"""What an evaluation found, for people and for programs: report.md, report.json and pictures; several side by side."""
+"""The report of an evaluation: metrics with their errors, how they came about, and pictures; as text and as JSON."""
 
 from __future__ import annotations
 
+import html
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,108 +23,66 @@ SHOWN_SAMPLES = 100  # in the grid
 SHOWN_COPIES, SHOWN_NEIGHBOURS = 10, 5  # rows and columns of the picture of the nearest training images
 GAP = 16  # pixels between a sample and its neighbours
 EXPLAINED = {
-    "fid": "lower is better, and larger for fewer images: Fréchet distance of Gaussians (Heusel et al. 2017)",
-    "sfid": "lower is better: the same of spatial features (Nash et al. 2021)",
-    "kid": "lower is better, near 0 as real: unbiased kernel distance, all pairs (Binkowski et al. 2018); ± jackknife",
-    "inception_score": "higher is better: Salimans et al. 2016; ± deviation over ten parts",
-    "precision": "higher is better: share of the samples that look real (Kynkäänniemi et al. 2019, k = 3)",
-    "recall": "higher is better: share of the real images that samples come near to (the same)",
-    "density": "higher is better, 1 as real: how many real images a sample lies near to (Naeem et al. 2020, k = 5)",
-    "coverage": "higher is better: share of the real images with a sample nearby (the same)",
-    "copies": "0.5 is best: chance that a sample lies nearer to the training images than a held-out image does (Meehan "
-    "et al. 2020); towards 1 they are copied, towards 0 samples are unlike any",
+    "fid": "lower is better, biased upwards for fewer images: Fréchet distance of Gaussians (Heusel et al. 2017)",
+    "sfid": "lower is better: the same for spatial features (Nash et al. 2021)",
+    "kid": "lower is better, about 0 for real images: unbiased kernel distance over all pairs (Binkowski et al. 2018); "
+    "± jackknife",
+    "inception_score": "higher is better: Salimans et al. 2016; ± standard deviation over ten parts",
+    "precision": "higher is better: share of samples that look real (Kynkäänniemi et al. 2019, k = 3)",
+    "recall": "higher is better: share of real images that the samples cover (same paper)",
+    "density": "higher is better, about 1 for real images: number of real images near a sample, normalised (Naeem et "
+    "al. 2020, k = 5)",
+    "coverage": "higher is better: share of real images with a sample nearby (same paper)",
+    "copies": "0.5 is best: probability that a sample is nearer to the training images than a held-out image is "
+    "(Meehan et al. 2020); near 1: training images are copied, near 0: samples are unlike any of them",
 }
-# What is said of how samples were made, in this order, where it is known.
+# How samples were made: known keys, in this order.
 MADE_BY = (
     "model_path", "model_sha256", "model_step", "average", "sampler", "steps", "evaluations", "timesteps", "seed",
     "guidance_scale", "guide_sha256", "classifier_sha256", "classifier_scale", "classes", "clip_denoised", "precision",
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A number and its standard error; of the inception score the standard deviation over ten parts; None: no error."""
+
+    value: float
+    error: float | None = None
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+    def scaled(self, factor: float) -> Metric:
+        """The metric times a factor."""
+        return Metric(factor * self.value, None if self.error is None else factor * self.error)
+
+    def to_dict(self) -> dict[str, float]:
+        """`value`, and `error` where there is one."""
+        return {"value": self.value} if self.error is None else {"value": self.value, "error": self.error}
+
+
 def factor(name: str) -> int:
-    """What a metric's value and error are shown times."""
+    """What a metric is multiplied by where it is shown: KID is shown times 1000, as in the literature."""
     return 1000 if name == "kid" else 1
 
 
-def number(name: str, metric: Mapping[str, float]) -> str:
+def number(name: str, metric: Metric) -> str:
     """A metric's value and error as text."""
-    text = f"{factor(name) * metric['value']:.4f}"
-    return text + (f" ± {factor(name) * metric['error']:.4f}" if "error" in metric else "")
+    return str(metric.scaled(factor(name)))
 
 
 def title(name: str) -> str:
-    """What a metric is called beside its `number`."""
+    """A metric's name beside its `number`."""
     return METRICS[name] + (f" x {factor(name)}" if factor(name) > 1 else "")
 
 
 def direction(name: str) -> str:
-    """Which way a metric is better."""
+    """Which values of a metric are better."""
     return EXPLAINED[name].partition(":")[0].partition(",")[0]
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """The report as text."""
-    samples, reference = report["samples"], report["reference"]
-    lines = [
-        "# Evaluation",
-        "",
-        f"{samples['count']:,} samples, {samples['images']},",
-        f"against {_count(reference)}, {reference.get('name') or reference['images']}.",
-        *_metrics(report),
-    ]
-    for warning in report["warnings"]:
-        lines += ["", f"**Warning:** {warning}."]
-    lines += ["", f"![samples]({GRID_FILE})", "", f"{min(SHOWN_SAMPLES, samples['count'])} of the samples, by chance."]
-    if report["pictures"].get("neighbours"):
-        lines += [
-            "", f"![nearest training images]({NEIGHBOURS_FILE})", "",
-            "Left, the samples that lie nearest to a training image; right, the training images nearest to each in "
-            "these features. Copies would be here.",
-        ]  # fmt: skip
-    if report["pictures"].get("distances"):
-        lines += ["", f"![distances to the training images]({DISTANCES_FILE})"]
-    lines += ["", "## What was compared", "", "| | samples | reference |", "|---|---|---|"]
-    keys = [key for key in dict.fromkeys([*samples, *reference]) if key != "made_by"]
-    lines += [f"| {key} | {_cell(samples.get(key))} | {_cell(reference.get(key))} |" for key in keys]
-    for name, what in (("train", "Training images"), ("held_out", "Held-out images")):
-        if report[name]:
-            where = "those of the reference" if report[name] == reference else report[name]["images"]
-            lines += ["", f"{what}: {report[name]['count']:,}, {where}."]
-    lines += ["", "## How the samples were made", "", *_made_by(samples.get("made_by"))]
-    lines += ["", ", ".join(f"{name} {version}" for name, version in report["versions"].items())]
-    return "\n".join(lines) + "\n"
-
-
-def _metrics(report: Mapping[str, Any]) -> list[str]:
-    real = report["real"]
-    columns = ["metric", f"{report['samples']['count']:,} samples", ""]
-    if real:
-        columns.insert(2, f"{real['count']:,} held-out real images")
-    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, metric in report["metrics"].items():
-        cells = [number(name, metric)]
-        if real:
-            cells.append(number(name, real["metrics"][name]) if name in real["metrics"] else "")
-        lines.append(f"| {title(name)} | {' | '.join(cells)} | {EXPLAINED[name]} |")
-    for name, why in report["missing"].items():
-        lines += ["", f"No {title(name)}: {why}."]
-    return lines
-
-
-def _made_by(made_by: Mapping[str, Any] | None) -> list[str]:
-    if not made_by:
-        return ["Not known: no samples.json lies beside them."]
-    rest = sorted(key for key in made_by if key not in MADE_BY)
-    keys = [key for key in (*MADE_BY, *rest) if key in made_by]
-    return ["| | |", "|---|---|", *(f"| {key} | {_cell(made_by[key])} |" for key in keys)]
-
-
-def _count(about: Mapping[str, Any]) -> str:
-    return f"{about['count']:,} real images" if "count" in about else "statistics of real images"
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value).replace("|", "\\|")
 
 
 class Neighbours(NamedTuple):
@@ -131,7 +92,7 @@ class Neighbours(NamedTuple):
     train: np.ndarray
 
     def picture(self) -> np.ndarray:
-        """Each sample, and right of it its neighbours, uint8 [H', W', C]."""
+        """Each sample with its neighbours to the right, uint8 [H', W', C]."""
         left = images.grid(self.samples, 1, min_side=images.SHOWN_SIDE)
         right = images.grid(
             self.train.reshape(-1, *self.train.shape[2:]), self.train.shape[1], min_side=images.SHOWN_SIDE
@@ -140,28 +101,227 @@ class Neighbours(NamedTuple):
         return np.concatenate([left, gap, right], axis=1)
 
 
-def write(
-    out_dir: str,
-    report: Mapping[str, Any],
-    samples: np.ndarray,
-    neighbours: Neighbours | None = None,
-    distances: tuple[np.ndarray, np.ndarray] | None = None,
-) -> str:
-    """Write report.json, report.md and pictures, all or none; returns the path of report.md.
+@dataclass(frozen=True)
+class Pictures:
+    """What a report shows besides numbers."""
 
-    :param samples: uint8 [N, H, W, C]; :param distances: as for `plot_distances`.
+    samples: np.ndarray  # uint8 [N, H, W, C]
+    neighbours: Neighbours | None = None
+    distances: tuple[np.ndarray, np.ndarray] | None = None  # of samples [N] and held-out images [K], to training images
+
+    def encode(self) -> dict[str, bytes]:
+        """The PNG of each, by its file's name."""
+        found = {GRID_FILE: images.encode_png(images.grid(self.samples, 10, min_side=images.SHOWN_SIDE))}
+        if self.neighbours is not None:
+            found[NEIGHBOURS_FILE] = images.encode_png(self.neighbours.picture())
+        if self.distances is not None:
+            found[DISTANCES_FILE] = png_of(plot_distances(*self.distances))
+        return found
+
+
+@dataclass(frozen=True)
+class Real:
+    """The scores of held-out real images, as many as the samples where there are as many."""
+
+    count: int
+    metrics: Mapping[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What an evaluation found.
+
+    Each metric is an attribute, None where it could not be computed; `missing` says why. `samples`, `reference`,
+    `train` and `held_out` describe the sets. `pictures` is None in a report read from disk, and on ranks but 0.
     """
-    contents = {GRID_FILE: images.encode_png(images.grid(samples, 10, min_side=images.SHOWN_SIDE))}
-    if neighbours is not None:
-        contents[NEIGHBOURS_FILE] = images.encode_png(neighbours.picture())
-    if distances is not None:
-        contents[DISTANCES_FILE] = png_of(plot_distances(*distances))
-    contents[TEXT_FILE] = markdown(report).encode(errors="replace")
-    contents[JSON_FILE] = (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
-    files.write_together((files.join(out_dir, name), content) for name, content in contents.items())
-    for name in {NEIGHBOURS_FILE, DISTANCES_FILE} - contents.keys():  # those of an earlier report
-        files.remove(files.join(out_dir, name))
-    return files.join(out_dir, TEXT_FILE)
+
+    fid: Metric | None = None
+    sfid: Metric | None = None
+    kid: Metric | None = None
+    inception_score: Metric | None = None
+    precision: Metric | None = None
+    recall: Metric | None = None
+    density: Metric | None = None
+    coverage: Metric | None = None
+    copies: Metric | None = None
+    samples: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    train: Mapping[str, Any] | None = None
+    held_out: Mapping[str, Any] | None = None
+    real: Real | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    pictures: Pictures | None = field(default=None, repr=False, compare=False)
+    shown: Mapping[str, bool] = field(default_factory=dict, repr=False)  # which of the pictures lie beside the text
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics that could be computed, by name, in the order of METRICS."""
+        return {name: getattr(self, name) for name in METRICS if getattr(self, name) is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        real = self.real and {"count": self.real.count, "metrics": _as_dicts(self.real.metrics)}
+        return {
+            "samples": dict(self.samples),
+            "reference": dict(self.reference),
+            "train": self.train and dict(self.train),
+            "held_out": self.held_out and dict(self.held_out),
+            "metrics": _as_dicts(self.metrics),
+            "real": real,
+            "missing": dict(self.missing),
+            "warnings": list(self.warnings),
+            "pictures": dict(self.shown),
+            "asked": dict(self.asked),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Report:
+        """The report whose `to_dict` this is. Raises KeyError, TypeError or ValueError for anything else."""
+        real = content["real"]
+        return cls(
+            **_as_metrics(content["metrics"]),
+            samples=dict(content["samples"]),
+            reference=dict(content["reference"]),
+            train=content["train"] and dict(content["train"]),
+            held_out=content["held_out"] and dict(content["held_out"]),
+            real=Real(int(real["count"]), _as_metrics(real["metrics"])) if real else None,
+            missing=dict(content["missing"]),
+            warnings=tuple(content["warnings"]),
+            asked=dict(content["asked"]),
+            versions=dict(content["versions"]),
+            shown=dict(content["pictures"]),
+        )
+
+    def without_pictures(self) -> Report:
+        """The numbers and texts only."""
+        return replace(self, pictures=None)
+
+    def markdown(self, pictures: bool = True) -> str:
+        """The report as text. :param pictures: refer to the files of its pictures."""
+        lines = [
+            "# Evaluation",
+            "",
+            f"{_count(self.samples['count'])} samples, {escape(self.samples['images'])},",
+            f"against {_real_images(self.reference)}, {_name_of(self.reference)}.",
+            *self._table_of_metrics(),
+        ]
+        for warning in self.warnings:
+            lines += ["", f"**Warning:** {escape(warning)}."]
+        if pictures:
+            lines += self._pictures()
+        lines += ["", "## What was compared", "", "| | samples | reference |", "|---|---|---|"]
+        keys = [key for key in dict.fromkeys([*self.samples, *self.reference]) if key != "made_by"]
+        lines += [f"| {escape(k)} | {escape(self.samples.get(k))} | {escape(self.reference.get(k))} |" for k in keys]
+        for about, what in ((self.train, "Training images"), (self.held_out, "Held-out images")):
+            if about:
+                where = "those of the reference" if about == self.reference else escape(about["images"])
+                lines += ["", f"{what}: {_count(about['count'])}, {where}."]
+        lines += ["", "## How the samples were made", "", *_made_by(self.samples.get("made_by"))]
+        lines += ["", ", ".join(f"{escape(name)} {escape(version)}" for name, version in self.versions.items())]
+        return "\n".join(lines) + "\n"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return self.markdown(pictures=False)
+
+    def _pictures(self) -> list[str]:
+        shown = min(SHOWN_SAMPLES, self.samples["count"])
+        lines = ["", f"![samples]({GRID_FILE})", "", f"{shown} of the samples, selected at random."]
+        if self.shown.get("neighbours"):
+            lines += [
+                "", f"![nearest training images]({NEIGHBOURS_FILE})", "",
+                "Left: the samples that are nearest to a training image in the features. Right: the training images "
+                "nearest to each. Copies would be shown here.",
+            ]  # fmt: skip
+        if self.shown.get("distances"):
+            lines += ["", f"![distances to the training images]({DISTANCES_FILE})"]
+        return lines
+
+    def _table_of_metrics(self) -> list[str]:
+        columns = ["metric", f"{_count(self.samples['count'])} samples", ""]
+        if self.real:
+            columns.insert(2, f"{self.real.count:,} held-out real images")
+        lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for name, metric in self.metrics.items():
+            cells = [number(name, metric)]
+            if self.real:
+                real = self.real.metrics
+                cells.append(number(name, real[name]) if name in real else "")
+            lines.append(f"| {title(name)} | {' | '.join(cells)} | {EXPLAINED[name]} |")
+        for name, why in self.missing.items():
+            lines += ["", f"No {title(name)}: {escape(why)}."]
+        return lines
+
+    def save(self, folder: str | os.PathLike) -> str:
+        """Write report.json, report.md and the pictures, all or none. Returns the path of report.md."""
+        folder = os.fspath(folder)
+        files.make_dirs(folder)
+        contents = self.pictures.encode() if self.pictures else {}
+        contents[TEXT_FILE] = self.markdown().encode(errors="replace")
+        contents[JSON_FILE] = (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
+        files.write_together((files.join(folder, name), content) for name, content in contents.items())
+        for name in {NEIGHBOURS_FILE, DISTANCES_FILE} - contents.keys():  # of an earlier report
+            files.remove(files.join(folder, name))
+        return files.join(folder, TEXT_FILE)
+
+    @classmethod
+    def read(cls, path: str) -> Report:
+        """The report of a report.json, or of the folder with one. Raises UserError for a file that is not one."""
+        path = files.join(path, JSON_FILE) if files.is_dir(path) else path
+        if not files.exists(path):
+            raise UserError(
+                f"{path} does not exist: name a folder in which evaluate.py has written a report, or its report.json"
+            )
+        try:
+            report = cls.from_dict(json.loads(files.read_bytes(path)))
+            report.markdown()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{path} is not a report of evaluate.py, or damaged: write it again") from None
+        return report
+
+
+def _as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
+    return {name: metric.to_dict() for name, metric in metrics.items()}
+
+
+def _as_metrics(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: Metric(float(each["value"]), float(each["error"]) if "error" in each else None)
+        for name, each in content.items()
+        if name in METRICS
+    }
+
+
+def _made_by(made_by: Mapping[str, Any] | None) -> list[str]:
+    if not made_by:
+        return ["Not known: there is no samples.json beside them."]
+    rest = sorted(key for key in made_by if key not in MADE_BY)
+    keys = [key for key in (*MADE_BY, *rest) if key in made_by]
+    return ["| | |", "|---|---|", *(f"| {escape(key)} | {escape(made_by[key])} |" for key in keys)]
+
+
+def _count(count: Any) -> str:
+    return f"{int(count):,}"
+
+
+def _real_images(about: Mapping[str, Any]) -> str:
+    return f"{_count(about['count'])} real images" if "count" in about else "statistics of real images"
+
+
+def _name_of(about: Mapping[str, Any]) -> str:
+    return escape(about.get("name") or about["images"])
+
+
+def escape(value: Any) -> str:
+    """A value that came from a file, in one line and without markup of its own."""
+    if value is None:
+        return ""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return re.sub(r"([\\`*\[\]|!])", r"\\\1", html.escape(line, quote=False))
 
 
 def plot_distances(samples: np.ndarray, held_out: np.ndarray) -> Any:
@@ -178,97 +338,3 @@ def plot_distances(samples: np.ndarray, held_out: np.ndarray) -> Any:
     axes.set_ylabel("density")
     axes.legend()
     return figure
-
-
-# Several side by side
-
-
-def read(path: str) -> dict[str, Any]:
-    """A report.json, or that of the folder. Raises UserError for a file that is not one."""
-    path = files.join(path, JSON_FILE) if files.is_dir(path) else path
-    if not files.exists(path):
-        raise UserError(
-            f"{path} does not exist: name a folder in which evaluate.py has written a report, or its report.json"
-        )
-    try:
-        report = json.loads(files.read_bytes(path))
-        markdown(report)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a report of evaluate.py, or damaged: write it again") from None
-    return {**report, "folder": os.path.dirname(path) or "."}
-
-
-def comparison(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Reports side by side: metrics, and what differs in how they came about."""
-    lines = [line for warning in _incomparable(reports) for line in (f"Warning: {warning}.", "")]
-    lines += [f"| | {' | '.join(map(_cell, names))} |", "|---|" + "---|" * len(reports)]
-    for name in METRICS:
-        if any(name in report["metrics"] for report in reports):
-            cells = [number(name, report["metrics"][name]) if name in report["metrics"] else "" for report in reports]
-            lines.append(f"| {title(name)} | {' | '.join(cells)} |")
-    for key, row in _differences(reports):
-        shown = [value[:12] if key.endswith("sha256") and value else value for value in row]
-        lines.append(f"| {key} | {' | '.join(map(_cell, shown))} |")
-    return "\n".join(lines) + "\n"
-
-
-def _differences(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    tables: list[dict[str, Any]] = []
-    for report in reports:
-        table = dict(report["samples"].get("made_by") or {})
-        for part in ("samples", "reference", "train", "held_out"):
-            table |= {f"{part}: {key}": value for key, value in (report[part] or {}).items() if key != "made_by"}
-        tables.append(table)
-    keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [table.get(key) for table in tables]) for key in keys]
-    return [(key, row) for key, row in rows if any(value != row[0] for value in row)]
-
-
-def _incomparable(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What makes the numbers those of different measurements."""
-    found = []
-    for part, keys, what in (
-        ("samples", ("features_sha256",), "different features"),
-        ("samples", ("logits_sha256",), "inception scores of different classifiers"),
-        ("samples", ("feature_size",), "images resized differently for the features"),
-        ("samples", ("count",), "different numbers of samples, on which FID depends"),
-        ("samples", ("lossy_files",), "some lossily compressed files and some that are not"),
-        ("reference", ("pixels_sha256", "file_sha256"), "different references"),
-        ("train", ("pixels_sha256",), "copy scores of different training images"),
-        ("held_out", ("pixels_sha256",), "copy scores of different held-out images"),
-    ):
-        # Of images their own checksum, of statistics the file's.
-        values = [next(filter(None, map((report[part] or {}).get, keys)), None) for report in reports]
-        if any(value != values[0] for value in values):
-            found.append(f"the reports are of {what}: their numbers cannot be compared")
-    return found
-
-
-def write_comparison(out_dir: str, reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Write compare.md, and compare.png with the grids of samples side by side; returns the path of the text."""
-    files.make_dirs(out_dir)
-    path = files.join(out_dir, "compare.md")
-    text = comparison(reports, names)
-    grids = [files.join(report["folder"], GRID_FILE) for report in reports]
-    if all(map(files.exists, grids)):
-        arrays = [_read_grid(grid) for grid in grids]
-        channels = max(array.shape[2] for array in arrays)
-        height, width = (max(array.shape[axis] for array in arrays) for axis in (0, 1))
-        pages = np.full((len(arrays), height, width, channels), 255, np.uint8)
-        for page, array in zip(pages, arrays):
-            page[: array.shape[0], : array.shape[1]] = array
-        files.write_bytes(
-            files.join(out_dir, "compare.png"), images.encode_png(images.grid(pages, len(pages), border=8))
-        )
-        text += f"\n![samples, side by side](compare.png)\n\nFrom left to right: {', '.join(names)}.\n"
-    files.write_bytes(path, f"# Comparison\n\n{text}".encode(errors="replace"))
-    return path
-
-
-def _read_grid(path: str) -> np.ndarray:
-    try:
-        return images.decode_png(files.read_bytes(path))
-    except ValueError:
-        raise UserError(
-            f"{path} is damaged: remove it to compare without pictures, or write the report again"
-        ) from None

@@ -1,223 +1,272 @@
-"""The same model judged under many settings of the sampler: a report for each, a table and a plot of all."""
+"""A sweep: one model under several sampler settings, with a report for each, a table and a plot of all."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import distributed
 from ..checkpoints import checkpoint
-from ..config import UserError
+from ..checkpoints.loading import LoadedModel, load_model
+from ..config import SWEEP_OPTIONS, UserError
+from ..config.settings import Sweeping
 from ..logs import logger
-from ..sampling.pipeline import Drawing
-from ..sampling.request import samples_name
+from ..logs.run_folder import open_run, run_folder
+from ..sampling.pipeline import SamplingPipeline
+from ..sampling.request import describe_request, model_name
 from ..sampling.writer import check_request
-from ..training.run import run_folder, start_run
 from ..utils import files
 from ..utils.figures import new_figure, save_figure
 from . import report
-from .evaluator import Judge, implied_by, settle_for
+from .evaluator import Evaluator, Inputs, prepare_like_training
 from .metrics.scores import METRICS
+from .provenance import implied_by
+from .report import Metric, Report
 
-# The options that may have several values.
-AXES = (
-    "ema", "sampler", "steps", "guidance_scale", "classifier_scale", "ddim_eta", "churn", "dynamic_threshold", "seed",
-)  # fmt: skip
 TABLE_FILE, JSON_FILE, PLOT_FILE = "sweep.md", "sweep.json", "sweep.png"
 
 
-def run_sweep(options: argparse.Namespace) -> str:
-    """Judge every combination, but for those whose report is there already; returns the table's path. Collective.
+@dataclass(frozen=True)
+class Point:
+    """One combination of the swept options.
 
-    All combinations are checked before the first is drawn. :param options: with `cells`, as parse_command gives them.
+    :param chosen: the value of each swept option, as text.
+    :param settings: with these values.
+    :param given: the options that the user gave.
     """
-    if options.samples:
-        raise UserError(f"--samples {options.samples}: a sweep draws its samples itself: give --model_path")
-    if len(options.cells) < 2:
+
+    chosen: Mapping[str, str]
+    settings: Sweeping
+    given: frozenset[str]
+
+    @property
+    def folder(self) -> str:
+        """The folder of its samples and report, below that of the sweep."""
+        return "_".join(f"{name}{value}" for name, value in self.chosen.items())
+
+    @property
+    def label(self) -> str:
+        """What the log calls it."""
+        return ", ".join(f"{name} {value}" for name, value in self.chosen.items())
+
+    def load(self) -> LoadedModel[Sweeping]:
+        """Its model. Collective."""
+        path = distributed.from_rank0(find_checkpoint, self.settings.sample.model_path, self.settings.sweep.ema)
+        return load_model(self.settings, self.given, path)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    chosen: Mapping[str, str]
+    evaluations: int | None  # of the network, for each sample
+    folder: str
+    metrics: Mapping[str, Metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in sweep.json."""
+        return {**asdict(self), "metrics": {name: metric.to_dict() for name, metric in self.metrics.items()}}
+
+
+def run_sweep(points: Sequence[Point]) -> str:
+    """Evaluate every point, except those whose report exists already; returns the table's path. Collective.
+
+    All points are checked before the first samples are drawn.
+    """
+    settings = points[0].settings
+    if settings.evaluation.samples:
+        raise UserError(f"--samples {settings.evaluation.samples}: a sweep draws its samples: give --model_path")
+    if len(points) < 2:
         raise UserError(
-            "a sweep varies something: give several values, such as --steps 10,20, of one or more of "
-            f"--{', --'.join(AXES)}"
+            f"a sweep needs several values, such as --steps 10,20, of one or more of --{', --'.join(SWEEP_OPTIONS)}"
         )
-    run = samples_name(options, "ancestral", 0).rpartition("_0steps")[0]  # of the model that was named, not of --ema
     requests = []
-    for cell in options.cells:
-        cell.model_path = distributed.from_rank0(_checkpoint, cell)
-        drawing = _drawing(cell)
-        settle_for(options, drawing.options)
-        requests.append(drawing.request)
-    judge = Judge(options)
-    judge.expect_drawn()
-    name = f"{run}_sweep_seed{options.seed}"
-    distributed.from_rank0(_check_folders, run_folder(options, name), options.cells, requests)
-    judge.check_out_dir(run_folder(options, name))
-    out_dir = start_run(options, name)
-    judge.prepare()
-    rows: list[dict[str, Any]] = []
+    for point in points:
+        pipeline = SamplingPipeline(point.load())
+        features = prepare_like_training(pipeline.loaded.settings, pipeline.loaded.path, len(pipeline.numbers))
+        requests.append(describe_request(pipeline.loaded, pipeline.sampler))
+    inputs = Inputs.of(settings.evaluation, features)
+    inputs.check_model(settings.sample.model_path, len(pipeline.numbers))
+    name = f"{model_name(settings.sample.model_path)}_sweep_seed{settings.run.seed}"
+    folder = run_folder(settings.run, name)
+    distributed.from_rank0(_check_folders, folder, points, requests)
+    inputs.check_out_dir(folder)
+    out_dir = open_run(settings.run, name)
+    evaluator = inputs.prepare()
+    rows: list[Row] = []
     try:
-        path = _judge_all(judge, options.cells, out_dir, rows)
+        path = _evaluate_points(evaluator, points, out_dir, rows)
     except KeyboardInterrupt as error:
-        done = f"{len(rows)} of {len(options.cells)} settings are judged; the same command goes on"
+        done = f"{len(rows)} of {len(points)} settings are done; rerun the same command to continue"
         raise KeyboardInterrupt(f"{error}; {done}" if str(error) else done) from None
     logger.log(f"wrote {path}, and {JSON_FILE} and {PLOT_FILE} beside it")
     return path
 
 
-def _judge_all(judge: Judge, cells: Sequence[argparse.Namespace], out_dir: str, rows: list[dict[str, Any]]) -> str:
-    """Fill the table; returns its path. Collective. :param rows: takes a row for each cell as it is done."""
+def _evaluate_points(evaluator: Evaluator, points: Sequence[Point], out_dir: str, rows: list[Row]) -> str:
+    """Fill the table; returns its path. Collective. :param rows: gets a row for each point as it is done."""
     path = ""
-    for number, cell in enumerate(cells):
-        folder = _folder(cell)
-        logger.log(f"{number + 1} of {len(cells)}: {', '.join(f'{k} {v}' for k, v in cell.chosen.items())}")
-        drawing = _drawing(cell)
-        result, is_new = _judged(judge, drawing, os.path.join(out_dir, folder))
-        evaluations = implied_by(drawing.request).get("evaluations")
-        rows.append({"chosen": cell.chosen, "evaluations": evaluations, "folder": folder, "metrics": result["metrics"]})
-        if is_new or cell is cells[-1]:  # in between too: a sweep that is cut off has shown something
-            path = distributed.from_rank0(write_table, out_dir, rows, result)
+    for number, point in enumerate(points, 1):
+        logger.log(f"{number} of {len(points)}: {point.label}")
+        pipeline = SamplingPipeline(point.load())
+        found, is_new = _evaluate_point(evaluator, pipeline, os.path.join(out_dir, point.folder))
+        evaluations = implied_by(describe_request(pipeline.loaded, pipeline.sampler)).get("evaluations")
+        rows.append(Row(dict(point.chosen), evaluations, point.folder, found.metrics))
+        if is_new or number == len(points):  # an interrupted sweep leaves a table too
+            path = distributed.from_rank0(write_table, out_dir, rows, found)
     return path
 
 
-def _drawing(cell: argparse.Namespace) -> Drawing:
-    return Drawing(copy.copy(cell))  # which settles options that were left open
+def _evaluate_point(evaluator: Evaluator, pipeline: SamplingPipeline, folder: str) -> tuple[Report, bool]:
+    """(the report in the folder, whether it is new). A report of the same samples, reference and network is kept."""
+    asked = {
+        "samples": describe_request(pipeline.loaded, pipeline.sampler),
+        "num_samples": len(pipeline.numbers),
+        **evaluator.describe(),
+    }
+    asked = distributed.from_rank0(lambda: json.loads(json.dumps(asked)))
+    before = distributed.from_rank0(_read_report, folder)
+    if before is not None and before.asked == asked:
+        logger.log(f"{folder} has the report already")
+        return before, False
+    samples = evaluator.inputs.open_samples(pipeline.write(folder))
+    return evaluator.evaluate(samples, folder, asked), True
 
 
-def _check_folders(out_dir: str, cells: Sequence[argparse.Namespace], requests: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UserError where the folder holds a sweep of other options, or samples that are not these."""
-    path, axes = files.join(out_dir, JSON_FILE), list(cells[0].chosen)
+def _read_report(folder: str) -> Report | None:
+    if not files.exists(files.join(folder, report.JSON_FILE)):
+        return None
+    try:
+        return Report.read(folder)
+    except UserError:
+        return None  # damaged: it is written again
+
+
+def _check_folders(out_dir: str, points: Sequence[Point], requests: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UserError where the folder holds a sweep of other options, or samples of other requests."""
+    path, axes = files.join(out_dir, JSON_FILE), list(points[0].chosen)
     if files.exists(path):
         try:
             before = list(json.loads(files.read_bytes(path))[0]["chosen"])
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise UserError(f"{path} is damaged: remove it, or choose another --out_dir") from None
         if before != axes:
             raise UserError(
                 f"{out_dir} holds a sweep of --{', --'.join(before)}, not of --{', --'.join(axes)}: choose another "
                 "--out_dir"
             )
-    for cell, request in zip(cells, requests):
-        folder = files.join(out_dir, _folder(cell))
+    for point, request in zip(points, requests):
+        folder = files.join(out_dir, point.folder)
         if files.exists(folder) and not files.is_dir(folder):
-            raise UserError(f"{folder} is in the way of a setting's samples: remove it, or choose another --out_dir")
+            raise UserError(f"{folder} must be a folder, for samples: remove the file, or choose another --out_dir")
         check_request(folder, request)
 
 
-def _folder(cell: argparse.Namespace) -> str:
-    return "_".join(f"{name}{value}" for name, value in cell.chosen.items())
+def find_checkpoint(model_path: str, ema: str) -> str:
+    """The checkpoint of an EMA rate, of the step of a model and in its folder; the model itself for "" and none.
 
-
-def _checkpoint(cell: argparse.Namespace) -> str:
-    """The checkpoint of --ema, of the step of --model_path and beside it."""
-    if cell.ema in ("", "none"):
-        return cell.model_path
-    folder, name = os.path.split(cell.model_path)
+    Raises UserError where there is none, with the rates that there are.
+    """
+    if ema in ("", "none"):
+        return model_path
+    folder, name = os.path.split(model_path)
     number = re.search(r"(\d+)\.pt$", name)
-    if not cell.model_path or not number:
-        raise UserError(
-            f"--ema {cell.ema} needs a --model_path such as runs/NAME/model010000.pt, beside which averages lie"
-        )
-    path = files.join(folder or ".", checkpoint.ema_name(cell.ema, int(number.group(1))))
+    if not number:
+        raise UserError(f"--ema {ema} needs a --model_path such as runs/NAME/model010000.pt, in the folder of its EMAs")
+    path = files.join(folder or ".", checkpoint.ema_name(ema, int(number.group(1))))
     if not files.exists(path):
         there = [n for n in files.list_dir(folder or ".") if n.startswith("ema_") and n.endswith(number.group(0))]
-        raise UserError(f"--ema {cell.ema}: {path} does not exist; of that step there are {', '.join(there) or 'none'}")
+        raise UserError(f"--ema {ema}: {path} does not exist; that step has {', '.join(there) or 'no EMA'}")
     return path
 
 
-def _judged(judge: Judge, drawing: Drawing, folder: str) -> tuple[dict[str, Any], bool]:
-    """The report in the folder, made where there is none of the same samples, reference and network; whether it was."""
-    sets = {name: found.about for name in ("reference", "train", "held_out") if (found := getattr(judge, name))}
-    asked = {"samples": drawing.request, "num_samples": drawing.options.num_samples, **sets, **judge.network.describe()}
-    asked = distributed.from_rank0(lambda: json.loads(json.dumps(asked)))
-    before = distributed.from_rank0(_read_report, folder)
-    if before is not None and before.get("asked") == asked:
-        logger.log(f"the report in {folder} is there already")
-        return before, False
-    return judge.judge(judge.open_samples(drawing.write(folder)), folder, asked), True
-
-
-def _read_report(folder: str) -> dict[str, Any] | None:
-    if not files.exists(files.join(folder, report.JSON_FILE)):
-        return None
-    try:
-        return report.read(folder)
-    except UserError:
-        return None  # damaged: it is made again
-
-
-def write_table(out_dir: str, rows: Sequence[Mapping[str, Any]], last: Mapping[str, Any]) -> str:
+def write_table(out_dir: str, rows: Sequence[Row], last: Report) -> str:
     """Write sweep.md, sweep.json and sweep.png; returns the path of the first. :param last: one of the reports."""
-    axes = list(rows[0]["chosen"])
-    names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
-    head = [*axes, "evaluations", *map(report.title, names)]
-    samples, reference = last["samples"], last["reference"]
+    save_figure(files.join(out_dir, PLOT_FILE), figure_of(rows))
+    content = json.dumps([row.to_dict() for row in rows], indent=1) + "\n"
+    files.write_bytes(files.join(out_dir, JSON_FILE), content.encode())
+    path = files.join(out_dir, TABLE_FILE)
+    files.write_bytes(path, table(rows, last).encode(errors="replace"))
+    return path
+
+
+def table(rows: Sequence[Row], last: Report) -> str:
+    """The text of sweep.md. :param last: one of the reports."""
+    names = _metrics_of(rows)
+    head = [*rows[0].chosen, "evaluations", *map(report.title, names)]
+    model = (last.samples["made_by"] or {}).get("model_path")
+    reference = last.reference.get("name") or last.reference["images"]
     lines = [
         "# Sweep", "",
-        f"{samples['count']:,} samples a row, of {(samples['made_by'] or {}).get('model_path')} or its averages,",
-        f"against {reference.get('name') or reference['images']}, by the features {samples['features']}.",
+        f"{last.samples['count']:,} samples a row, from {report.escape(model)} or an EMA of it,",
+        f"against {report.escape(reference)}, in the features {report.escape(last.samples['features'])}.",
     ]  # fmt: skip
-    for warning in last["warnings"]:
-        lines += ["", f"**Warning:** {warning}."]
+    for warning in last.warnings:
+        lines += ["", f"**Warning:** {report.escape(warning)}."]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [report.number(name, row["metrics"][name]) if name in row["metrics"] else "" for name in names]
-        lines.append(f"| {' | '.join([*row['chosen'].values(), str(row['evaluations'] or ''), *cells])} |")
+        cells = [report.number(name, row.metrics[name]) if name in row.metrics else "" for name in names]
+        chosen = map(report.escape, row.chosen.values())
+        lines.append(f"| {' | '.join([*chosen, str(row.evaluations or ''), *cells])} |")
     lines += [
-        "",
-        f"![the metrics against what varies]({PLOT_FILE})",
-        "",
-        "Each row's report lies in a folder of its own:",
-        "",
-    ]
-    lines += [f"- [{row['folder']}]({row['folder']}/{report.TEXT_FILE})" for row in rows]
-    save_figure(files.join(out_dir, PLOT_FILE), figure_of(rows))
-    files.write_bytes(files.join(out_dir, JSON_FILE), (json.dumps(list(rows), indent=1) + "\n").encode())
-    path = files.join(out_dir, TABLE_FILE)
-    files.write_bytes(path, ("\n".join(lines) + "\n").encode(errors="replace"))
-    return path
+        "", f"![the metrics against the swept options]({PLOT_FILE})", "",
+        "The report of each row is in its folder:", "",
+    ]  # fmt: skip
+    lines += [f"- [{row.folder}]({row.folder}/{report.TEXT_FILE})" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
-def figure_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A panel for each metric, against the option with the most values, a line for each combination of the others."""
-    values = {axis: list(dict.fromkeys(row["chosen"][axis] for row in rows)) for axis in rows[0]["chosen"]}
+def figure_of(rows: Sequence[Row]) -> Any:
+    """A panel for each metric against the option with the most values, with a line for each value of the others."""
+    values = {axis: list(dict.fromkeys(row.chosen[axis] for row in rows)) for axis in rows[0].chosen}
     x_axis = max(values, key=lambda axis: (axis == "steps" and len(values[axis]) > 1, len(values[axis])))
-    names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+    names = _metrics_of(rows)
     across = min(3, len(names))
     figure = new_figure((4.6 * across, 3.4 * -(-len(names) // across)))
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+    lines: dict[str, list[Row]] = {}
     for row in rows:
-        varied = {axis: value for axis, value in row["chosen"].items() if axis != x_axis and len(values[axis]) > 1}
+        varied = {axis: value for axis, value in row.chosen.items() if axis != x_axis and len(values[axis]) > 1}
         label = ", ".join(f"{axis} {value}" for axis, value in varied.items())
         lines.setdefault(label, []).append(row)
     for i, name in enumerate(names):
         axes = figure.add_subplot(-(-len(names) // across), across, i + 1)
-        factor = report.factor(name)
-        for (label, line), marker in zip(lines.items(), "ovs^D<>PX*" * len(lines)):
-            there = [row for row in line if name in row["metrics"]]
-            points = [(_position(row, x_axis, values[x_axis]), row["metrics"][name]) for row in there]
-            points.sort(key=lambda point: point[0])
-            x, y = [point[0] for point in points], [factor * point[1]["value"] for point in points]
-            error = [factor * point[1].get("error", 0) for point in points]
-            axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=label)
-        axes.set_title(f"{report.title(name)}: {report.direction(name)}", fontsize=10)
-        axes.set_xlabel("evaluations of the network, guided or not" if x_axis == "steps" else x_axis)
-        if not _is_numeric(values[x_axis]):
-            axes.set_xticks(range(len(values[x_axis])), values[x_axis], rotation=30)
-        axes.grid(alpha=0.3)
+        _draw_panel(axes, name, lines, x_axis, values[x_axis])
         if i == 0 and len(lines) > 1:
             axes.legend(fontsize=8)
     return figure
+
+
+def _draw_panel(axes: Any, name: str, lines: Mapping[str, Sequence[Row]], x_axis: str, values: Sequence[str]) -> None:
+    """One metric: a line for each of `lines`, against the values of `x_axis`."""
+    for (label, line), marker in zip(lines.items(), "ovs^D<>PX*" * len(lines)):
+        there = [row for row in line if name in row.metrics]
+        scaled = [(_position(row, x_axis, values), row.metrics[name].scaled(report.factor(name))) for row in there]
+        scaled.sort(key=lambda point: point[0])
+        x, y = [position for position, _ in scaled], [metric.value for _, metric in scaled]
+        error = [metric.error or 0 for _, metric in scaled]
+        axes.errorbar(x, y, error, marker=marker, markersize=4, linewidth=1, capsize=2, label=label)
+    axes.set_title(f"{report.title(name)}: {report.direction(name)}", fontsize=10)
+    axes.set_xlabel("evaluations of the network" if x_axis == "steps" else x_axis)
+    if not _is_numeric(values):
+        axes.set_xticks(range(len(values)), values, rotation=30)
+    axes.grid(alpha=0.3)
+
+
+def _metrics_of(rows: Sequence[Row]) -> list[str]:
+    return [name for name in METRICS if any(name in row.metrics for row in rows)]
 
 
 def _is_numeric(values: Sequence[str]) -> bool:
     return all(re.fullmatch(r"\d+(\.\d+)?", value) for value in values)
 
 
-def _position(row: Mapping[str, Any], axis: str, values: Sequence[str]) -> float:
-    if axis == "steps":
-        return row["evaluations"]
-    value = row["chosen"][axis]
+def _position(row: Row, axis: str, values: Sequence[str]) -> float:
+    if axis == "steps" and row.evaluations is not None:
+        return row.evaluations
+    value = row.chosen[axis]
     return float(value) if _is_numeric(values) else values.index(value)

@@ -24,13 +24,13 @@ def slerp(a: th.Tensor, b: th.Tensor, weight: float) -> th.Tensor:
 
 # Which scheme turns (seed, number of the image) into an image. Samples made by another one do not mix with ours.
 SEED_SCHEME = "SeedSequence(seed, (stream, number))"
-_STREAMS = {"noise": 0, "label": 1}
+_STREAMS = {"noise": 0, "label": 1, "timesteps": 2}
 
 
 def image_generator(seed: int, number: int, stream: str) -> np.random.Generator:
     """The random numbers of image `number` of a seed. No two (seed, number, stream) share any.
 
-    :param stream: noise, or label, so that a class that is given leaves the noise as it is.
+    :param stream: noise, label or timesteps: independent, so that a given class does not change the noise.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_STREAMS[stream], number)))
 

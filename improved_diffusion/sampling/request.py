@@ -29,10 +29,16 @@ def describe_request(loaded: LoadedModel, sampler: Sampler) -> dict[str, Any]:
     return {"seed_scheme": SEED_SCHEME, **model, **sampler.request(), **request}
 
 
+def model_name(path: str) -> str:
+    """What a checkpoint is called in the names of folders: RUN_FILE."""
+    path = os.path.abspath(path)
+    return f"{os.path.basename(os.path.dirname(path))}_{os.path.splitext(os.path.basename(path))[0]}"
+
+
 def samples_name(loaded: LoadedModel, sampler: str, steps: int) -> str:
     """The default folder of a checkpoint's samples."""
-    path, values = os.path.abspath(loaded.path), loaded.settings.values()
-    run, stem = os.path.basename(os.path.dirname(path)), os.path.splitext(os.path.basename(path))[0]
+    values = loaded.settings.values()
     rule = "" if sampler == "ancestral" else sampler
     scale = values.get("guidance_scale", 1)
-    return f"{run}_{stem}_{steps}{rule}steps{'' if scale == 1 else f'_scale{scale:g}'}_seed{values['seed']}"
+    guided = "" if scale == 1 else f"_scale{scale:g}"
+    return f"{model_name(loaded.path)}_{steps}{rule}steps{guided}_seed{values['seed']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -16,6 +17,7 @@ from .. import distributed
 from ..config import UserError
 from ..data.low_res import pairs
 from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files, images
 from .labels import Labels
 
@@ -98,11 +100,12 @@ def write_samples(
     :param beside: an image [h, w, C] to show beside sample i in the grid.
     """
     missing = distributed.from_rank0(_prepare, out_dir, numbers, dict(request))
+    _check_shared(out_dir)
     png_dir = files.join(out_dir, PNG_DIR)
     done = len(numbers) - len(missing)
     if done:
         logger.log(f"{done} of {len(numbers)} samples are in {png_dir} already")
-    bar = logger.Progress("sampling", len(numbers), "image", initial=done)
+    bar = Progress("sampling", len(numbers), "image", initial=done)
     try:
         with closing(bar):
             _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
@@ -111,8 +114,8 @@ def write_samples(
         raise KeyboardInterrupt(_saved(bar, png_dir)) from None
 
 
-def _saved(bar: logger.Progress, png_dir: str) -> str:
-    return f"{bar.done} of {bar.total} samples are in {png_dir}; the same command goes on"
+def _saved(bar: Progress, png_dir: str) -> str:
+    return f"{bar.done} of {bar.total} samples are in {png_dir}; rerun the same command to continue"
 
 
 def _draw_missing(
@@ -121,24 +124,52 @@ def _draw_missing(
     batch_size: int,
     png_dir: str,
     labels: Labels | None,
-    bar: logger.Progress,
+    bar: Progress,
 ) -> None:
-    """Draw the missing samples, a batch on each rank at a time; rank 0 writes them. Collective."""
+    """Draw and write the missing samples, a batch on each rank at a time. Collective.
+
+    An error of any rank is the same UserError on all.
+    """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for start in range(0, len(missing), batch_size * world_size):
         chunk = missing[start : start + batch_size * world_size]
         mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        parts = distributed.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
-        if rank:
-            bar.update(len(chunk))
-            continue
-        for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
-            name = images.sample_name(i, labels.name(i) if labels else None)
-            try:
-                files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
-            except UserError as error:
-                raise UserError(f"{error}. {_saved(bar, png_dir)}") from None
-            bar.update(1)
+        outcomes = distributed.all_gather_object(_draw_and_write(draw, mine, png_dir, labels))
+        bar.update(sum(written for written, _ in outcomes))
+        for _, problem in outcomes:
+            if problem is not None:
+                raise UserError(f"{problem}. {_saved(bar, png_dir)}")
+
+
+def _draw_and_write(
+    draw: Callable[[list[int]], np.ndarray], numbers: list[int], png_dir: str, labels: Labels | None
+) -> tuple[int, str | None]:
+    """Draw samples and write their PNGs. Returns how many were written, and what went wrong, if something did."""
+    written = 0
+    try:
+        for i, array in zip(numbers, draw(numbers) if numbers else ()):
+            path = files.join(png_dir, _file_name(i, labels))
+            files.write_bytes(path, images.encode_png(array), durable=False)
+            written += 1
+    except UserError as error:
+        return written, str(error)
+    return written, None
+
+
+def _file_name(i: int, labels: Labels | None) -> str:
+    return images.sample_name(i, labels.name(i) if labels else None)
+
+
+def _check_shared(out_dir: str) -> None:
+    """Raise UserError unless all ranks see the folder that rank 0 has prepared. Collective.
+
+    Each rank writes its own images there. Hosts that share no folder could send theirs to rank 0 instead, but that
+    would be a second way to do the same, and rank 0 would then encode all images.
+    """
+    rows = distributed.all_gather_object((socket.gethostname(), files.exists(files.join(out_dir, REQUEST_FILE))))
+    for rank, (host, sees) in enumerate(rows):
+        if not sees:
+            raise UserError(f"rank {rank} on {host} does not see {out_dir}: give an --out_dir that all hosts share")
 
 
 def _existing(png_dir: str) -> dict[int, str]:
@@ -223,7 +254,13 @@ def _finish(
 ) -> str:
     png_dir = files.join(out_dir, PNG_DIR)
     existing = _existing(png_dir)
-    names = [existing[i] for i in numbers]
+    names = [existing.get(i) or _file_name(i, labels) for i in numbers]
+    for i, name in zip(numbers, names):
+        if i not in existing and not files.exists(files.join(png_dir, name)):
+            raise UserError(
+                f"{files.join(png_dir, name)}, written by another rank, is not on rank 0's host "
+                f"{socket.gethostname()}: give an --out_dir that all hosts share"
+            )
     shown = np.stack(list(_read_samples(png_dir, names[:SHOWN])))
     shape = (len(numbers), *shown.shape[1:])
     label_array = [np.array([labels.index(i) for i in numbers], np.int64)] if labels else []

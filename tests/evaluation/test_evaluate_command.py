@@ -10,9 +10,9 @@ from feature_helpers import write_script
 from script_helpers import TINY_IMAGE, call, contents, pixels, run, write_images
 
 from improved_diffusion import config
-from improved_diffusion.evaluation.evaluator import Judge
+from improved_diffusion.evaluation.evaluator import Evaluator
 from improved_diffusion.evaluation.metrics.scores import METRICS
-from improved_diffusion.sampling.pipeline import Drawing
+from improved_diffusion.sampling.pipeline import SamplingPipeline
 from improved_diffusion.utils import files
 
 PICTURES = {"report_samples.png", "report_neighbours.png", "report_distances.png"}
@@ -34,7 +34,7 @@ class Place:
         call("image_train", *TINY_IMAGE, *args, "--out_dir", self.run, cwd=folder).succeed()
         self.model = self.run / "model000000.pt"
         self.ema = self.run / "ema_0.9999_000000.pt"
-        self.judging = ["--reference", self.real, "--features", self.features]
+        self.real_images = ["--reference", self.real, "--features", self.features]
         plain = write_script(folder / "plain.pt")
         self.drawing = ["--num_samples", 40, "--batch_size", 40, "--reference", self.large, "--features", plain]
 
@@ -48,9 +48,9 @@ def read(folder):
     return json.loads((folder / "report.json").read_text())
 
 
-def judged(place, tmp_path, *args, name="report"):
+def evaluated(place, tmp_path, *args, name="report"):
     """The report on the samples, in a folder of its own."""
-    flags = ["--samples", place.samples, *place.judging, *args, "--out_dir", tmp_path / name]
+    flags = ["--samples", place.samples, *place.real_images, *args, "--out_dir", tmp_path / name]
     call("evaluate", *flags, cwd=tmp_path).succeed()
     return read(tmp_path / name)
 
@@ -71,7 +71,7 @@ def packed(folder, path):
 
 def test_a_report_lies_beside_the_samples(place, tmp_path):
     shutil.copytree(place.samples, tmp_path / "fakes")
-    args = ["--samples", "fakes", *place.judging, "--held_out", place.held_out]
+    args = ["--samples", "fakes", *place.real_images, "--held_out", place.held_out]
     result = call("evaluate", *args, cwd=tmp_path).succeed()
     out = tmp_path / "fakes_report"
     assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "log.txt", *PICTURES}
@@ -80,16 +80,16 @@ def test_a_report_lies_beside_the_samples(place, tmp_path):
     assert list(report["metrics"]) == list(METRICS) and report["missing"] == {}
     assert report["samples"]["count"] == 50 and report["reference"]["count"] == report["train"]["count"] == 60
     text = (out / "report.md").read_text()
-    assert "50 samples" in text and "Not known: no samples.json lies beside them." in text
+    assert "50 samples" in text and "Not known: there is no samples.json beside them." in text
     for name in PICTURES:
         assert f"]({name})" in text and pixels(out / name).ndim == 3
 
 
 def test_what_is_not_given_is_not_measured_and_said(place, tmp_path):
-    report = judged(place, tmp_path)
+    report = evaluated(place, tmp_path)
     assert set(report["metrics"]) == set(METRICS) - {"copies"}
     assert report["missing"] == {
-        "copies": "no images that were not trained on, to compare the distances with: give --held_out"
+        "copies": "there are no held-out images to compare the distances with: give --held_out"
     }
     assert not (tmp_path / "report/report_distances.png").exists()
     plain = ["--features", place.folder / "plain.pt", "--out_dir", "plain"]
@@ -102,14 +102,14 @@ def test_what_is_not_given_is_not_measured_and_said(place, tmp_path):
 
 
 def test_a_second_run_writes_the_same_bytes(place, tmp_path):
-    judged(place, tmp_path, "--held_out", place.held_out)
+    evaluated(place, tmp_path, "--held_out", place.held_out)
     before = contents(tmp_path / "report")
-    judged(place, tmp_path, "--held_out", place.held_out)
+    evaluated(place, tmp_path, "--held_out", place.held_out)
     assert contents(tmp_path / "report") == before
 
 
 def test_two_ranks_write_the_bytes_of_one(place, tmp_path):
-    args = ["--samples", place.samples, *place.judging, "--held_out", place.held_out, "--feature_batch", 7]
+    args = ["--samples", place.samples, *place.real_images, "--held_out", place.held_out, "--feature_batch", 7]
     call("evaluate", *args, "--out_dir", "one", cwd=tmp_path).succeed()
     run("mpiexec", 2, "evaluate", *args, "--out_dir", "two", cwd=tmp_path).succeed()
     two = contents(tmp_path / "two")
@@ -117,7 +117,7 @@ def test_two_ranks_write_the_bytes_of_one(place, tmp_path):
 
 
 def test_a_set_is_like_itself(place, tmp_path):
-    args = ["--samples", place.real, *place.judging, "--out_dir", "out"]
+    args = ["--samples", place.real, *place.real_images, "--out_dir", "out"]
     call("evaluate", *args, cwd=tmp_path).succeed()
     metrics = read(tmp_path / "out")["metrics"]
     assert metrics["fid"]["value"] == pytest.approx(0, abs=1e-6) and metrics["kid"]["value"] < 0
@@ -132,19 +132,19 @@ def test_samples_and_references_have_three_forms(form, place, tmp_path):
         samples, real = zipped(place.samples), zipped(place.real)
     flags = ["--samples", samples, "--reference", real, "--features", place.features, "--out_dir", "out"]
     call("evaluate", "score", *flags, cwd=tmp_path).succeed()
-    report, expected = read(tmp_path / "out"), judged(place, tmp_path)
+    report, expected = read(tmp_path / "out"), evaluated(place, tmp_path)
     assert report["metrics"] == expected["metrics"]
     assert report["samples"]["pixels_sha256"] == expected["samples"]["pixels_sha256"]
 
 
-def test_as_many_samples_as_asked_are_judged(place, tmp_path):
-    report = judged(place, tmp_path, "--num_samples", 41)
+def test_as_many_samples_as_asked_are_evaluated(place, tmp_path):
+    report = evaluated(place, tmp_path, "--num_samples", 41)
     assert report["samples"]["count"] == 41
 
 
-def test_grey_images_can_be_taken_for_coloured_ones(place, tmp_path):
+def test_grey_images_can_be_treated_as_rgb(place, tmp_path):
     grey = write_images(tmp_path / "grey", 50, size=(8, 8), channels=1)
-    args = ["--samples", grey, *place.judging, "--colour", "True", "--out_dir", "out"]
+    args = ["--samples", grey, *place.real_images, "--colour", "True", "--out_dir", "out"]
     call("evaluate", *args, cwd=tmp_path).succeed()
     assert read(tmp_path / "out")["samples"]["channels"] == 3
 
@@ -161,7 +161,7 @@ def test_images_of_another_size_are_resized(place, tmp_path):
 def test_how_samples_were_made_is_reported(place, tmp_path):
     args = ["--model_path", place.ema, "--num_samples", 40, "--batch_size", 40, "--sampler", "heun", "--steps", 2]
     call("image_sample", *args, "--out_dir", "drawn", cwd=tmp_path).succeed()
-    call("evaluate", "--samples", "drawn/samples", *place.judging, cwd=tmp_path).succeed()
+    call("evaluate", "--samples", "drawn/samples", *place.real_images, cwd=tmp_path).succeed()
     made_by = read(tmp_path / "drawn/samples_report")["samples"]["made_by"]
     assert made_by["average"] == "0.9999" and made_by["evaluations"] == 3 and made_by["sampler"] == "heun"
     text = (tmp_path / "drawn/samples_report/report.md").read_text()
@@ -172,14 +172,14 @@ def test_how_samples_were_made_is_reported(place, tmp_path):
 
 
 def test_copies_are_found(place, tmp_path):
-    args = ["--samples", place.real, *place.judging, "--train_dir", place.real, "--held_out", place.held_out]
+    args = ["--samples", place.real, *place.real_images, "--train_dir", place.real, "--held_out", place.held_out]
     call("evaluate", *args, "--out_dir", "out", cwd=tmp_path).succeed()
     report = read(tmp_path / "out")
     assert report["metrics"]["copies"]["value"] == 1
     assert report["real"]["metrics"]["fid"]["value"] > 10 * report["metrics"]["fid"]["value"]
     assert " held-out real images |" in (tmp_path / "out/report.md").read_text()
     # What real images get is what they would get as samples.
-    args = ["--samples", place.held_out, *place.judging, "--out_dir", "held_out"]
+    args = ["--samples", place.held_out, *place.real_images, "--out_dir", "held_out"]
     call("evaluate", *args, cwd=tmp_path).succeed()
     assert read(tmp_path / "held_out")["metrics"] == report["real"]["metrics"]
 
@@ -188,7 +188,7 @@ def test_copies_are_shown_beside_what_they_copy(place, tmp_path):
     mixed = shutil.copytree(place.samples, tmp_path / "mixed")
     for i, path in enumerate(sorted(place.real.iterdir())[20:32]):
         shutil.copy(path, mixed / f"{'az'[i % 2]}_copy_{path.name}")  # first and last of the samples
-    args = ["--samples", mixed, *place.judging, "--held_out", place.held_out, "--out_dir", "out"]
+    args = ["--samples", mixed, *place.real_images, "--held_out", place.held_out, "--out_dir", "out"]
     call("evaluate", *args, cwd=tmp_path).succeed()
     copies = read(tmp_path / "out")["metrics"]["copies"]
     assert copies["value"] == pytest.approx(0.5 + 0.5 * 12 / 62, abs=3 * copies["error"])
@@ -201,7 +201,7 @@ def test_copies_are_shown_beside_what_they_copy(place, tmp_path):
 
 
 def test_samples_like_held_out_images_are_no_copies(place, tmp_path):
-    report = judged(place, tmp_path, "--held_out", place.held_out)
+    report = evaluated(place, tmp_path, "--held_out", place.held_out)
     copies = report["metrics"]["copies"]
     assert abs(copies["value"] - 0.5) < 3 * copies["error"] and 0 < copies["error"] < 0.1
 
@@ -218,25 +218,25 @@ def test_the_reference_may_be_what_was_held_out(place, tmp_path):
 
 def test_a_model_draws_what_image_sample_draws_and_its_reference_is_prepared_alike(place, tmp_path):
     drawing = ["--model_path", place.model, "--num_samples", 40, "--batch_size", 40, "--steps", 2, "--seed", 3]
-    judging = ["--reference", place.large, "--features", place.features]
-    call("evaluate", *drawing, *judging, "--out_dir", "judged", cwd=tmp_path).succeed()
+    real_images = ["--reference", place.large, "--features", place.features]
+    call("evaluate", *drawing, *real_images, "--out_dir", "evaluated", cwd=tmp_path).succeed()
     call("image_sample", *drawing, "--out_dir", "drawn", cwd=tmp_path).succeed()
-    drawn, there = contents(tmp_path / "drawn"), contents(tmp_path / "judged")
+    drawn, there = contents(tmp_path / "drawn"), contents(tmp_path / "evaluated")
     drawn.pop(".samples.lock", None)
     assert len(drawn) == 43 and {name: there.get(name) for name in drawn} == drawn
-    report = read(tmp_path / "judged")
+    report = read(tmp_path / "evaluated")
     assert report["samples"]["made_by"]["average"] == "none: the model itself"
     assert report["samples"]["made_by"]["evaluations"] == 2
     # The real images, of 20x20, as training saw them.
-    call("evaluate", "--samples", "judged/samples", *judging, "--resize", 8, "--out_dir", "given", cwd=tmp_path)
+    call("evaluate", "--samples", "evaluated/samples", *real_images, "--resize", 8, "--out_dir", "given", cwd=tmp_path)
     assert read(tmp_path / "given")["reference"] == report["reference"]
     assert read(tmp_path / "given")["metrics"] == report["metrics"]
     # A second run draws nothing again.
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "judged/samples").iterdir()}
-    again = call("evaluate", *drawing, *judging, "--out_dir", "judged", cwd=tmp_path).succeed()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()}
+    again = call("evaluate", *drawing, *real_images, "--out_dir", "evaluated", cwd=tmp_path).succeed()
     assert f"40 of 40 samples are in {tmp_path / 'judged/samples'} already" in again.out
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "judged/samples").iterdir()} == times
-    assert contents(tmp_path / "judged") == there
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()} == times
+    assert contents(tmp_path / "evaluated") == there
 
 
 def test_samples_go_into_a_folder_of_their_settings_unless_told(place, tmp_path):
@@ -254,7 +254,7 @@ def test_a_written_reference_stands_for_its_images(place, tmp_path):
     assert "wrote new/ref.npz: Noise, 60 images of 8x8" in result.out
     args = ["--samples", place.samples, "--reference", "new/ref.npz", "--features", place.features]
     call("evaluate", *args, "--out_dir", "out", cwd=tmp_path).succeed()
-    report, expected = read(tmp_path / "out"), judged(place, tmp_path)
+    report, expected = read(tmp_path / "out"), evaluated(place, tmp_path)
     of_file = {
         "name": "Noise",
         "file": str(tmp_path / "new/ref.npz"),
@@ -265,11 +265,11 @@ def test_a_written_reference_stands_for_its_images(place, tmp_path):
     for name, metric in expected["metrics"].items():
         assert report["metrics"][name] == pytest.approx(metric, rel=1e-9)
     assert "against 60 real images, Noise." in (tmp_path / "out/report.md").read_text()
-    assert report["missing"]["copies"].startswith("no training images")
+    assert report["missing"]["copies"].startswith("there are no training images")
     # With images besides, copies can be looked for.
     args += ["--train_dir", place.real, "--held_out", place.held_out, "--out_dir", "out"]
     call("evaluate", *args, cwd=tmp_path).succeed()
-    both = judged(place, tmp_path, "--held_out", place.held_out)
+    both = evaluated(place, tmp_path, "--held_out", place.held_out)
     assert read(tmp_path / "out")["metrics"]["copies"] == both["metrics"]["copies"]
 
 
@@ -282,7 +282,7 @@ def test_statistics_with_some_images_give_every_metric(place, tmp_path):
         np.savez(tmp_path / "both.npz", mu=arrays["mu"], sigma=arrays["sigma"], arr_0=np.stack(real))
     args = ["--samples", place.samples, "--reference", "both.npz", "--features", place.features, "--out_dir", "out"]
     result = call("evaluate", *args, cwd=tmp_path).succeed()
-    found, of_images = read(tmp_path / "out")["metrics"], judged(place, tmp_path)["metrics"]
+    found, of_images = read(tmp_path / "out")["metrics"], evaluated(place, tmp_path)["metrics"]
     args[3] = place.held_out
     call("evaluate", *args, cwd=tmp_path).succeed()
     of_statistics = read(tmp_path / "out")["metrics"]
@@ -300,7 +300,7 @@ def test_published_statistics_give_a_fid_and_a_warning(place, tmp_path):
     args = ["--samples", place.samples, "--reference", "published.npz", "--features", place.features]
     result = call("evaluate", *args, "--out_dir", "out", cwd=tmp_path).succeed()
     report = read(tmp_path / "out")
-    expected = judged(place, tmp_path)["metrics"]
+    expected = evaluated(place, tmp_path)["metrics"]
     assert set(report["metrics"]) == {"fid", "inception_score"}
     assert report["metrics"]["fid"]["value"] == pytest.approx(expected["fid"]["value"], rel=1e-9)
     for name in ("kid", "precision", "recall", "density", "coverage"):
@@ -325,9 +325,9 @@ def sweep(place, tmp_path, *args, model=None):
 
 
 def counted(monkeypatch):
-    """How often samples are asked for and judged from here on."""
+    """How often samples are drawn and evaluated from here on."""
     calls = []
-    for owner, name in ((Drawing, "write"), (Judge, "judge")):
+    for owner, name in ((SamplingPipeline, "write"), (Evaluator, "evaluate")):
         plain = getattr(owner, name)
 
         def noted(self, *args, plain=plain, name=name):
@@ -361,14 +361,14 @@ def test_a_sweep_reports_every_combination_and_goes_on_where_it_stopped(place, t
     before = contents(out)
     calls = counted(monkeypatch)
     again = sweep(place, tmp_path, *settings).succeed()
-    assert calls == [] and again.out.count("is there already") == 4 and contents(out) == before
+    assert calls == [] and again.out.count("has the report already") == 4 and contents(out) == before
 
     # A report that is damaged is made again, and so is what a longer list adds; samples are kept.
     (out / "samplerddim_steps2/report.json").write_text("{")
     (out / "samplerheun_steps4/samples/000007.png").unlink()
     (out / "samplerheun_steps4/report.json").unlink()
     sweep(place, tmp_path, *settings).succeed()
-    assert calls == ["write", "judge"] * 2 and contents(out) == before
+    assert calls == ["write", "evaluate"] * 2 and contents(out) == before
 
 
 @pytest.fixture
@@ -378,18 +378,18 @@ def without_plots(monkeypatch):
     )  # the slowest part
 
 
-def test_a_sweep_for_other_samples_or_another_reference_judges_again(place, tmp_path, monkeypatch, without_plots):
+def test_a_sweep_for_other_samples_or_another_reference_evaluates_again(place, tmp_path, monkeypatch, without_plots):
     sweep(place, tmp_path, "--steps", "2,3").succeed()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("steps*/samples/*")}
     assert len(times) == 80
     calls = counted(monkeypatch)
     sweep(place, tmp_path, "--steps", "2,3", "--num_samples", 42).succeed()
-    assert calls == ["write", "judge"] * 2
+    assert calls == ["write", "evaluate"] * 2
     rows = json.loads((tmp_path / "out/sweep.json").read_text())
     for row in rows:
         assert read(tmp_path / "out" / row["folder"])["samples"]["count"] == 42
     result = sweep(place, tmp_path, "--steps", "2,3", "--num_samples", 42, "--reference", place.real).succeed()
-    assert calls == ["write", "judge"] * 4 and "42 of 42 samples are in" in result.out
+    assert calls == ["write", "evaluate"] * 4 and "42 of 42 samples are in" in result.out
     assert read(tmp_path / "out/steps2")["reference"]["images"] == str(place.real)
     assert {path: path.stat().st_mtime_ns for path in times} == times  # the first samples were drawn once
 
@@ -401,7 +401,7 @@ def test_two_ranks_sweep_as_one_does(place, tmp_path, without_plots):
     shutil.rmtree(tmp_path / "two/out/steps3")
     flags = ["--model_path", place.ema, *place.drawing, *settings, "--out_dir", tmp_path / "two/out"]
     result = run("mpiexec", 2, "evaluate", "sweep", *flags, cwd=tmp_path).succeed()
-    assert result.out.count("is there already") == 1
+    assert result.out.count("has the report already") == 1
     one, two = (json.loads((folder / "out/sweep.json").read_text()) for folder in (tmp_path, tmp_path / "two"))
     assert two == one
 
@@ -418,8 +418,8 @@ def test_a_sweep_of_averages_finds_them_beside_the_model(place, tmp_path, withou
 
 
 def test_reports_are_compared(place, tmp_path):
-    first = judged(place, tmp_path, name="first")
-    args = ["--samples", place.held_out, *place.judging, "--out_dir", tmp_path / "second"]
+    first = evaluated(place, tmp_path, name="first")
+    args = ["--samples", place.held_out, *place.real_images, "--out_dir", tmp_path / "second"]
     call("evaluate", *args, cwd=tmp_path).succeed()
     before = contents(tmp_path)
     result = call("evaluate", "compare", "first", "second/report.json", cwd=tmp_path).succeed()
@@ -444,7 +444,7 @@ def test_reports_are_compared(place, tmp_path):
 
 
 def test_reports_that_cannot_be_compared_say_so(place, tmp_path):
-    judged(place, tmp_path, name="a")
+    evaluated(place, tmp_path, name="a")
     other = write_script(tmp_path / "other.pt", seed=5)
     args = ["--samples", place.samples, "--reference", place.held_out, "--features", other, "--num_samples", 45]
     call("evaluate", *args, "--out_dir", "b", cwd=tmp_path).succeed()
@@ -466,13 +466,13 @@ def test_help_lists_the_commands(tmp_path):
 
 
 @pytest.mark.parametrize("name, groups", [
-    ("score", [config.JudgedConfig, config.FeaturesConfig, config.SampleConfig, config.GuidanceConfig]),
+    ("score", [config.EvaluationConfig, config.FeaturesConfig, config.SampleConfig, config.GuidanceConfig]),
     ("reference", [config.ReferenceConfig, config.FeaturesConfig]),
-    ("sweep", [config.JudgedConfig, config.SweepConfig, config.SamplerConfig, config.RunConfig]),
+    ("sweep", [config.EvaluationConfig, config.SweepConfig, config.SamplerConfig, config.RunConfig]),
     ("compare", [config.CompareConfig]),
 ])  # fmt: skip
 def test_help_of_each_command_has_its_flags(name, groups, tmp_path):
-    out = call("evaluate", name, "--help", cwd=tmp_path, env={"COLUMNS": "1000"}).succeed().out
+    out = call("evaluate", name, "--help-all", cwd=tmp_path, env={"COLUMNS": "1000"}).succeed().out
     assert f"usage: evaluate.py {name} [--flag value ...]" in out
     for f in (f for group in groups for f in fields(group)):
         assert f"--{f.name} " in out and f.metadata["help"] in " ".join(out.split())

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch as th
-from feature_helpers import write_script
+from feature_helpers import trusted, write_script
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, contents, cut, limited, python, refused, run, write_images
 
 
@@ -51,9 +51,9 @@ class Place:
         call("image_train", *TINY_IMAGE, *train, "--out_dir", self.run, cwd=folder).succeed()
         self.model = self.run / "ema_0.9999_000000.pt"
         self.large_reference = self.reference("large.npz", self.large)
-        self.judging = ["--reference", self.real, "--features", self.features]
-        self.given = ["--samples", self.samples, *self.judging]
-        self.drawing = ["--model_path", self.model, "--num_samples", 40, "--steps", 2, *self.judging]
+        self.real_images = ["--reference", self.real, "--features", self.features]
+        self.given = ["--samples", self.samples, *self.real_images]
+        self.drawing = ["--model_path", self.model, "--num_samples", 40, "--steps", 2, *self.real_images]
 
     def reference(self, name, images):
         args = ["reference", "--images", images, "--features", self.features, "--out", name]
@@ -98,15 +98,15 @@ def test_what_is_missing_is_named(place, evaluate):
     refused(
         evaluate("--samples", place.samples, "--features", place.features), "--reference is missing: name real images"
     )
-    both = "give --samples, to judge those, or --model_path, to draw them first: one of the two"
-    refused(evaluate(*place.judging), both)
+    both = "give --samples, to evaluate those, or --model_path, to draw them first: one of the two"
+    refused(evaluate(*place.real_images), both)
     refused(evaluate("--samples", place.samples, *place.drawing), both)
     refused(evaluate("score", *place.given, "--features", "nowhere.pt"), "--features nowhere.pt does not exist")
     refused(evaluate(*place.given, "--logits", "nowhere.pt"), "--logits nowhere.pt does not exist")
-    refused(evaluate("--samples", "nowhere", *place.judging), "--samples nowhere does not exist")
+    refused(evaluate("--samples", "nowhere", *place.real_images), "--samples nowhere does not exist")
     refused(evaluate(*place.given, "--reference", "nowhere.npz"), "--reference nowhere.npz does not exist")
     refused(evaluate(*place.given, "--held_out", "nowhere"), "--held_out nowhere does not exist")
-    refused(evaluate("--model_path", "nowhere.pt", *place.judging), "cannot read nowhere.pt")
+    refused(evaluate("--model_path", "nowhere.pt", *place.real_images), "cannot read nowhere.pt")
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,14 @@ def test_what_is_missing_is_named(place, evaluate):
 def test_flags_of_drawing_for_samples_that_are_there(flags, place, evaluate):
     name = flags[0].partition("=")[0]
     result = evaluate(*place.given, *flags)
-    refused(result, f"{name} is for drawing samples, and --samples {place.samples} are drawn already: leave it out")
+    refused(result, f"{name} is for drawing samples, but --samples {place.samples} are given: leave it out")
 
 
 def test_a_command_or_a_flag_that_is_misspelt(place, evaluate):
     refused(evaluate("scroe", *place.given), "unknown command 'scroe': did you mean score?")
-    refused(evaluate("--sampels", place.samples, *place.judging), "unknown flag '--sampels': did you mean --samples?")
+    refused(
+        evaluate("--sampels", place.samples, *place.real_images), "unknown flag '--sampels': did you mean --samples?"
+    )
     refused(evaluate("sweep", "--step", "2,4", *place.drawing), "unknown flag '--step': did you mean --steps?")
     refused(evaluate("compare", "a", "b", "--features", "c"), "unknown flag '--features'")
     refused(evaluate(), "the command comes first: evaluate.py with one of score, reference, sweep, compare")
@@ -145,7 +147,7 @@ def test_values_that_no_option_can_have(place, evaluate):
 
 
 def test_numbers_of_samples_that_cannot_be(place, evaluate):
-    refused(evaluate(*place.given, "--num_samples", 39), "--num_samples 39: at least 40 are needed to tell anything")
+    refused(evaluate(*place.given, "--num_samples", 39), "--num_samples 39: at least 40 are needed")
     refused(evaluate(*place.given, "--num_samples", 51), f"--num_samples 51: --samples {place.samples} has 50 images")
     refused(evaluate(*place.given, "--num_samples", 0), "--num_samples 0 must be at least 1")
     refused(evaluate(*place.drawing, "--num_samples", 39), "--num_samples 39: at least 40 are needed")
@@ -153,9 +155,9 @@ def test_numbers_of_samples_that_cannot_be(place, evaluate):
 
 def test_held_out_images_need_training_images_that_are_others(place, evaluate):
     result = evaluate(*place.given, "--held_out", f"{place.real}/")
-    refused(result, "are the training images, those of --reference: give images that were not trained on")
+    refused(result, "is the same as --reference: give images that the model was not trained on")
     result = evaluate(*place.given, "--held_out", place.grey, "--train_dir", place.grey)
-    refused(result, f"--held_out {place.grey} are the training images, those of --train_dir")
+    refused(result, f"--held_out {place.grey} is the same as --train_dir")
 
 
 # Images
@@ -166,7 +168,7 @@ def test_too_few_images(flag, place, evaluate, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(evaluate(*place.given, flag, "empty"), f"{flag} empty holds no images (.jpg, .jpeg, .png, .gif)")
     write_images(tmp_path / "one", 1, size=(8, 8))
-    refused(evaluate(*place.given, flag, "one"), f"{flag} one has 1 image: at least 40 are needed to tell anything")
+    refused(evaluate(*place.given, flag, "one"), f"{flag} one has 1 image: at least 40 are needed")
 
 
 def test_images_of_another_form_than_the_reference(place, evaluate):
@@ -179,7 +181,7 @@ def test_images_of_another_form_than_the_reference(place, evaluate):
             flag,
             "1 channel",
             f"--reference {place.real} 3",
-            "convert one of them, or give --colour True to compare grey with colour",
+            "convert one of them, or give --colour True to treat grey images as RGB",
         )
     result = evaluate(*place.given, "--reference", place.large_reference)
     refused(result, "images of 8x8", "12x12", "and write the reference again with evaluate.py reference")
@@ -205,7 +207,7 @@ def test_images_of_several_sizes(place, tmp_path):
 def test_images_with_an_alpha_channel(place, tmp_path):
     folder = write_images(tmp_path / "alpha", 50, size=(8, 8), channels=4)
     result = call("evaluate", *place.given, "--samples", folder, "--out_dir", "out", cwd=tmp_path)
-    refused(result, "has an alpha channel, which features cannot take: convert the images to RGB")
+    refused(result, "has an alpha channel, which feature networks do not take: convert the images to RGB")
 
 
 def test_files_that_are_cut_off(place, evaluate, tmp_path):
@@ -217,6 +219,7 @@ def test_files_that_are_cut_off(place, evaluate, tmp_path):
             refused(evaluate(*place.given, flag, name), f"{name} is not a readable npz")
     shutil.copy(place.features, tmp_path / "features.pt")
     cut(tmp_path / "features.pt")
+    trusted(tmp_path / "features.pt")
     refused(evaluate(*place.given, "--features", "features.pt"), "--features features.pt", "cut off")
 
 
@@ -224,7 +227,7 @@ def test_a_damaged_description_of_samples(place, evaluate, tmp_path):
     shutil.copytree(place.samples, tmp_path / "drawn/samples")
     (tmp_path / "drawn/samples.json").write_text('{"model_path": ')
     result = evaluate(*place.given, "--samples", "drawn/samples")
-    refused(result, tmp_path / "drawn/samples.json", "is damaged: remove it, if how the samples were made need not be")
+    refused(result, tmp_path / "drawn/samples.json", "is damaged: remove it, if the report need not say")
 
 
 # Statistics
@@ -236,7 +239,7 @@ def test_a_damaged_description_of_samples(place, evaluate, tmp_path):
         ({"mu": np.zeros(6)}, "has no sigma: statistics are both mu [D] and sigma [D, D]"),
         ({"mu": np.full(6, np.nan), "sigma": np.eye(6)}, "has a mu that is not of finite real numbers"),
         ({"mu": np.zeros(6), "sigma": np.eye(5)}, "has mu of (6,) and sigma of (5, 5): expected [D] and [D, D]"),
-        ({"mu": np.zeros(7), "sigma": np.eye(7)}, "is of 7 features"),
+        ({"mu": np.zeros(7), "sigma": np.eye(7)}, "has 7 features"),
         ({"other": np.zeros(3)}, "has neither mu and sigma, of features, nor arr_0, of images"),
     ],
 )
@@ -282,11 +285,13 @@ def test_a_reference_is_written_to_an_npz(place, evaluate, tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript is on its way out
 def test_a_network_that_does_not_fit_is_found_before_anything_is_drawn(module, message, place, evaluate, tmp_path):
     th.jit.script(module().eval()).save(str(tmp_path / "network.pt"))
+    trusted(tmp_path / "network.pt")
     for flags in (place.given, place.drawing, ["sweep", *place.drawing, "--steps", "2,4"]):
         refused(evaluate(*flags, "--features", "network.pt"), "--features network.pt", message)
 
 
 def test_weights_alone_are_no_network(place, evaluate, tmp_path):
+    trusted(place.model)
     refused(evaluate(*place.given, "--features", place.model), "--features", "a state dict alone does not say how")
     (tmp_path / "text.pt").write_text("weights")
     refused(evaluate(*place.given, "--features", "text.pt"), "neither an exported program (.pt2) nor TorchScript (.pt)")
@@ -319,9 +324,9 @@ def test_a_model_of_another_kind(place, evaluate, tmp_path):
     refused(evaluate(*place.drawing, "--model_path", "run/model000000.pt"), "run/model000000.pt", "super-resolution")
 
 
-def test_nothing_is_judged_by_its_steps(place, evaluate):
+def test_printing_the_steps_draws_no_samples_to_evaluate(place, evaluate):
     result = evaluate(*place.drawing, "--print_steps")
-    refused(result, "--print_steps draws nothing, so nothing could be judged: give it to image_sample.py")
+    refused(result, "--print_steps draws no samples to evaluate: give it to image_sample.py")
 
 
 # Sweeps
@@ -329,10 +334,10 @@ def test_nothing_is_judged_by_its_steps(place, evaluate):
 
 def test_a_sweep_needs_lists_and_a_model(place, evaluate):
     for flags in (place.drawing, [*place.drawing, "--steps", "2,2"]):
-        refused(evaluate("sweep", *flags), "a sweep varies something: give several values, such as --steps 10,20")
+        refused(evaluate("sweep", *flags), "a sweep needs several values, such as --steps 10,20")
     result = evaluate("sweep", *place.given, "--steps", "2,4")
-    refused(result, f"--samples {place.samples}: a sweep draws its samples itself: give --model_path")
-    refused(evaluate("sweep", *place.judging, "--steps", "2,4"), "--model_path is missing")
+    refused(result, f"--samples {place.samples}: a sweep draws its samples: give --model_path")
+    refused(evaluate("sweep", *place.real_images, "--steps", "2,4"), "--model_path is missing")
 
 
 @pytest.mark.parametrize(
@@ -345,9 +350,9 @@ def test_a_sweep_needs_lists_and_a_model(place, evaluate):
         (["--sampler", "ddim,hern"], "unknown --sampler 'hern': did you mean heun?"),
         (["--churn", "0,1"], "--churn 1.0 is for --sampler euler or heun"),
         (["--guidance_scale", "1,2"], "guidance_scale 2.0"),
-        (["--steps", "2,4", "--print_steps"], "--print_steps draws nothing"),
+        (["--steps", "2,4", "--print_steps"], "--print_steps draws no samples"),
         (["--steps", "2,4", "--num_samples", "39"], "--num_samples 39: at least 40"),
-        (["--ema", "0.9999,0.5"], "does not exist; of that step there are ema_0.9999_000000.pt"),
+        (["--ema", "0.9999,0.5"], "does not exist; that step has ema_0.9999_000000.pt"),
     ],
 )
 def test_a_combination_that_cannot_be_is_found_before_the_first_is_drawn(flags, message, place, evaluate):
@@ -423,21 +428,19 @@ def test_a_reference_does_not_overwrite_images(place, evaluate, tmp_path):
     np.savez(tmp_path / "images.npz", np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8))
     before = (tmp_path / "images.npz").read_bytes()
     args = ["reference", "--images", "images.npz", "--features", place.features, "--out", "images.npz"]
-    refused(evaluate(*args), "--out images.npz is there already and is no reference: name another file")
+    refused(evaluate(*args), "--out images.npz exists and is not a reference: name another file")
     assert (tmp_path / "images.npz").read_bytes() == before
 
 
 def test_a_report_is_not_written_among_the_images(place, evaluate):
     for out in (place.samples, place.samples / "report"):
-        refused(
-            evaluate(*place.given, "--out_dir", out), f"--out_dir {out} lies in {place.samples}, of which all images"
-        )
+        refused(evaluate(*place.given, "--out_dir", out), f"--out_dir {out} is in {place.samples}, whose images")
 
 
 def test_held_out_images_that_were_trained_on(place, tmp_path):
     shutil.copytree(place.real, tmp_path / "copy")
     result = call("evaluate", *place.given, "--held_out", "copy", "--out_dir", "out", cwd=tmp_path)
-    refused(result, "of the images of --held_out", "are among those of --reference", "that were not trained on")
+    refused(result, "of the images of --held_out", "are also in --reference", "was not trained on")
 
 
 def test_sizes_beyond_memory(place, evaluate):
@@ -455,5 +458,5 @@ def test_a_sweep_does_not_overwrite_another(place, evaluate, tmp_path):
     (tmp_path / "out/sweep.json").unlink()
     (tmp_path / "out/steps3").write_text("in the way")
     result = evaluate("sweep", *place.drawing, "--steps", "2,3", "--out_dir", "out")
-    refused(result, "steps3 is in the way of a setting's samples")
+    refused(result, "steps3 must be a folder, for samples")
     assert not (tmp_path / "out/steps2").exists()

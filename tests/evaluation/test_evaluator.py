@@ -1,39 +1,34 @@
-"""From options to a report: what is read once, what is known of the samples, and what the options mean."""
+"""The evaluator: what is read once, what the options mean, and the call from Python."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
 from feature_helpers import write_script
-from script_helpers import write_images
+from script_helpers import pixels, write_images
 
-from improved_diffusion import config
-from improved_diffusion.cli.parsing import parse_options
+from improved_diffusion.cli.evaluate import check_source
+from improved_diffusion.cli.parsing import parse
 from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import Scoring
 from improved_diffusion.evaluation import evaluator
-from improved_diffusion.utils import files
-
-GROUPS = (config.JudgedConfig, config.FeaturesConfig, config.SampleConfig, config.SamplerConfig, config.RunConfig)
+from improved_diffusion.evaluation.evaluator import Inputs, evaluate, prepare_like_training
+from improved_diffusion.evaluation.report import Report
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with images and a network."""
-    folder = tmp_path_factory.mktemp("judging")
+    folder = tmp_path_factory.mktemp("evaluator")
     for seed, name in enumerate(("real", "other", "fakes")):
         write_images(folder / name, 40 + seed, size=(8, 8), seed=seed)
     write_script(folder / "features.pt")
     return folder
 
 
-def parse(*argv):
-    return parse_options(GROUPS, "Judge.", list(map(str, argv)))
-
-
-def options_of(place, **paths):
-    flags = (word for name, path in paths.items() for word in (f"--{name}", place / path))
-    return parse("--features", place / "features.pt", *flags)
+def inputs_of(place, **paths):
+    settings = Scoring.of({"features": str(place / "features.pt"), **{k: str(place / v) for k, v in paths.items()}})
+    return Inputs.of(settings.evaluation, settings.features)
 
 
 # What is read
@@ -60,154 +55,133 @@ def extracted(monkeypatch):
     ],
 )
 def test_each_set_is_read_once(paths, read, place, extracted):
-    judge = evaluator.Judge(options_of(place, **paths))
+    inputs = inputs_of(place, **paths)
     assert extracted == []
-    judge.prepare()
+    found = inputs.prepare()
     assert extracted == read
-    assert judge.train.about["images"] == str(place / paths.get("train_dir", "real"))
+    assert found.train.about["images"] == str(place / paths.get("train_dir", "real"))
     if "held_out" in paths:
-        assert judge.held_out.about["images"] == str(place / paths["held_out"])
+        assert found.held_out.about["images"] == str(place / paths["held_out"])
     else:
-        assert judge.held_out is None
+        assert found.held_out is None
 
 
-def test_several_sets_of_samples_are_judged_by_one_reference(place, tmp_path, extracted):
-    judge = evaluator.Judge(options_of(place, reference="real", samples="fakes"))
-    judge.prepare()
-    reports = [judge.judge(judge.open_samples(str(place / name)), str(tmp_path)) for name in ("fakes", "real")]
+def test_several_sets_of_samples_are_compared_with_one_reference(place, tmp_path, extracted):
+    inputs = inputs_of(place, reference="real")
+    found = inputs.prepare()
+    reports = [
+        found.evaluate(inputs.open_samples(str(place / name)), str(tmp_path), {"steps": 3})
+        for name in ("fakes", "real")
+    ]
     assert extracted == ["--reference", "--samples", "--samples"]
-    assert reports[0]["metrics"]["fid"]["value"] > reports[1]["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
-    assert json.loads((tmp_path / "report.json").read_text()) == reports[1]
+    assert reports[0].fid.value > reports[1].fid.value == pytest.approx(0, abs=1e-6)
+    assert json.loads((tmp_path / "report.json").read_text()) == reports[1].to_dict()
+    assert reports[1].asked == {"steps": 3}
 
 
-def test_what_was_asked_is_noted(place, tmp_path):
-    judge = evaluator.Judge(options_of(place, reference="real", samples="fakes"))
-    judge.prepare()
-    report = judge.judge(judge.open_samples(str(place / "fakes")), str(tmp_path), {"steps": 3})
-    assert report["asked"] == {"steps": 3}
+# From Python
 
 
-# How the samples were made
+def arrays(place, name):
+    return np.stack([pixels(path) for path in sorted((place / name).iterdir())])
 
 
-REQUEST = {"model_path": "/runs/a/ema_0.99_000100.pt", "sampler": "heun", "steps": 10, "seed": 3}
+def test_arrays_give_the_numbers_of_their_files_and_nothing_is_written(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    features = str(place / "features.pt")
+    ours = evaluate(arrays(place, "fakes"), arrays(place, "real"), features=features, held_out=arrays(place, "other"))
+    assert list(tmp_path.iterdir()) == []
+    theirs = evaluate(
+        place / "fakes", str(place / "real"), features=features, held_out=place / "other", out_dir=tmp_path / "out"
+    )
+    assert ours.metrics == theirs.metrics and ours.real == theirs.real and ours.copies is not None
+    assert Report.read(str(tmp_path / "out")).to_dict() == theirs.to_dict()
+    assert "| FID |" in ours._repr_markdown_()
 
 
-@pytest.mark.parametrize("name", ["samples_50x8x8x3.npz", "samples"])
-def test_what_image_sample_wrote_is_described_beside_it(name, tmp_path):
-    (tmp_path / "samples.json").write_text(json.dumps(REQUEST))
-    assert evaluator.made_by(str(tmp_path / name)) == {**REQUEST, "average": "0.99", "evaluations": 19}
-
-
-@pytest.mark.parametrize("name", ["mine.npz", "samples.zip", "samples_old.npz", "fakes"])
-def test_other_files_beside_a_description_are_not_what_it_is_of(name, tmp_path):
-    (tmp_path / "samples.json").write_text(json.dumps(REQUEST))
-    assert evaluator.made_by(str(tmp_path / name)) is None
-
-
-@pytest.mark.parametrize("wrong", ["{", "3", "[1]", "null"])
-def test_a_description_that_is_damaged_is_named(wrong, tmp_path):
-    assert evaluator.made_by(str(tmp_path / "samples")) is None
-    (tmp_path / "samples.json").write_text(wrong)
-    with pytest.raises(UserError, match=r"samples\.json is damaged: remove it, if how the samples were made"):
-        evaluator.made_by(str(tmp_path / "samples"))
-
-
-@pytest.mark.parametrize(
-    ("request_", "expected"),
-    [
-        ({"model_path": "a/ema_0.9999_000100.pt"}, {"average": "0.9999"}),
-        ({"model_path": "a/ema_posthoc_0.15_000100.pt"}, {"average": "posthoc_0.15"}),
-        ({"model_path": "a/model000100.pt"}, {"average": "none: the model itself"}),
-        ({"model_path": "a/mine.pt"}, {}),
-        ({"sampler": "ddim", "steps": 25}, {"evaluations": 25}),
-        ({"sampler": "plms", "steps": 25}, {"evaluations": 26}),
-        ({"sampler": "another", "steps": 25}, {}),
-        ({"sampler": "ddim", "steps": "25"}, {}),
-        ({}, {}),
-    ],
-)
-def test_what_a_request_implies(request_, expected):
-    assert evaluator.implied_by(request_) == expected
+def test_options_from_python_are_those_of_the_command(place):
+    features = str(place / "features.pt")
+    report = evaluate(place / "fakes", place / "real", features=features, resize=6, feature_batch=7)
+    assert report.samples["image_size"] == "6x6"
+    with pytest.raises(UserError, match="at least 40 are needed"):
+        evaluate(arrays(place, "fakes")[:3], place / "real", features=features)
+    real = arrays(place, "real")
+    with pytest.raises(UserError, match="is the same as --reference"):
+        evaluate(arrays(place, "fakes"), real, features=features, held_out=real)
+    with pytest.raises(UserError, match="whose images are all read: choose another"):
+        evaluate(place / "fakes", place / "real", features=features, out_dir=place / "fakes")
 
 
 # What the options mean
 
 
-def test_a_report_goes_beside_the_samples(tmp_path):
-    (tmp_path / "v1.5").mkdir()
-    for path, expected in (("v1.5", "v1.5_report"), ("v1.5/", "v1.5_report"), ("a.npz", "a_report"),
-                           ("v1.5/a.zip", "v1.5/a_report")):  # fmt: skip
-        assert evaluator.report_folder(f"{tmp_path}/{path}") == f"{tmp_path}/{expected}"
-
-
-def test_samples_behind_a_url_are_reported_here(monkeypatch):
-    monkeypatch.setattr(files, "is_dir", lambda path: not path.endswith(".npz"))
-    for path in ("gs://bucket/a/samples/", "gs://bucket/a/samples.npz"):
-        assert evaluator.report_folder(path) == "runs/samples_report"
-    beside = {"gs://bucket/a/samples.json": json.dumps(REQUEST).encode()}
-    monkeypatch.setattr(files, "exists", beside.__contains__)
-    monkeypatch.setattr(files, "read_bytes", beside.__getitem__)
-    assert evaluator.made_by("gs://bucket/a/samples/")["average"] == "0.99"
-
-
-def test_real_images_are_prepared_as_the_models_training_did():
+def test_real_images_are_prepared_as_in_the_models_training():
     for model, given, expected in (
-        (dict(image_size=8, channels=3), [], ("8", True)),
-        (dict(image_size="8x12", channels=1), [], ("8x12", False)),
-        (dict(image_size=8, channels=3), ["--resize", 16], ("16", True)),
-        (dict(image_size=8, channels=1), ["--colour", True], ("8", True)),
+        (dict(image_size=8, channels=3), {}, ("8", True)),
+        (dict(image_size="8x12", channels=1), {}, ("8x12", False)),
+        (dict(image_size=8, channels=3), {"resize": "16"}, ("16", True)),
+        (dict(image_size=8, channels=1), {"colour": True}, ("8", True)),
     ):
-        options = parse(*given)
-        evaluator.settle_for(options, Namespace(**model))
-        assert (options.resize, options.colour) == expected
+        features = prepare_like_training(Scoring.of({**model, **given}), "m.pt", 40)
+        assert (features.resize, features.colour) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "channels", "message"),
+    ("options", "count", "message"),
     [
-        (["--num_samples", 39], 3, "--num_samples 39: at least 40 are needed"),
-        (["--print_steps"], 3, "--print_steps draws nothing"),
-        ([], 4, r"draws an alpha channel \(--channels 4\)"),
+        ({}, 39, "--num_samples 39: at least 40 are needed"),
+        ({"print_steps": True}, 50, "--print_steps draws no samples"),
+        ({"channels": 4}, 50, r"draws an alpha channel \(--channels 4\)"),
     ],
 )
-def test_samples_that_could_not_be_judged_are_not_drawn(given, channels, message):
+def test_samples_that_could_not_be_evaluated_are_not_drawn(options, count, message):
     with pytest.raises(UserError, match=message):
-        evaluator.settle_for(parse(*given), Namespace(image_size=8, channels=channels))
+        prepare_like_training(Scoring.of({"image_size": 8, **options}), "m.pt", count)
 
 
 def test_samples_are_either_given_or_drawn():
-    evaluator.check_options(parse("--samples", "a", "--num_samples", 50, "--out_dir", "b", "--resize", 8))
-    evaluator.check_options(parse("--model_path", "a", "--steps", 5, "--seed", 3))
+    def check(*argv):
+        check_source(parse(Scoring, list(map(str, argv))))
+
+    check("--samples", "a", "--num_samples", 50, "--out_dir", "b", "--resize", 8)
+    check("--model_path", "a", "--steps", 5, "--seed", 3)
     for argv in ([], ["--samples", "a", "--model_path", "b"]):
         with pytest.raises(UserError, match=r"give --samples, .*, or --model_path, .*: one of the two"):
-            evaluator.check_options(parse(*argv))
-    with pytest.raises(UserError, match="--seed is for drawing samples, and --samples a are drawn already"):
-        evaluator.check_options(parse("--samples", "a", "--seed", 3))
+            check(*argv)
+    with pytest.raises(UserError, match="--seed is for drawing samples, but --samples a are given"):
+        check("--samples", "a", "--seed", 3)
 
 
 def test_a_network_is_tried_on_what_the_model_will_draw(place, monkeypatch):
-    options = options_of(place, reference="real", model_path="a.pt")
-    evaluator.settle_for(options, Namespace(image_size=8, channels=3))
-    judge = evaluator.Judge(options)
+    settings = Scoring.of({
+        "features": str(place / "features.pt"), "reference": str(place / "real"), "image_size": 8, "channels": 3,
+    })  # fmt: skip
+    inputs = Inputs.of(settings.evaluation, prepare_like_training(settings, "a.pt", 40))
     seen, plain = [], evaluator.FeatureNetwork.__call__
     monkeypatch.setattr(
         evaluator.FeatureNetwork,
         "__call__",
         lambda *args, **kwargs: (seen.append(args[1].shape), plain(*args, **kwargs))[1],
     )
-    judge.expect_drawn()
+    inputs.check_model("a.pt", 40)
     assert seen == [(3, 8, 8, 3), (1, 8, 8, 3), (2, 8, 8, 3)]
 
 
-def test_options_of_judging_have_values_that_can_be():
-    for argv, message in (
-        (["--feature_batch", 0], "--feature_batch 0 must be at least 1"),
-        (["--feature_size", "0"], "--feature_size 0 must be auto, native, or a number of pixels such as 299"),
-        (["--feature_size", "-3"], "--feature_size -3 must be"),
-        (["--resize", "8x8x8"], "--resize '8x8x8': expected a size such as 64, or 48x64 for height x width"),
-        (["--resize", "0"], "--resize '0': expected a size"),
-    ):
-        with pytest.raises(UserError, match=message):
-            parse(*argv)
-    assert np.all([parse("--feature_size", size).feature_size == size for size in ("auto", "native", "299")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature_batch": 0}, "--feature_batch 0 must be at least 1"),
+        ({"feature_size": "0"}, "--feature_size 0 must be auto, native, or a number of pixels such as 299"),
+        ({"feature_size": "-3"}, "--feature_size -3 must be"),
+        ({"resize": "8x8x8"}, "--resize '8x8x8': expected a size such as 64, or 48x64 for height x width"),
+        ({"resize": "0"}, "--resize '0': expected a size"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Scoring.of(options)
+
+
+@pytest.mark.parametrize("size", ["auto", "native", "299"])
+def test_sizes_for_the_network_are_taken(size):
+    assert Scoring.of({"feature_size": size}).features.feature_size == size

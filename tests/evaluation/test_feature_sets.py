@@ -12,8 +12,8 @@ from improved_diffusion import distributed
 from improved_diffusion.config import UserError
 from improved_diffusion.data.dataset import selection
 from improved_diffusion.evaluation import feature_sets
-from improved_diffusion.evaluation.feature_network import FeatureNetwork
 from improved_diffusion.evaluation.feature_sets import FeatureSet, ImageSet, extract
+from improved_diffusion.evaluation.features import FeatureNetwork
 from improved_diffusion.utils import images
 
 N, SIDE = 45, 8
@@ -154,7 +154,9 @@ def test_batches_come_in_order(tmp_path):
     for path in write_three(tmp_path, pictures()):
         image_set = ImageSet(path, "--images")
         batches = list(image_set.batches([[4, 2], [44], [0, 1, 2]]))
-        np.testing.assert_array_equal(np.concatenate(batches), pictures()[[4, 2, 44, 0, 1, 2]])
+        assert not any(batch.resized for batch in batches)
+        found = np.concatenate([batch.images for batch in batches])
+        np.testing.assert_array_equal(found, pictures()[[4, 2, 44, 0, 1, 2]])
         assert list(image_set.batches([])) == []
 
 
@@ -192,6 +194,28 @@ def test_a_coloured_image_among_grey_ones_is_named(tmp_path):
     assert ImageSet(str(tmp_path / "mixed"), "--images", colour=True).take(range(N)).shape == (N, 8, 8, 3)
 
 
+# Arrays
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_array_is_the_set_that_its_npz_is(tmp_path, network, channels):
+    array = pictures(channels=channels)
+    images.save_npz(str(tmp_path / "images.npz"), array)
+    sets = [ImageSet(each, "--images") for each in (array, str(tmp_path / "images.npz"))]
+    given, read = (extract(each, network, 7, "x") for each in sets)
+    np.testing.assert_array_equal(given.features, read.features)
+    assert {**given.about, "images": ""} == {**read.about, "images": ""}
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((50, 8, 8, 3)), np.zeros((50, 8, 8), np.uint8), np.zeros((50, 3, 8, 8), np.uint8),
+    np.zeros((50, 8, 8, 4), np.uint8), np.zeros((0, 8, 8, 3), np.uint8),
+])  # fmt: skip
+def test_an_array_of_another_form_is_named(array):
+    with pytest.raises(UserError, match=r"--samples is an array .*: expected uint8 \[N, H, W, C\] with 1 or 3"):
+        ImageSet(array, "--samples")
+
+
 # What does not fit
 
 
@@ -207,7 +231,6 @@ def test_an_image_of_another_size_is_named_and_may_be_resized_as_in_training(tmp
         for i, name in enumerate(("000", "044")):
             with Image.open(tmp_path / "odd" / f"{name}.png") as image:
                 np.testing.assert_array_equal(taken[i], np.asarray(images.resize_crop(image, size)))
-        assert image_set.changed
         assert image_set.describe()["image_size"] == f"{size[0]}x{size[1]}"
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,9 +10,17 @@ import torch as th
 from helpers import make_diffusion, stand_in_network
 
 from improved_diffusion.bound import BoundSummary
-from improved_diffusion.config import UserError
+from improved_diffusion.checkpoints.loading import LoadedModel
+from improved_diffusion.config import NLLConfig, UserError
+from improved_diffusion.config.settings import Likelihood
+from improved_diffusion.data.dataset import selection
 from improved_diffusion.evaluation import likelihood
-from improved_diffusion.evaluation.likelihood import PIXELS_PER_PASS, Evaluation, timesteps_per_pass, write_results
+from improved_diffusion.evaluation.likelihood import (
+    PIXELS_PER_PASS,
+    BoundEvaluation,
+    timesteps_per_pass,
+    write_results,
+)
 from improved_diffusion.gaussian_diffusion import ModelMeanType, ModelVarType
 from improved_diffusion.logs import logger
 from improved_diffusion.unet import SuperResModel
@@ -47,9 +54,8 @@ def exact_network(diffusion):
     return model
 
 
-def asked(**changes):
-    defaults = dict(num_samples=1000, batch_size=16, nll_timesteps=0, timesteps_per_pass=0, seed=0, clip_denoised=True)
-    return Namespace(**{**defaults, "data_dir": "images", **changes})
+def evaluation(diffusion, dataset, seed=0, **options):
+    return BoundEvaluation(NLLConfig(**{"batch_size": 16, **options}), seed, diffusion, dataset)
 
 
 # Estimates
@@ -59,11 +65,11 @@ def test_estimates_from_25_of_1000_timesteps_lie_within_their_errors():
     n = 48
     diffusion, dataset = make_diffusion(1000, var=ModelVarType.FIXED_LARGE), images_of(n)
     model = exact_network(diffusion)
-    whole = Evaluation(asked(batch_size=n, seed=10**6), diffusion, dataset).run(model)
+    whole = evaluation(diffusion, dataset, batch_size=n, seed=10**6).run(model)
     whole_terms = whole.terms["vb"][:, ::-1].astype(np.float64)
     deviations, errors, deviations_of_timesteps, parts = [], [], [], []
-    for seed in range(0, 20_000, 1000):
-        result = Evaluation(asked(batch_size=n, seed=seed, nll_timesteps=25), diffusion, dataset).run(model)
+    for seed in range(20):
+        result = evaluation(diffusion, dataset, batch_size=n, seed=seed, nll_timesteps=25).run(model)
         deviations.append(result.mean - whole.mean)
         errors.append(result.standard_error)
         # With the whole bound's noise, what differs comes from the timesteps alone.
@@ -81,24 +87,32 @@ def test_estimates_from_25_of_1000_timesteps_lie_within_their_errors():
     assert np.std(deviations_of_timesteps, ddof=1) == pytest.approx(np.mean(parts), rel=0.4)
 
 
-def test_an_image_has_its_own_timesteps_whatever_the_others_and_the_batch():
+def test_an_image_has_its_own_noise_and_timesteps_whatever_the_others_and_the_batch():
     diffusion, dataset = make_diffusion(100), images_of(7, (1, 4, 4))
     model = stand_in_network(False)
-    results = [
-        Evaluation(asked(batch_size=size, nll_timesteps=9), diffusion, dataset).run(model).terms for size in (7, 3, 1)
-    ]
-    alone = Evaluation(asked(nll_timesteps=9, seed=4), diffusion, dataset[4:5]).run(model).terms
-    assert len(np.unique(results[0]["timesteps"], axis=0)) == 7
-    for other in results[1:]:
-        np.testing.assert_array_equal(other["timesteps"], results[0]["timesteps"])
-        np.testing.assert_allclose(other["vb"], results[0]["vb"], rtol=1e-5)
-    np.testing.assert_array_equal(alone["timesteps"][0], results[0]["timesteps"][4])
-    np.testing.assert_allclose(alone["vb"][0], results[0]["vb"][4], rtol=1e-5)
+    results = [evaluation(diffusion, dataset, batch_size=size, nll_timesteps=9).run(model).terms for size in (7, 3, 1)]
+    first = evaluation(diffusion, dataset[:2], nll_timesteps=9).run(model).terms
+    assert len(np.unique(results[0]["timesteps"], axis=0)) > 4
+    for other in (*results[1:], first):
+        n = len(other["vb"])
+        np.testing.assert_array_equal(other["timesteps"], results[0]["timesteps"][:n])
+        np.testing.assert_allclose(other["vb"], results[0]["vb"][:n], rtol=1e-5)
+
+
+def test_no_image_has_the_noise_of_another_or_of_another_seed():
+    diffusion, dataset = make_diffusion(12), images_of(1, (1, 4, 4)) * 7
+    found = [evaluation(diffusion, dataset, seed=seed).run(stand_in_network(False)).terms["mse"] for seed in (0, 1)]
+    assert len(np.unique(np.concatenate(found), axis=0)) == 14
+
+
+def test_some_of_the_images_are_a_fixed_selection():
+    chosen = evaluation(make_diffusion(12), images_of(50, (1, 4, 4)), num_samples=10).numbers
+    assert chosen == selection(50, 10).tolist() and chosen != list(range(0, 50, 5))
 
 
 def test_with_all_timesteps_asked_for_the_sum_is_whole():
     diffusion, dataset = make_diffusion(12), images_of(3, (1, 4, 4))
-    result = Evaluation(asked(nll_timesteps=12), diffusion, dataset).run(stand_in_network(False))
+    result = evaluation(diffusion, dataset, nll_timesteps=12).run(stand_in_network(False))
     total = result.terms["vb"].sum(axis=1) + result.terms["prior_bpd"]
     np.testing.assert_allclose(result.total_bpd, total, rtol=1e-6)
     assert result.timesteps_error == 0
@@ -107,11 +121,11 @@ def test_with_all_timesteps_asked_for_the_sum_is_whole():
 @pytest.mark.parametrize(("count", "message"), [(13, "give at most 12"), (1, "give at least 2")])
 def test_a_number_of_timesteps_that_cannot_be(count, message):
     with pytest.raises(UserError, match=rf"--nll_timesteps {count} .*{message}, or 0 for the whole bound"):
-        Evaluation(asked(nll_timesteps=count), make_diffusion(12), images_of(1))
+        evaluation(make_diffusion(12), images_of(1), nll_timesteps=count)
 
 
 def test_one_of_one_timestep_is_the_whole():
-    result = Evaluation(asked(nll_timesteps=1), make_diffusion(1), images_of(2)).run(stand_in_network(False))
+    result = evaluation(make_diffusion(1), images_of(2), nll_timesteps=1).run(stand_in_network(False))
     assert (result.terms["weights"] == 1).all() and result.timesteps_error == 0
 
 
@@ -181,7 +195,7 @@ def test_the_flag_says_how_many_timesteps_a_pass_has(flag, largest):
         sizes.append(len(x))
         return x
 
-    Evaluation(asked(timesteps_per_pass=flag, batch_size=2), make_diffusion(12), images_of(2, (1, 4, 4))).run(model)
+    evaluation(make_diffusion(12), images_of(2, (1, 4, 4)), timesteps_per_pass=flag, batch_size=2).run(model)
     assert max(sizes) == 2 * largest and sum(sizes) == 2 * 12
 
 
@@ -197,11 +211,13 @@ def checkpoint(folder):
 def written(folder, checkpoint, count=0, images=5):
     """The results of an evaluation and what was written of them."""
     diffusion = make_diffusion(12, mean=ModelMeanType.EPSILON)
-    options = asked(
-        nll_timesteps=count, model_path=str(checkpoint), diffusion_steps=12, timestep_respacing="", batch_size=2
-    )
-    result = Evaluation(options, diffusion, images_of(images, (1, 4, 4))).run(stand_in_network(False))
-    write_results(str(folder), result, options, {"step": 7}, 12)
+    settings = Likelihood.of({
+        "model_path": str(checkpoint), "data_dir": "images", "diffusion_steps": 12, "noise_schedule": "cosine",
+        "nll_timesteps": count, "batch_size": 2,
+    })  # fmt: skip
+    loaded = LoadedModel(str(checkpoint), settings, frozenset(), stand_in_network(False), diffusion, {"step": 7})
+    result = BoundEvaluation(settings.nll, 0, diffusion, images_of(images, (1, 4, 4))).run(loaded.model)
+    write_results(str(folder), result, loaded)
     with np.load(folder / "per_image.npz", allow_pickle=False) as arrays:
         arrays = dict(arrays)
     return result, arrays, json.loads((folder / "nll.json").read_text())

@@ -1,6 +1,7 @@
 """References on disk, published ones too, and what can be compared with what."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def without(given, *keys):
 @pytest.mark.parametrize("features", [True, False])
 def test_a_reference_survives_the_way_to_disk(tmp_path, spatial, features):
     saved, path = a_set(spatial=spatial), str(tmp_path / "r.npz")
-    saved.features = saved.features if features else None
+    saved = replace(saved, features=saved.features if features else None)
     save_reference(path, saved, "digits")
     found = load_reference(path, "--reference")
     of_file = {"file": path, "file_sha256": files.sha256(path)}
@@ -193,8 +194,8 @@ def test_the_network_has_to_be_the_one_of_the_reference():
 @pytest.mark.parametrize("kwargs, message", [
     ({"image_size": "32x32"}, "--samples /data/real has images of 16x16, --reference /data/real 32x32"),
     ({"features_sha256": "b" * 64}, "was made with the features"),
-    ({"width": 7}, "--reference /data/real is of 7 features, --features f.pt2 gives 6: give the features that it was"),
-    ({"spatial": 5}, "--reference /data/real is of 5 spatial features, --features f.pt2 gives 4"),
+    ({"width": 7}, "--reference /data/real has 7 features, --features f.pt2 gives 6: give the features that it was"),
+    ({"spatial": 5}, "--reference /data/real has 5 spatial features, --features f.pt2 gives 4"),
 ])  # fmt: skip
 def test_what_would_mean_nothing_is_an_error(kwargs, message):
     with pytest.raises(UserError) as caught:
@@ -209,7 +210,7 @@ def test_what_would_mean_nothing_is_an_error(kwargs, message):
     ({"count": 9_999}, {}, ["only 9,999 samples: FID depends on their number"]),
     ({}, {"count": 500}, ["only 500 images in the reference: FID"]),
     ({"feature_size": "native"}, {}, ["samples were resized to native for the features, images of the reference to"]),
-    ({"prepared": "resized and centre-cropped"}, {}, ["samples were resized to the size of the reference"]),
+    ({"prepared": "resized and centre-cropped"}, {}, ["the samples were resized to the size of the reference"]),
     ({}, {"lossy_files": True}, ["the reference is of JPEGs and the samples are not: compression alone"]),
     ({"count": 50}, {"lossy_files": True}, ["only 50 samples", "JPEG"]),
 ])  # fmt: skip
@@ -227,10 +228,10 @@ def test_published_statistics_that_do_not_say_how_they_were_made_are_doubted():
 
 
 @pytest.mark.parametrize("changed, culprit", [
-    (dict(sigma=np.triu(np.ones((6, 6)) + np.eye(6))), "sigma that is no covariance"),
-    (dict(sigma=-np.eye(6)), "sigma that is no covariance"),
-    (dict(sigma=np.zeros((6, 6))), "numbers that cannot be compared"),
-    (dict(mu=np.full(6, 1e200)), "numbers that cannot be compared"),
+    (dict(sigma=np.triu(np.ones((6, 6)) + np.eye(6))), "sigma that is not a covariance"),
+    (dict(sigma=-np.eye(6)), "sigma that is not a covariance"),
+    (dict(sigma=np.zeros((6, 6))), "numbers that are out of range"),
+    (dict(mu=np.full(6, 1e200)), "numbers that are out of range"),
     (dict(features=np.zeros((9, 6), np.float32)), "has the features of 9 images: at least 40"),
     (dict(features=np.full((50, 6), 9, np.float32)), "features that are not those of its mu"),
     (dict(about=np.array('{"count": null}')), "has a damaged description"),

@@ -1,6 +1,7 @@
 """Reports: what they say, in which order they are written, and what tells that two cannot be compared."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,13 +9,20 @@ from script_helpers import contents
 
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation import report
+from improved_diffusion.evaluation.comparison import comparison, write_comparison
 from improved_diffusion.evaluation.metrics.scores import METRICS
+from improved_diffusion.evaluation.report import Metric, Neighbours, Pictures, Report
 from improved_diffusion.utils import files, images
 from improved_diffusion.utils.figures import png_of
 
 
 def made(**more):
     """A report on 50 samples with two metrics."""
+    return Report.from_dict(content(**more))
+
+
+def content(**more):
+    """The same, as in report.json."""
     about = {"images": "/data/a", "count": 50, "image_size": "8x8", "channels": 3, "features_sha256": "01"}
     return {
         "samples": {**about, "made_by": None},
@@ -48,28 +56,28 @@ def test_every_metric_is_explained():
 
 
 def test_numbers_have_their_errors_and_the_kid_is_in_thousandths():
-    assert report.number("fid", {"value": 12.34567}) == "12.3457"
-    assert report.number("recall", {"value": 0.5, "error": 0.05}) == "0.5000 ± 0.0500"
-    assert report.number("kid", {"value": -0.00012, "error": 0.00345}) == "-0.1200 ± 3.4500"
+    assert report.number("fid", Metric(12.34567)) == "12.3457"
+    assert report.number("recall", Metric(0.5, 0.05)) == "0.5000 ± 0.0500"
+    assert report.number("kid", Metric(-0.00012, 0.00345)) == "-0.1200 ± 3.4500"
     assert report.title("kid") == "KID x 1000" and report.title("copies") == "copy score"
 
 
 def test_the_text_says_what_was_measured_and_what_was_not():
-    text = report.markdown(made(warnings=["only 50 samples"]))
+    text = made(warnings=["only 50 samples"]).markdown()
     assert "50 samples, /data/a,\nagainst 12,000 real images, /data/b." in text
     assert "| metric | 50 samples |  |" in rows(text)
     assert any(row.startswith("| FID | 12.3457 | ") for row in rows(text))
     assert any(row.startswith("| KID x 1000 | -0.1200 ± 3.4500 | ") for row in rows(text))
     assert "No sFID: the network gives no spatial features." in text and "**Warning:** only 50 samples." in text
     assert "| count | 50 | 12000 |" in rows(text) and "| pixels_sha256 |  | 02 |" in rows(text)
-    assert "Not known: no samples.json lies beside them." in text and text.endswith("\nimproved_diffusion 0.1\n")
+    assert "Not known: there is no samples.json beside them." in text and text.endswith("\nimproved_diffusion 0.1\n")
     assert "(report_samples.png)" in text and "report_neighbours" not in text and "report_distances" not in text
 
 
 def test_the_text_has_a_column_of_what_real_images_get():
-    text = report.markdown(
-        made(real={"count": 1200, "metrics": {"fid": {"value": 3.0}}}, pictures={"neighbours": True, "distances": True})
-    )
+    text = made(
+        real={"count": 1200, "metrics": {"fid": {"value": 3.0}}}, pictures={"neighbours": True, "distances": True}
+    ).markdown()
     assert "| metric | 50 samples | 1,200 held-out real images |  |" in rows(text)
     assert any(row.startswith("| FID | 12.3457 | 3.0000 | ") for row in rows(text))
     assert any(row.startswith("| KID x 1000 | -0.1200 ± 3.4500 |  | ") for row in rows(text))
@@ -78,13 +86,13 @@ def test_the_text_has_a_column_of_what_real_images_get():
 
 
 def test_the_text_names_training_images_and_statistics_without_a_count():
-    text = report.markdown(made(reference={"images": "/b.npz"}, train={"count": 1234, "images": "/t"}))
+    text = made(reference={"images": "/b.npz"}, train={"count": 1234, "images": "/t"}).markdown()
     assert "against statistics of real images, /b.npz." in text and "Training images: 1,234, /t." in text
 
 
 def test_how_samples_were_made_stands_in_one_order():
     made_by = {"b": 1, "a": 2, "seed": 3, "model_path": "/x|y", "steps": 4, "classes": None}
-    found = rows(report.markdown(made(samples={**made()["samples"], "made_by": made_by})))[-6:]
+    found = rows(made(samples={**content()["samples"], "made_by": made_by}).markdown())[-6:]
     assert found == [
         "| model_path | /x\\|y |",
         "| steps | 4 |",
@@ -96,7 +104,7 @@ def test_how_samples_were_made_stands_in_one_order():
 
 
 def test_a_row_of_the_picture_is_a_sample_and_its_neighbours():
-    near = report.Neighbours(noise(3, 8, 8, 1), noise(3 * 5, 8, 8, 1).reshape(3, 5, 8, 8, 1))
+    near = Neighbours(noise(3, 8, 8, 1), noise(3 * 5, 8, 8, 1).reshape(3, 5, 8, 8, 1))
     picture = near.picture()
     assert picture.shape == (2 + 3 * 50, 52 + report.GAP + 2 + 5 * 50, 1)
     for row in range(3):
@@ -107,13 +115,19 @@ def test_a_row_of_the_picture_is_a_sample_and_its_neighbours():
             np.testing.assert_array_equal(line[:, left : left + 48 : 6], near.train[row, k])
 
 
+def with_pictures(count=4, channels=3, neighbours=None, distances=None, **more):
+    shown = {"neighbours": neighbours is not None, "distances": distances is not None}
+    return replace(made(pictures=shown, **more), pictures=Pictures(noise(count, 8, 8, channels), neighbours, distances))
+
+
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    near = report.Neighbours(noise(1, 8, 8, 3), noise(1, 2, 8, 8, 3))
-    path = report.write(str(tmp_path), made(), noise(4, 8, 8, 3), near, (np.ones(4), np.ones(4)))
+    near = Neighbours(noise(1, 8, 8, 3), noise(1, 2, 8, 8, 3))
+    full = with_pictures(neighbours=near, distances=(np.ones(4), np.ones(4)))
+    path = full.save(tmp_path)
     names = {"report_samples.png", "report_neighbours.png", "report_distances.png", "report.md", "report.json"}
     assert {each.name for each in tmp_path.iterdir()} == names and path == str(tmp_path / "report.md")
-    assert json.loads((tmp_path / "report.json").read_text()) == made()
-    assert (tmp_path / "report.md").read_text() == report.markdown(made())
+    assert json.loads((tmp_path / "report.json").read_text()) == full.to_dict()
+    assert (tmp_path / "report.md").read_text() == full.markdown()
 
     # An attempt that fails at the last file leaves what was there.
     before, plain = contents(tmp_path), files._write_file
@@ -125,11 +139,36 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot write .*report\.json: No space left"):
         patch.setattr(files, "_write_file", fail)
-        report.write(str(tmp_path), made(warnings=["another"]), noise(4, 8, 8, 3))
+        with_pictures(warnings=["another"]).save(tmp_path)
     assert contents(tmp_path) == before
-    # One without some of the pictures takes away those of the report before.
-    report.write(str(tmp_path), made(), noise(4, 8, 8, 3))
+    # One without some of the pictures removes those of the report before.
+    with_pictures().save(tmp_path)
     assert {each.name for each in tmp_path.iterdir()} == {"report_samples.png", "report.md", "report.json"}
+
+
+def test_numbers_are_attributes_with_their_errors():
+    found = made()
+    assert found.fid.value == float(found.fid) == 12.34567 and found.fid.error is None
+    assert (found.kid.value, found.kid.error) == (-0.00012, 0.00345) and str(found.kid) == "-0.0001 ± 0.0034"
+    assert found.sfid is None and list(found.metrics) == ["fid", "kid"] and "sfid" in found.missing
+    assert found.to_dict() == content()
+
+
+def test_a_notebook_shows_the_text_without_pictures_that_are_not_there():
+    assert "| FID | 12.3457 |" in made()._repr_markdown_() and ".png" not in made()._repr_markdown_()
+
+
+@pytest.mark.parametrize("value", [
+    "x\n\n# FID: 0.0001\n", "<script>alert(1)</script>", "![x](http://a/b.png)", "a | b", "\x1b[2K`x`", ["# a\n", 1],
+])  # fmt: skip
+def test_what_comes_from_files_is_one_line_of_plain_text(value):
+    plain = made(samples={**content()["samples"], "made_by": {"model_path": "x"}}).markdown()
+    about = {**content()["samples"], "made_by": {"model_path": value}}
+    text = made(samples=about).markdown()
+    assert len(text.splitlines()) == len(plain.splitlines())
+    assert "<script" not in text and "[x]" not in text and "\x1b" not in text and "\n# FID" not in text
+    other = made(samples=about, reference={**content()["reference"], "name": value}, warnings=[str(value)]).markdown()
+    assert "<script" not in other and "[x]" not in other and "\n# FID" not in other
 
 
 @pytest.mark.parametrize(
@@ -149,28 +188,28 @@ def test_any_distances_can_be_drawn(samples, held_out):
 
 
 def test_reading_takes_the_file_or_its_folder(tmp_path):
-    (tmp_path / "report.json").write_text(json.dumps(made()))
+    (tmp_path / "report.json").write_text(json.dumps(content()))
     for path in (tmp_path, tmp_path / "report.json"):
-        assert report.read(str(path)) == {**made(), "folder": str(tmp_path)}
+        assert Report.read(str(path)) == made()
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [b"", b"3", b"null", b"\xff\xfe", json.dumps({**made(), "metrics": {"other": {"value": 1}}}).encode(),
-     json.dumps({**made(), "samples": []}).encode()],
+    [b"", b"3", b"null", b"\xff\xfe", json.dumps({**content(), "metrics": {"fid": {}}}).encode(),
+     json.dumps({**content(), "samples": []}).encode(), b"[" * 200_000],
 )  # fmt: skip
 def test_what_is_no_report_is_named(wrong, tmp_path):
     (tmp_path / "report.json").write_bytes(wrong)
     with pytest.raises(UserError, match=r"report\.json is not a report of evaluate.py, or damaged: write it again"):
-        report.read(str(tmp_path))
+        Report.read(str(tmp_path))
 
 
 def test_reports_of_one_measurement_differ_in_what_differs():
-    first = made(samples={**made()["samples"], "made_by": {"steps": 10, "seed": 0}})
-    second = made(samples={**made()["samples"], "made_by": {"steps": 20, "seed": 0, "churn": 3}}, metrics={
+    first = made(samples={**content()["samples"], "made_by": {"steps": 10, "seed": 0}})
+    second = made(samples={**content()["samples"], "made_by": {"steps": 20, "seed": 0, "churn": 3}}, metrics={
         "fid": {"value": 5.0}, "recall": {"value": 0.25, "error": 0.01},
     })  # fmt: skip
-    assert report.comparison([first, second], ["a", "b"]) == (
+    assert comparison([first, second], ["a", "b"]) == (
         "| | a | b |\n"
         "|---|---|---|\n"
         "| FID | 12.3457 | 5.0000 |\n"
@@ -193,26 +232,26 @@ def test_reports_of_one_measurement_differ_in_what_differs():
     ],
 )
 def test_reports_of_other_measurements_are_told_apart(part, key, what):
-    other = made()
-    other[part] = {**other[part], key: "other"}
-    text = report.comparison([made(), made(), other], ["a", "b", "c"])
+    other = made(**{part: {**content()[part], key: 77}})
+    text = comparison([made(), made(), other], ["a", "b", "c"])
     assert text.startswith(f"Warning: the reports are of {what}: their numbers cannot be compared.\n")
     assert text.count("Warning") == 1 and f"| {part}: {key} | " in text
 
 
 def test_statistics_are_told_apart_by_their_files():
     reports = [made(reference={"images": "/r.npz", "file_sha256": name}) for name in ("a", "b")]
-    assert "different references" in report.comparison(reports, ["a", "b"])
-    assert "Warning" not in report.comparison([reports[0], reports[0]], ["a", "b"])
+    assert "different references" in comparison(reports, ["a", "b"])
+    assert "Warning" not in comparison([reports[0], reports[0]], ["a", "b"])
 
 
 def test_pictures_of_several_sizes_and_channels_stand_side_by_side(tmp_path):
     reports = []
     for name, shape in (("a", (4, 8, 8, 1)), ("b", (11, 8, 8, 3))):
         (tmp_path / name).mkdir()
-        report.write(str(tmp_path / name), made(), noise(*shape), None)
-        reports.append(report.read(str(tmp_path / name)))
-    path = report.write_comparison(str(tmp_path / "new/both"), reports, ["a", "b"])
+        with_pictures(shape[0], shape[3]).save(tmp_path / name)
+        reports.append(Report.read(str(tmp_path / name)))
+    folders = [str(tmp_path / name) for name in "ab"]
+    path = write_comparison(str(tmp_path / "new/both"), reports, ["a", "b"], folders)
     assert path == str(tmp_path / "new/both/compare.md")
     picture = images.decode_png((tmp_path / "new/both/compare.png").read_bytes())
     left, right = (images.decode_png((tmp_path / name / "report_samples.png").read_bytes()) for name in "ab")
@@ -220,5 +259,5 @@ def test_pictures_of_several_sizes_and_channels_stand_side_by_side(tmp_path):
         shown = picture[8 : 8 + array.shape[0], x : x + array.shape[1]]
         np.testing.assert_array_equal(shown, np.broadcast_to(array, shown.shape))
     (tmp_path / "a/report_samples.png").unlink()
-    report.write_comparison(str(tmp_path / "text"), reports, ["a", "b"])
+    write_comparison(str(tmp_path / "text"), reports, ["a", "b"], folders)
     assert [path.name for path in (tmp_path / "text").iterdir()] == ["compare.md"]

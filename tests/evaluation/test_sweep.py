@@ -1,20 +1,20 @@
-"""What a sweep says of many settings: its table, its plot, and the checkpoints that --ema names."""
+"""A sweep's table, its plot, and the checkpoints that --ema names."""
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
 
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation import sweep
+from improved_diffusion.evaluation.report import Metric, Report
 from improved_diffusion.utils import images
 
 
 def row(fid, evaluations=None, kid=None, **chosen):
-    metrics = {"fid": {"value": fid}, **({"kid": {"value": kid, "error": 0.001}} if kid is not None else {})}
+    metrics = {"fid": Metric(fid), **({"kid": Metric(kid, 0.001)} if kid is not None else {})}
     folder = "_".join(f"{name}{value}" for name, value in chosen.items())
-    return {"chosen": chosen, "evaluations": evaluations, "folder": folder, "metrics": metrics}
+    return sweep.Row(chosen, evaluations, folder, metrics)
 
 
 def curves(axes):
@@ -26,11 +26,11 @@ def curves(axes):
 def test_the_table_has_a_row_for_each_combination(tmp_path):
     rows = [row(3.0, 5, 0.002, sampler="ddim", steps="5"), row(2.5, 9, sampler="heun", steps="5")]
     samples = {"count": 50, "features": "f.pt", "made_by": {"model_path": "/m.pt"}}
-    last = {"samples": samples, "reference": {"images": "/real"}, "warnings": ["few"]}
+    last = Report(samples=samples, reference={"images": "/real"}, warnings=("few",))
     path = sweep.write_table(str(tmp_path), rows, last)
     text = (tmp_path / "sweep.md").read_text()
-    assert path == str(tmp_path / "sweep.md") and text.startswith("# Sweep\n\n50 samples a row, of /m.pt ")
-    assert "against /real, by the features f.pt." in text and "**Warning:** few." in text
+    assert path == str(tmp_path / "sweep.md") and text.startswith("# Sweep\n\n50 samples a row, from /m.pt ")
+    assert "against /real, in the features f.pt." in text and "**Warning:** few." in text
     assert [line for line in text.splitlines() if line.startswith("|")] == [
         "| sampler | steps | evaluations | FID | KID x 1000 |",
         "|---|---|---|---|---|",
@@ -38,7 +38,8 @@ def test_the_table_has_a_row_for_each_combination(tmp_path):
         "| heun | 5 | 9 | 2.5000 |  |",
     ]
     assert "- [samplerheun_steps5](samplerheun_steps5/report.md)" in text and "(sweep.png)" in text
-    assert json.loads((tmp_path / "sweep.json").read_text()) == rows
+    assert json.loads((tmp_path / "sweep.json").read_text()) == [row.to_dict() for row in rows]
+    assert rows[0].to_dict()["metrics"]["kid"] == {"value": 0.002, "error": 0.001}
     assert images.decode_png((tmp_path / "sweep.png").read_bytes()).shape[:2] == (340, 920)
 
 
@@ -50,7 +51,7 @@ def test_steps_are_drawn_as_evaluations_with_a_line_for_each_other_value():
     ]
     fid, kid = sweep.figure_of(rows).axes
     assert (fid.get_title(), kid.get_title()) == ("FID: lower is better", "KID x 1000: lower is better")
-    assert fid.get_xlabel() == "evaluations of the network, guided or not"
+    assert fid.get_xlabel() == "evaluations of the network"
     assert curves(fid) == {
         "sampler ddim": [(5, 5), (20, 20)],
         "sampler heun": [(10, 10), (40, 40)],
@@ -92,25 +93,24 @@ def checkpoints(tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", ["model000020.pt", "ema_0.9_000020.pt", "opt000020.pt"])
 def test_an_average_is_that_of_the_models_step(model, checkpoints):
     for folder in ("", f"{checkpoints}/"):
-        cell = Namespace(ema="0.99", model_path=f"{folder}{model}")
-        assert sweep._checkpoint(cell) == f"{folder or './'}ema_0.99_000020.pt"
+        assert sweep.find_checkpoint(f"{folder}{model}", "0.99") == f"{folder or './'}ema_0.99_000020.pt"
 
 
 def test_without_an_average_the_model_is_what_was_given():
     for ema in ("", "none"):
-        assert sweep._checkpoint(Namespace(ema=ema, model_path="anything.pt")) == "anything.pt"
+        assert sweep.find_checkpoint("anything.pt", ema) == "anything.pt"
 
 
 @pytest.mark.parametrize(
     ("ema", "model", "message"),
     [
-        ("0.5", "model000020.pt", r"--ema 0\.5: .*ema_0\.5_000020\.pt does not exist; of that step there are "
+        ("0.5", "model000020.pt", r"--ema 0\.5: .*ema_0\.5_000020\.pt does not exist; that step has "
                                   r"ema_0\.99_000020\.pt, ema_0\.9_000020\.pt$"),
-        ("0.9", "model000030.pt", r"of that step there are none$"),
+        ("0.9", "model000030.pt", r"that step has no EMA$"),
         ("0.9", "mine.pt", r"--ema 0\.9 needs a --model_path such as runs/NAME/model010000\.pt"),
         ("0.9", "", r"--ema 0\.9 needs a --model_path"),
     ],
 )  # fmt: skip
 def test_an_average_that_is_not_there_is_named_with_those_that_are(ema, model, message, checkpoints):
     with pytest.raises(UserError, match=message):
-        sweep._checkpoint(Namespace(ema=ema, model_path=model))
+        sweep.find_checkpoint(model, ema)

@@ -1,4 +1,4 @@
-"""The networks that images are judged by: what they give, what they are given, and what is refused."""
+"""Feature networks: what they give, what they are given, and what is refused."""
 
 import hashlib
 import shutil
@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from feature_helpers import export_module, write_program, write_script
+from feature_helpers import export_module, trusted, write_program, write_script
 from PIL import Image
 
 from improved_diffusion.config import UserError
-from improved_diffusion.evaluation.feature_network import FeatureNetwork
+from improved_diffusion.evaluation.features import FeatureNetwork
 
 SIDE = 8
 
@@ -31,7 +31,7 @@ def write_any(path, module, trace=True):
         warnings.simplefilter("ignore")
         example = th.zeros(2, 3, SIDE, SIDE, dtype=th.uint8)
         (th.jit.trace(module, example, strict=False) if trace else th.jit.script(module)).save(str(path))
-    return str(path)
+    return trusted(path)
 
 
 class Mean(th.nn.Module):
@@ -176,7 +176,7 @@ def test_a_program_of_one_size_gets_it_unless_told_otherwise(tmp_path):
 
 
 def test_inception_is_resized_to_its_own_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("improved_diffusion.evaluation.feature_network.fetch", lambda spec, flag: str(path))
+    monkeypatch.setattr("improved_diffusion.evaluation.features.fetch", lambda spec, flag: str(path))
     path = Path(write_script(tmp_path / "inception.pt", detector=True))
     assert FeatureNetwork("inception").describe() == {
         "features": "inception", "features_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -208,7 +208,7 @@ def test_a_file_that_is_no_program_is_named(tmp_path):
     (tmp_path / "text.pt").write_text("not a program")
     loading_fails(tmp_path / "text.pt", "neither an exported program", "TorchScript")
     th.save({"weight": th.zeros(3)}, tmp_path / "state.pt")
-    loading_fails(tmp_path / "state.pt", "a state dict alone does not say how to compute")
+    loading_fails(trusted(tmp_path / "state.pt"), "a state dict alone does not say how to compute")
     with pytest.raises(UserError, match=f"--features {tmp_path} is a folder: name a file"):
         FeatureNetwork(str(tmp_path))
     with pytest.raises(UserError, match=r"--logits .*nothing\.pt does not exist"):
@@ -222,7 +222,7 @@ def test_a_cut_file_is_named(tmp_path, form, share):
     write(form, path)
     data = path.read_bytes()
     (tmp_path / "cut").write_bytes(data[: int(share * len(data))])
-    loading_fails(tmp_path / "cut", "cut off")
+    loading_fails(trusted(tmp_path / "cut"), "cut off")
 
 
 @pytest.mark.parametrize("form", ["script", "program"])
@@ -232,7 +232,7 @@ def test_a_file_with_other_bytes_in_it_is_named(tmp_path, form):
     data = bytearray(path.read_bytes())
     data[len(data) // 3 : len(data) // 3 + 200] = bytes(200)
     (tmp_path / "damaged").write_bytes(data)
-    loading_fails(tmp_path / "damaged", "cannot be loaded")
+    loading_fails(trusted(tmp_path / "damaged"), "cannot be loaded")
 
 
 class Gives(th.nn.Module):
@@ -304,7 +304,7 @@ def test_a_program_of_two_inputs_is_named(tmp_path):
         warnings.simplefilter("ignore")
         example = (th.zeros(2, 3, 8, 8, dtype=th.uint8), th.zeros(2, 3, 8, 8))
         th.export.save(th.export.export(Two(), example), tmp_path / "two.pt2")
-    loading_fails(tmp_path / "two.pt2", "must take one tensor", "it takes 2 inputs")
+    loading_fails(trusted(tmp_path / "two.pt2"), "must take one tensor", "it takes 2 inputs")
 
 
 def test_a_program_that_raises_is_named(tmp_path):
@@ -372,20 +372,20 @@ def scripted(path, module):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         th.jit.script(module).save(str(path))
-    return str(path)
+    return trusted(path)
 
 
 @pytest.mark.parametrize("module", [Among(), Dropping()])
 def test_features_that_are_not_of_the_image_alone_are_refused(tmp_path, module):
     network = FeatureNetwork(scripted(tmp_path / "f.pt", module))
-    with pytest.raises(UserError, match=r"f\.pt gives other features for the same image .*eval\(\) mode"):
+    with pytest.raises(UserError, match=r"f\.pt gives different features for the same image .*eval\(\) mode"):
         network.check((8, 8), 3)
     FeatureNetwork(write_script(tmp_path / "g.pt")).check((8, 8), 3)
 
 
 @pytest.mark.parametrize("factor", [1e19, 1e-30])
 def test_features_out_of_the_reach_of_float32_are_refused(tmp_path, factor):
-    with pytest.raises(UserError, match=r"out of float32's reach: scale them to about 1"):
+    with pytest.raises(UserError, match=r"out of float32's range: scale them to about 1"):
         FeatureNetwork(scripted(tmp_path / "f.pt", Scaled(factor)))(pictures())
 
 

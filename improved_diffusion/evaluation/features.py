@@ -1,10 +1,11 @@
-"""Networks that images are judged by: exported programs and TorchScript, from a file or a URL."""
+"""Feature networks: exported programs and TorchScript, from a file or a URL."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
+import re
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,61 +15,76 @@ import numpy as np
 import torch as th
 from PIL import Image
 
-from ..config import UserError
+from .. import distributed
+from ..config import FeaturesConfig, UserError
 from ..utils import files
-from . import untrusted
 from .downloads import fetch
+from .trust import check_trusted
 
-# The Inception network of the published scores (Szegedy et al. 2015), with the weights that TensorFlow gave out on
-# 2015-12-05, in TorchScript form. It resizes images of other sizes itself, without antialiasing.
+# The Inception network of the published scores (Szegedy et al. 2015) with the TensorFlow weights of 2015-12-05, as
+# TorchScript. It resizes images of other sizes itself, without antialiasing.
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SIDE = 299
 RESIZERS = 4  # threads
-LARGEST = 1e12  # feature whose square, and its inverse, float32 holds
+LARGEST = 1e12  # the largest feature; float32 holds its square, and the inverse of that
 MAX_SPATIAL = 4096  # the time of the Frechet distance grows with the cube
+ZIP_MAGIC = b"PK"  # both kinds of program are zip archives
+OLDER_PROGRAM = "serialized_exported_program.json"  # the graph in exported programs of torch up to 2.7
 
 
 class Outputs(NamedTuple):
-    """What a network says of N images, float32."""
+    """A network's outputs for N images, float32."""
 
     features: np.ndarray  # [N, D]
-    spatial: np.ndarray | None = None  # [N, S], where things are in the image, for the sFID
+    spatial: np.ndarray | None = None  # [N, S], features of positions, for the sFID
     probabilities: np.ndarray | None = None  # [N, C], of classes
 
 
 class FeatureNetwork:
-    """A program that maps uint8 [N, 3, H, W] to features [N, D], or to a dict of `features` [N, D] and, where it has
-    them, `spatial` [N, S] and `logits` [N, C].
+    """A program that maps uint8 [N, 3, H, W] to features [N, D], or to a dict of `features` [N, D] and optionally
+    `spatial` [N, S] and `logits` [N, C]. Loading is collective.
 
-    A TorchScript program whose forward takes `return_features`, as those of the public Inception files do, is called
-    with True for its features, and without it, but with `no_output_bias` where it takes that, for class probabilities.
+    A TorchScript program whose forward takes `return_features`, such as the public Inception files, is called with True
+    for its features. For class probabilities it is called without, and with `no_output_bias` where it takes that.
     :param spec: a path, a URL or "inception".
-    :param feature_size: the side to resize images to, "native" for none, "auto" for what the program needs.
-    :param logits: a second program, to logits [N, C], or "".
-    Raises UserError for files that are missing, damaged or could run code when loaded.
+    :param feature_size: the side to resize images to; "native": no resizing; "auto": what the program needs.
+    :param logits: a second program, to logits [N, C]; "": none.
+    :param trust: allow these programs, which can run any code; without, only known ones are loaded (see trust.py).
+    Raises UserError for files that are missing, damaged or not trusted.
     """
 
-    def __init__(self, spec: str, feature_size: str = "auto", logits: str = "", device: Any = "cpu"):
+    def __init__(
+        self, spec: str, feature_size: str = "auto", logits: str = "", device: Any = "cpu", trust: bool = False
+    ):
         self.device = device
-        self.program = _Program(*_fetched("--features", spec), device)
-        self.logits = _Program(*_fetched("--logits", logits), device) if logits else None
+        self.program = _Program("--features", spec, device, trust)
+        self.logits = _Program("--logits", logits, device, trust) if logits else None
         self.name = os.path.basename(spec)
         self.side = _side(self.program, feature_size)
 
+    @classmethod
+    def of(cls, config: FeaturesConfig) -> FeatureNetwork:
+        """The network that the options name, on this rank's device. Collective."""
+        if not config.features:
+            raise UserError(
+                "--features is missing: name an exported program (.pt2), TorchScript (.pt), a URL, or inception"
+            )
+        return cls(config.features, config.feature_size, config.logits, distributed.dev(), config.trust_features)
+
     def describe(self) -> dict[str, Any]:
-        """What its numbers depend on."""
+        """What its outputs depend on."""
         about = {
             "features": self.name,
             "features_sha256": self.program.sha256,
             "feature_size": self.side or "native",
-            "resized_by": "antialiased bicubic (Pillow)" if self.side else "nothing, or the program",
+            "resized_by": "antialiased bicubic (Pillow)" if self.side else "not resized, or by the program",
         }
         return {**about, "logits_sha256": self.logits.sha256} if self.logits else about
 
     def __call__(self, images: np.ndarray, probabilities: bool = True) -> Outputs:
         """uint8 [N, H, W, C] with 1 or 3 channels -> Outputs. Raises UserError where the program cannot take them.
 
-        :param probabilities: whether those are wanted, which may cost another pass.
+        :param probabilities: compute those too, which may take another pass.
         """
         x, count = self._prepare(images), len(images)
         out = self.program(x, **self.program.for_features)
@@ -86,21 +102,24 @@ class FeatureNetwork:
             found = self.program.checked(scores, "probabilities", len(x))
             if (found < 0).any() or (abs(found.sum(axis=1) - 1) > 1e-3).any():
                 raise UserError(
-                    f"{self.program.flag} gives no probabilities without return_features: rows must sum to 1"
+                    f"{self.program.name} gives no probabilities without return_features: rows must sum to 1"
                 )
             return found
         return _softmax(self.program.checked(named["logits"], "logits", len(x))) if "logits" in named else None
 
     def check(self, size: tuple[int, int], channels: int) -> Outputs:
-        """What it says of noise (height, width). Raises UserError where it cannot take such images, and where what it
-        says of an image depends on other images, or on chance."""
+        """The outputs for noise images of (height, width).
+
+        Raises UserError where the program cannot take such images, and where an image's features are random or depend
+        on the other images of the batch.
+        """
         noise = np.random.default_rng(0).integers(0, 256, (3, *size, channels), dtype=np.uint8)
         outputs = self(noise)
         again = np.concatenate([self(noise[:1], probabilities=False).features, self(noise[1:], False).features])
         if np.abs(again - outputs.features).max() > 1e-2 * np.abs(outputs.features).max():
             raise UserError(
-                f"{self.program.flag} gives other features for the same image the next time, or among others: export "
-                "the network in its eval() mode"
+                f"{self.program.name} gives different features for the same image in another call or batch: export the "
+                "network in its eval() mode"
             )
         return outputs
 
@@ -109,42 +128,55 @@ class FeatureNetwork:
         if self.side and images.shape[1:3] != (self.side, self.side):
             with ThreadPoolExecutor(RESIZERS) as pool:
                 resized = np.stack(list(pool.map(lambda image: _resize(image, self.side), images)))
-            # The Inception files take real numbers, as the published code of Parmar et al. hands them; others bytes.
+            # The Inception files get real numbers, as in the published code of Parmar et al.; others get bytes.
             images = resized if self.program.is_detector else np.rint(resized).astype(np.uint8)
         return th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device)
 
 
 class _Program:
-    """One loaded file."""
+    """One loaded file. Collective."""
 
-    def __init__(self, path: str, flag: str, device: Any):
-        self.flag = flag
+    def __init__(self, flag: str, spec: str, device: Any, trust: bool):
+        path = fetch(INCEPTION_URL if spec == "inception" else spec, flag)
+        is_download = path != spec
+        self.name = f"{flag} {spec}" + (f" ({path})" if is_download else "")
         data = files.read_bytes(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
+        if not data.startswith(ZIP_MAGIC):
+            remedy = f"; remove {path} to download it again" if is_download else ""
+            raise UserError(
+                f"{self.name} is neither an exported program (.pt2) nor TorchScript (.pt), or cut off{remedy}"
+            )
+        trusted = distributed.from_rank0(_check_trusted, self.name, path, self.sha256, trust)
+        if trusted != self.sha256:
+            raise UserError(f"{self.name} is another file on rank {distributed.get_rank()} than on rank 0: copy it")
         self.input_shape: tuple[int | None, ...] = (None,) * 4
         self.is_detector = False
         self.for_features: dict[str, bool] = {}
         self.for_probabilities: dict[str, bool] = {}
-        try:
-            members = zipfile.ZipFile(io.BytesIO(data)).namelist()
-        except zipfile.BadZipFile:
-            raise UserError(f"{flag} is neither an exported program (.pt2) nor TorchScript (.pt), or cut off") from None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one of the two forms is on its way out, for one
-            try:
-                if untrusted.is_program(members):
-                    self.module = self._load_exported(untrusted.clean_program(data, flag)).to(device)
-                elif untrusted.is_script(members):
-                    self.module = self._load_script(untrusted.clean_script(data, flag), device)
-                else:
-                    raise UserError(
-                        f"{flag} is neither an exported program (torch.export.save) nor TorchScript (torch.jit.save), "
-                        "or cut off: a state dict alone does not say how to compute"
-                    )
-            except UserError:
-                raise
-            except Exception as error:
-                raise UserError(f"{flag} cannot be loaded: {_first_line(error)}") from None
+            warnings.simplefilter("ignore")  # torch warns that TorchScript is deprecated
+            self.module = self._load(data, device)
+
+    def _load(self, data: bytes, device: Any) -> th.nn.Module:
+        try:
+            names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+            if OLDER_PROGRAM in names or any(re.fullmatch(r"[^/]+/models/[^/]+", name) for name in names):
+                return self._load_exported(data).to(device)
+            if any(name.endswith("/data.pkl") for name in names) and any("/code/" in name for name in names):
+                return self._load_script(data, device)
+        except UserError:
+            raise
+        except zipfile.BadZipFile:
+            raise UserError(
+                f"{self.name} is neither an exported program (.pt2) nor TorchScript (.pt), or cut off"
+            ) from None
+        except Exception as error:
+            raise UserError(f"{self.name} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(
+            f"{self.name} is neither an exported program (torch.export.save) nor TorchScript (torch.jit.save), or cut "
+            "off: a state dict alone does not say how to compute"
+        )
 
     def _load_exported(self, data: bytes) -> th.nn.Module:
         exported = th.export.load(io.BytesIO(data))
@@ -153,15 +185,15 @@ class _Program:
             if node.op == "placeholder" and node.name in exported.graph_signature.user_inputs
         ]  # fmt: skip
         if len(inputs) != 1 or not isinstance(inputs[0], th.Tensor) or inputs[0].ndim != 4:
-            raise UserError(f"{self.flag} must take one tensor, uint8 [N, 3, H, W]; it takes {len(inputs)} inputs")
+            raise UserError(f"{self.name} must take one tensor, uint8 [N, 3, H, W]; it takes {len(inputs)} inputs")
         self.input_shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
         if self.input_shape[1] not in (None, 3) or inputs[0].dtype != th.uint8:
             raise UserError(
-                f"{self.flag} takes {inputs[0].dtype} {tuple(inputs[0].shape)}: expected uint8 [N, 3, H, W]"
+                f"{self.name} takes {inputs[0].dtype} {tuple(inputs[0].shape)}: expected uint8 [N, 3, H, W]"
             )
         if self.input_shape[0] is not None:
             raise UserError(
-                f"{self.flag} takes batches of {self.input_shape[0]} images only: export it with a dynamic first "
+                f"{self.name} takes batches of {self.input_shape[0]} images only: export it with a dynamic first "
                 "dimension"
             )
         return exported.module()
@@ -177,54 +209,54 @@ class _Program:
 
     @th.no_grad()
     def __call__(self, x: th.Tensor, **kwargs: bool) -> Any:
-        # With tensor cores' ten bits the numbers would not be those of other machines.
+        # TF32 keeps ten bits, and its results differ from those of other machines.
         tf32, th.backends.cudnn.allow_tf32 = th.backends.cudnn.allow_tf32, False
         try:
             return self.module(x, **kwargs)
-        except th.cuda.OutOfMemoryError:
-            raise UserError(f"{self.flag} needs more memory than the GPU has free: lower --feature_batch") from None
         except Exception as error:
+            if distributed.is_out_of_memory(error):
+                raise UserError(f"{self.name} needs more memory than the GPU has free: lower --feature_batch") from None
             wanted = self.input_shape[2:]
             help = f"; it takes images of {wanted[0]}x{wanted[1]}: give --feature_size" if all(wanted) else ""
             raise UserError(
-                f"{self.flag} cannot take {str(x.dtype).removeprefix('torch.')} images of {tuple(x.shape)} on "
+                f"{self.name} cannot take {str(x.dtype).removeprefix('torch.')} images of {tuple(x.shape)} on "
                 f"{x.device.type}{help} ({_first_line(error)})"
             ) from None
         finally:
             th.backends.cudnn.allow_tf32 = tf32
 
     def checked(self, value: Any, what: str, count: int) -> np.ndarray:
-        """A result of so many images as float32 [count, D]. Raises UserError for one of another form."""
+        """A result for `count` images as float32 [count, D]. Raises UserError for another shape or unusable values."""
         if not isinstance(value, th.Tensor) or value.ndim < 2 or len(value) != count or value[0].numel() < 2:
             shape = f"a tensor of {tuple(value.shape)}" if isinstance(value, th.Tensor) else type(value).__name__
             raise UserError(
-                f"{self.flag} gives {shape} as {what} of {count} images: expected [{count}, D], one row for each"
+                f"{self.name} gives {shape} as {what} of {count} images: expected [{count}, D], one row for each"
             )
         if what != "spatial" and value[0].numel() != value.shape[1]:
             raise UserError(
-                f"{self.flag} gives {what} of {tuple(value.shape)} for {count} images: expected [{count}, D]; a "
+                f"{self.name} gives {what} of {tuple(value.shape)} for {count} images: expected [{count}, D]; a "
                 "program for features has to average over positions"
             )
         if what == "spatial" and value[0].numel() > MAX_SPATIAL:
             raise UserError(
-                f"{self.flag} gives {value[0].numel():,} spatial features of each image: at most {MAX_SPATIAL:,} can "
+                f"{self.name} gives {value[0].numel():,} spatial features of each image: at most {MAX_SPATIAL:,} can "
                 "be compared; give a few channels of a coarse layer, such as the published 7 of 17x17"
             )
         if value.is_complex():
-            raise UserError(f"{self.flag} gives complex {what}: expected real numbers")
+            raise UserError(f"{self.name} gives complex {what}: expected real numbers")
         array = value.flatten(1).float().cpu().numpy()
         largest = np.abs(array).max()
         if not np.isfinite(largest):
             raise UserError(
-                f"{self.flag} gives {what} that are not finite numbers: the file is damaged, or not for such images"
+                f"{self.name} gives {what} that are not finite numbers: the file is damaged, or not for such images"
             )
         if what in ("features", "spatial") and (largest > LARGEST or 0 < largest < 1 / LARGEST):
             raise UserError(
-                f"{self.flag} gives {what} as large as {largest:.0e}, out of float32's reach: scale them to about 1"
+                f"{self.name} gives {what} as large as {largest:.0e}, out of float32's range: scale them to about 1"
             )
         if what == "logits" and (array >= 0).all() and (abs(array.sum(axis=1) - 1) < 1e-3).all():
             raise UserError(
-                f"{self.flag} gives probabilities where logits are expected, which are taken before the softmax"
+                f"{self.name} gives probabilities where logits are expected: export the values before the softmax"
             )
         return array
 
@@ -239,10 +271,9 @@ def _first_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else type(error).__name__)
 
 
-def _fetched(flag: str, spec: str) -> tuple[str, str]:
-    """(the local path, what messages call it) of a file, a URL or "inception"."""
-    path = fetch(INCEPTION_URL if spec == "inception" else spec, flag)
-    return path, f"{flag} {spec}" + (f" ({path})" if path != spec else "")
+def _check_trusted(name: str, path: str, sha256: str, allow: bool) -> str:
+    check_trusted(name, path, sha256, allow)
+    return sha256
 
 
 def _side(program: _Program, feature_size: str) -> int:
@@ -253,7 +284,7 @@ def _side(program: _Program, feature_size: str) -> int:
     fixed = height if height is not None and height == width else None
     if feature_size != "auto":
         if fixed is not None and fixed != int(feature_size):
-            raise UserError(f"--feature_size {feature_size} contradicts {program.flag}, which takes {fixed}x{fixed}")
+            raise UserError(f"--feature_size {feature_size} contradicts {program.name}, which takes {fixed}x{fixed}")
         return int(feature_size)
     return INCEPTION_SIDE if program.is_detector else fixed or 0
 
