@@ -143,7 +143,7 @@ class _Program:
         data = files.read_bytes(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         if not data.startswith(ZIP_MAGIC):
-            remedy = f"; remove {path} to download it again" if is_download else ""
+            remedy = f"; remove {path} and {path}.sha256 to download it again" if is_download else ""
             raise UserError(
                 f"{self.name} is neither an exported program (.pt2) nor TorchScript (.pt), or cut off{remedy}"
             )

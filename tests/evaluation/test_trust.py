@@ -142,7 +142,7 @@ def test_a_download_is_refused_by_its_url_and_by_what_it_holds_now(program, tmp_
     with pytest.raises(UserError, match="was not loaded"):
         FeatureNetwork(url)
     Path(program).write_text("<html>log in</html>")
-    with pytest.raises(UserError, match=rf"remove {program} to download it again"):
+    with pytest.raises(UserError, match=rf"remove {program} and {program}\.sha256 to download it again"):
         FeatureNetwork(url, trust=True)
 
 
