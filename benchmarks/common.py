@@ -14,7 +14,7 @@ from improved_diffusion.cli.parsing import parse
 from improved_diffusion.config.settings import ImageSampling
 from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images, read_classes
-from improved_diffusion.logs import logger
+from improved_diffusion.logs.progress import Progress
 from improved_diffusion.sampling.pipeline import SamplingPipeline
 from improved_diffusion.utils.images import from_uint8, to_uint8
 
@@ -98,7 +98,7 @@ class Checkpoint:
         if self.classes:
             flags = [*flags, "--classes", ",".join(map(str, range(self.classes)))]
         pipeline, parts = self.pipeline(flags), []
-        bar = logger.Progress(" ".join(flags), count, "image")
+        bar = Progress(" ".join(flags), count, "image")
         for start in range(0, count, self.batch_size):
             numbers = range(start, min(start + self.batch_size, count))
             parts.append(pipeline.draw(numbers))

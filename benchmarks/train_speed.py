@@ -56,12 +56,12 @@ def measure(variant, args):
     if device.type == "cuda":
         th.cuda.synchronize()
         th.cuda.reset_peak_memory_stats()
-    loop.meter.read()
+    loop.run_log.meter.read()
     start = time.perf_counter()
     for _ in range(args.steps):
         loop.run_step(*next(loop.data))
         loop.step += 1
-    means = loop.meter.read()  # waits for the device
+    means = loop.run_log.meter.read()  # waits for the device
     seconds = time.perf_counter() - start
     memory = th.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return args.steps * args.batch_size / seconds, memory, means["loss"]

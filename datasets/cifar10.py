@@ -21,7 +21,7 @@ from new_folder import NewFolder, check_out_dir
 
 from improved_diffusion.config import UserError
 from improved_diffusion.distributed import run_script
-from improved_diffusion.logs.logger import Progress
+from improved_diffusion.logs.progress import Progress
 from improved_diffusion.utils import files
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

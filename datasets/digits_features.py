@@ -21,7 +21,7 @@ from improved_diffusion.config import UserError
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.distributed import run_script
 from improved_diffusion.evaluation.trust import trust
-from improved_diffusion.logs import logger
+from improved_diffusion.logs.progress import Progress
 from improved_diffusion.utils import files
 from improved_diffusion.utils.images import resize_crop
 
@@ -70,7 +70,7 @@ def fit(images: th.Tensor, digits: th.Tensor, steps: int) -> Classifier:
     model = Classifier()
     optimizer = th.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
     schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=max(2, steps))
-    bar = logger.Progress("training the classifier", steps, "step")
+    bar = Progress("training the classifier", steps, "step")
     for _ in range(steps):
         chosen = th.randint(len(images), (BATCH,))
         moved = th.roll(images[chosen], th.randint(-MOVED, MOVED + 1, (2,)).tolist(), (2, 3))

@@ -15,6 +15,7 @@ import numpy as np
 
 from improved_diffusion.config import UserError
 from improved_diffusion.logs import logger
+from improved_diffusion.logs.progress import Progress
 from improved_diffusion.utils import files, images
 
 MADE_FROM = "made_from.json"  # lies beside the images and says what they were made from
@@ -85,7 +86,7 @@ class NewFolder:
             name, source = item
             files.write_bytes(self.partial / name, images.encode_png(to_array(source)), durable=False)
 
-        progress = logger.Progress(f"writing {self.name}", total, "image", initial=len(done))
+        progress = Progress(f"writing {self.name}", total, "image", initial=len(done))
         try:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and encoding run side by side
                 while chunk := list(itertools.islice(todo, 256)):

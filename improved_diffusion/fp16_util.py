@@ -1,4 +1,4 @@
-"""16-bit training: a torso in float16 or bfloat16, one flat float32 master copy, and the loss scale."""
+"""16-bit training: convolutions in float16 or bfloat16, one flat float32 master copy, and the loss scale."""
 
 from __future__ import annotations
 
@@ -71,14 +71,15 @@ def zero_grad(model_params: Iterable[nn.Parameter]) -> None:
 
 
 class LossScale:
-    """float16's loss scale 2^lg, kept on the device: a good step adds `growth` to lg, an overflow takes 1 away.
+    """float16's loss scale 2^lg, kept on the device: a good step adds `growth` to lg, an overflow subtracts 1.
 
-    It falls no lower than 2^MIN_LOG_LOSS_SCALE.
+    lg never falls below MIN_LOG_LOSS_SCALE.
     """
 
     def __init__(self, device: th.device | str, growth: float, lg: float = INITIAL_LOG_LOSS_SCALE):
         self.growth = growth
-        self.lg = th.tensor(lg, dtype=th.float64, device=device)
+        has_float64 = th.device(device).type in ("cpu", "cuda")  # MPS and some XPUs have none
+        self.lg = th.tensor(lg, dtype=th.float64 if has_float64 else th.float32, device=device)
 
     @property
     def scale(self) -> th.Tensor:
@@ -92,7 +93,7 @@ class LossScale:
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """What a checkpoint keeps."""
-        return {"lg": self.lg.cpu()}
+        return {"lg": self.lg.cpu().double()}
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
         """Restore what `state_dict` gave."""

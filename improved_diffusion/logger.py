@@ -7,7 +7,6 @@ from .logs.logger import (
     INFO,
     WARN,
     Logger,
-    Progress,
     add_output,
     configure,
     debug,
@@ -32,6 +31,7 @@ from .logs.logger import (
     warn,
 )
 from .logs.outputs import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, make_output_format
+from .logs.progress import Progress
 
 __all__ = [
     "DEBUG", "DISABLED", "ERROR", "INFO", "WARN", "CSVOutputFormat", "HumanOutputFormat", "JSONOutputFormat", "Logger",

@@ -18,7 +18,7 @@ import torch as th
 
 from improved_diffusion import distributed
 from improved_diffusion.config import UserError
-from improved_diffusion.distributed import launchers, watchdog
+from improved_diffusion.distributed import collectives, watchdog
 from improved_diffusion.logs import logger
 from improved_diffusion.models.factories import create_gaussian_diffusion, create_model
 from improved_diffusion.resample import LossSecondMomentResampler
@@ -58,7 +58,7 @@ def make_model():
     return model
 
 
-def six_steps(folder, microbatch=-1, split=(0, 1)):
+def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32"):
     """The parameters [n], as one vector, after six steps on four images each, and the last five gradients' mean norm.
 
     :param split: this rank and the number of ranks.
@@ -74,6 +74,7 @@ def six_steps(folder, microbatch=-1, split=(0, 1)):
     loop = TrainLoop(
         model=model, diffusion=ImageDecides(diffusion), data=data, batch_size=BATCH // ranks, microbatch=microbatch,
         lr=1e-3, ema_rate="0.9", log_interval=STEPS, save_interval=100, resume_checkpoint="", max_steps=STEPS,
+        precision=precision,
         # A bias before a norm of one channel a group has no gradient but rounding, which Adam would blow up to lr.
         adam_eps=1e-6,
     )  # fmt: skip
@@ -100,6 +101,43 @@ def refused_by_rank0():
         return str(error)
 
 
+def files_of_rank0(folder):
+    """What `read_bytes` and `load_state_dict` give on this rank: {case: hex digits, state dict or message}.
+
+    `shared`: all ranks have the file. `absent`, `stale`: the others lack it, or have another of the same length.
+    """
+    rank, found = distributed.get_rank(), {}
+    content = np.random.default_rng(0).bytes(1000)
+    collectives.BROADCAST_BYTES, default = 300, collectives.BROADCAST_BYTES
+    own = folder / f"own{rank}"
+    own.mkdir()
+    sent = []
+    broadcast = collectives._broadcast_bytes
+    collectives._broadcast_bytes = lambda *args: sent.append(1) or broadcast(*args)
+    for case in ("shared", "absent", "stale", "empty"):
+        path = (folder if case == "shared" else own) / f"{case}.bin"
+        if rank == 0:
+            path.write_bytes(b"" if case == "empty" else content)
+        elif case == "stale":
+            path.write_bytes(content[::-1])
+        distributed.barrier()
+        found[case] = (distributed.read_bytes(str(path)).hex(), len(sent))
+        sent.clear()
+    path = own / "model.pt"
+    if rank == 0:
+        th.save({"w": th.arange(5.0)}, path)
+    found["model"] = distributed.load_state_dict(str(path))
+    if rank == 0:
+        path.write_bytes(path.read_bytes()[:100])
+    for case, name in (("damaged", path), ("missing", folder / "nothing.pt")):
+        try:
+            distributed.load_state_dict(str(name))
+        except UserError as error:
+            found[case] = str(error).replace(str(own), str(folder / "own0"))
+    collectives._broadcast_bytes, collectives.BROADCAST_BYTES = broadcast, default
+    return found, content.hex()
+
+
 def learned_history(rank):
     """What loss-second-moment remembers when rank 0 brings three losses and every other rank its number."""
     sampler = LossSecondMomentResampler(SimpleNamespace(num_timesteps=4), history_per_term=3)
@@ -123,6 +161,7 @@ def everything(folder):
             ragged=ragged(rank),
             from_rank0=distributed.from_rank0(lambda: f"from {rank}"),
             refused=refused_by_rank0(),
+            read=files_of_rank0(folder),
             history=learned_history(rank),
             synced=before,
             summed=distributed.sum_over_ranks(th.tensor([rank + 1.0])),
@@ -146,7 +185,6 @@ def end_badly(task):
 def be_impatient():
     """The same waits in a tenth of the time."""
     watchdog.INTERVAL, watchdog.SILENCE = 0.5, 3
-    launchers.START_TIMEOUT = 4
 
 
 def main():
@@ -155,7 +193,10 @@ def main():
         be_impatient()
     if task == "absent" and distributed.get_rank() == 1:
         time.sleep(15)
-    distributed.setup_dist()
+    limits = {} if task == "all" else dict(start_timeout=4)
+    if task == "hanging":
+        limits["hang_timeout"] = 2.0
+    distributed.setup_dist(**limits)
     rank = distributed.get_rank()
     if task == "all":
         everything(folder)
@@ -167,7 +208,6 @@ def main():
         (folder / f"{task}{rank}").touch()
         raise SystemExit(75 if task == "stopped" else 0)
     if task == "hanging":  # without a word of what it waits for
-        watchdog.WORK_LIMIT = 2.0
         for step in range(1, 5):
             distributed.beat(step)
             if rank == 1 and step == 4:
@@ -180,7 +220,6 @@ def main():
 
 if __name__ == "__main__" and sys.argv[1] == "script":
     be_impatient()
-    launchers.START_TIMEOUT = 60
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 elif __name__ == "__main__":

@@ -37,7 +37,7 @@ def main():
         loop.run_step(*next(loop.data))
         loop.step += 1
     th.cuda.set_sync_debug_mode("default")
-    means = loop.meter.read()
+    means = loop.run_log.meter.read()
     assert means["skipped_steps"] < 1 and means["loss"] > 0
 
 

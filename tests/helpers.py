@@ -1,7 +1,7 @@
 """What several test files share."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import subprocess
 import tempfile
@@ -80,23 +80,9 @@ def slope(x, y):
     return np.polyfit(x, y, 1)[0]
 
 
-def script_groups(name):
-    """The option groups that scripts/<name>.py reads."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    class Captured(Exception):
-        pass
-
-    def capture(groups, *args):
-        raise Captured(groups)
-
-    module.parse_options = capture
-    try:
-        module.main()
-    except Captured as captured:
-        return captured.args[0]
+def settings_of(script):
+    """The settings type of the command that scripts/<script>.py runs."""
+    return importlib.import_module(f"improved_diffusion.cli.{script}").COMMAND.settings
 
 
 @contextlib.contextmanager

@@ -236,6 +236,13 @@ def write_images(folder, count, *, size=(20, 20), channels=3, classes=("cat", "d
     return folder
 
 
+def save_mask(path, array):
+    """Write a mask, white where the array is 1; returns its path as a string."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.asarray(array, np.uint8) * 255).save(path)
+    return str(path)
+
+
 def pixels(path):
     """uint8 [H, W, C] of an image file."""
     with Image.open(path) as image:

@@ -26,13 +26,12 @@ class Loop:
     def __init__(self, microbatch=4, labels=("0.9", "0.99"), model=None):
         th.manual_seed(0)
         self.model = model or make_model()
-        self.rank, self.device, self.microbatch = distributed.get_rank(), th.device("cpu"), microbatch
+        self.device, self.microbatch = th.device("cpu"), microbatch
         self.absolute_step = 4
-        self.master_params = list(self.model.parameters())
-        self.emas = []
+        own = list(self.model.parameters())
+        self.parameter_sets = {"": own}
         for i, label in enumerate(labels):
-            factor = 1 + 0.2 * (i + 1)
-            self.emas.append(SimpleNamespace(label=label, params=[p.detach() * factor for p in self.master_params]))
+            self.parameter_sets[label] = [p.detach() * (1 + 0.2 * (i + 1)) for p in own]
         self.written = []
 
     @contextlib.contextmanager
@@ -91,7 +90,7 @@ def main():
     result = dict(
         all=validated(loop), one=validated(loop, count=1), best=loop.written[0][2], grids=previewed(loop, folder)
     )
-    th.save(result, folder / f"rank{loop.rank}.pt")
+    th.save(result, folder / f"rank{distributed.get_rank()}.pt")
 
 
 if __name__ == "__main__":

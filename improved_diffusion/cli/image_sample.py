@@ -12,7 +12,7 @@ from .parsing import Parsed
 
 def sample(parsed: Parsed[ImageSampling]) -> None:
     """Draw the samples."""
-    distributed.setup_dist()
+    distributed.join_ranks(parsed.settings.run)
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.sample.model_path)
     if parsed.settings.sampler.print_steps:
         distributed.from_rank0(print, build_sampler(loaded.settings, loaded.diffusion).table())

@@ -13,7 +13,7 @@ from .parsing import Parsed
 
 def enlarge(parsed: Parsed[SuperResSampling]) -> None:
     """Enlarge the base images."""
-    distributed.setup_dist()
+    distributed.join_ranks(parsed.settings.run)
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.sample.model_path)
     if parsed.settings.sampler.print_steps:
         distributed.from_rank0(print, build_sampler(loaded.settings, loaded.diffusion).table())

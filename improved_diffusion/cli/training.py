@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..config.settings import Training
+from ..distributed import STOPPED
 from ..training.run import train
 from .parsing import Parsed
 
@@ -11,6 +12,7 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
     """What a training command runs; the run is called by its preset, or by `default_name`."""
 
     def run(parsed: Parsed[Training]) -> None:
-        train(parsed.settings, parsed.given, parsed.preset or default_name)
+        if train(parsed.settings, parsed.given, parsed.preset or default_name).stopped:
+            raise SystemExit(STOPPED)
 
     return run

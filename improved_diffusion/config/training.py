@@ -83,6 +83,8 @@ class TrainConfig(Config):
         "",
         "relative widths of power-function averages, such as 0.05,0.10 (EDM2); posthoc-ema makes other widths later",
     )
+    hook_timeout: float = extra(14400.0, "seconds that previews or a validation may take before the run ends")
+    save_timeout: float = extra(3600.0, "seconds that writing a checkpoint may take before the run ends")
     dry_run: bool = extra(False, "run 3 steps and report time, memory and disk needs; write nothing")
 
     def validate(self) -> None:
@@ -101,7 +103,7 @@ class TrainConfig(Config):
         ):
             self.require(getattr(self, name) >= 0, name, "must not be negative")
         self.require(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
-        for name in ("lr", "adam_eps"):
+        for name in ("lr", "adam_eps", "hook_timeout", "save_timeout"):
             self.require(getattr(self, name) > 0 and math.isfinite(getattr(self, name)), name, "must be positive")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")

@@ -1,4 +1,4 @@
-"""Ranks: processes that work together, their devices and collectives."""
+"""Ranks: the processes of one run, their devices and collectives."""
 
 from .collectives import (
     all_gather_object,
@@ -8,17 +8,30 @@ from .collectives import (
     get_rank,
     get_world_size,
     load_state_dict,
+    read_bytes,
     sum_over_ranks,
     sync_params,
 )
-from .devices import dev, to_device
+from .devices import (
+    dev,
+    device_name,
+    empty_cache,
+    has_float64,
+    is_out_of_memory,
+    memory_info,
+    peak_memory,
+    pins_memory,
+    synchronize,
+    to_device,
+)
 from .errors import STOPPED, run_script
 from .launchers import detect_launcher
-from .process_group import describe_ranks, setup_dist
+from .process_group import describe_ranks, join_ranks, setup_dist
 from .watchdog import beat, end_process, working
 
 __all__ = [
     "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "beat", "describe_ranks", "detect_launcher", "dev",
-    "end_process", "from_rank0", "get_rank", "get_world_size", "load_state_dict", "run_script", "setup_dist",
-    "sum_over_ranks", "sync_params", "to_device", "working",
+    "device_name", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "has_float64",
+    "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes",
+    "run_script", "setup_dist", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
 ]  # fmt: skip

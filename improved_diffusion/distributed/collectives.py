@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch as th
 import torch.distributed as dist
 
@@ -13,9 +16,11 @@ from ..config import UserError
 from ..utils import files
 from .launchers import rank_by_environment
 
+BROADCAST_BYTES = 2**26  # sent at once
+
 
 def get_rank() -> int:
-    """This process's rank; known before setup_dist() too."""
+    """This process's rank; also known before setup_dist()."""
     if dist.is_initialized():
         return dist.get_rank()
     return rank_by_environment()
@@ -36,7 +41,7 @@ def all_gather_object(obj: Any) -> list[Any]:
 
 
 def all_gather_ragged(tensor: th.Tensor) -> list[th.Tensor]:
-    """Every rank's CPU tensor [n, ...], n its own, in rank order. Collective."""
+    """Every rank's CPU tensor [n, ...], in rank order; n may differ between ranks. Collective."""
     if get_world_size() == 1:
         return [tensor]
     sizes = all_gather_object(len(tensor))
@@ -48,7 +53,7 @@ def all_gather_ragged(tensor: th.Tensor) -> list[th.Tensor]:
 
 
 def from_rank0(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) called on rank 0 alone; every rank gets its result, or raises its UserError. Collective."""
+    """Call function(*args) on rank 0 only; every rank returns its result or raises its UserError. Collective."""
     if get_world_size() == 1:
         return function(*args)
     outcome: list[Any] = [None, None]
@@ -64,7 +69,7 @@ def from_rank0(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
-    """The sum of the ranks' tensors, in place. Collective."""
+    """Sum the ranks' tensors, in place. Collective."""
     if get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -73,16 +78,16 @@ def sum_over_ranks(tensor: th.Tensor) -> th.Tensor:
 def barrier() -> None:
     """Wait for all ranks. Collective."""
     if get_world_size() > 1:
-        # A CPU tensor, so that gloo serves it: nccl's barrier would first have to guess a GPU.
+        # A CPU tensor, so that gloo handles it: nccl's barrier would have to guess a GPU.
         dist.all_reduce(th.zeros(1))
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:
-    """torch.load of a file that rank 0 reads and hands to all, so that only its host must have it. Collective.
+    """torch.load of a file that at least rank 0's host has. Collective.
 
-    Nothing in the file is executed (`weights_only`). Raises UserError for a missing, cut or hostile file.
+    Nothing in the file is executed (`weights_only`). Raises UserError for a missing, damaged or unsafe file.
     """
-    data = from_rank0(files.read_bytes, path)
+    data = read_bytes(path)
     try:
         return th.load(io.BytesIO(data), **{**kwargs, "weights_only": True})
     except Exception as error:
@@ -94,8 +99,59 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
         ) from None
 
 
+def read_bytes(path: str) -> bytes | bytearray:
+    """The contents of rank 0's file on every rank. Collective.
+
+    A rank that finds the same file on its own host reads it there: ranks of one host share the disk's cache. The others
+    receive the contents from rank 0. Raises the same UserError on all ranks if rank 0 cannot read the file.
+    """
+    if get_world_size() == 1:
+        return files.read_bytes(path)
+    data: bytes | bytearray | None = None
+
+    def read() -> tuple[int, str]:
+        nonlocal data
+        data = files.read_bytes(path)
+        return len(data), hashlib.sha256(data).hexdigest()
+
+    size, sha256 = from_rank0(read)
+    if data is None:
+        data = _own_copy(path, size, sha256)
+    if any(all_gather_object(data is None)):
+        data = _broadcast_bytes(data, size)
+    assert data is not None
+    return data
+
+
+def _own_copy(path: str, size: int, sha256: str) -> bytes | None:
+    """The contents of this host's file; None unless they have this size and checksum. URLs are read by rank 0 alone."""
+    if files.is_url(path) or not os.path.isfile(path) or os.path.getsize(path) != size:
+        return None
+    try:
+        data = files.read_bytes(path)
+    except UserError:  # rank 0 can read it, and sends it
+        return None
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def _broadcast_bytes(data: bytes | bytearray | None, size: int) -> bytes | bytearray:
+    """Send rank 0's bytes to the ranks that have none (`data` None), as uint8 tensors. Collective."""
+    received = bytearray(size) if data is None else data
+    for start in range(0, size, BROADCAST_BYTES):
+        stop = min(start + BROADCAST_BYTES, size)
+        part = th.empty(stop - start, dtype=th.uint8)
+        if get_rank() == 0:
+            part.numpy()[:] = np.frombuffer(received[start:stop], np.uint8)
+        dist.broadcast(part, 0)
+        if isinstance(received, bytearray):
+            received[start:stop] = part.numpy().tobytes()
+    return received
+
+
 def sync_params(params: Iterable[th.Tensor]) -> None:
     """Give every rank rank 0's values. Collective."""
+    if get_world_size() == 1:
+        return
     for p in params:
         with th.no_grad():
             dist.broadcast(p, 0)

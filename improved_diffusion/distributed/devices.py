@@ -1,11 +1,13 @@
-"""The device of each rank."""
+"""The device of each rank: an accelerator (CUDA, XPU, MPS, ...) if there is one, else the CPU."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 
 import torch as th
+import torch.distributed as dist
 
 from ..config import UserError
 from . import launchers
@@ -14,61 +16,179 @@ from .collectives import all_gather_object
 _device: th.device | None = None
 
 
+def find_accelerator() -> th.device | None:
+    """The kind of accelerator of this process, without an index; None for the CPU.
+
+    CUDA_VISIBLE_DEVICES="" hides accelerators of every kind.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    if hasattr(th, "accelerator"):
+        return th.accelerator.current_accelerator() if th.accelerator.is_available() else None
+    # torch before 2.6
+    for kind, available in (("cuda", th.cuda), ("xpu", th.xpu), ("mps", th.backends.mps)):
+        if available.is_available():
+            return th.device(kind)
+    return None
+
+
 def choose_device(joined: launchers.Joined) -> str:
-    """Set this rank's device; the backend for it."""
+    """Choose this rank's device; returns the backend of torch.distributed for it.
+
+    Raises UserError for several ranks on a kind of device that has no backend, such as MPS.
+    """
     global _device
-    if th.cuda.is_available():
-        # A scheduler may show each rank its own GPU only; where it shows all, the local rank chooses.
-        _device = th.device("cuda", joined.local_rank % th.cuda.device_count())
-        th.cuda.set_device(_device)
-        return "cpu:gloo,cuda:nccl"
-    _device = th.device("cpu")
-    if joined.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks on one host share its cores.
-        th.set_num_threads(max(1, (os.cpu_count() or 1) // joined.local_size))
-    return "gloo"
+    found = find_accelerator()
+    if found is None:
+        _device = th.device("cpu")
+        if joined.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # Ranks on one host share its cores.
+            th.set_num_threads(max(1, (os.cpu_count() or 1) // joined.local_size))
+        return "gloo"
+    if found.type == "mps":  # has no index
+        _device = found
+    else:
+        module = th.get_device_module(found)
+        # A scheduler may show each rank its own device only; otherwise the local rank chooses one of all.
+        _device = th.device(found.type, joined.local_rank % module.device_count())
+        module.set_device(_device)
+    backend = _backend(found.type)
+    if backend is None and joined.world_size > 1:
+        raise UserError(
+            f"torch has no collectives between {found.type} devices, so {joined.world_size} ranks cannot use them: run "
+            'one process, or run on CPUs with CUDA_VISIBLE_DEVICES=""'
+        )
+    return f"cpu:gloo,{found.type}:{backend}" if backend else "gloo"
+
+
+def _backend(kind: str) -> str | None:
+    """The backend for collectives between devices of a kind; None if there is none."""
+    if kind == "cuda":
+        return "nccl" if dist.is_nccl_available() else "gloo"
+    if kind == "xpu" and getattr(dist, "is_xccl_available", lambda: False)():  # from torch 2.7
+        return "xccl"
+    return None
 
 
 def dev() -> th.device:
     """The device of this rank."""
-    if _device is not None:
-        return _device
-    return th.device("cuda" if th.cuda.is_available() else "cpu")
+    return _device or find_accelerator() or th.device("cpu")
 
 
-def device_name() -> str:
-    """The device and, for a GPU, the name of its model."""
-    if dev().type != "cuda":
-        return str(dev())
-    return f"{dev()} ({th.cuda.getdevice_name(dev())})"
+def device_name(device: th.device | None = None) -> str:
+    """The device (by default this rank's) and, if known, its model: "cuda:0 (NVIDIA H100)"."""
+    device = device or dev()
+    if device.type not in ("cuda", "xpu"):
+        return str(device)
+    return f"{device} ({th.get_device_module(device).get_device_name(device)})"
 
 
 def check_devices() -> None:
-    """All ranks have GPUs, each its own, or none has: nccl would fail, or hang, without saying so."""
-    gpu = None
-    if dev().type == "cuda":
-        properties = th.cuda.get_device_properties(dev())
-        # torch 2.4 has no uuid
-        gpu = str(getattr(properties, "uuid", (os.environ.get("CUDA_VISIBLE_DEVICES"), dev().index)))
-    keys = all_gather_object((socket.gethostname(), gpu))
+    """Check that all ranks have an accelerator, each its own, or none has. Collective.
+
+    Raises UserError otherwise: the collectives would fail or hang without a message.
+    """
+    keys = all_gather_object((socket.gethostname(), _device_key()))
     without = [rank for rank, (_, found) in enumerate(keys) if found is None]
     if without and len(without) < len(keys):
         raise UserError(
-            f"rank {without[0]} on {keys[without[0]][0]} finds no GPU where others do: mend its driver, leave the host "
-            'out, or run all on CPUs with CUDA_VISIBLE_DEVICES=""'
+            f"rank {without[0]} on {keys[without[0]][0]} finds no GPU but other ranks do: fix its driver, exclude the "
+            'host, or run all ranks on CPUs with CUDA_VISIBLE_DEVICES=""'
         )
     taken: dict[tuple[str, str | None], int] = {}
     for rank, key in enumerate(keys):
         if key in taken and key[1] is not None:
             raise UserError(
                 f"ranks {taken[key]} and {rank} on {key[0]} would share a GPU: start at most one rank per visible GPU "
-                f'(this one sees {th.cuda.device_count()}) on each host, or on CPUs with CUDA_VISIBLE_DEVICES=""'
+                f'(rank {rank} sees {_visible()}) on each host, or use CPUs with CUDA_VISIBLE_DEVICES=""'
             )
         taken[key] = rank
 
 
-def to_device(tensor: th.Tensor, device: th.device) -> th.Tensor:
-    """The CPU tensor on a device, without waiting for what the device has still to do."""
-    if th.device(device).type == "cuda":
+def _visible() -> int:
+    return 0 if dev().type == "cpu" else th.get_device_module(dev()).device_count()
+
+
+def _device_key() -> str | None:
+    """What tells this rank's accelerator from others of its host; None for the CPU."""
+    device = dev()
+    if device.type == "cpu":
+        return None
+    if device.type == "mps":
+        return "mps"
+    properties = th.get_device_module(device).get_device_properties(device)
+    # torch 2.4 has no uuid
+    return str(getattr(properties, "uuid", (os.environ.get("CUDA_VISIBLE_DEVICES"), device.index)))
+
+
+def has_float64(device: th.device) -> bool:
+    """Whether the device computes in float64: MPS does not, nor do some XPUs."""
+    if device.type == "xpu":
+        return bool(th.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+def pins_memory(device: th.device) -> bool:
+    """Whether copies from pinned host memory to the device run in the background."""
+    return device.type in ("cuda", "xpu")
+
+
+def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
+    """The CPU tensor on a device, without waiting for the work already queued there.
+
+    float64 becomes float32 where the device has no float64.
+    """
+    device = th.device(device)
+    if tensor.dtype == th.float64 and not has_float64(device):
+        tensor = tensor.float()
+    if pins_memory(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def synchronize(device: th.device) -> None:
+    """Wait until the device has done all queued work; returns at once for the CPU."""
+    if device.type == "mps":  # takes no device
+        th.mps.synchronize()
+    elif device.type != "cpu":
+        th.get_device_module(device).synchronize(device)
+
+
+def peak_memory(device: th.device) -> int | None:
+    """The most memory that this process has used, in bytes; None if unknown.
+
+    Of an accelerator its tensors' memory; of MPS, which keeps no peak, what the driver holds now; of the CPU the
+    process's resident memory.
+    """
+    if device.type == "mps":
+        return th.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return th.get_device_module(device).max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # kilobytes, except on macOS
+
+
+def memory_info(device: th.device) -> tuple[int, int] | None:
+    """(free, total) bytes of an accelerator's memory; None for the CPU and where it is unknown."""
+    if device.type == "mps":
+        total = th.mps.recommended_max_memory()
+        return total - th.mps.driver_allocated_memory(), total
+    query = None if device.type == "cpu" else getattr(th.get_device_module(device), "mem_get_info", None)
+    return None if query is None else query(device)
+
+
+def empty_cache(device: th.device) -> None:
+    """Give memory that torch keeps for later back to the accelerator."""
+    if device.type != "cpu":
+        th.get_device_module(device).empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that an accelerator's memory is full."""
+    return isinstance(error, th.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    )

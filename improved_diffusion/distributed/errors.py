@@ -1,4 +1,4 @@
-"""How a process of a command ends: messages, exit codes, and the other ranks."""
+"""How a command ends: messages, exit codes, and what happens to the other ranks."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import torch as th
-
 from ..config import UserError
 from . import launchers, watchdog
 from .collectives import get_rank, get_world_size
+from .devices import is_out_of_memory
 from .launchers import detect_launcher
 
-STOPPED = 75  # the exit code of a run that was asked to stop, and saved: EX_TEMPFAIL, run it again
+STOPPED = 75  # the exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, run it again
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a user's mistake ends in one message and exit code 1, Ctrl-C in 130, and a rank that fails
-    takes the others down. SystemExit(75) on all ranks, a run that was asked to stop, ends each in order with that."""
+    """Run the main function of a script and end the process as a command should.
+
+    A UserError becomes one message and exit code 1, Ctrl-C exit code 130. A rank that fails ends the others. SystemExit
+    (75) on all ranks, of a run that was asked to stop, ends each rank normally with that code.
+    """
     try:
         main()
     except BaseException as error:
@@ -32,14 +34,15 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def end_by_exception(kind: type[BaseException], error: BaseException, tb: Any) -> None:
-    """Report the error and end this process, and under mpiexec the others."""
+    """Report the error and end this process; under mpiexec also the others."""
     _report(kind, error, tb)
-    # Not sys.exit: a collective's threads, or a worker that is stuck, must not keep a failed process alive.
+    # Not sys.exit: threads of a collective or a stuck worker must not keep a failed process alive.
     watchdog.end_process(_exit_code(error))
 
 
 def abort(code: int) -> None:
-    # Without this, MPI's own clean-up at exit would wait for the other ranks for ever.
+    """End all ranks' processes under mpiexec."""
+    # Without this, MPI's clean-up at exit would wait for the other ranks forever.
     if "mpi4py.MPI" in sys.modules and get_world_size() > 1:
         launchers.mpi().COMM_WORLD.Abort(code)
 
@@ -51,7 +54,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _report(kind: type[BaseException], error: BaseException, tb: Any) -> None:
-    """Print what happened, once if all ranks fail alike."""
+    """Print what happened; only once if all ranks fail with the same error."""
     rank = get_rank()
     many = get_world_size() > 1 or detect_launcher() != "python"
     lost_peer = bool(
@@ -61,14 +64,14 @@ def _report(kind: type[BaseException], error: BaseException, tb: Any) -> None:
     )
     reason = watchdog.report_by_main(lost_peer)
     if many and rank:
-        time.sleep(2)  # if rank 0 fails alike, its message is enough: it ends this process meanwhile
+        time.sleep(2)  # if rank 0 fails with the same error, it ends this process meanwhile
     who = f"rank {rank} on {socket.gethostname()}: " if many else ""
     if isinstance(error, UserError):
         print(f"{who}error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
-        if rank == 0:  # it alone knows what has been saved
+        if rank == 0:  # only rank 0 knows what has been saved
             print(f"{who}interrupted{': ' + str(error) if str(error) else ''}", file=sys.stderr)
-    elif isinstance(error, th.cuda.OutOfMemoryError):
+    elif is_out_of_memory(error):
         print(
             f"{who}error: the GPU's memory is full: lower --batch_size or --microbatch, or use --use_checkpoint or "
             f"--precision bf16 ({str(error).splitlines()[0]})",
@@ -76,8 +79,8 @@ def _report(kind: type[BaseException], error: BaseException, tb: Any) -> None:
         )
     elif lost_peer:
         unknown = (
-            "lost contact with another rank: its own message says why; one that was killed, as for want of memory, "
-            f"leaves none ({str(error).strip()})"
+            "lost contact with another rank: its own message says why; a rank that was killed, for example by the "
+            f"out-of-memory killer, leaves none ({str(error).strip()})"
         )
         print(f"{who}error: {reason or unknown}", file=sys.stderr)
     elif not isinstance(error, SystemExit):

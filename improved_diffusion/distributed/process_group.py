@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch as th
 import torch.distributed as dist
 
-from ..config import UserError
+from ..config import RunConfig, UserError, default_of
 from . import launchers, watchdog
 from .collectives import all_gather_object, barrier, get_rank, get_world_size
 from .devices import check_devices, choose_device, dev, device_name
@@ -19,22 +19,29 @@ from .errors import abort, end_by_exception
 from .launchers import detect_launcher
 from .watchdog import working
 
-# Long, for rank 0 may work while the others wait in a collective: ranks that are gone are the watchdog's to notice.
-COLLECTIVE_TIMEOUT = timedelta(hours=24)
-
 _CONNECTIONS = (
-    "the hosts must reach each other on every port (see to the firewall); GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+    "the hosts must reach each other on every port (check the firewall); GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
     "name the network interface to use"
 )
 _self_test = ""
 
 
-def setup_dist() -> None:
+def setup_dist(
+    *,
+    start_timeout: float = default_of(RunConfig, "start_timeout"),
+    collective_timeout: float = default_of(RunConfig, "collective_timeout"),
+    hang_timeout: float = default_of(RunConfig, "hang_timeout"),
+) -> None:
     """Join the other ranks: gloo on CPUs, nccl between GPUs. A process started alone is rank 0 of 1.
 
-    From here on a rank that dies, freezes or is cut off ends the others within a minute, with a message.
-    Raises UserError where ranks are missing, cannot connect, or share a GPU, and where mpiexec is used without mpi4py
-    or an MPI library.
+    From then on, a rank that dies, freezes or is disconnected ends the others within a minute, with a message. Once the
+    ranks have joined, further calls have no effect.
+    :param start_timeout: seconds that a rank waits at the start for the others.
+    :param collective_timeout: hours that a collective may take. Long, because rank 0 may work while the others wait in
+        one; lost ranks are noticed earlier.
+    :param hang_timeout: seconds that loading a batch, or a training step on all ranks, may take.
+    Raises UserError if ranks are missing, cannot connect or share a GPU, and for mpiexec without mpi4py or an MPI
+    library.
     """
     global _self_test
     if dist.is_initialized():
@@ -43,17 +50,22 @@ def setup_dist() -> None:
     if launcher != "python":
         sys.excepthook = end_by_exception
         watchdog.identify(f"rank {get_rank()} on {socket.gethostname()}: ", abort if launcher == "mpiexec" else None)
-    limit_s = launchers.START_TIMEOUT + 15  # the steps of the start have their own limits, with better messages
-    with working("the other ranks to start: look at what they printed, and see that all were started", limit_s):
-        joined = launchers.join()
-        rows = launchers.meet(joined)
+    watchdog.set_limit(hang_timeout)
+    limit_s = start_timeout + 15  # the steps of the start have their own limits, with better messages
+    with working("the other ranks to start: check their output and that all were started", limit_s):
+        joined = launchers.join(start_timeout)
+        rows = launchers.rendezvous(joined, start_timeout)
         hosts = [host for host, _ in rows]
         launchers.choose_interface(joined.rank, rows)
     backend = choose_device(joined)
     with working(f"the ranks' connections to each other: {_CONNECTIONS}", limit_s):
         try:
             dist.init_process_group(
-                backend, store=joined.store, rank=joined.rank, world_size=joined.world_size, timeout=COLLECTIVE_TIMEOUT
+                backend,
+                store=joined.store,
+                rank=joined.rank,
+                world_size=joined.world_size,
+                timeout=timedelta(hours=collective_timeout),
             )
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
@@ -66,12 +78,24 @@ def setup_dist() -> None:
     atexit.register(_leave)
 
 
+def join_ranks(config: RunConfig) -> None:
+    """`setup_dist` with the limits of the run's options. Collective."""
+    setup_dist(
+        start_timeout=config.start_timeout,
+        collective_timeout=config.collective_timeout,
+        hang_timeout=config.hang_timeout,
+    )
+
+
 def _test_collectives(hosts: int) -> str:
-    """What the collectives give is right on this rank's kinds of device; a line that says how long they take."""
+    """Check the results of collectives on this rank's devices; returns a line with their times.
+
+    Raises UserError for a wrong result.
+    """
     rank, ranks = get_rank(), get_world_size()
     times = []
     for device in {th.device("cpu"): 0, dev(): 0}:
-        for _ in range(2):  # the first one also makes the connections
+        for _ in range(2):  # the first also opens the connections
             values = th.full((1 << 20,), rank + 1.0, device=device)
             barrier()
             started = time.perf_counter()
@@ -82,8 +106,8 @@ def _test_collectives(hosts: int) -> str:
         dist.broadcast(number, ranks - 1)
         if total != ranks * (ranks + 1) / 2 or number.item() != ranks - 1:
             raise UserError(
-                f"a test of the collectives on {device} went wrong: the sum of 1..{ranks} came as {total:g}, rank "
-                f"{ranks - 1}'s number as {number.item():g}: see that all ranks run the same version of torch"
+                f"the test of collectives on {device} failed: the sum of 1..{ranks} is {total:g}, the number of rank "
+                f"{ranks - 1} is {number.item():g}: check that all ranks run the same version of torch"
             )
         times.append(f"{1e3 * seconds:.1f} ms on {device.type}")
     names = f"{ranks} ranks on {hosts} host{'s' if hosts > 1 else ''}"
@@ -97,7 +121,7 @@ def _leave() -> None:
 
 
 def describe_ranks() -> str:
-    """A line for each rank, rank -> host -> device, and for more than one how long a collective takes. Collective."""
+    """A line for each rank, rank -> host -> device; for several ranks also the time of a collective. Collective."""
     rows = all_gather_object((socket.gethostname(), device_name()))
     lines = [f"rank {rank} -> {host} -> {device}" for rank, (host, device) in enumerate(rows)]
     return "\n".join([*lines, _self_test] if _self_test else lines)

@@ -1,8 +1,8 @@
-"""A thread on each rank that ends it, with a message, where another rank is gone or its own work hangs.
+"""A thread on each rank that ends the process, with a message, if another rank is lost or this rank's work hangs.
 
-Every few seconds the threads meet in torch's monitored barrier, in a gloo group of their own, whatever the main threads
-are stuck in. A rank that is killed is missed at the next meeting, one that is frozen or cut off after `SILENCE` seconds
-more; a collective's own timeout is then no more than a last resort, and may be long.
+Every few seconds the threads wait for each other in torch's monitored barrier, in a gloo group of their own,
+independently of what the main threads do. A killed rank is noticed at the next check, a frozen or disconnected one
+`SILENCE` seconds later. The timeout of the collectives themselves is only a last resort and may be long.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
-INTERVAL = 5.0  # seconds between meetings
-SILENCE = 30.0  # seconds that a meeting waits for a rank before it counts as lost
-WORK_LIMIT = 600.0  # seconds for a piece of this rank's own work
-ABORT_LIMIT = 5.0  # seconds for the launcher to end the job before this process just ends
-GRACE = 2.0  # seconds for a main thread that has failed as well to report why, and for rank 0 to speak first
+from ..config import RunConfig, default_of
 
-_ADVICE = "the same command goes on from what is saved, training with --resume auto"
+INTERVAL = 5.0  # seconds between checks
+SILENCE = 30.0  # seconds that a check waits for a rank before it counts as lost
+ABORT_LIMIT = 5.0  # seconds that the launcher gets to end the job; then this process ends alone
+GRACE = 2.0  # seconds for a main thread that failed too to report why, and for rank 0 to report first
+
+_ADVICE = "rerun the same command to continue (training: with --resume auto)"
 
 
 class _Process:
-    """What this process is at."""
+    """The state of this process."""
 
     def __init__(self) -> None:
-        self.who = ""  # how its messages begin, such as "rank 1 on node7: "
+        self.who = ""  # the prefix of its messages, such as "rank 1 on node7: "
         self.abort: Callable[[int], None] | None = None  # ends the job's other ranks
         self.work: working | None = None
-        self.step = 0  # the training step that the main thread is in, from 1; 0: in none
+        self.limit_s: float = default_of(RunConfig, "hang_timeout")  # for this rank's work, and for one step of all
+        self.step = 0  # the training step of the main thread, from 1; 0: not training
         self.watch: Watchdog | None = None
 
 
@@ -45,16 +47,18 @@ _lock = threading.Lock()
 
 
 class working:
-    """While the main thread is inside, it must get on: a wait longer than limit_s ends this process with a message.
+    """A limit on the time that the main thread spends inside: beyond limit_s this process ends with a message.
 
-    `with working("the next batch of /data"):`. Costs two assignments. May be nested: the innermost counts.
+    `with working("the next batch of /data"):`. Costs two assignments. May be nested: the innermost limit applies.
+    :param what: what the message says it waited for.
+    :param limit_s: seconds; by default the `hang_timeout` of setup_dist.
     """
 
     __slots__ = ("limit_s", "outer", "what")
 
     def __init__(self, what: str, limit_s: float | None = None):
         self.what = what
-        self.limit_s = WORK_LIMIT if limit_s is None else limit_s
+        self.limit_s = _process.limit_s if limit_s is None else limit_s
 
     def __enter__(self) -> working:
         self.outer = _process.work
@@ -68,18 +72,18 @@ class working:
 
 
 class Watchdog(threading.Thread):
-    """The thread; without a group it looks after this process alone.
+    """The thread; without a group it watches this process only.
 
     :param hosts: the name of each rank's host.
-    :param group: a gloo process group of all ranks that nothing else uses.
+    :param group: a gloo process group of all ranks, not used for anything else.
     """
 
     def __init__(self, rank: int = 0, hosts: Sequence[str] = ("",), group: Any = None):
         super().__init__(name="watchdog", daemon=True)
         self.rank, self.hosts, self.group = rank, hosts, group
-        self.reason = ""  # why this rank must end, once that is known
-        self.known = threading.Event()  # the reason
-        self.reported = threading.Event()  # the main thread reports an error, and then ends this process
+        self.reason = ""  # why this rank must end, once known
+        self.known = threading.Event()  # the reason is known
+        self.reported = threading.Event()  # the main thread reports an error and ends this process
         self.leaving = False
         self.wake = threading.Event()
         self._seen: working | None = None
@@ -92,11 +96,11 @@ class Watchdog(threading.Thread):
         while not over:
             self.wake.wait(INTERVAL)
             self._check_work()
-            over = self._alone_and_idle() if self.group is None else self._meet()
+            over = self._alone_and_idle() if self.group is None else self._check_ranks()
 
-    def _meet(self) -> bool:
-        """Wait for all ranks' threads; whether all of them are done."""
-        # Rank 0 gives up first, for it alone learns who is missing.
+    def _check_ranks(self) -> bool:
+        """Wait for all ranks' threads; returns whether all of them are done."""
+        # Rank 0 gives up first: only rank 0 learns which rank is missing.
         patience = SILENCE if self.rank == 0 else SILENCE + GRACE
         mine = th.tensor([int(self.leaving), _process.step, int(_process.work is not None)])
         rows = [th.zeros_like(mine) for _ in self.hosts]
@@ -113,30 +117,30 @@ class Watchdog(threading.Thread):
         return all(leaving)
 
     def _check_steps(self, steps: list[int], somebody_works: bool) -> None:
-        """End this rank where all are in training steps, and none has got on for as long as WORK_LIMIT."""
+        """End this rank if all ranks are in training steps and none has finished one within the limit."""
         same = steps == self._steps and min(steps) > 0 and not somebody_works
         self._same_steps_times = self._same_steps_times + 1 if same else 0
         self._steps = steps
-        if self._same_steps_times * INTERVAL > WORK_LIMIT and not self.reported.is_set():
+        if self._same_steps_times * INTERVAL > _process.limit_s and not self.reported.is_set():
             behind = [rank for rank, step in enumerate(steps) if step == min(steps)]
             who = "all ranks" if len(behind) == len(steps) else self._names(behind)
             _say(
-                f"no rank has finished a step for {WORK_LIMIT / 60:.0f} minutes: {who} did not come through step "
-                f"{min(steps) - 1}, in a collective or on a GPU that hangs; {_ADVICE}. This process is here:\n"
-                f"{_stack()}"
+                f"no rank has finished a step for {_duration(_process.limit_s)}: {who} hung in step {min(steps) - 1}, "
+                f"in a collective or on a GPU; {_ADVICE}. If steps may take longer, raise --hang_timeout. The stack of "
+                f"this process:\n{_stack()}"
             )
-            time.sleep(GRACE)  # all ranks find out in this meeting, and have something to say
+            time.sleep(GRACE)  # all ranks notice at the same check, and report
             end_process(1)
 
     def _names(self, ranks: list[int]) -> str:
         return " and ".join(f"rank {rank} on {self.hosts[rank]}" for rank in ranks)
 
     def _missing(self, error: str) -> list[int]:
-        """The ranks that did not come to a meeting, as far as this one can know: on others than 0, rank 0."""
+        """The ranks missing from a check, as far as this rank knows: ranks other than 0 can only name rank 0."""
         named = re.search(r"Ranks? ([\d, ]+?) failed to pass monitoredBarrier", error)
         if named:
             return [int(number) for number in named.group(1).split(",")]
-        # Of a connection that is closed torch says no rank; but from a rank that has ended nothing can be received.
+        # torch names no rank for a closed connection, but receiving from a rank that has ended fails.
         ended = []
         for rank in range(1, len(self.hosts)) if self.rank == 0 else ():
             try:
@@ -146,13 +150,13 @@ class Watchdog(threading.Thread):
         return ended or [0]
 
     def _lost(self, ranks: list[int], in_time: bool) -> None:
-        """End this rank because of others, unless its main thread does it, with the same knowledge, by itself."""
+        """End this rank because others are lost, unless its main thread reports that itself."""
         if not in_time:
             what = f"did not answer for {SILENCE:.0f} s: the host is down, the network is cut, or the process hangs"
         elif self.rank == 0:
-            what = "ended; without a message if it was killed, as for want of memory"
+            what = "ended; without a message if it was killed, for example by the out-of-memory killer"
         else:
-            what = "ended, and its message says why"
+            what = "ended; its own message says why"
         self.reason = f"{'lost contact with another rank: ' if in_time else ''}{self._names(ranks)} {what}; {_ADVICE}"
         self.known.set()
         if not self.reported.wait(GRACE / 4 if self.rank == 0 else GRACE):
@@ -161,16 +165,18 @@ class Watchdog(threading.Thread):
 
     def _check_work(self) -> None:
         work = _process.work
-        # Times are counted rather than seconds, so that a job that is suspended as a whole survives it.
+        # Counts checks instead of seconds, so that a job that is suspended as a whole survives.
         self._seen_times = self._seen_times + 1 if work is self._seen else 0
         self._seen = work
         if work is not None and self._seen_times * INTERVAL > work.limit_s and not self.reported.is_set():
-            limit = f"{work.limit_s / 60:.0f} minutes" if work.limit_s >= 120 else f"{work.limit_s:.0f} s"
-            _say(f"waited {limit} for {work.what}; {_ADVICE}. The process is here:\n{_stack()}")
+            _say(
+                f"waited {_duration(work.limit_s)} for {work.what}; {_ADVICE}. If it may take longer, raise "
+                f"--hang_timeout. The stack of this process:\n{_stack()}"
+            )
             end_process(1)
 
     def _alone_and_idle(self) -> bool:
-        """Whether this process waits for nothing: it then needs no thread, and the next wait starts another."""
+        """Whether this process waits for nothing: the thread then ends, and the next wait starts another."""
         with _lock:
             if _process.work is None or self.leaving:
                 _process.watch = None
@@ -178,31 +184,40 @@ class Watchdog(threading.Thread):
         return False
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+
+
 def _stack() -> str:
-    """Where the main thread is."""
+    """The stack of the main thread."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return "".join(traceback.format_stack(frame)).rstrip()
 
 
 def beat(step: int) -> None:
-    """The main thread begins training step `step`, from 1; 0: it trains no more."""
+    """Tell the watchdog that the main thread begins training step `step`, from 1; 0: training has ended."""
     _process.step = step
 
 
 def identify(who: str, abort: Callable[[int], None] | None = None) -> None:
-    """How this process's messages begin, and what ends the other ranks' processes."""
+    """Set the prefix of this process's messages, and the function that ends the other ranks' processes."""
     _process.who, _process.abort = who, abort
 
 
+def set_limit(limit_s: float) -> None:
+    """Set the seconds that `working` allows by default, and that a training step of all ranks may take."""
+    _process.limit_s = limit_s
+
+
 def start(rank: int, hosts: Sequence[str]) -> None:
-    """Watch over all ranks of the default process group. Collective."""
-    leave()  # the lone one that has watched over the start
+    """Watch all ranks of the default process group. Collective."""
+    leave()  # the watchdog of the start, which watched this process only
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE))
     _start(Watchdog(rank, hosts, group))
 
 
 def leave() -> None:
-    """The program is done: wait until it is on all ranks, then stop watching. Collective."""
+    """Stop watching, once the program has ended on all ranks. Collective."""
     watch = _process.watch
     if watch is None:
         return
@@ -213,27 +228,27 @@ def leave() -> None:
 
 
 def report_by_main(lost_peer: bool) -> str:
-    """The main thread is about to report an error and to end this process: the thread leaves both to it.
+    """Let the main thread report an error and end this process, instead of the watchdog.
 
-    Returns why other ranks are lost, where the watchdog knows.
-    :param lost_peer: the error comes from that, probably: wait a moment for the reason.
+    Returns why other ranks are lost, if the watchdog knows.
+    :param lost_peer: the error probably comes from a lost rank: wait a moment for the reason.
     """
     watch = _process.watch
     if watch is None:
         return ""
     watch.reported.set()
     if lost_peer and watch.group is not None:
-        watch.wake.set()  # the next meeting tells who is missing
+        watch.wake.set()  # the next check tells which rank is missing
         watch.known.wait(GRACE)
     return watch.reason
 
 
 def end_process(code: int) -> None:
-    """End this process, and where the launcher offers that the others, whatever any thread is stuck in."""
+    """End this process, whatever its threads do, and the other ranks' processes if the launcher can."""
     sys.stdout.flush()
     if _process.abort is not None:
-        time.sleep(0.5)  # the abort would overtake what was printed, and mpiexec would throw that away
-        # It may hang itself, as where the network is what failed.
+        time.sleep(0.5)  # mpiexec drops output that the abort overtakes
+        # The abort itself may hang, for example if the network failed.
         aborting = threading.Thread(target=_process.abort, args=(code,), daemon=True)
         aborting.start()
         aborting.join(ABORT_LIMIT)
@@ -241,7 +256,7 @@ def end_process(code: int) -> None:
 
 
 def _say(text: str) -> None:
-    # Not print: the main thread may hold the stream's lock.
+    # Not print: the main thread may hold the lock of the stream.
     os.write(2, f"{_process.who}error: {text}\n".encode())
 
 
@@ -253,10 +268,11 @@ def _start(watch: Watchdog) -> None:
 
 
 def _forget() -> None:
-    # A process that reads images has no such thread, and needs none.
+    # The thread does not exist in a forked process, such as a data worker, which needs none.
     global _lock
     _lock = threading.Lock()
     _process.watch, _process.work = None, None
 
 
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget)

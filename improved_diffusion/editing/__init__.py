@@ -1,1 +1,1 @@
-"""Editing images with a trained model."""
+"""Editing images with a trained model: one class for each command, usable with arrays or with files."""

@@ -1,4 +1,4 @@
-"""Latents, the noise that leads to images: found by all ranks, kept in a file, going on where they were interrupted."""
+"""The file of latents, the noise that leads to images: shared among ranks, resumable."""
 
 from __future__ import annotations
 
@@ -14,47 +14,54 @@ import numpy as np
 from .. import distributed
 from ..config import SAMPLERS, UserError
 from ..logs import logger
+from ..logs.progress import Progress
 from ..sampling.labels import Labels
 from ..utils import files, images
 
 FILE = "latents.npz"
 PARTS_DIR = "latents"  # while they are being made
-# The options, with their types, that say by which steps the latents were found.
-WAY = {"sampler": str, "steps": int, "timestep_grid": str, "timestep_respacing": str}
+# The options, with their types, that decoding needs to go back by the steps of encoding.
+STEP_OPTIONS = {"sampler": str, "steps": int, "timestep_grid": str, "timestep_respacing": str}
 
 
 class Latents(NamedTuple):
     """Noise that leads to images."""
 
     arrays: np.ndarray  # float32 [N, C, H, W]
-    labels: list[int] | None
-    way: dict[str, Any]  # options of the steps on which it was found
-    model: str  # SHA-256 sum of the checkpoint's file
+    labels: list[int] | None  # the classes that it was found with
+    step_options: dict[str, Any]  # the values of STEP_OPTIONS that it was found with
+    model: str  # SHA-256 sum of the checkpoint's file; "" where it is not known
 
 
 def read_latents(path: str) -> Latents:
     """The latents.npz of `encode`. Raises UserError for a missing, damaged or hostile file."""
-    if not path:
-        raise UserError(f"--latents is missing: name the {FILE} that encode wrote")
-    if not files.exists(path):
-        raise UserError(f"--latents {path} does not exist: encode writes it")
-    found = images.read_npz(path, ("arr_0", "arr_1", "way", "model"))
+    step_options = read_step_options(path)
+    found = images.read_npz(path, ("arr_0", "arr_1", "model"))
     arrays, labels = found.get("arr_0"), found.get("arr_1")
     if arrays is None or arrays.dtype != np.float32 or arrays.ndim != 4 or not len(arrays):
         held = "no arr_0" if arrays is None else f"arr_0 of {arrays.dtype} {arrays.shape}"
         raise UserError(f"--latents {path} has {held}: expected float32 [N, C, H, W], as encode writes it")
     if labels is not None and (labels.shape != arrays.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(f"--latents {path} has arr_1 of {labels.dtype} {labels.shape}: expected {len(arrays)} integers")
+    classes = None if labels is None else [int(y) for y in labels]
+    return Latents(arrays, classes, step_options, str(found.get("model", "")))
+
+
+def read_step_options(path: str) -> dict[str, Any]:
+    """The step options of a latents.npz. Raises UserError for a missing, damaged or foreign file."""
+    if not path:
+        raise UserError(f"--latents is missing: name the {FILE} that encode wrote")
+    if not files.exists(path):
+        raise UserError(f"--latents {path} does not exist: encode writes it")
+    found = images.read_npz(path, ("way",))
     try:
-        way = json.loads(str(found["way"])) if "way" in found else {}
-        if (
-            any(type(value) is not WAY[name] for name, value in way.items())
-            or way.get("sampler", "auto") not in SAMPLERS
-        ):
+        options = json.loads(str(found["way"])) if "way" in found else {}
+        wrong_type = any(type(value) is not STEP_OPTIONS[name] for name, value in options.items())
+        if wrong_type or options.get("sampler", "auto") not in SAMPLERS:
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"--latents {path} does not say how it was made: encode again") from None
-    return Latents(arrays, None if labels is None else [int(y) for y in labels], way, str(found.get("model", "")))
+        raise UserError(f"--latents {path} does not say by which steps it was made: encode again") from None
+    return options
 
 
 def write_latents(
@@ -65,31 +72,33 @@ def write_latents(
     shape: tuple[int, ...],
     batch_size: int,
     labels: Labels | None,
-    way: Mapping[str, Any],
+    step_options: Mapping[str, Any],
     model: str,
 ) -> np.ndarray:
     """Make the latents 0..count-1, float32 [N, C, H, W], and latents.npz of them. Collective.
 
-    What an interrupted run left behind is kept; the folder must be claimed, and hold nothing of another request.
-    :param invert: image numbers -> their latents; each rank calls it with its share. :param shape: (C, H, W).
-    :param way: the options of WAY. :param model: SHA-256 sum of the checkpoint's file.
+    Latents that an interrupted run left are kept; the folder must be claimed, and hold nothing of another request.
+    :param invert: image numbers -> their latents; each rank calls it with its share.
+    :param shape: (C, H, W) of a latent.
+    :param step_options: the values of STEP_OPTIONS.
+    :param model: SHA-256 sum of the checkpoint's file.
     """
     path, parts = files.join(out_dir, FILE), files.join(out_dir, PARTS_DIR)
     if not distributed.from_rank0(files.exists, path):
         missing = distributed.from_rank0(_missing, parts, count, shape)
-        bar = logger.Progress("encoding", count, "image", initial=count - len(missing))
+        bar = Progress("encoding", count, "image", initial=count - len(missing))
         try:
             with closing(bar):
                 _make_missing(invert, missing, batch_size, parts, bar)
         except KeyboardInterrupt:
-            saved = f"{bar.done} of {count} latents are in {parts}; the same command goes on"
+            saved = f"{bar.done} of {count} latents are in {parts}; rerun the same command to continue"
             raise KeyboardInterrupt(saved) from None
-        distributed.from_rank0(_join, path, parts, count, labels, way, model)
+        distributed.from_rank0(_join, path, parts, count, labels, step_options, model)
     return distributed.from_rank0(read_latents, path).arrays
 
 
 def _make_missing(
-    invert: Callable[[list[int]], np.ndarray], missing: list[int], batch_size: int, parts: str, bar: logger.Progress
+    invert: Callable[[list[int]], np.ndarray], missing: list[int], batch_size: int, parts: str, bar: Progress
 ) -> None:
     """Make the missing latents, a batch on each rank at a time; rank 0 writes them. Collective."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -114,7 +123,7 @@ def _load(path: str) -> np.ndarray:
 
 
 def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
-    """The numbers of the latents that an interrupted run has not left behind, whole."""
+    """The numbers of the latents that are not there yet, or damaged."""
     files.make_dirs(parts)
     files.remove_leftovers(parts)
 
@@ -126,14 +135,16 @@ def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
 
     missing = [i for i in range(count) if not whole(i)]
     if len(missing) < count:
-        logger.log(f"{count - len(missing)} of {count} latents are in {parts} already")
+        logger.log(f"{count - len(missing)} of {count} latents are already in {parts}")
     return missing
 
 
-def _join(path: str, parts: str, count: int, labels: Labels | None, way: Mapping[str, Any], model: str) -> None:
-    """latents.npz of all parts, which are then removed."""
+def _join(
+    path: str, parts: str, count: int, labels: Labels | None, step_options: Mapping[str, Any], model: str
+) -> None:
+    """Write latents.npz from all parts, and remove them."""
     names = [_part(parts, i) for i in range(count)]
-    arrays = {"arr_0": np.stack([_load(name) for name in names]), "way": np.array(json.dumps(dict(way)))}
+    arrays = {"arr_0": np.stack([_load(name) for name in names]), "way": np.array(json.dumps(dict(step_options)))}
     arrays["model"] = np.array(model)
     if labels:
         arrays["arr_1"] = np.array([labels.index(i) for i in range(count)], np.int64)

@@ -15,7 +15,7 @@ from .. import distributed
 from ..config import UserError, height_width
 from ..data.dataset import ImageDataset, quiet, selection
 from ..data.sources import ArrayImages, ZipImages, open_images
-from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files, images
 from .features import FeatureNetwork, Outputs
 from .metrics.frechet import Moments, RunningMoments, moments
@@ -202,7 +202,7 @@ def extract(
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     batches = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     collected = _Collected(selection(len(images), MAX_PAIRED))
-    bar = logger.Progress(title, len(images), "image")
+    bar = Progress(title, len(images), "image")
     with closing(bar):
         mine = images.batches(batches[rank::world_size])
         for start in range(0, len(batches), world_size):

@@ -19,7 +19,7 @@ from .. import distributed
 from ..config import FeaturesConfig, UserError
 from ..utils import files
 from .downloads import fetch
-from .trust import check_trusted
+from .trust import INCEPTION_SHA256, check_trusted
 
 # The Inception network of the published scores (Szegedy et al. 2015) with the TensorFlow weights of 2015-12-05, as
 # TorchScript. It resizes images of other sizes itself, without antialiasing.
@@ -137,7 +137,7 @@ class _Program:
     """One loaded file. Collective."""
 
     def __init__(self, flag: str, spec: str, device: Any, trust: bool):
-        path = fetch(INCEPTION_URL if spec == "inception" else spec, flag)
+        path = fetch(INCEPTION_URL, flag, INCEPTION_SHA256) if spec == "inception" else fetch(spec, flag)
         is_download = path != spec
         self.name = f"{flag} {spec}" + (f" ({path})" if is_download else "")
         data = files.read_bytes(path)
@@ -213,9 +213,9 @@ class _Program:
         tf32, th.backends.cudnn.allow_tf32 = th.backends.cudnn.allow_tf32, False
         try:
             return self.module(x, **kwargs)
-        except th.cuda.OutOfMemoryError:
-            raise UserError(f"{self.name} needs more memory than the GPU has free: lower --feature_batch") from None
         except Exception as error:
+            if distributed.is_out_of_memory(error):
+                raise UserError(f"{self.name} needs more memory than the GPU has free: lower --feature_batch") from None
             wanted = self.input_shape[2:]
             help = f"; it takes images of {wanted[0]}x{wanted[1]}: give --feature_size" if all(wanted) else ""
             raise UserError(

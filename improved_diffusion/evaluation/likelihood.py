@@ -18,6 +18,7 @@ from ..data.dataset import ImageDataset, selection
 from ..data.given import class_indices
 from ..data.sources import open_images
 from ..logs import logger
+from ..logs.progress import Progress
 from ..sampling.noise import SeededNoise, image_generator
 from ..sampling.request import samples_name
 from ..utils import files, images
@@ -74,7 +75,7 @@ class BoundEvaluation:
             (np.array_split(self.numbers[start : start + step], world_size)[rank].tolist(),)
             for start in range(0, n, step)
         ]
-        bar = logger.Progress("evaluating", n, "image")
+        bar = Progress("evaluating", n, "image")
 
         def report(done: int, mean: float) -> None:
             logger.log(f"done {done} samples: bpd={mean}")
@@ -132,7 +133,7 @@ def timesteps_per_pass(shape: tuple[int, ...], count: int, device: str = "cpu") 
     """How many of `count` timesteps to evaluate in one pass for images [N, C, H, W]: as many as are faster for small
     images, and one for large ones, which need the memory."""
     n, _, height, width = shape
-    return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cpu"]) // (n * height * width), 1), count)
+    return min(max(PIXELS_PER_PASS.get(device, PIXELS_PER_PASS["cuda"]) // (n * height * width), 1), count)
 
 
 def describe_mean(result: BoundSummary) -> str:

@@ -1,4 +1,4 @@
-"""Key-value logging to the terminal and to files, and progress bars.
+"""Key-value logging to the terminal and to files.
 
 Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv,jsonl"); the other ranks write
 log-rankNNN.txt only.
@@ -11,8 +11,8 @@ import datetime
 import os
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Logger:
         self.level = INFO
         self.values: dict[str, Any] = {}
         self.counts: dict[str, int] = defaultdict(int)
+        self.deferred: list[Callable[[], Mapping[str, Any]]] = []
 
     def logkv(self, key: str, val: Any) -> None:
         self.values[key] = val
@@ -43,7 +44,14 @@ class Logger:
         self.values[key] = self.values.get(key, 0.0) * count / (count + 1) + val / (count + 1)
         self.counts[key] = count + 1
 
+    def defer(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        if values not in self.deferred:
+            self.deferred.append(values)
+
     def dumpkvs(self) -> dict[str, Any]:
+        for values in self.deferred:
+            self.values.update({key: value for key, value in values().items() if key not in self.values})
+        self.deferred.clear()
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
             for output in self.output_formats:
@@ -53,7 +61,7 @@ class Logger:
         return row
 
     def _mean_over_comm(self) -> dict[str, Any]:
-        """The means over an MPI communicator, weighted by counts; empty but on its rank 0."""
+        """The means over an MPI communicator, weighted by counts; empty except on its rank 0."""
         gathered = self.comm.gather({key: (value, self.counts.get(key, 1)) for key, value in self.values.items()})
         if self.comm.rank != 0:
             return {}
@@ -64,7 +72,7 @@ class Logger:
             try:
                 row[key] = sum(float(value) * count for value, count in pairs) / sum(count for _, count in pairs)
             except ValueError:
-                row[key] = pairs[0][0]  # a text, as rank 0 has it
+                row[key] = pairs[0][0]  # text: the value of rank 0
         return row
 
     def log(self, *args: Any, level: int = INFO) -> None:
@@ -132,7 +140,7 @@ def _new_run_dir() -> str:
 
 
 def get_current() -> Logger:
-    """The logger in use; before configure(), one that only prints."""
+    """The current logger; before configure(), one that only prints."""
     global _current
     if _current is None:
         _current = Logger(None, [HumanOutputFormat(sys.stdout)] if distributed.get_rank() == 0 else [])
@@ -140,7 +148,7 @@ def get_current() -> Logger:
 
 
 def get_dir() -> str:
-    """The folder that is logged to; configures the logger where nobody has."""
+    """The folder of the log; configures the logger if that has not been done."""
     if get_current().dir is None:
         configure()
     return str(get_current().dir)
@@ -188,27 +196,35 @@ def logkvs(d: Mapping[str, Any]) -> None:
         logkv(key, value)
 
 
+def defer(values: Callable[[], Mapping[str, Any]]) -> None:
+    """Add values() to the next row when that is written: for values that a device is still computing.
+
+    Values of the same key that are logged directly win.
+    """
+    get_current().defer(values)
+
+
 def dumpkvs() -> dict[str, Any]:
     """Write the row and start the next one; returns the row."""
     return get_current().dumpkvs()
 
 
 def drop_rows(first_step: int) -> int:
-    """Remove what an interrupted run has logged of `first_step` and later, which comes again where it goes on.
+    """Remove the rows of `first_step` and later, which a resumed run logs again.
 
-    Rows without a step stay. Returns how many rows of the CSV went, a last one that a crash tore included.
+    Rows without a step stay. Returns the number of rows removed from the CSV, including an incomplete last row.
     """
     return get_current().drop_rows(first_step)
 
 
 def log_image(name: str, image: Any, step: int) -> None:
-    """Hand an image, uint8 [H, W, C], to the outputs that take images."""
+    """Write an image, uint8 [H, W, C], to the outputs that take images."""
     get_current().log_image(name, image, step)
 
 
 def add_output(output: Any) -> None:
-    """Write to one more output: an object with writekvs(row) and close(), and with writeseq(words),
-    writeimage(name, image, step) and drop_rows(first_step) if it takes those."""
+    """Add an output: an object with writekvs(row) and close(), and optionally writeseq(words), writeimage(name, image,
+    step) and drop_rows(first_step)."""
     get_current().output_formats.append(output)
 
 
@@ -243,7 +259,7 @@ def error(*args: Any) -> None:
 
 
 def set_level(level: int) -> None:
-    """Leave out messages below a level."""
+    """Drop messages below a level."""
     get_current().level = level
 
 
@@ -265,7 +281,7 @@ def profile_kv(scopename: str) -> Iterator[None]:
 
 
 def profile(n: str):
-    """A decorator: profile_kv around each call of the function."""
+    """A decorator that applies profile_kv to each call."""
 
     def decorator(func):
         def wrapped(*args, **kwargs):
@@ -275,60 +291,3 @@ def profile(n: str):
         return wrapped
 
     return decorator
-
-
-class Progress:
-    """How far a long work is, with rate and time left: a bar on a terminal, else a line now and then. Rank 0 only."""
-
-    SECONDS_BETWEEN_LINES = 15.0
-    WINDOW_SECONDS = 60.0  # over which the rate is taken: what is slow at the start, or now and then, passes
-
-    def __init__(self, description: str, total: int | None, unit: str, initial: int = 0):
-        self.description, self.total, self.unit, self.initial = description, total, unit, initial
-        self.done = initial
-        self.shown: dict[str, Any] = {}
-        self.last_line = time.monotonic()
-        self.marks = deque([(self.last_line, initial)])  # (time, done): one from before the window, and those in it
-        self.silent = distributed.get_rank() != 0
-        self.bar = None
-        if not self.silent and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(desc=description, total=total, unit=unit, initial=initial, dynamic_ncols=True)
-
-    def update(self, n: int, **shown: Any) -> None:
-        """n more are done; `shown`, such as loss="0.12", stands beside the bar until others come."""
-        self.done += n
-        self.shown = shown or self.shown
-        now = time.monotonic()
-        if now - self.marks[-1][0] >= self.WINDOW_SECONDS / 60:
-            self.marks.append((now, self.done))
-            while self.marks[1][0] <= now - self.WINDOW_SECONDS:
-                self.marks.popleft()
-        if self.bar is not None:
-            if shown:
-                self.bar.set_postfix_str(self._shown(), refresh=False)
-            self.bar.update(n)
-        elif not self.silent and now - self.last_line > self.SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            log(self.line())
-
-    def _shown(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.shown.items())
-
-    def line(self) -> str:
-        """The state as one line of text."""
-        since, done_then = self.marks[0]
-        rate = (self.done - done_then) / max(time.monotonic() - since, 1e-9)
-        text = f"{self.description}: {self.done}" + (f"/{self.total}" if self.total else "") + f" {self.unit}s"
-        text += f", {rate:.3g} {self.unit}s/s"
-        if self.total and rate:
-            text += f", ETA {datetime.timedelta(seconds=round((self.total - self.done) / rate))}"
-        return text + (f", {self._shown()}" if self.shown else "")
-
-    def close(self) -> None:
-        """Take the bar off, or write the last line."""
-        if self.bar is not None:
-            self.bar.close()
-        elif not self.silent and self.done > self.initial:
-            log(self.line())

@@ -1,4 +1,4 @@
-"""What the logger writes to: the terminal, text, CSV and JSON. A full disk costs no row and ends no run."""
+"""The outputs of the logger: terminal, text, CSV and JSON. A full disk neither loses rows nor ends a run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from contextlib import suppress
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..utils import files
 
 
 def complain(text: str) -> None:
-    """A line on stderr, if that can be written: it may go to the disk that is full."""
+    """Print a line to stderr; an error is ignored, since stderr may go to the disk that is full."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 class PatientFile:
-    """A text file that is appended to. What cannot be written stays in memory, in order, until it can.
+    """A text file to append to. Entries that cannot be written are kept in memory, in order, and retried.
 
-    Raises OSError at once where the file cannot be opened for writing; later on it only complains, once in each spell.
+    Raises OSError if the file cannot be opened at first; later errors are a warning, once per outage.
     """
 
-    LIMIT = 10_000  # entries in memory; beyond it the oldest go
-    BATCH = 25  # entries written at once, so that an attempt costs the same however many wait
+    LIMIT = 10_000  # entries in memory; then the oldest are dropped
+    BATCH = 25  # entries written at once, so that an attempt costs the same however many are waiting
 
     def __init__(self, filename: str):
         self.path = Path(filename)
@@ -43,10 +43,10 @@ class PatientFile:
         is_new = not self.path.exists()
         open(self.path, "ab").close()
         if is_new:
-            self.path.unlink()  # it appears with the first thing that is written
+            self.path.unlink()  # the file appears with the first entry
 
     def add(self, entry: Any) -> None:
-        """Append an entry behind those that still wait."""
+        """Append an entry after those that are still waiting."""
         if len(self.unwritten) >= self.LIMIT:
             self.unwritten.popleft()
             self.dropped += 1
@@ -65,27 +65,25 @@ class PatientFile:
                 reason = str(error)
                 if isinstance(error, OSError):
                     reason = f"cannot write {self.path}: {error.strerror or error}: free some space"
-                complain(
-                    f"warning: {reason}; the run goes on, and what is not written is kept in memory until it can be"
-                )
+                complain(f"warning: {reason}; the run continues; unwritten entries are kept in memory and retried")
             self.failing = True
         else:
             self.failing = False
 
     def _store(self, entries: list[Any]) -> None:
-        """Write all of the entries or, raising OSError or UserError, nothing."""
+        """Write all entries, or none and raise OSError or UserError."""
         self._append("".join(entries))
 
     def _append(self, text: str) -> None:
         data = memoryview(text.encode(errors="backslashreplace"))
         self._undo()
         try:
-            # Opened each time: a handle may be dead for good where the storage was gone for a while. Unbuffered: a
-            # buffer would be written once more when the file is closed, after the line was undone.
+            # Opened each time: a handle may stay dead after an outage of the storage. Unbuffered: a buffer would be
+            # written again when the file is closed, after the line was undone.
             with open(self.path, "a+b", buffering=0) as f:
                 self.sound_size = f.seek(0, os.SEEK_END)
-                if self.sound_size and os.pread(f.fileno(), 1, self.sound_size - 1) != b"\n":
-                    data = memoryview(b"\n" + data)  # a run that was killed has left half a line
+                if self.sound_size and not _ends_line(f):
+                    data = memoryview(b"\n" + data)  # a killed run has left an incomplete line
                 while data:
                     data = data[f.write(data) :]
         except OSError:
@@ -95,7 +93,7 @@ class PatientFile:
         self.sound_size = None
 
     def _undo(self) -> None:
-        """Take back what a failed or interrupted append has left."""
+        """Remove what a failed or interrupted append has written."""
         if self.sound_size is not None:
             with suppress(FileNotFoundError):
                 if self.path.stat().st_size > self.sound_size:
@@ -103,15 +101,15 @@ class PatientFile:
             self.sound_size = None
 
     def _read(self) -> str:
-        """The whole file; "" if there is none. After a power cut it may hold anything."""
+        """The file's text; "" if it does not exist. After a power cut it may hold anything."""
         try:
-            self.path.stat()  # unlike exists(), tells a missing file from storage that is gone
+            self.path.stat()  # unlike exists(), raises if the storage is gone
         except FileNotFoundError:
             return ""
         return files.read_bytes(self.path).decode(errors="replace").replace("\0", "")
 
     def close(self) -> None:
-        """Try once more, and say what is lost."""
+        """Try once more, and report what is lost."""
         if self.unwritten:
             self._try()
         lost = self.dropped + len(self.unwritten)
@@ -119,6 +117,12 @@ class PatientFile:
             complain(f"error: {lost} {'entry' if lost == 1 else 'entries'} of {self.path} could not be written: lost")
         self.unwritten.clear()
         self.dropped = 0
+
+
+def _ends_line(f: IO[bytes]) -> bool:
+    """Whether the last byte of a file that is not empty ends a line."""
+    f.seek(-1, os.SEEK_END)
+    return f.read(1) == b"\n"
 
 
 class HumanOutputFormat:
@@ -147,14 +151,17 @@ class HumanOutputFormat:
             return
         try:
             self._print(text)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: it is closed
             if not self.failing:
-                complain(f"warning: cannot write to the standard output: {error.strerror or error}; the run goes on")
+                reason = getattr(error, "strerror", None) or error
+                complain(f"warning: cannot write to the standard output: {reason}; the run continues")
             self.failing = True
         else:
             self.failing = False
 
     def _print(self, text: str) -> None:
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, errors="backslashreplace").decode(encoding)
         if self.file.isatty() and "tqdm" in sys.modules:
             from tqdm import tqdm
 
@@ -170,7 +177,7 @@ class HumanOutputFormat:
 
 
 def _plain(value: Any) -> Any:
-    """The value as strict JSON has it: whole numbers stay whole, and a number that is not finite becomes null."""
+    """The value for strict JSON: integers stay integers, a number that is not finite becomes null."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Integral):
@@ -190,7 +197,7 @@ class JSONOutputFormat(PatientFile):
         self.add(json.dumps(_plain(dict(sorted(kvs.items()))), allow_nan=False) + "\n")
 
     def drop_rows(self, first_step: int) -> int:
-        """Remove the rows of `first_step` and later, and what is no whole row. Returns how many."""
+        """Remove the rows of `first_step` and later, and incomplete rows. Returns how many."""
         lines = io.StringIO(self._read()).readlines()
         kept = [line for line in lines if line.endswith("\n") and _is_before(first_step, line)]
         if len(kept) < len(lines):
@@ -214,7 +221,7 @@ def _is_from(first_step: int, step: Any) -> bool:
 
 
 class CSVOutputFormat(PatientFile):
-    """A row for each dump; rows written earlier, by a run that goes on, are kept, and get new columns as they come."""
+    """A row for each dump. Earlier rows of a resumed run are kept and get new columns when these appear."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         self.add(dict(kvs))
@@ -229,7 +236,7 @@ class CSVOutputFormat(PatientFile):
             self._append(_csv_text(keys, entries))
 
     def _header(self) -> list[str]:
-        """The columns that the file has now: it may have gone with its storage, or been moved away."""
+        """The columns that the file has now: it may have been moved away since the last row."""
         self._undo()
         try:
             with self.path.open(newline="", encoding="utf-8", errors="replace") as f:
@@ -239,7 +246,7 @@ class CSVOutputFormat(PatientFile):
         return next(csv.reader([line])) if line.endswith("\n") else []
 
     def _table(self) -> tuple[list[str], list[dict[str, str]], bool]:
-        """(columns, rows, whether a last line without its end was left out)."""
+        """(columns, rows, whether an incomplete last line was left out)."""
         text = self._read()
         records = list(csv.reader(io.StringIO(text, newline="")))
         torn = bool(records) and not text.endswith("\n")
@@ -253,7 +260,7 @@ class CSVOutputFormat(PatientFile):
         files.write_bytes(self.path, text.encode(errors="backslashreplace"), durable)
 
     def drop_rows(self, first_step: int) -> int:
-        """Remove the rows of `first_step` and later, and a torn last line. Returns how many."""
+        """Remove the rows of `first_step` and later, and an incomplete last line. Returns how many."""
         keys, rows, torn = self._table()
         kept = [row for row in rows if not _is_from(first_step, row.get("step"))]
         if torn or len(kept) < len(rows):

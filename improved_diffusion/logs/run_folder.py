@@ -20,7 +20,7 @@ def open_run(config: RunConfig, default_name: str, *, print_only: bool = False) 
     Returns the folder's absolute path, which is logged, as are the ranks. Collective.
     :param print_only: write no log files.
     """
-    distributed.setup_dist()
+    distributed.join_ranks(config)
     formats = ["stdout"] if distributed.get_rank() == 0 else []
     logger.configure(dir=run_folder(config, default_name), format_strs=formats if print_only else None)
     logger.log(distributed.describe_ranks())

@@ -14,7 +14,7 @@ from .noise import image_generator
 
 
 def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int) -> list[int]:
-    """The class indices of --classes, given by name or index. Raises UserError for one that there is not."""
+    """The class indices of --classes, given by name or index. Raises UserError for an unknown one."""
     indices = []
     for word in (part.strip() for part in text.split(",") if part.strip()):
         if class_names and word in class_names:
@@ -28,7 +28,7 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
 
 
 class Labels:
-    """The class of each sample: the wanted ones in turn, or a random one, which follows from (seed, number)."""
+    """The class of each sample: the given classes in turn, or a random one that follows from (seed, number)."""
 
     def __init__(self, num_classes: int, seed: int, classes: Sequence[int], class_names: Sequence[str] | None):
         self.num_classes, self.seed, self.classes, self.class_names = num_classes, seed, classes, class_names
@@ -53,7 +53,7 @@ class Classes(NamedTuple):
 
 
 def classes_of(loaded: LoadedModel) -> Classes | None:
-    """The classes of a model, no more than it was trained on; None for an unconditional one."""
+    """The classes that a model was trained on; None for an unconditional one."""
     config, names = loaded.settings.model, loaded.metadata.get("class_names")
     if not config.class_cond:
         return None
@@ -75,27 +75,28 @@ def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: s
 
 
 def image_labels(
-    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Sequence[int] | None, path: str, flag: str
+    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Sequence[int] | None, source: str
 ) -> Labels | None:
-    """The labels of images that were given: the wanted classes, else `found` with the images; None without classes.
+    """The labels of given images: the wanted classes, else `found` with the images; None without classes.
 
-    :param path: of the images, which `flag` names. Raises UserError where the model needs classes and there are none.
+    :param source: where the images come from, such as "--images photos", for messages.
+    Raises UserError where the model needs classes and there are none, and for a class that it does not have.
     """
     labels = choose_labels(classes, wanted, seed, model_path)
     if labels is None or wanted:
         return labels
     if found is None:
         known = f" among {', '.join(classes.names[:10])}" if classes and classes.names else ""
-        raise UserError(f"{flag} {path} has no classes{known}, which {model_path} needs: give --classes")
+        raise UserError(f"{source} has no classes{known}, which {model_path} needs: give --classes")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
         raise UserError(
-            f"{flag} {path} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}: "
+            f"{source} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}: "
             "give an npz with those, or --classes"
         )
     return Labels(labels.num_classes, seed, found, labels.class_names)
 
 
 def label_kwargs(labels: Labels | None, indices: Sequence[int]) -> dict[str, th.Tensor]:
-    """What a model with classes takes for the samples with these numbers: `y` [N] on the device."""
+    """The argument `y` [N], on the device, of a model with classes, for the samples with these numbers; else none."""
     return {"y": th.tensor([labels.index(i) for i in indices], device=distributed.dev())} if labels else {}

@@ -44,7 +44,7 @@ class SamplingPipeline:
 
     @property
     def name(self) -> str:
-        """What the folder of the samples is called unless told otherwise."""
+        """The default name of the samples' folder."""
         return samples_name(self.loaded, self.sampler.name, self.sampler.steps)
 
     @property
@@ -104,13 +104,14 @@ class SuperResPipeline(SamplingPipeline):
 
     def _choose_labels(self) -> Labels | None:
         settings = self.loaded.settings
-        path, names = settings.base.base_samples, self.classes.names if self.classes else None
+        path, wanted = settings.base.base_samples, settings.sample.classes
+        names = self.classes.names if self.classes else None
         self.base = self._given or read_images(
             "--base_samples", path, "--small_size", settings.model.small_size, settings.model.channels, names,
             exact_npz=True,
         )  # fmt: skip
-        wanted = settings.sample.classes
-        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, path, "--base_samples")
+        source = f"--base_samples {path}"
+        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, source)
 
     @property
     def numbers(self) -> Sequence[int]:

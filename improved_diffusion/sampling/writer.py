@@ -1,10 +1,11 @@
-"""Sampling many images to disk: shared among ranks, resumable, image i a function of seed + i."""
+"""Many samples to disk: shared among ranks, resumable."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -16,6 +17,7 @@ from .. import distributed
 from ..config import UserError
 from ..data.low_res import pairs
 from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files, images
 from .labels import Labels
 
@@ -27,13 +29,13 @@ HELD_FRAMES = 10
 
 
 def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
-    """Where a progressive sampling loop ends: uint8 [N, H, W, C]. Raises UserError for pixels that are no numbers."""
+    """The last samples of a progressive sampling loop, uint8 [N, H, W, C]. Raises UserError for non-finite pixels."""
     for out in steps:
         sample = out["sample"]
     if not sample.isfinite().all():
         raise UserError(
-            "the samples have pixels that are not finite numbers: the checkpoint is damaged or was trained astray, or "
-            "--precision fp16 cannot hold its activations"
+            "the samples have pixels that are not finite numbers: the checkpoint is damaged, or training diverged, or "
+            "its activations overflow in --precision fp16"
         )
     return images.to_uint8(sample)
 
@@ -45,11 +47,11 @@ def write_steps(
     steps: int,
     count: int,
 ) -> None:
-    """steps.png and steps.gif: `count` of the predictions of x_0 on the way to the first samples. Collective.
+    """Write steps.png and steps.gif: `count` of the predictions of x_0 while the first samples are made. Collective.
 
-    :param trajectory: sample numbers -> a progressive sampling loop of so many `steps` down; the samples are drawn
+    :param trajectory: sample numbers -> a progressive sampling loop with `steps` predictions; the samples are drawn
         again, shared among the ranks.
-    :param numbers: of the samples that there are, at most one batch.
+    :param numbers: of the samples, at most one batch.
     """
     if not count:
         return
@@ -57,7 +59,7 @@ def write_steps(
     shown = list(numbers)[:SHOWN_STEPS]
     mine = shown[distributed.get_rank() :: distributed.get_world_size()]
     parts = distributed.all_gather_object(_steps_of(trajectory, mine, chosen) if mine else None)
-    # Sample i is the k-th of rank i mod the number of ranks, as images are dealt.
+    # Rank r has drawn samples r, r + ranks, r + 2 ranks, ...
     rows = [parts[i % len(parts)][i // len(parts)] for i in range(len(shown))]
     distributed.from_rank0(_save_steps, out_dir, np.stack(rows))
 
@@ -73,8 +75,8 @@ def _save_steps(out_dir: str, rows: np.ndarray) -> None:
     strip, gif = files.join(out_dir, "steps.png"), files.join(out_dir, "steps.gif")
     images.save_strip(strip, rows)
     frames = [images.grid(rows[:, k], min_side=images.SHOWN_SIDE) for k in range(rows.shape[1])]
-    images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # the result is to be seen
-    logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps on the way to the first {len(rows)} samples")
+    images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # time to see the result
+    logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps to the first {len(rows)} samples")
 
 
 def write_samples(
@@ -98,11 +100,12 @@ def write_samples(
     :param beside: an image [h, w, C] to show beside sample i in the grid.
     """
     missing = distributed.from_rank0(_prepare, out_dir, numbers, dict(request))
+    _check_shared(out_dir)
     png_dir = files.join(out_dir, PNG_DIR)
     done = len(numbers) - len(missing)
     if done:
         logger.log(f"{done} of {len(numbers)} samples are in {png_dir} already")
-    bar = logger.Progress("sampling", len(numbers), "image", initial=done)
+    bar = Progress("sampling", len(numbers), "image", initial=done)
     try:
         with closing(bar):
             _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
@@ -111,8 +114,8 @@ def write_samples(
         raise KeyboardInterrupt(_saved(bar, png_dir)) from None
 
 
-def _saved(bar: logger.Progress, png_dir: str) -> str:
-    return f"{bar.done} of {bar.total} samples are in {png_dir}; the same command goes on"
+def _saved(bar: Progress, png_dir: str) -> str:
+    return f"{bar.done} of {bar.total} samples are in {png_dir}; rerun the same command to continue"
 
 
 def _draw_missing(
@@ -121,24 +124,52 @@ def _draw_missing(
     batch_size: int,
     png_dir: str,
     labels: Labels | None,
-    bar: logger.Progress,
+    bar: Progress,
 ) -> None:
-    """Draw the missing samples, a batch on each rank at a time; rank 0 writes them. Collective."""
+    """Draw and write the missing samples, a batch on each rank at a time. Collective.
+
+    An error of any rank is the same UserError on all.
+    """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     for start in range(0, len(missing), batch_size * world_size):
         chunk = missing[start : start + batch_size * world_size]
         mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        parts = distributed.all_gather_object(draw(mine) if mine else None)  # in rank order, which is the chunk's
-        if rank:
-            bar.update(len(chunk))
-            continue
-        for i, array in zip(chunk, np.concatenate([part for part in parts if part is not None])):
-            name = images.sample_name(i, labels.name(i) if labels else None)
-            try:
-                files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
-            except UserError as error:
-                raise UserError(f"{error}. {_saved(bar, png_dir)}") from None
-            bar.update(1)
+        outcomes = distributed.all_gather_object(_draw_and_write(draw, mine, png_dir, labels))
+        bar.update(sum(written for written, _ in outcomes))
+        for _, problem in outcomes:
+            if problem is not None:
+                raise UserError(f"{problem}. {_saved(bar, png_dir)}")
+
+
+def _draw_and_write(
+    draw: Callable[[list[int]], np.ndarray], numbers: list[int], png_dir: str, labels: Labels | None
+) -> tuple[int, str | None]:
+    """Draw samples and write their PNGs. Returns how many were written, and what went wrong, if something did."""
+    written = 0
+    try:
+        for i, array in zip(numbers, draw(numbers) if numbers else ()):
+            path = files.join(png_dir, _file_name(i, labels))
+            files.write_bytes(path, images.encode_png(array), durable=False)
+            written += 1
+    except UserError as error:
+        return written, str(error)
+    return written, None
+
+
+def _file_name(i: int, labels: Labels | None) -> str:
+    return images.sample_name(i, labels.name(i) if labels else None)
+
+
+def _check_shared(out_dir: str) -> None:
+    """Raise UserError unless all ranks see the folder that rank 0 has prepared. Collective.
+
+    Each rank writes its own images there. Hosts that share no folder could send theirs to rank 0 instead, but that
+    would be a second way to do the same, and rank 0 would then encode all images.
+    """
+    rows = distributed.all_gather_object((socket.gethostname(), files.exists(files.join(out_dir, REQUEST_FILE))))
+    for rank, (host, sees) in enumerate(rows):
+        if not sees:
+            raise UserError(f"rank {rank} on {host} does not see {out_dir}: give an --out_dir that all hosts share")
 
 
 def _existing(png_dir: str) -> dict[int, str]:
@@ -147,7 +178,7 @@ def _existing(png_dir: str) -> dict[int, str]:
 
 
 def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
-    """Raise UserError where a folder holds samples of another request, or of none that is known."""
+    """Raise UserError where a folder holds samples of another request, or of an unknown one."""
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
     if files.exists(path):
         try:
@@ -155,11 +186,11 @@ def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
         except ValueError:
             raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
         request = json.loads(json.dumps(dict(request)))
-        # What tells most comes first: what was made at all, from which model, by which sampler.
+        # In this order, the first difference is the most important one: the command, the model, the sampler.
         for name in [*request, *(before.keys() - request.keys())]:
             if name == "seed_scheme" and before.get(name) != request[name]:
                 raise UserError(
-                    f"{out_dir} holds samples made by an older scheme of seeds, whose images differ: choose another "
+                    f"{out_dir} holds samples made by another scheme of seeds, so their images differ: choose another "
                     f"--out_dir, or remove {path} and {png_dir}"
                 )
             if before.get(name) != request.get(name):
@@ -223,7 +254,13 @@ def _finish(
 ) -> str:
     png_dir = files.join(out_dir, PNG_DIR)
     existing = _existing(png_dir)
-    names = [existing[i] for i in numbers]
+    names = [existing.get(i) or _file_name(i, labels) for i in numbers]
+    for i, name in zip(numbers, names):
+        if i not in existing and not files.exists(files.join(png_dir, name)):
+            raise UserError(
+                f"{files.join(png_dir, name)}, written by another rank, is not on rank 0's host "
+                f"{socket.gethostname()}: give an --out_dir that all hosts share"
+            )
     shown = np.stack(list(_read_samples(png_dir, names[:SHOWN])))
     shape = (len(numbers), *shown.shape[1:])
     label_array = [np.array([labels.index(i) for i in numbers], np.int64)] if labels else []

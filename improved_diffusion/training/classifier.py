@@ -1,21 +1,22 @@
-"""Training the classifier that guides a diffusion model: its loss, its options and its validation."""
+"""Training a classifier for guidance: its loss and its validation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
 import torch.nn.functional as F
 
 from ..logs import logger
-from ..sampling.noise import SeededNoise
-from .validation import SEED, Validation
+from .validation import HeldOutImages
 
 
 class ClassifierObjective:
-    """What TrainLoop trains a NoisyClassifier on, in the place of a diffusion: the classes of x_t.
+    """What TrainLoop trains a NoisyClassifier on, in place of a diffusion: the classes of noisy images x_t.
 
-    :param diffusion: the process that makes x_t; it must be that of the model to be guided.
+    :param diffusion: the process that makes x_t, the same as that of the model to be guided.
     """
 
     def __init__(self, diffusion: Any):
@@ -23,19 +24,19 @@ class ClassifierObjective:
         self.num_timesteps = diffusion.num_timesteps
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None) -> dict[str, th.Tensor]:
-        """-log p(y | x_t) in nats and whether the likeliest class is right (0 or 1): `loss` and `accuracy`, each [N].
+        """`loss`, -log p(y | x_t) in nats, and `accuracy`, whether the likeliest class is right (0 or 1): each [N].
 
-        With ten classes and more also `accuracy_top5`: whether it is among the five likeliest.
+        With ten classes or more also `accuracy_top5`: whether the right one is among the five likeliest.
         :param model: (x_t, timesteps) -> logits [N, classes].
-        :param model_kwargs: the classes y [N], which the model is not shown.
+        :param model_kwargs: the classes y [N]; they are not given to the model.
         """
         if not model_kwargs or "y" not in model_kwargs:
             raise ValueError("a classifier learns from labels: model_kwargs must hold y [N]")
         y = model_kwargs["y"]
         x_t = self.diffusion.q_sample(x_start, t, noise)
-        # As the guided model is given them, so that both are called alike.
+        # Scaled as for the guided model, so that both are called alike.
         logits = model(x_t, self.diffusion._scale_timesteps(t)).float()
-        # Classes that come before the right one. Those that tie with it do, and those that are not a number.
+        # The number of classes ahead of the right one, ties and NaN among them.
         rank = (~(logits < logits.gather(1, y[:, None]))).sum(dim=1) - 1
         terms = {"loss": F.cross_entropy(logits, y, reduction="none"), "accuracy": (rank < 1).float()}
         if logits.shape[1] >= 10:
@@ -43,39 +44,25 @@ class ClassifierObjective:
         return terms
 
 
-class ClassifierValidation(Validation):
-    """A hook for TrainLoop: loss and accuracy of the classifier and each moving average, as Validation does it.
+class ClassifierValidation(HeldOutImages):
+    """Loss and accuracy of a classifier on held-out images.
 
-    Logs `val_loss` and `val_accuracy`, the same of each average with `_ema_LABEL` behind, and keeps best.pt.
+    Logs `val_loss` and `val_accuracy`, and the same of each average with `_ema_LABEL` appended.
     """
 
-    def _problem(self) -> str | None:
-        return None  # build_validation has looked at the images
+    def measure(
+        self, model: Any, batch: th.Tensor, model_kwargs: dict[str, th.Tensor], numbers: Sequence[int]
+    ) -> Sequence[th.Tensor]:
+        """The loss and accuracy (0 or 1) [N] of each image."""
+        losses = self.losses(model, batch, model_kwargs, numbers, self.noise_of(numbers)(batch))
+        return losses["loss"], losses["accuracy"]
 
-    def __call__(self, loop: Any) -> None:
-        """Evaluate, log, and keep the best. Collective."""
-        scores = {"": self._score(loop, loop.master_params)}
-        scores |= {ema.label: self._score(loop, ema.params) for ema in loop.emas}
+    def log(self, steps: int, tables: Mapping[str, np.ndarray]) -> None:
         texts = []
-        for label, score in scores.items():
+        for label, table in tables.items():
+            loss, accuracy = table.mean(axis=0).tolist()
             suffix = f"_ema_{label}" if label else ""
-            logger.logkv(f"val_loss{suffix}", score.loss)
-            logger.logkv(f"val_accuracy{suffix}", score.bound.mean)
-            texts.append(f"{f'EMA {label} ' if label else ''}loss {score.loss:.4g}, accuracy {score.bound.mean:.1%}")
-        steps = loop.absolute_step + 1
+            logger.logkv(f"val_loss{suffix}", loss)
+            logger.logkv(f"val_accuracy{suffix}", accuracy)
+            texts.append(f"{f'EMA {label} ' if label else ''}loss {loss:.4g}, accuracy {accuracy:.1%}")
         logger.log(f"validation after {steps} steps: {'; '.join(texts)}")
-        self._keep_best(loop, steps, scores)
-
-    def _evaluate(self, loop: Any, numbers: list[int]) -> th.Tensor:
-        """Loss and, where Validation has the bound, accuracy of the images with these numbers: float64 [N, 2]."""
-        indices = self.selected[numbers]
-        batch, kwargs = th.utils.data.default_collate([self.dataset[i] for i in indices])
-        batch = batch.to(loop.device)
-        losses = self.diffusion.training_losses(
-            loop.model,
-            batch,
-            th.from_numpy(self.loss_t[numbers]).to(loop.device),
-            model_kwargs={key: value.to(loop.device) for key, value in kwargs.items()},
-            noise=SeededNoise(SEED, indices)(batch),
-        )
-        return th.stack([losses["loss"].double(), losses["accuracy"].double()], dim=1).cpu()

@@ -1,4 +1,4 @@
-"""What a training run will need, tried in three steps before it starts: time, memory, disk."""
+"""What a training run will need, measured in three steps before it starts: time, memory, disk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import torch as th
 
 from .. import distributed
+from ..config import UserError
+from ..distributed.devices import memory_info, peak_memory, synchronize
 from ..logs import logger
 from ..utils import files
 from .loop import TrainLoop, get_blob_logdir
-from .metrics import peak_memory
 
-STEPS = 3  # the first is slower, and not counted
+STEPS = 3  # the first one is slower and does not count
 LARGEST_TRIED = 4096
 
 
@@ -28,18 +29,16 @@ def dry_run(loop: TrainLoop) -> None:
         batch, cond = next(loop.data)
         loop.run_step(batch, cond)
         loop.step += 1
-        if loop.device.type == "cuda":
-            th.cuda.synchronize(loop.device)
+        synchronize(loop.device)
         seconds.append(time.perf_counter() - start)
     per_step = sum(seconds[1:]) / (STEPS - 1)
-    memory = peak_memory()
     largest = min(distributed.all_gather_object(_largest_microbatch(loop, batch, cond)))
     more = " or more" if largest >= LARGEST_TRIED else ""
-    how = "tried" if loop.device.type == "cuda" else "estimated"
+    how = "tried" if _tells_out_of_memory(loop.device) else "estimated"
     rows = {
         "time per step": f"{per_step:.3g} s ({loop.global_batch / per_step:.4g} images/s)",
         "time in all": _time_in_all(loop, per_step),
-        "peak memory": f"{_size(memory)} of {_size(_memory(loop.device)[1])} on each rank",
+        "peak memory": _describe_memory(loop.device),
         "largest microbatch": f"{largest}{more} ({how}; now {loop.microbatch})",
         "checkpoints": _describe_disk(loop),
     }
@@ -49,9 +48,29 @@ def dry_run(loop: TrainLoop) -> None:
 
 def _time_in_all(loop: TrainLoop, per_step: float) -> str:
     if not loop.max_steps:
-        return "without --max_steps the run does not end by itself"
+        return "unlimited: there is no --max_steps"
     left = datetime.timedelta(seconds=round((loop.max_steps - loop.resume_step) * per_step))
     return f"{left.total_seconds() / 3600:.2f} hours to --max_steps {loop.max_steps:,}"
+
+
+def _describe_memory(device: th.device) -> str:
+    peak = peak_memory(device)
+    return f"{'unknown' if peak is None else _size(peak)} of {_size(_memory(device)[1])} on each rank"
+
+
+def _memory(device: th.device) -> tuple[int, int]:
+    """(free, total) bytes of the accelerator that tells, else of the machine (half of it where free is not known)."""
+    found = memory_info(device)
+    if found is not None:
+        return found
+    if not hasattr(os, "sysconf"):
+        raise UserError("the size of this machine's memory is not known: --dry_run needs Linux or macOS")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            table = dict(line.split(":") for line in f)
+        return int(table["MemAvailable"].split()[0]) * 1024, total
+    return total // 2, total
 
 
 def _size(count: float) -> str:
@@ -60,23 +79,17 @@ def _size(count: float) -> str:
     return f"{count / 2**20:.3g} MiB"
 
 
-def _memory(device: th.device) -> tuple[int, int]:
-    """(free, total) bytes of the GPU's memory, or of the machine's."""
-    if device.type == "cuda":
-        return th.cuda.mem_get_info(device)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as f:
-            table = dict(line.split(":") for line in f)
-        return int(table["MemAvailable"].split()[0]) * 1024, total
-    return total // 2, total  # what is free is not known: half of it, say
+def _tells_out_of_memory(device: th.device) -> bool:
+    """Whether a batch that is too large raises OutOfMemoryError, rather than ending the process."""
+    return device.type in ("cuda", "xpu")
 
 
 def _largest_microbatch(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor]) -> int:
     """How many images fit in one forward and backward pass."""
-    if loop.device.type != "cuda":
+    if not _tells_out_of_memory(loop.device):
         per_image = _saved_bytes(loop, batch, cond, 2) - _saved_bytes(loop, batch, cond, 1)
-        return min(LARGEST_TRIED, max(1, _memory(loop.device)[0] // distributed.get_world_size() // max(per_image, 1)))
+        free = _memory(loop.device)[0] // distributed.get_world_size()
+        return min(LARGEST_TRIED, max(1, free // max(per_image, 1)))
     fits, too_many, size = 0, LARGEST_TRIED + 1, loop.microbatch
     while too_many - fits > max(1, fits // 8):
         try:
@@ -84,13 +97,13 @@ def _largest_microbatch(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Te
             fits = size
         except th.cuda.OutOfMemoryError:
             too_many = size
-        th.cuda.empty_cache()
+        getattr(th, loop.device.type).empty_cache()
         size = 2 * fits if 0 < 2 * fits < too_many else (fits + too_many) // 2
     return fits
 
 
 def _forward_backward(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor], size: int) -> None:
-    """One pass over copies of the first image, without the other ranks: they may have no room for it."""
+    """One pass over copies of the first image, on this rank alone: the others may not have the memory."""
 
     def repeat(values: th.Tensor) -> th.Tensor:
         return values[:1].to(loop.device).expand(size, *values.shape[1:]).contiguous()
@@ -118,21 +131,20 @@ def _saved_bytes(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor], 
 
 
 def set_bytes(loop: TrainLoop) -> tuple[int, int]:
-    """(bytes of a checkpoint set, bytes of it that are never removed), float32."""
+    """(bytes of a checkpoint set in float32, those of its files that are never removed)."""
     copy = 4 * sum(p.numel() for p in loop.model_params)
     snapshots = sum(hasattr(ema, "sigma_rel") for ema in loop.emas)
     return copy * (3 + len(loop.emas)), copy * snapshots  # the model, Adam's two moments, the averages
 
 
 def checkpoint_bytes(loop: TrainLoop) -> tuple[int, int]:
-    """(number of checkpoints, their bytes) that the run will add and leave on the disk at its end."""
+    """(number, total bytes) of the checkpoints that the run will add, and that remain at its end."""
     last = loop.max_steps or loop.resume_step + loop.save_interval
     numbers = [n for n in sorted({*range(0, last, loop.save_interval), last}) if n >= loop.resume_step]
-    writer = loop.writer
+    keep_last, keep_every = loop.checkpointer.keep_last, loop.checkpointer.keep_every
     kept = numbers
-    if writer.keep_last:
-        old = numbers[: -writer.keep_last]
-        kept = [n for n in old if writer.keep_every and n % writer.keep_every == 0] + numbers[-writer.keep_last :]
+    if keep_last:
+        kept = [n for n in numbers[:-keep_last] if keep_every and n % keep_every == 0] + numbers[-keep_last:]
     whole, snapshots = set_bytes(loop)
     return len(kept), len(kept) * whole + (len(numbers) - len(kept)) * snapshots
 
@@ -151,11 +163,11 @@ def _describe_disk(loop: TrainLoop) -> str:
 
 
 def warn_of_small_disk(loop: TrainLoop) -> None:
-    """Say so before the run starts where the disk cannot take all its checkpoints."""
+    """Warn before the run starts if the disk has too little space for its checkpoints."""
     free = _free_disk(get_blob_logdir())
     count, total = checkpoint_bytes(loop)
     if free is not None and total > free:
         logger.warn(
-            f"the run's {count} checkpoints need {_size(total)}, and {get_blob_logdir()} has {_size(free)} free: give "
+            f"the run's {count} checkpoints need {_size(total)}, and {get_blob_logdir()} has {_size(free)} free: use "
             "--keep_last, a larger --save_interval, or another --out_dir"
         )

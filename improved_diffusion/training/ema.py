@@ -19,9 +19,9 @@ def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
 
 
 class _Average:
-    """What the averages share: average <- average + share * (parameters - average), in one pass over all parameters."""
+    """Base of the averages: average <- average + share * (parameters - average), in one pass over all parameters."""
 
-    label: str  # what stands in the file's name, ema_LABEL_NNNNNN.pt
+    label: str  # in the file's name, ema_LABEL_NNNNNN.pt
 
     def __init__(self, params: Sequence[th.Tensor]):
         self.flat = flatten(params).clone()
@@ -33,11 +33,11 @@ class _Average:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a checkpoint says of the average."""
+        """The average's entry in a checkpoint's description."""
         raise NotImplementedError
 
     def update(self, flat_params: th.Tensor, applied: th.Tensor, step: int) -> None:
-        """Move towards the flat parameters; `applied` is 1, or 0 to stay where it is, on the device."""
+        """Move towards the flat parameters; `applied`, on the device, is 1, or 0 for no change."""
         self.flat.lerp_(flat_params, self.share(step) * applied)
 
     @property
@@ -75,7 +75,7 @@ class PowerEMA(_Average):
     """The power-function average (Karras et al. 2023, "EDM2", sec. 3.1), whose length grows with the training.
 
     After t steps it is the mean of the parameters so far, weighted by the profile p(tau) = (gamma + 1) tau^gamma /
-    t^(gamma+1) on [0, t]: those that step n made, n = 1 ... t, stand for the times from n - 1 to n.
+    t^(gamma+1) on [0, t]; the parameters after step n, n = 1 ... t, count for the times from n - 1 to n.
 
     :param sigma_rel: the profile's standard deviation as a fraction of t, in (0, 12^-1/2).
     :param params: the values before the first step, which the first update replaces.
@@ -87,7 +87,7 @@ class PowerEMA(_Average):
         self.label = f"sigma_rel{sigma_rel}"
 
     def update(self, flat_params: th.Tensor, applied: th.Tensor, step: int) -> None:
-        # After a skipped step too: time goes on, and the parameters are what they were.
+        # Skipped steps count too: the parameters stay the same for that time.
         self.flat.lerp_(flat_params, self.share(step))
 
     def share(self, step: int) -> float:
@@ -106,7 +106,7 @@ def sigma_rel_of(gamma: float) -> float:
 def gamma_of(sigma_rel: float) -> float:
     """The exponent, not negative, whose profile has the given relative width.
 
-    Raises ValueError outside (0, 12^-1/2): wider than the plain mean, gamma = 0, there is none.
+    Raises ValueError outside (0, 12^-1/2): the plain mean, gamma = 0, is the widest profile.
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"sigma_rel {sigma_rel} must lie between 0 and 12^-1/2 = 0.2887")
@@ -131,14 +131,14 @@ def profile_products(steps: Any, gammas: Any, other_steps: Any, other_gammas: An
 def posthoc_weights(steps: Any, gammas: Any, target_step: float, target_gamma: float) -> np.ndarray:
     """The weights of stored power-function averages whose sum is nearest to another one (EDM2 sec. 3.2, alg. 3).
 
-    An average is the integral of its profile times the parameters over time, whatever these are. So with the profiles
-    p_i of the stored averages and q of the wanted one, the weights w are those for which sum_i w_i p_i is nearest to q
-    in the mean square: A w = b with A_ij = <p_i, p_j> and b_i = <p_i, q>. Added here: sum_i w_i = 1, so that
-    parameters that stand still come out as they are; w moves along A^-1 1, which costs the least.
+    An average is the integral over time of its profile times the parameters. So with the profiles p_i of the stored
+    averages and q of the wanted one, the weights w minimise the mean square of sum_i w_i p_i - q: A w = b with
+    A_ij = <p_i, p_j> and b_i = <p_i, q>. Added here: sum_i w_i = 1, so that constant parameters are reproduced exactly;
+    w moves along A^-1 1, which increases the error least.
 
     :param steps: the training steps done before each average was stored, at least 1; a snapshot's "step".
     :param gammas: the exponents of the stored averages.
-    Returns float64 [len(steps)], 0 where the step is after target_step. `profile_error` says how near they come.
+    Returns float64 [len(steps)], 0 where the step is after target_step. `profile_error` gives the remaining error.
     Raises ValueError where all steps are after it.
     """
     steps, gammas = np.asarray(steps, np.float64), np.asarray(gammas, np.float64)
@@ -156,9 +156,9 @@ def posthoc_weights(steps: Any, gammas: Any, target_step: float, target_gamma: f
 
 
 def _solve(products: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """A^-1 right; the shortest least-squares solution where profiles are, but for rounding, sums of one another."""
+    """A^-1 right; the shortest least-squares solution where profiles are linearly dependent up to rounding."""
     try:
-        # The diagonal of the Cholesky factor is what each profile has that those before it do not.
+        # The diagonal of the Cholesky factor: each profile's distance from the span of those before it.
         if np.linalg.cholesky(products).diagonal().min() > 1e-5:
             return np.linalg.solve(products, right)
     except np.linalg.LinAlgError:
@@ -167,7 +167,7 @@ def _solve(products: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def profile_error(steps: Any, gammas: Any, weights: Any, target_step: float, target_gamma: float) -> float:
-    """How far the weighted sum of the stored profiles is from the wanted one, q: |sum_i w_i p_i - q| / |q|."""
+    """The relative error |sum_i w_i p_i - q| / |q| of a weighted sum of stored profiles p_i against the wanted q."""
     steps, gammas = (
         np.append(np.asarray(v, np.float64), last) for v, last in ((steps, target_step), (gammas, target_gamma))
     )

@@ -1,8 +1,11 @@
-"""The course of the learning rate."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from ..config import LR_SCHEDULES, unknown_name
 
 
 def learning_rate(step: int, *, lr: float, schedule: str, total_steps: int, warmup_steps: int = 0) -> float:
@@ -21,3 +24,30 @@ def learning_rate(step: int, *, lr: float, schedule: str, total_steps: int, warm
         start, end, u = (lr / 25, lr, done / rise) if done < rise else (lr, lr / 250_000, (done - rise) / (1 - rise))
         lr = end + (start - end) * 0.5 * (1 + math.cos(math.pi * u))
     return lr * min(1.0, (step + 1) / warmup_steps) if warmup_steps else lr
+
+
+@dataclass(frozen=True)
+class LRSchedule:
+    """A learning rate as a function of the step; see `learning_rate`.
+
+    Raises UserError for an unknown name.
+    """
+
+    name: str
+    total_steps: int
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        if self.name not in LR_SCHEDULES:
+            raise unknown_name("lr_schedule", self.name, LR_SCHEDULES)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every step has the same rate."""
+        return self.name == "constant" and not self.warmup_steps
+
+    def at(self, step: int, lr: float) -> float:
+        """The rate of a step (from 0), where `lr` is the highest."""
+        return learning_rate(
+            step, lr=lr, schedule=self.name, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+        )

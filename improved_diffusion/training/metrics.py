@@ -1,38 +1,45 @@
-"""What the steps report: collected on the device and read when the log is written, so that no step waits for it."""
+"""Values that the steps report, collected on the device and read when the log is written: no step waits for them."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch as th
 
 from .. import distributed
+from ..distributed.devices import peak_memory
+
+
+def sum_dtype(device: th.device) -> th.dtype:
+    """The type for long sums on a device: float64, or float32 on accelerators that may lack it, such as MPS and XPU."""
+    return th.float64 if device.type in ("cpu", "cuda") else th.float32
 
 
 class LossMeter:
-    """Means of what a step reports, collected on the device and read when the log is written."""
+    """Means of the values that the steps report; their sums stay on the device until they are read."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, th.Tensor] = {}  # name -> float64 [2]: sum and count
+        self.sums: dict[str, th.Tensor] = {}  # name -> [2]: sum and count, of the `sum_dtype`
 
     def add(self, name: str, values: th.Tensor, counted: th.Tensor | None = None) -> None:
-        """Add values of any shape; where `counted` (of the same shape) is 0 they are left out."""
+        """Add values of any shape; those where `counted` (of the same shape) is 0 are left out."""
         counted = th.ones_like(values) if counted is None else counted
-        pair = th.stack([th.where(counted > 0, values, 0.0).double().sum(), counted.double().sum()])
+        dtype = sum_dtype(values.device)
+        pair = th.stack([th.where(counted > 0, values, 0.0).to(dtype).sum(), counted.to(dtype).sum()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
-    def add_losses(self, num_timesteps: int, ts: th.Tensor, losses: dict[str, th.Tensor]) -> None:
-        """Add [N] losses, as a whole and by the quarter of the timesteps that each belongs to (name_q0..name_q3)."""
+    def add_losses(self, num_timesteps: int, ts: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
+        """Add [N] losses: all of them under their name, and each in its quarter of the timesteps (name_q0..name_q3)."""
         quartile = (4 * ts) // num_timesteps
         for name, values in losses.items():
-            finite = th.isfinite(values).double()  # the others are of skipped steps
+            dtype = sum_dtype(values.device)
+            finite = th.isfinite(values).to(dtype)  # the others are of skipped steps
             self.add(name, values, counted=finite)
-            both = th.zeros(4, 2, dtype=th.float64, device=values.device)
-            both.index_add_(0, quartile, th.stack([th.where(finite > 0, values.double(), 0.0), finite], dim=1))
+            both = th.zeros(4, 2, dtype=dtype, device=values.device)
+            both.index_add_(0, quartile, th.stack([th.where(finite > 0, values.to(dtype), 0.0), finite], dim=1))
             for q in range(4):
                 key = f"{name}_q{q}"
                 self.sums[key] = self.sums[key] + both[q] if key in self.sums else both[q]
@@ -41,25 +48,32 @@ class LossMeter:
         """The means over all ranks since the last call, {} where nothing was added. Collective."""
         if not self.sums:
             return {}
-        table = distributed.sum_over_ranks(th.stack(list(self.sums.values()))).cpu()
-        means = {name: float(row[0] / row[1]) for name, row in zip(self.sums, table) if row[1]}
+        return self._means(distributed.sum_over_ranks(th.stack(list(self.sums.values()))))
+
+    def read_own(self) -> dict[str, float]:
+        """`read` of this rank's values alone; not collective."""
+        return self._means(th.stack(list(self.sums.values()))) if self.sums else {}
+
+    def _means(self, table: th.Tensor) -> dict[str, float]:
+        means = {name: float(row[0] / row[1]) for name, row in zip(self.sums, table.cpu().double()) if row[1]}
         self.sums = {}
         return means
 
     def state_dict(self) -> dict[str, th.Tensor]:
-        """This rank's sums since the last read."""
-        return {name: pair.cpu().clone() for name, pair in self.sums.items()}
+        """This rank's sums since the last read: float64 [2], sum and count."""
+        return {name: pair.cpu().double().clone() for name, pair in self.sums.items()}
 
-    def load_state_dict(self, state: dict[str, th.Tensor], device: th.device | str = "cpu") -> None:
+    def load_state_dict(self, state: Mapping[str, th.Tensor], device: th.device | str = "cpu") -> None:
         """Restore what `state_dict` gave."""
-        self.sums = {name: pair.to(device) for name, pair in state.items()}
+        dtype = sum_dtype(th.device(device))
+        self.sums = {name: pair.to(dtype).to(device) for name, pair in state.items()}
 
 
 class BadSteps:
-    """Counts the steps without a finite gradient: how many in a row, and where that row began."""
+    """Counts steps without a finite gradient: how many in a row, and at which step the row began."""
 
     def __init__(self, device: th.device | str):
-        # [in the present row, its first step, in the longest row since the last read, its first step]
+        # [length of the present row, its first step, length of the longest row since the last read, its first step]
         self.counts = th.zeros(4, dtype=th.int64, device=device)
 
     def note(self, bad: th.Tensor, step: int) -> None:
@@ -73,7 +87,7 @@ class BadSteps:
         )
 
     def read(self) -> tuple[int, int]:
-        """(steps in the longest row that reached into the time since the last call, its first step)."""
+        """(length of the longest row that was going on at any time since the last call, its first step)."""
         _, _, longest, its_first = self.counts.tolist()
         self.counts[2] = 0
         return longest, its_first
@@ -88,13 +102,17 @@ class BadSteps:
 
 
 class StepClock:
-    """How fast the steps are on this rank, by the host's clock.
+    """Speed of the steps on this rank, by the host's clock.
 
-    :param batch_size: images a step over all ranks.
+    :param batch_size: images in a step, over all ranks.
     """
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure from here on."""
         self.steps = 0
         self.waited = 0.0  # seconds
         self.since = time.perf_counter()
@@ -108,28 +126,20 @@ class StepClock:
         self.steps += 1
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is no step, such as drawing previews: its time does not count."""
+    def paused(self) -> Iterator[None]:
+        """Around work that is not part of a step, such as previews: its time does not count."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Since the last call: images/s over all ranks, the share of the time spent waiting for data; and the most
-        memory, in GiB, that this rank has used: of the GPU's, or without one, of the machine's."""
+        """Since the last call: images/s over all ranks and the share of the time spent waiting for data; and the peak
+        memory of this rank in GiB, of its accelerator, or without one of the process."""
         seconds = max(time.perf_counter() - self.since, 1e-9)
         speed = {
             "images_per_second": self.steps * self.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "peak_gib": peak_memory() / 2**30,
+            "peak_gib": (peak_memory(distributed.dev()) or math.nan) / 2**30,
         }
-        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.restart()
         return speed
-
-
-def peak_memory() -> float:
-    """The most memory that this process has used, in bytes: of its GPU's, or without one, of the machine's."""
-    if distributed.dev().type == "cuda":
-        return th.cuda.max_memory_allocated(distributed.dev())
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024  # kilobytes, but for macOS

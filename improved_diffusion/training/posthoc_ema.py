@@ -15,10 +15,11 @@ import torch as th
 from ..checkpoints import checkpoint
 from ..config import UserError
 from ..logs import logger
+from ..logs.progress import Progress
 from ..utils import files
 from .ema import gamma_of, posthoc_weights, profile_error
 
-LARGEST_ERROR = 0.05  # of a profile, relative, above which the average made is not quite the one that was asked for
+LARGEST_ERROR = 0.05  # relative error of a profile above which a warning says that the average is not the wanted one
 
 _SNAPSHOT = re.compile(r"ema_sigma_rel([^_]+)_(\d+)\.pt")
 
@@ -37,7 +38,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Recipe:
-    """An average to make: the weights of the snapshots, and how far their profile is from the wanted one."""
+    """An average to make: the weights of the snapshots, and the relative error of their profile."""
 
     sigma_rel: float
     weights: np.ndarray  # [number of snapshots]
@@ -45,9 +46,9 @@ class Recipe:
 
 
 def rebuild(run_dir: str, widths: Sequence[float], number: int = -1) -> list[str]:
-    """Write the average of each relative width beside the snapshots it is made of; returns the paths.
+    """Write the average of each relative width beside the snapshots; returns the paths.
 
-    :param number: the one in the file names of the newest snapshots to use; -1: the newest there are.
+    :param number: in the file names of the newest snapshots to use; -1: the newest in the folder.
     Memory: two models for each width, and two more. Raises UserError where the folder has no such snapshots, and for
     one that is damaged or of another model.
     """
@@ -72,7 +73,7 @@ def _recipe(snapshots: Sequence[Snapshot], step: int, sigma_rel: float) -> Recip
     if error > LARGEST_ERROR:
         logger.warn(
             f"{len(snapshots)} snapshots up to step {step} represent sigma_rel {sigma_rel} to {100 * error:.2g} %: "
-            "the result is of another length; choose a width nearer to the stored ones, or save more often in training"
+            "the result has another length; choose a width nearer to the stored ones, or save more often in training"
         )
     return Recipe(sigma_rel, weights, error)
 
@@ -81,14 +82,16 @@ def _recipe(snapshots: Sequence[Snapshot], step: int, sigma_rel: float) -> Recip
 
 
 def find_snapshots(run_dir: str, number: int = -1) -> list[Snapshot]:
-    """The snapshots in a folder, by the number in their names, up to a given one.
+    """The snapshots in a folder up to the given number in their names, in that order.
 
-    On this machine only their descriptions are read. Raises UserError where there are none, or none of that number.
+    Of local files only the descriptions are read. Raises UserError where there are none, or none of that number.
     """
     if not run_dir:
         raise UserError("--run_dir is missing: name the folder of a run trained with --ema_sigma_rel 0.05,0.10")
     if not files.is_dir(run_dir):
-        raise UserError(f"--run_dir {run_dir} is no folder: name that of a run trained with --ema_sigma_rel 0.05,0.10")
+        raise UserError(
+            f"--run_dir {run_dir} is not a folder: name that of a run trained with --ema_sigma_rel 0.05,0.10"
+        )
     matches = [match for match in map(_SNAPSHOT.fullmatch, files.list_dir(run_dir)) if match]
     if not matches:
         raise UserError(f"{run_dir} holds no ema_sigma_rel*.pt: train with --ema_sigma_rel 0.05,0.10 to have snapshots")
@@ -102,7 +105,7 @@ def find_snapshots(run_dir: str, number: int = -1) -> list[Snapshot]:
             f"nearest: {', '.join(map(str, sorted(nearest)))}"
         )
     found = [(match.group(), int(match.group(2))) for match in matches if int(match.group(2)) <= number]
-    bar = logger.Progress("reading descriptions", len(found), "snapshot")
+    bar = Progress("reading descriptions", len(found), "snapshot")
     snapshots: list[Snapshot] = []
     for name, its_number in found:
         snapshots.append(_read_description(files.join(run_dir, name), its_number))
@@ -120,20 +123,19 @@ def _read_description(path: str, number: int) -> Snapshot:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise UserError(
-            f"{path} does not say of which step and width it is, so training with --ema_sigma_rel has not written it: "
-            "move it elsewhere"
+            f"{path} lacks the step and width that training with --ema_sigma_rel writes: move it elsewhere"
         ) from None
     return Snapshot(path, number, step, gamma, {name: tuple(v.shape) for name, v in state_dict.items()}, metadata)
 
 
 def _open(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
-    """(state dict, description); of a file on this machine the tensors are left on the disk."""
+    """(state dict, description); the tensors of a local file stay on the disk."""
     if not files.is_url(path):
         try:
             state_dict = th.load(path, map_location="cpu", mmap=True, weights_only=True)
             return state_dict, json.loads(state_dict._metadata[checkpoint.METADATA_KEY]["json"])
         except Exception:
-            pass  # reading it whole says what is wrong
+            pass  # reading the whole file says what is wrong
     return checkpoint.load(path)
 
 
@@ -152,13 +154,13 @@ def _check_alike(first: Snapshot, other: Snapshot) -> None:
 def weighted_sums(
     paths: Sequence[str], weights: Sequence[np.ndarray], newest_path: str
 ) -> Iterator[dict[str, th.Tensor]]:
-    """The weighted sums of the state dicts in the files, in the files' types, one for each row of weights.
+    """The weighted sums of the files' state dicts, in the files' types, one for each row of weights.
 
-    Each file is read once, and one at a time. What is not floating-point comes from `newest_path`.
+    Each file is read once, one at a time. Tensors that are not floating-point come from `newest_path`.
     """
     sums: list[dict[str, th.Tensor]] = [{} for _ in weights]
     newest: dict[str, th.Tensor] = {}
-    bar = logger.Progress("summing", len(paths), "snapshot")
+    bar = Progress("summing", len(paths), "snapshot")
     for i, path in enumerate(paths):
         state_dict, _ = checkpoint.load(path)
         for total, row in zip(sums, weights):

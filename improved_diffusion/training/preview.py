@@ -1,4 +1,4 @@
-"""Grids of samples that a training run draws on its way, from the same noise every time."""
+"""Grids of samples during training, from the same noise every time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..logs import logger
 from ..sampling.noise import SeededNoise
 from ..sampling.timestep_grids import timestep_grid
 from ..utils import files, images
+from .hooks import TrainingView
 
 PREVIEWS = 64  # images in a grid
 STEPS = 25  # of DDIM, for each image
@@ -25,7 +26,7 @@ class PreviewGrid:
     """A hook for TrainLoop: a grid of samples of the model, and one of its first moving average.
 
     Written as previews/step_NNNNNN_raw.png and previews/step_NNNNNN.png, and sent to the trackers. Draws nothing from
-    the global generators, so that training goes on as if there were no grids.
+    the global generators, so that previews do not change the training.
     :param shape: (C, H, W).
     :param model_kwargs: of the given number of images, on the device; a "low_res" is shown beside each sample.
     :param seed: image i is drawn from seed + i, whatever the number of ranks.
@@ -37,53 +38,54 @@ class PreviewGrid:
         self.diffusion, self.shape, self.count, self.seed = diffusion, shape, count, seed
         self.model_kwargs, self.out_dir = model_kwargs, out_dir
 
-    def __call__(self, loop: Any) -> None:
+    def __call__(self, view: TrainingView, /) -> None:
         """Draw the grids. Collective."""
-        done = loop.absolute_step + 1
-        self._show(loop, loop.master_params, f"step_{done:06d}_raw.png", "samples_raw")
-        if loop.emas:
-            self._show(loop, loop.emas[0].params, f"step_{done:06d}.png", "samples_ema")
+        done = view.absolute_step + 1
+        model, *averages = view.parameter_sets.values()
+        self._show(view, model, f"step_{done:06d}_raw.png", "samples_raw")
+        if averages:
+            self._show(view, averages[0], f"step_{done:06d}.png", "samples_ema")
 
-    def _show(self, loop: Any, params: Sequence[th.Tensor], file_name: str, name: str) -> None:
-        with loop.using(params):
-            samples = self._draw(loop)
-        if loop.rank != 0:
+    def _show(self, view: TrainingView, params: Sequence[th.Tensor], file_name: str, name: str) -> None:
+        with view.using(params):
+            samples = self._draw(view)
+        if distributed.get_rank() != 0:
             return
         columns = None
         if "low_res" in self.model_kwargs:
             samples = pairs(images.to_uint8(self.model_kwargs["low_res"]), samples)
             columns = 2 * math.isqrt(self.count)
         grid = images.grid(samples, columns, min_side=48)
-        logger.log_image(name, grid, loop.absolute_step)
+        logger.log_image(name, grid, view.absolute_step)
         directory = files.join(self.out_dir, "previews")
         try:
             files.make_dirs(directory)
             files.write_bytes(files.join(directory, file_name), images.encode_png(grid))
             logger.log(f"wrote {files.join(directory, file_name)}")
-        except UserError as error:  # a full disk, say: the run itself can go on
-            logger.warn(f"no grid of samples after {loop.absolute_step + 1} steps: {error}")
+        except UserError as error:  # such as a full disk: training itself can continue
+            logger.warn(f"no preview after {view.absolute_step + 1} steps: {error}")
 
-    def _draw(self, loop: Any) -> np.ndarray:
+    def _draw(self, view: TrainingView) -> np.ndarray:
         """All samples, uint8 [count, H, W, C]; each rank draws its share."""
-        world_size = distributed.get_world_size()
-        mine = range(loop.rank, self.count, world_size)
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        mine = range(rank, self.count, world_size)
         parts = []
-        # In parts as small as training's, so that a preview needs no more memory than a step.
-        for start in range(0, len(mine), loop.microbatch):
-            numbers = list(mine[start : start + loop.microbatch])
+        # In parts as small as training's microbatches, so that a preview needs no more memory than a step.
+        for start in range(0, len(mine), view.microbatch):
+            numbers = list(mine[start : start + view.microbatch])
             sample = self.diffusion.ddim_sample_loop(
-                loop.model,
+                view.model,
                 (len(numbers), *self.shape),
                 model_kwargs={key: value[numbers] for key, value in self.model_kwargs.items()},
-                device=loop.device,
+                device=view.device,
                 noise_fn=SeededNoise(self.seed, numbers),
             )
             parts.append(images.to_uint8(sample))
         gathered = distributed.all_gather_object(np.concatenate(parts) if parts else None)
         samples = np.empty((self.count, *self.shape[1:], self.shape[0]), np.uint8)
-        for rank, part in enumerate(gathered):
+        for i, part in enumerate(gathered):
             if part is not None:
-                samples[rank::world_size] = part
+                samples[i::world_size] = part
         return samples
 
 

@@ -30,7 +30,7 @@ from ..utils import files
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
-from .signals import catch_early_warning
+from .signals import Stopped, catch_early_warning
 from .tasks import Task, take_guided_process, task_of
 
 # Options of one start of a run rather than of the run itself.
@@ -40,10 +40,11 @@ MANY_EPOCHS = 1000  # beyond, a model may memorise its images
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has ended: its folder, and the one of its checkpoints."""
+    """A run that has ended: its folder, the one of its checkpoints, and whether a signal stopped it."""
 
     folder: str
     checkpoints: str
+    stopped: bool = False
 
 
 def train(settings: Training, given: frozenset[str], default_name: str) -> TrainedRun:
@@ -68,7 +69,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)  # unless it was there before
         else:
-            run_loop(loop, settings, description)
+            return TrainedRun(folder, checkpoints, stopped=run_loop(loop, settings, description))
     return TrainedRun(folder, checkpoints)
 
 
@@ -235,6 +236,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
         seed=settings.run.seed,
         metadata=description,
         hooks=[] if train.dry_run else task.hooks(objective, data),
+        strict_resume=bool(train.resume),  # --resume_checkpoint takes weights alone, as published
         **{f.name: getattr(settings.train, f.name) for f in fields(TrainConfig) if f.name not in own},
     )
     return loop, description
@@ -251,16 +253,19 @@ def _log_model(settings: Training, model: th.nn.Module) -> None:
         logger.warn(f"--val_interval {watch.val_interval} is more than --max_steps {train.max_steps}: no validation")
 
 
-def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]) -> None:
-    """Train, with trackers and curves. Collective."""
+def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]) -> bool:
+    """Train, with trackers and curves; returns whether a signal stopped it, after a checkpoint. Collective."""
     if distributed.get_rank() == 0:
         # Not before the loop has what it resumes from: a run that is refused leaves the older description.
         path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
         files.write_bytes(path, json.dumps(description, indent=1).encode())
-    distributed.from_rank0(_open_trackers, settings.watch.trackers, description["config"], loop.first_row)
+    distributed.from_rank0(_open_trackers, settings.watch.trackers, description["config"], loop.run_log.first_row)
     warn_of_small_disk(loop)
     try:
         loop.run_loop()
+        return False
+    except Stopped:
+        return True
     finally:
         if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
             if distributed.get_rank() == 0 and loop.step:

@@ -1,10 +1,12 @@
-"""Ending a run on request: signals become a flag, and all ranks act on it after the same step."""
+"""Ending a run on request: a signal sets a flag, and all ranks act on it after the same step."""
 
 from __future__ import annotations
 
 import signal
 import socket
+import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -15,15 +17,27 @@ from .. import distributed
 
 EXIT_RESUME = distributed.STOPPED
 GRACE = 2.0  # seconds
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is how SLURM's --signal=USR1@120 warns
-
+# SIGUSR1 is how SLURM's --signal=USR1@120 warns. Windows has none.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+TIME_IS_UP = 1000  # a reason to stop that is not the number of a signal
 
 _early = 0  # the number of a signal that came before the training loop
 
 
+class Stopped(SystemExit):
+    """Training was asked to stop by a signal, and has saved a checkpoint. Left alone, it ends with EXIT_RESUME."""
+
+    def __init__(self, number: int, steps_done: int):
+        super().__init__(EXIT_RESUME)
+        self.signal, self.steps_done = signal.Signals(number), steps_done
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name} after {self.steps_done} steps; --resume auto continues from there"
+
+
 def catch_early_warning() -> None:
-    """From now on keep a SIGUSR1 for StopSignals: MPI libraries swallow it, and a scheduler warns only once."""
-    if threading.current_thread() is threading.main_thread():
+    """From now on keep a SIGUSR1 for StopSignals: MPI libraries ignore it, and a scheduler warns only once."""
+    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, _note_early)
 
 
@@ -35,7 +49,7 @@ def _note_early(number: int, frame: FrameType | None) -> None:
 class StopSignals:
     """A with statement in which the first of SIGNALS sets `received`; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, nothing is caught.
+    Outside the main thread, where Python allows no handlers, no signal is caught.
     """
 
     def __init__(self) -> None:
@@ -47,12 +61,12 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
-            # Python's handlers wait until the main thread returns from a collective or from the GPU. The numbers of the
-            # signals come through here at once.
+            # Python's handlers wait until the main thread returns from a collective or from the GPU; the numbers of the
+            # signals arrive on this socket at once.
             self.reader, self.writer = socket.socketpair()
             self.writer.setblocking(False)
             self.fd_before = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._end_a_stuck_process, name="second Ctrl-C", daemon=True).start()
+            threading.Thread(target=self._watch, name="second Ctrl-C", daemon=True).start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -69,25 +83,41 @@ class StopSignals:
         if self.interrupts > 1:
             raise KeyboardInterrupt
 
-    def _end_a_stuck_process(self) -> None:
+    def _watch(self) -> None:
+        """End a process whose main thread does not react to a second SIGINT; not a person's interpreter or notebook."""
         interrupts = 0
+        interactive = hasattr(sys, "ps1")
         with self.reader:
             while numbers := self.reader.recv(64):
                 interrupts += numbers.count(bytes([signal.SIGINT]))
-                # The main thread, if it can, ends the process itself, and says more.
-                if interrupts > 1 and not self.left.wait(GRACE):
+                # If the main thread can react, it ends the process itself, with a better message.
+                if interrupts > 1 and not interactive and not self.left.wait(GRACE):
                     distributed.end_process(130)
 
 
+class TimeLimit:
+    """A limit on the wall-clock time, by rank 0's clock.
+
+    :param hours: from now; 0: no limit.
+    """
+
+    def __init__(self, hours: float):
+        self.hours, self.started = hours, time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the time is up; False except on rank 0."""
+        return distributed.get_rank() == 0 and 0 < self.hours * 3600 <= time.monotonic() - self.started
+
+
 class Agreement:
-    """Lets all ranks see the same number after the same step, without any of them waiting for another."""
+    """Lets all ranks see the same number after the same step, without a rank waiting for another."""
 
     def __init__(self) -> None:
         self.largest = th.zeros(1, dtype=th.int64)
         self.work: Any = None
 
     def exchange(self, mine: int) -> int:
-        """The largest number that a rank gave at the call before; of a single rank, at this one. Collective."""
+        """The largest number that a rank gave at the previous call; with a single rank, at this one. Collective."""
         if distributed.get_world_size() == 1:
             return mine
         agreed = self.finish()
@@ -97,7 +127,7 @@ class Agreement:
         return agreed
 
     def finish(self) -> int:
-        """What the last exchange comes to; leaves nothing under way. Collective."""
+        """The result of the last exchange; afterwards none is in progress. Collective."""
         if self.work is not None:
             self.work.wait()
             self.work = None

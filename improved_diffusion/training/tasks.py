@@ -21,7 +21,7 @@ from ..logs import logger
 from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
 from .classifier import ClassifierObjective, ClassifierValidation
 from .preview import PREVIEWS, PreviewGrid, preview_diffusion
-from .validation import Validation
+from .validation import HeldOutImages, Validation
 
 S = TypeVar("S", bound=Training)
 Hooks = list[tuple[int, Any]]  # (interval in steps, hook)
@@ -50,7 +50,7 @@ class Task(Generic[S]):
         """What the loop calls every so many steps. Collective."""
         raise NotImplementedError
 
-    def _validation(self, kind: type[Validation], objective: Any, data: BatchStream, **more: Any) -> Hooks:
+    def _validation(self, kind: type[HeldOutImages], objective: Any, data: BatchStream, **more: Any) -> Hooks:
         """Evaluation on --val_dir every --val_interval steps; none without --val_dir. Collective."""
         settings: Any = self.settings
         watch, train = settings.watch, settings.train

@@ -1,66 +1,109 @@
-"""What a checkpoint set holds of a training loop: out of the loop, and back into it bit for bit.
-
-`loop` is a train_util.TrainLoop, or what is made like one.
-"""
+"""The optimizer's file of a checkpoint: the optimizer, and everything else that is not weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch as th
 
 from .. import distributed
-from ..checkpoints import checkpoint
 from ..config import UserError
-from ..fp16_util import unflatten_master_params
 from ..logs import logger
+from .run_log import RunLog
 
-REST = "improved_diffusion"  # the key of the optimizer's file that holds everything which is neither weights nor Adam's
-
-
-def state_dict_of(loop: Any, params: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
-    """The model's state dict in float32 with the given master parameters, or averages, in place of its own."""
-    if loop.precision != "fp32":
-        params = unflatten_master_params(loop.model_params, params)
-    state_dict = loop.model.state_dict()
-    for (name, _), value in zip(loop.model.named_parameters(), params):
-        state_dict[name] = value.detach()
-    return state_dict
+REST = "improved_diffusion"  # the key of everything but the optimizer; other code ignores it
 
 
-def parts_of(loop: Any, step: int, done: int) -> list[tuple[str, Any]]:
-    """(file name, content in host memory) of everything that resuming needs; [] but on rank 0. Collective.
+class Stateful(Protocol):
+    """A part of a training run that has a state of its own."""
 
-    :param step: the number in the files' names.
-    :param done: the training steps done.
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Restore what `state_dict` gave."""
+
+
+@dataclass
+class TrainState:
+    """What resuming needs besides the weights and their averages.
+
+    :param parts: further parts by name: the loss scale, the schedule sampler, hooks. Those without a
+        load_state_dict have no state.
     """
-    # Each rank has sums of its own, and added up in another order they would differ in the last bit.
-    meters = distributed.all_gather_object(loop.meter.state_dict())
-    if loop.rank != 0:
-        return []
-    description = {**loop.metadata, "step": done}
-    parts: list[tuple[str, Any]] = [
-        (checkpoint.model_name(step), checkpoint.describe(state_dict_of(loop, loop.master_params), description))
-    ]
-    for ema in loop.emas:
-        described = checkpoint.describe(state_dict_of(loop, ema.params), {**description, **ema.description})
-        parts.append((checkpoint.ema_name(ema.label, step), described))
-    rest = {"step": done, "first_row": loop.first_row, "meters": meters, "unwritten_log": _numbers(logger.getkvs())}
-    rest |= {name: part.state_dict() for name, part in _stateful(loop).items()}
-    parts.append((checkpoint.optimizer_name(step), _to_host({**loop.opt.state_dict(), REST: rest})))
-    return parts
 
+    opt: th.optim.Optimizer
+    log: RunLog
+    parts: Mapping[str, Any]
 
-def _stateful(loop: Any) -> dict[str, Any]:
-    """What has a state besides the weights and the optimizer, by name."""
-    candidates = {
-        "loss_scale": loop.loss_scale,
-        "schedule_sampler": loop.schedule_sampler,
-        "bad_steps": loop.bad_steps,
-        **{hook.name: hook for _, hook in loop.hooks if hasattr(hook, "name")},
-    }
-    return {name: part for name, part in candidates.items() if hasattr(part, "load_state_dict")}
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """The parts that have a state, by name."""
+        return {name: part for name, part in self.parts.items() if hasattr(part, "load_state_dict")}
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """The optimizer's state dict with the rest under REST, in host memory; {} except on rank 0. Collective.
+
+        :param done: training steps done.
+        """
+        # Each rank's own sums: added up in another order they would differ in the last bit.
+        meters = distributed.all_gather_object(self.log.meter.state_dict())
+        if distributed.get_rank() != 0:
+            return {}
+        rest = {
+            "step": done,
+            "first_row": self.log.first_row,
+            "meters": meters,
+            "unwritten_log": _numbers(logger.getkvs()),
+        }
+        rest |= {name: part.state_dict() for name, part in self.stateful.items()}
+        return _to_host({**self.opt.state_dict(), REST: rest})
+
+    def load_state_dict(self, state: Any, path: str, named_step: int, lr: float) -> tuple[int, list[str]]:
+        """Restore what `state_dict` gave, or what published code wrote: the optimizer's state alone.
+
+        :param path: the file it comes from, for messages.
+        :param named_step: the number in the file's name.
+        :param lr: the learning rate, which wins over the stored one.
+        Returns the steps done and the names of the restored parts. Raises UserError for the state of another model.
+        """
+        rest = state.get(REST, {}) if isinstance(state, dict) else {}
+        done = rest.get("step", named_step)
+        self._load_optimizer(state, path, lr)
+        restored = []
+        for name, part in self.stateful.items():
+            if name in rest:
+                part.load_state_dict(rest[name])
+                restored.append(name)
+            elif name != "bad_steps":
+                logger.warn(f"{path} has no {name} (another kind of run saved it): that part starts afresh")
+        self.log.first_row = rest.get("first_row", done)
+        self._load_meter(rest.get("meters", []))
+        logger.logkvs(rest.get("unwritten_log", {}))
+        return done, restored
+
+    def _load_optimizer(self, state: Any, path: str, lr: float) -> None:
+        params = [p for group in self.opt.param_groups for p in group["params"]]
+        try:
+            groups = [{**group, **self.opt.defaults, "lr": lr} for group in state["param_groups"]]
+            for index, entry in state["state"].items():  # a parameter without a gradient has no entry
+                if index >= len(params) or entry["exp_avg"].shape != params[index].shape:
+                    raise ValueError("its shapes are those of another model or of another --precision")
+            self.opt.load_state_dict({"state": state["state"], "param_groups": groups})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} does not fit this run's optimizer: {error}") from None
+
+    def _load_meter(self, meters: Sequence[dict[str, th.Tensor]]) -> None:
+        """Each rank gets its own sums back; with another number of ranks, rank 0 gets all of them."""
+        rank, device = distributed.get_rank(), self.log.bad_steps.counts.device
+        if len(meters) == distributed.get_world_size():
+            self.log.meter.load_state_dict(meters[rank], device)
+        elif meters:
+            share = 1.0 if rank == 0 else 0.0
+            total = {name: share * th.stack([meter[name] for meter in meters]).sum(0) for name in meters[0]}
+            self.log.meter.load_state_dict(total, device)
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -77,74 +120,3 @@ def _to_host(obj: Any) -> Any:
     if isinstance(obj, (list, tuple)):
         return type(obj)(_to_host(value) for value in obj)
     return obj
-
-
-def restore(loop: Any, main: str, named_step: int, metadata: Mapping[str, Any]) -> int:
-    """Put back everything but the model's weights from the set of modelNNNNNN.pt; returns the steps done. Collective.
-
-    :param metadata: the description in the model's file.
-    What was restored is logged, part by part. Raises UserError for a part that is missing, damaged, of another step
-    or of another model.
-    """
-    opt_path = _find(main, checkpoint.optimizer_name(named_step), "the optimizer's state")
-    state = distributed.load_state_dict(opt_path, map_location="cpu")
-    rest = state.get(REST, {}) if isinstance(state, dict) else {}
-    done = rest.get("step", named_step)
-    restored = [f"model: {main}"]
-    _check_step(main, metadata, done, opt_path)
-    for ema in loop.emas:
-        path = _find(main, checkpoint.ema_name(ema.label, named_step), "the moving average")
-        state_dict, of_ema = checkpoint.load(path)
-        checkpoint.check_fits(loop.model, state_dict, path)
-        _check_step(path, of_ema, done, opt_path)
-        ema.load([state_dict[name].to(loop.device).float() for name, _ in loop.model.named_parameters()])
-        restored.append(f"EMA {ema.label}: {path}")
-    _load_optimizer(loop, state, opt_path)
-    restored.append(f"optimizer: {opt_path}")
-    for name, part in _stateful(loop).items():
-        if name in rest:
-            part.load_state_dict(rest[name])
-            restored.append(f"{name.replace('_', ' ')}: in the same file")
-        elif name not in ("bad_steps",):
-            logger.warn(f"{opt_path} has no {name} (another kind of run saved it): that part starts afresh")
-    loop.first_row = rest.get("first_row", done)
-    _load_meter(loop, rest.get("meters", []))
-    logger.logkvs(rest.get("unwritten_log", {}))
-    restored.append(
-        f"data: from step {done} on; log: from the row of step {loop.first_row} on, its sums in the same file"
-    )
-    logger.log(f"resumed after {done} steps\n" + "\n".join(f"  {line}" for line in restored))
-    return done
-
-
-def _find(main: str, name: str, what: str) -> str:
-    return distributed.from_rank0(checkpoint.find_in_set, main, name, what)
-
-
-def _check_step(path: str, metadata: Mapping[str, Any], done: int, opt_path: str) -> None:
-    if metadata.get("step", done) != done:
-        raise UserError(
-            f"{path} is from step {metadata['step']}, but {opt_path} from step {done}: they are of different saves; "
-            "resume from another checkpoint"
-        )
-
-
-def _load_optimizer(loop: Any, state: Any, path: str) -> None:
-    try:
-        groups = [{**group, **loop.opt_args, "lr": loop.lr} for group in state["param_groups"]]
-        for index, entry in state["state"].items():  # a parameter without a gradient has none
-            if index >= len(loop.master_params) or entry["exp_avg"].shape != loop.master_params[index].shape:
-                raise ValueError("its shapes are those of another model or of another --precision")
-        loop.opt.load_state_dict({"state": state["state"], "param_groups": groups})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this run's optimizer: {error}") from None
-
-
-def _load_meter(loop: Any, meters: Sequence[dict[str, th.Tensor]]) -> None:
-    """Each rank gets its own sums back; of another number of ranks, rank 0 gets them all."""
-    if len(meters) == distributed.get_world_size():
-        loop.meter.load_state_dict(meters[loop.rank], loop.device)
-    elif meters:
-        share = 1.0 if loop.rank == 0 else 0.0
-        total = {name: share * sum(meter[name] for meter in meters) for name in meters[0]}
-        loop.meter.load_state_dict(total, loop.device)

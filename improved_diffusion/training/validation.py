@@ -1,10 +1,11 @@
-"""Loss and bits/dim on held-out images while a model trains, and the best model so far."""
+"""Measures on held-out images while a model trains, and the best model so far."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -12,31 +13,27 @@ import torch as th
 from .. import distributed
 from ..bound import BoundSummary, stratified_timesteps
 from ..config import UserError
+from ..data.dataset import selection
 from ..data.low_res import downsample
 from ..logs import logger
 from ..sampling.noise import SeededNoise
+from .hooks import TrainingView
+from .metrics import sum_dtype
 
-EVALUATIONS = 8  # of the network for each image's bits/dim; a loss takes one more
-SEED = 20210218  # of the timesteps and the noise: no option, so that the numbers of different runs can be compared
+EVALUATIONS = 8  # of the network for each image's bits/dim; the loss needs one more
+SEED = 20210218  # of timesteps and noise: not an option, so that the numbers of different runs can be compared
 BEST_FILE = "best.pt"
 
 
-class Score(NamedTuple):
-    """What a set of parameters achieves; the loss and the bound are means over the images."""
+class HeldOutImages:
+    """A hook for TrainLoop: measures the model and each moving average on the same images, timesteps and noise.
 
-    loss: float
-    bound: BoundSummary
-
-
-class Validation:
-    """A hook for TrainLoop: evaluates the model and each moving average on the same images, timesteps and noise.
-
-    Logs `val_loss`, `val_bpd` and its standard error over the images `val_bpd_se`, and the same of each average with
-    `_ema_LABEL` behind val_loss and val_bpd. The average of least loss so far (the model where there are none) is kept
-    as best.pt.
+    The average of least loss so far (the model where there are no averages) is kept as best.pt. A subclass says what is
+    measured of a batch, and how that is logged.
+    :param diffusion: what the model is trained on.
     :param dataset: images as ImageDataset gives them.
-    :param num_images: how many to evaluate, an even selection; all where there are not as many.
-    :param batch_size: images in one forward pass. Changes memory and nothing else, like the number of ranks.
+    :param num_images: how many to evaluate, a fixed `selection`; all if there are fewer.
+    :param batch_size: images in one forward pass. Like the number of ranks it changes memory use only.
     :param small_size: of super-resolution's low_res; None: the model takes none.
     Raises UserError for images that cannot be read. Collective.
     """
@@ -51,18 +48,16 @@ class Validation:
         if num_images > len(dataset):
             logger.log(f"--val_images {num_images}: validation uses all {len(dataset)} images that there are")
         self.diffusion, self.dataset, self.batch_size, self.small_size = diffusion, dataset, batch_size, small_size
-        n = self.num_images = min(num_images, len(dataset))
-        self.selected = np.arange(n) * len(dataset) // n
-        rng = np.random.default_rng(SEED)
-        # Image i's timestep lies in a stratum of its own, of n equal ones: all quarters of the loss have their share.
-        self.loss_t = ((rng.permutation(n) + rng.random(n)) * diffusion.num_timesteps / n).astype(np.int64)
-        count = min(EVALUATIONS, diffusion.num_timesteps)
-        self.bound_t, self.weights = stratified_timesteps(diffusion.num_timesteps, count, rng.random(n))
+        self.selected = selection(len(dataset), num_images)
+        n = self.num_images = len(self.selected)
+        self.rng = np.random.default_rng(SEED)
+        # One timestep in each of n equal strata, in random order: every quarter of the loss has its share of images.
+        self.loss_t = ((self.rng.permutation(n) + self.rng.random(n)) * diffusion.num_timesteps / n).astype(np.int64)
         self.mine = range(distributed.get_rank(), n, distributed.get_world_size())
         self.best: dict[str, Any] | None = None
         for problem in distributed.all_gather_object(self._problem()):
             if problem:
-                raise UserError(f"{problem} (an image for validation): repair it, or take it out")
+                raise UserError(f"{problem} (an image for validation): repair or remove it")
 
     def _problem(self) -> str | None:
         """What is wrong with the first of this rank's images that cannot be used."""
@@ -73,74 +68,139 @@ class Validation:
                 return str(error)
         return None
 
-    def __call__(self, loop: Any) -> None:
-        """Evaluate, log, and keep the best. Collective."""
-        scores = {"": self._score(loop, loop.master_params)}
-        scores |= {ema.label: self._score(loop, ema.params) for ema in loop.emas}
-        for label, score in scores.items():
-            suffix = f"_ema_{label}" if label else ""
-            logger.logkv(f"val_loss{suffix}", score.loss)
-            logger.logkv(f"val_bpd{suffix}", score.bound.mean)
-            if self.num_images > 1:
-                logger.logkv(f"val_bpd{suffix}_se", score.bound.standard_error)
-        steps = loop.absolute_step + 1
-        losses = _with_averages({label: f"{score.loss:.4g}" for label, score in scores.items()})
-        bounds = _with_averages({label: _plus_minus(score.bound) for label, score in scores.items()})
-        logger.log(f"validation after {steps} steps: loss {losses}, bits/dim {bounds}")
-        self._keep_best(loop, steps, scores)
+    def measure(
+        self, model: Any, batch: th.Tensor, model_kwargs: dict[str, th.Tensor], numbers: Sequence[int]
+    ) -> Sequence[th.Tensor]:
+        """The loss and other numbers of each image: tensors [N].
 
-    def _score(self, loop: Any, params: Sequence[th.Tensor]) -> Score:
+        :param numbers: of the batch's images [N, C, H, W], within `selected`.
+        """
+        raise NotImplementedError
+
+    def log(self, steps: int, tables: Mapping[str, np.ndarray]) -> None:
+        """Log what was measured after so many steps.
+
+        :param tables: the model's numbers under "" and each average's under its label: float64 [num_images, K], one
+            column for each tensor of `measure`.
+        """
+        raise NotImplementedError
+
+    def __call__(self, view: TrainingView, /) -> None:
+        """Measure, log, and keep the best. Collective."""
+        steps = view.absolute_step + 1
+        tables = {label: self._table(view, params) for label, params in view.parameter_sets.items()}
+        self.log(steps, tables)
+        self._keep_best(view, steps, {label: float(table[:, 0].mean()) for label, table in tables.items()})
+
+    def _table(self, view: TrainingView, params: Sequence[th.Tensor]) -> np.ndarray:
+        """What is measured of each image with these parameters: float64 [num_images, K]."""
         mine = [self.mine[start : start + self.batch_size] for start in range(0, len(self.mine), self.batch_size)]
-        with loop.using(params), th.no_grad():
-            parts = [self._evaluate(loop, list(numbers)) for numbers in mine]
-        gathered = distributed.all_gather_ragged(th.cat([th.zeros(0, 2, dtype=th.float64), *parts]))
-        table = np.empty((self.num_images, 2))  # in the images' order, so that sums do not depend on the ranks
-        for rank, part in enumerate(gathered):
-            table[rank :: len(gathered)] = part.numpy()
-        return Score(float(table[:, 0].mean()), BoundSummary(table[:, 1], {}))
+        with view.using(params), th.no_grad():
+            parts = [self._rows(view, list(numbers)) for numbers in mine]
+        gathered = distributed.all_gather_object(np.concatenate(parts) if parts else None)
+        rows = [part for part in gathered if part is not None]
+        table = np.empty((self.num_images, rows[0].shape[1]))  # in the images' order: sums do not depend on the ranks
+        for rank, part in enumerate(rows):
+            table[rank :: len(gathered)] = part
+        return table
 
-    def _evaluate(self, loop: Any, numbers: list[int]) -> th.Tensor:
-        """Loss and bits/dim of the images with these numbers: float64 [N, 2] on the CPU."""
-        indices = self.selected[numbers]
-        batch, kwargs = th.utils.data.default_collate([self.dataset[i] for i in indices])
-        batch = batch.to(loop.device)
-        kwargs = {key: value.to(loop.device) for key, value in kwargs.items()}
+    def _rows(self, view: TrainingView, numbers: list[int]) -> np.ndarray:
+        batch, kwargs = th.utils.data.default_collate([self.dataset[i] for i in self.selected[numbers]])
+        batch = batch.to(view.device)
+        kwargs = {key: value.to(view.device) for key, value in kwargs.items()}
         if self.small_size is not None:
             kwargs["low_res"] = downsample(batch, self.small_size)
-        draw = SeededNoise(SEED, indices)
-        t, bound_t, weights = (
-            th.from_numpy(array[numbers]).to(loop.device) for array in (self.loss_t, self.bound_t, self.weights)
-        )
-        losses = self.diffusion.training_losses(loop.model, batch, t, model_kwargs=kwargs, noise=draw(batch))
-        bound = self.diffusion.calc_bpd_loop(
-            loop.model, batch, clip_denoised=True, model_kwargs=kwargs, noise_fn=draw, timesteps=bound_t,
-            weights=weights,
-        )  # fmt: skip
-        return th.stack([losses["loss"].double(), bound["total_bpd"]], dim=1).cpu()
+        columns = self.measure(view.model, batch, kwargs, numbers)
+        return np.stack([column.cpu().double().numpy() for column in columns], axis=1)
 
-    def _keep_best(self, loop: Any, steps: int, scores: dict[str, Score]) -> None:
-        params = {ema.label: ema.params for ema in loop.emas} or {"": loop.master_params}
-        label = min(params, key=lambda label: _or_infinity(scores[label].loss))
-        loss = scores[label].loss
-        if _or_infinity(loss) >= (self.best["val_loss"] if self.best else math.inf):
+    def noise_of(self, numbers: Sequence[int]) -> SeededNoise:
+        """The noise of images with these numbers within `selected`: the same at every evaluation."""
+        return SeededNoise(SEED, self.selected[list(numbers)])
+
+    def losses(
+        self,
+        model: Any,
+        batch: th.Tensor,
+        model_kwargs: dict[str, th.Tensor],
+        numbers: Sequence[int],
+        noise: th.Tensor,
+    ) -> dict[str, th.Tensor]:
+        """The training losses [N], each image at its own timestep."""
+        t = th.from_numpy(self.loss_t[numbers]).to(batch.device)
+        return self.diffusion.training_losses(model, batch, t, model_kwargs=model_kwargs, noise=noise)
+
+    # The best
+
+    def _keep_best(self, view: TrainingView, steps: int, losses: Mapping[str, float]) -> None:
+        params = dict(view.parameter_sets)
+        if len(params) > 1:
+            del params[""]
+        label = min(params, key=lambda label: _or_infinity(losses[label]))
+        if _or_infinity(losses[label]) >= (self.best["val_loss"] if self.best else math.inf):
             return
-        self.best = {"val_loss": loss, "step": steps, "ema": label}
-        loop.write_model(BEST_FILE, params[label], {"best": self.best})
+        self.best = {"val_loss": losses[label], "step": steps, "ema": label}
+        view.write_model(BEST_FILE, params[label], {"best": self.best})
+
+    @property
+    def _identity(self) -> dict[str, int]:
+        """Tells sets of images apart, as far as their numbers do."""
+        selected = np.asarray(self.selected, dtype=np.int64)
+        return {"images": self.num_images, "of": len(self.dataset), "selected": zlib.crc32(selected.tobytes())}
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume."""
-        return {"best": self.best, "images": self.num_images, "of": len(self.dataset)}
+        return {"best": self.best, **self._identity}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict; a best that is of other images is no measure for these."""
-        if (state["images"], state["of"]) == (self.num_images, len(self.dataset)):
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Restore a state_dict; a best that was measured on other images does not count."""
+        if {key: value for key, value in state.items() if key != "best"} == self._identity:
             self.best = state["best"]
         elif state["best"]:
             logger.log(f"validation on other images than before: {BEST_FILE} starts afresh")
 
 
+class Validation(HeldOutImages):
+    """Loss and bits/dim of a diffusion model on held-out images.
+
+    Logs `val_loss`, `val_bpd` and its standard error over the images `val_bpd_se`, and the same of each average with
+    `_ema_LABEL` after val_loss and val_bpd.
+    """
+
+    def __init__(self, diffusion: Any, dataset: Any, **kwargs: Any) -> None:
+        super().__init__(diffusion, dataset, **kwargs)
+        count = min(EVALUATIONS, diffusion.num_timesteps)
+        offsets = self.rng.random(self.num_images)
+        self.bound_t, self.weights = stratified_timesteps(diffusion.num_timesteps, count, offsets)
+
+    def measure(
+        self, model: Any, batch: th.Tensor, model_kwargs: dict[str, th.Tensor], numbers: Sequence[int]
+    ) -> Sequence[th.Tensor]:
+        """The loss and bits/dim [N] of each image."""
+        draw = self.noise_of(numbers)
+        losses = self.losses(model, batch, model_kwargs, numbers, draw(batch))
+        bound = self.diffusion.calc_bpd_loop(
+            model, batch, clip_denoised=True, model_kwargs=model_kwargs, noise_fn=draw,
+            timesteps=th.from_numpy(self.bound_t[numbers]).to(batch.device),
+            weights=th.from_numpy(self.weights[numbers]).to(sum_dtype(batch.device)).to(batch.device),
+        )  # fmt: skip
+        return losses["loss"], bound["total_bpd"]
+
+    def log(self, steps: int, tables: Mapping[str, np.ndarray]) -> None:
+        losses = {label: float(table[:, 0].mean()) for label, table in tables.items()}
+        bounds = {label: BoundSummary(table[:, 1], {}) for label, table in tables.items()}
+        for label, bound in bounds.items():
+            suffix = f"_ema_{label}" if label else ""
+            logger.logkv(f"val_loss{suffix}", losses[label])
+            logger.logkv(f"val_bpd{suffix}", bound.mean)
+            if self.num_images > 1:
+                logger.logkv(f"val_bpd{suffix}_se", bound.standard_error)
+        loss_text = _with_averages({label: f"{loss:.4g}" for label, loss in losses.items()})
+        bound_text = _with_averages({label: _plus_minus(bound) for label, bound in bounds.items()})
+        logger.log(f"validation after {steps} steps: loss {loss_text}, bits/dim {bound_text}")
+
+
 def _or_infinity(loss: float) -> float:
-    """A loss that is no number is the worst there is."""
+    """A loss that is not a number is worse than any other."""
     return math.inf if math.isnan(loss) else loss
 
 
@@ -148,7 +208,7 @@ def _plus_minus(bound: BoundSummary) -> str:
     return f"{bound.mean:.3f}" + (f" +- {bound.standard_error:.3f}" if len(bound.total_bpd) > 1 else "")
 
 
-def _with_averages(texts: dict[str, str]) -> str:
-    """The model's, and in brackets the averages'."""
+def _with_averages(texts: Mapping[str, str]) -> str:
+    """The model's text, and in brackets the averages'."""
     averages = ", ".join(f"EMA {label}: {text}" for label, text in texts.items() if label)
     return texts[""] + (f" ({averages})" if averages else "")

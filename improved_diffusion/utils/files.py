@@ -1,23 +1,27 @@
-"""Files on this machine or behind any URL that blobfile reads: opened, listed, and written so that a crash leaves the
-older one whole."""
+"""Local files, and URLs that blobfile supports. A write replaces a file in one step: a crash leaves the old file."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from ..config import UserError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
 
 
 def is_url(path: str | os.PathLike) -> bool:
-    """Whether the path is blobfile's to handle."""
+    """Whether blobfile handles the path."""
     return "://" in str(path)
 
 
@@ -42,23 +46,23 @@ def same(path: str | os.PathLike, other: str | os.PathLike) -> bool:
 
 
 def full_path(path: str | os.PathLike) -> str:
-    """The path from the root on, a URL as it is: what a description of a file keeps."""
+    """The absolute path; a URL is returned unchanged."""
     return str(path) if is_url(path) else os.path.abspath(path)
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether there is such a file or folder."""
+    """Whether the file or folder exists."""
     return _blobfile().exists(str(path)) if is_url(path) else os.path.exists(path)
 
 
 def is_dir(path: str | os.PathLike) -> bool:
-    """Whether there is such a folder."""
+    """Whether the path is an existing folder."""
     return _blobfile().isdir(str(path)) if is_url(path) else os.path.isdir(path)
 
 
 @contextmanager
 def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[None]:
-    """What goes wrong with a disk or a storage service inside is a UserError: "cannot <what> <path>: ..."."""
+    """Turn an error of the disk or the storage service into UserError "cannot <what> <path>: ..."."""
     try:
         yield
     except OSError as error:
@@ -70,32 +74,32 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
 
 
 def list_dir(path: str | os.PathLike) -> list[str]:
-    """The names in a folder, sorted. Raises UserError where it cannot be read."""
+    """The sorted names in a folder. Raises UserError if it cannot be read."""
     with _storage("read", path):
         names = _blobfile().listdir(str(path)) if is_url(path) else os.listdir(path)
         return sorted(name.rstrip("/") for name in names)
 
 
 def make_dirs(path: str | os.PathLike) -> None:
-    """Make a folder and its parents. Raises UserError where that is not allowed."""
+    """Create a folder and its parents. Raises UserError if that fails."""
     with _storage("make the folder", path, ": choose another --out_dir"):
         _blobfile().makedirs(str(path)) if is_url(path) else os.makedirs(path, exist_ok=True)
 
 
 def open_read(path: str | os.PathLike) -> IO[bytes]:
-    """The file opened for reading bytes. Raises UserError where there is none."""
+    """Open a file for reading bytes. Raises UserError if it does not exist."""
     with _storage("read", path):
         return _blobfile().BlobFile(str(path), "rb", streaming=False) if is_url(path) else open(path, "rb")
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """The file's contents. Raises UserError where they cannot be read."""
+    """The contents of a file. Raises UserError if it cannot be read."""
     with _storage("read", path), open_read(path) as f:
         return f.read()
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The file's SHA-256, in hexadecimal digits. Raises UserError where it cannot be read."""
+    """The SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     with _storage("read", path), open_read(path) as f:
         while part := f.read(2**20):
@@ -104,13 +108,13 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def remove(path: str | os.PathLike) -> None:
-    """Remove a file; one that is not there is no error. Raises UserError where that is not allowed."""
+    """Remove a file if it exists. Raises UserError if that fails."""
     with _storage("remove", path), suppress(FileNotFoundError):
         _blobfile().remove(str(path)) if is_url(path) else os.unlink(path)
 
 
 def rename(path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-    """Give a file another name in its folder. Raises UserError where that is not allowed."""
+    """Rename a file within its folder. Raises UserError if that fails."""
     with _storage("rename", path):
         if is_url(path):
             _blobfile().copy(str(path), str(new_path), overwrite=True)
@@ -120,25 +124,25 @@ def rename(path: str | os.PathLike, new_path: str | os.PathLike) -> None:
 
 
 def write_bytes(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True) -> None:
-    """Write a file so that at any moment either the older one or the new one is there, whole.
+    """Write a file in one step: at any moment the path holds the complete old file or the complete new one.
 
-    :param durable: even after a power cut; slower.
-    Raises UserError (disk full, no permission), leaving the older file as it was.
+    :param durable: also after a power cut; slower.
+    Raises UserError (disk full, no permission); the old file is then unchanged.
     """
     write_together([(path, data)], durable)
 
 
 def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryview]], durable: bool = True) -> None:
-    """Write files of one folder like `write_bytes`, none of them visible before all are written whole.
+    """Write files of one folder like `write_bytes`; none is visible before all are written.
 
-    Behind a URL each becomes visible as soon as it is complete.
+    Under a URL each file becomes visible as soon as it is complete.
     """
     staged: list[tuple[Path, Path]] = []
     try:
         for path, data in contents:
             with _storage("write", path, _ADVICE):
                 if is_url(path):
-                    with _blobfile().BlobFile(str(path), "wb", streaming=False) as f:  # visible when it is complete
+                    with _blobfile().BlobFile(str(path), "wb", streaming=False) as f:  # visible once complete
                         f.write(data)
                 else:
                     target = Path(path)
@@ -153,14 +157,14 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
     finally:
         for temporary, _ in staged:
             with suppress(OSError):
-                temporary.unlink()  # there is one only where something, Ctrl-C too, came in between
+                temporary.unlink()  # exists only after an error or Ctrl-C
 
 
 @contextmanager
 def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A local file to write piece by piece, which takes the older one's place when the block ends without an error.
+    """Write a local file piece by piece. It replaces the old file when the block ends without an error.
 
-    It is then there even after a power cut. Raises UserError (disk full, no permission), leaving the older one alone.
+    The new file then survives a power cut. Raises UserError (disk full, no permission); the old file is unchanged.
     """
     target = Path(path)
     temporary = _temporary(target)
@@ -174,11 +178,11 @@ def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             _fsync_dir(target.parent)
         finally:
             with suppress(OSError):
-                temporary.unlink()  # there is one only where something, Ctrl-C too, came in between
+                temporary.unlink()  # exists only after an error or Ctrl-C
 
 
 def _temporary(target: Path) -> Path:
-    """Where what will be `target` is written until it is whole; `remove_leftovers` knows the form."""
+    """The temporary name under which `target` is written; `remove_leftovers` finds it."""
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
@@ -191,40 +195,68 @@ def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
 
 
 def remove_leftovers(directory: str | os.PathLike, prefix: str = "") -> None:
-    """Remove what writers that were killed have left half-written in a folder, of files whose names begin so."""
+    """Remove incomplete files, left by killed writers, whose final names begin with `prefix`."""
     if is_dir(directory) and not is_url(directory):
         for path in Path(directory).glob(f".{prefix}*.tmp"):
             if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
                 remove(path)
 
 
-def lock(directory: str | os.PathLike, name: str = ".lock") -> None:
-    """Claim a folder until this process ends; without effect on URLs, where there are no locks.
+class Claim:
+    """A folder claimed by `lock`. The end of a `with` statement, or `release`, gives it up."""
 
-    :param name: of the file that is locked: claims under different names do not touch each other.
+    def __init__(self, held: FileLock | None) -> None:
+        self._held = held
+
+    def release(self) -> None:
+        """Give up this claim. The folder is free once every claim of this process is released. Again has no effect."""
+        if self._held is not None:
+            self._held.release()
+            self._held = None
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+# One object per lock file, which counts its claims. Kept here, so that a claim lasts even where nobody keeps it.
+_locks: dict[str, FileLock] = {}
+
+
+def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
+    """Claim a folder for this process until `release`, or until the process ends, however it ends.
+
+    This process may claim it again. Forked processes do not share the claim. URLs, and file systems without locks,
+    cannot be claimed: the result is then without effect.
+    :param name: the lock file's name; claims under different names are independent.
     Raises UserError where another process on this machine, or on the same network file system, holds it.
     """
     if is_url(directory):
-        return
-    import fcntl
+        return Claim(None)
+    from filelock import FileLock, Timeout
 
-    path = os.path.join(directory, name)
+    path = os.path.join(os.path.realpath(directory), name)
+    held = _locks.setdefault(path, FileLock(path, timeout=0, thread_local=False))
     with _storage("write", path, ": choose another --out_dir"):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        # Of the process, unlike flock: the workers that read images do not inherit it, and cannot outlive it with it.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(
-            f"another run is writing into {directory}: wait until it has ended, or choose another --out_dir"
-        ) from None
-    except OSError:
-        os.close(handle)  # a file system without locks
+        try:
+            held.acquire()
+        except Timeout:
+            raise UserError(
+                f"another run is writing into {directory}: wait until it has ended, or choose another --out_dir"
+            ) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return Claim(None)
+            raise
+    return Claim(held)
 
 
 def _fsync_dir(path: Path) -> None:
     """Make a rename survive a power cut."""
+    if os.name == "nt":  # Windows cannot open a folder
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
-from helpers import script_groups
+from helpers import settings_of
 from published_options import MODEL, SUPER_RES
 
 from improved_diffusion import config
-from improved_diffusion.cli.parsing import parse_options
+from improved_diffusion.cli import parsing
 from improved_diffusion.config import UserError, WatchConfig
 from improved_diffusion.config.presets import PRESETS, preset_options
 
@@ -29,13 +30,21 @@ PUBLISHED = {
     "super_res_sample": {**SAMPLE, **SUPER_RES, "base_samples": ""},
     "classifier_train": {**TRAIN, **{name: MODEL[name] for name in CLASSIFIER}},
 }
-GROUPS = {name: script_groups(name) for name in PUBLISHED}
-ALL_GROUPS = sorted({group for groups in GROUPS.values() for group in groups}, key=lambda group: group.__name__)
+SETTINGS = {name: settings_of(name) for name in PUBLISHED}
+ALL_GROUPS = sorted(
+    {group for settings in SETTINGS.values() for group in settings.groups().values()}, key=lambda group: group.__name__
+)
 FLAGS = [(script, flag) for script, flags in PUBLISHED.items() for flag in flags]
 
 
 def parse(script, *argv):
-    return parse_options(GROUPS[script], "A script.", [str(word) for word in argv])
+    """What a command line gives, as `.settings`, `.given` and `.preset`."""
+    return parsing.parse(SETTINGS[script], [str(word) for word in argv])
+
+
+def options_of(script, *argv):
+    """The value of each option."""
+    return SimpleNamespace(**parse(script, *argv).settings.values())
 
 
 # Names and defaults
@@ -44,15 +53,13 @@ def parse(script, *argv):
 @pytest.mark.parametrize("script, flag", FLAGS)
 def test_published_flag_has_its_published_default(script, flag):
     expected = PUBLISHED[script][flag]
-    value = getattr(parse(script), flag)
+    value = parse(script).settings.values()[flag]
     assert value == expected and type(value) is type(expected)
 
 
 @pytest.mark.parametrize("script", PUBLISHED)
 def test_options_are_marked_published_that_are(script):
-    published = {f.name for group in GROUPS[script] for f in dataclasses.fields(group) if f.metadata["published"]}
-    if script.startswith("super_res"):
-        published.discard("image_size")  # the model's, where large_size stands in for it
+    published = {name for name, f in SETTINGS[script].options().items() if f.metadata["published"]}
     assert published == set(PUBLISHED[script])
 
 
@@ -71,20 +78,20 @@ def test_published_flag_is_read(script, flag):
     text = OTHER_VALUE.get(flag) or str(not default if isinstance(default, bool) else 30)
     expected = (not default) if isinstance(default, bool) else type(default)(text)
     for argv in ([f"--{flag}", text], [f"--{flag}={text}"]):
-        options = parse(script, *argv)
-        assert getattr(options, flag) == expected != default
-        assert options.given == options.flags == {flag}
+        parsed = parse(script, *argv)
+        assert parsed.settings.values()[flag] == expected != default
+        assert parsed.given == {flag}
 
 
 @pytest.mark.parametrize("text", ["True", "true", "yes", "t", "y", "1", "False", "false", "no", "f", "n", "0"])
 def test_booleans_are_spelt_as_published(text):
     expected = text.lower()[0] in "ty1"
     for flag in ("learn_sigma", "rescale_timesteps"):
-        assert getattr(parse("image_train", f"--{flag}", text), flag) is expected
+        assert options_of("image_train", f"--{flag}", text).__dict__[flag] is expected
 
 
 def test_a_bare_flag_is_true():
-    options = parse("image_train", "--learn_sigma", "--use_fp16", "--lr", "0.1", "--class_cond")
+    options = options_of("image_train", "--learn_sigma", "--use_fp16", "--lr", "0.1", "--class_cond")
     assert options.learn_sigma is options.use_fp16 is options.class_cond is True and options.lr == 0.1
 
 
@@ -92,22 +99,19 @@ def test_a_bare_flag_is_true():
 def test_help_has_a_sentence_and_the_default_of_every_flag(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
-        parse(script, "--help")
+        parse(script, "--help-all")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for group in GROUPS[script]:
-        for f in dataclasses.fields(group):
-            if f.name == "image_size" and script.startswith("super_res"):
-                continue
-            default = "empty" if f.default == "" else f.default
-            assert f"--{f.name} " in text
-            assert f"{f.metadata['help']} (default: {default})" in text, f.name
-            assert len(f.metadata["help"]) > 8
+    for name, f in SETTINGS[script].options().items():
+        default = "empty" if f.default == "" else f.default
+        assert f"--{name} " in text
+        assert f"{f.metadata['help']} (default: {default})" in text, name
+        assert len(f.metadata["help"]) > 8
 
 
 def test_a_flag_is_written_once():
-    for groups in GROUPS.values():
-        names = [f.name for group in groups for f in dataclasses.fields(group)]
+    for settings in SETTINGS.values():
+        names = [f.name for group in settings.groups().values() for f in dataclasses.fields(group)]
         assert len(names) == len(set(names))
 
 
@@ -180,7 +184,7 @@ def test_an_abbreviated_flag_is_unknown():
 def test_sizes_of_super_resolution_must_divide():
     with pytest.raises(UserError, match=r"--large_size 100.*--small_size 64"):
         parse("super_res_train", "--large_size", 100)
-    assert parse("super_res_train", "--large_size", "96x128", "--small_size", "24x32").large_size == "96x128"
+    assert options_of("super_res_train", "--large_size", "96x128", "--small_size", "24x32").large_size == "96x128"
     with pytest.raises(UserError, match="large_size"):
         parse("super_res_train", "--large_size", "96x128", "--small_size", "24x16")
 
@@ -275,20 +279,20 @@ def test_the_published_recipes_are_all_there():
 def test_preset_sets_the_recipe_and_nothing_else(name):
     recipe = RECIPES[name]
     script = "super_res_train" if "large_size" in recipe else "image_train"
-    defaults, options = vars(parse(script)), vars(parse(script, "--preset", name))
-    about_the_parsing = {"given", "flags", "preset"}
-    for option in set(options) - about_the_parsing:
+    defaults, parsed = parse(script).settings.values(), parse(script, "--preset", name)
+    options = parsed.settings.values()
+    for option in options:
         if option == "lr_schedule":
             assert options[option] in ("auto", "constant")  # which is the same without lr_anneal_steps
         else:
             assert options[option] == recipe.get(option, defaults[option]), option
-    assert options["preset"] == name
+    assert parsed.preset == name
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_preset_serves_the_sampling_scripts_too(name):
     script = "super_res_sample" if "large_size" in RECIPES[name] else "image_sample"
-    options = parse(script, "--preset", name)
+    options = options_of(script, "--preset", name)
     assert options.diffusion_steps == RECIPES[name]["diffusion_steps"] and options.batch_size == 16
 
 
@@ -300,7 +304,7 @@ def test_preset_of_the_other_kind_is_an_error(script, name):
 
 def test_super_resolution_has_its_two_sizes_instead_of_one():
     for script in ("super_res_train", "super_res_sample"):
-        assert not hasattr(parse(script), "image_size")
+        assert "image_size" not in SETTINGS[script].options()
         with pytest.raises(UserError, match="unknown flag '--image_size'"):
             parse(script, "--image_size", "32")
 
@@ -323,16 +327,16 @@ def config_file(request, tmp_path):
 
 def test_flags_win_over_the_file_which_wins_over_the_preset(config_file):
     path = config_file({"dropout": 0.1, "lr": 0.002, "noise_schedule": "linear", "class_cond": True})
-    options = parse("image_train", "--preset", "cifar10-hybrid", "--config", path, "--lr", "0.003")
+    parsed = parse("image_train", "--preset", "cifar10-hybrid", "--config", path, "--lr", "0.003")
+    options = SimpleNamespace(**parsed.settings.values())
     assert (options.lr, options.dropout, options.noise_schedule) == (0.003, 0.1, "linear")
     assert (options.class_cond, options.num_res_blocks, options.num_channels) == (True, 3, 128)
-    assert options.flags == {"lr"}
-    assert {"lr", "dropout", "noise_schedule", "class_cond", "num_res_blocks"} <= options.given
-    assert "num_channels" not in options.given
+    assert {"lr", "dropout", "noise_schedule", "class_cond", "num_res_blocks"} <= parsed.given
+    assert "num_channels" not in parsed.given
 
 
 def test_values_of_a_file_are_checked_like_flags(config_file):
-    options = parse("image_train", "--config", config_file({"lr": "3e-4", "ema_rate": 0.99, "image_size": "32"}))
+    options = options_of("image_train", "--config", config_file({"lr": "3e-4", "ema_rate": 0.99, "image_size": "32"}))
     assert (options.lr, options.ema_rate, options.image_size) == (3e-4, "0.99", 32)
     with pytest.raises(UserError, match="--dropout 2"):
         parse("image_train", "--config", config_file({"dropout": 2}))
@@ -347,8 +351,8 @@ def test_unknown_name_in_a_file_is_named_with_the_file(config_file):
 def test_a_runs_own_config_is_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"version": "0", "config": {"lr": 0.5, "batch_size": 3}, "class_names": None}))
-    assert parse("image_train", "--config", path).lr == 0.5
-    assert parse("image_sample", "--config", path).batch_size == 3
+    assert options_of("image_train", "--config", path).lr == 0.5
+    assert options_of("image_sample", "--config", path).batch_size == 3
 
 
 @pytest.mark.parametrize("text, name", [("lr: [", "x.yaml"), ("{", "x.json"), ("- 1", "x.yml"), ("[1]", "x.json")])
@@ -364,20 +368,20 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_ranks_own_batch_size_replaces_the_presets_total():
-    assert parse("image_train", "--preset", "cifar10-hybrid").total_batch_size == 128
-    options = parse("image_train", "--preset", "cifar10-hybrid", "--batch_size", "4")
+    assert options_of("image_train", "--preset", "cifar10-hybrid").total_batch_size == 128
+    options = options_of("image_train", "--preset", "cifar10-hybrid", "--batch_size", "4")
     assert (options.batch_size, options.total_batch_size) == (4, 0)
-    options = parse("image_train", "--preset", "cifar10-hybrid", "--total_batch_size", "64")
+    options = options_of("image_train", "--preset", "cifar10-hybrid", "--total_batch_size", "64")
     assert options.total_batch_size == 64
 
 
 def test_a_files_batch_size_replaces_the_presets_total_too(config_file):
-    options = parse("image_train", "--preset", "cifar10-hybrid", "--config", config_file({"batch_size": 16}))
+    options = options_of("image_train", "--preset", "cifar10-hybrid", "--config", config_file({"batch_size": 16}))
     assert (options.batch_size, options.total_batch_size) == (16, 0)
     both = config_file({"batch_size": 16, "total_batch_size": 32})
-    options = parse("image_train", "--preset", "cifar10-hybrid", "--config", both)
-    assert (options.batch_size, options.total_batch_size) == (16, 32)
-    assert parse("image_train", "--config", both, "--batch_size", "4").total_batch_size == 0
+    options = options_of("image_train", "--preset", "cifar10-hybrid", "--config", both)
+    assert options.total_batch_size == 32  # as in a run's own config.json, which has both
+    assert options_of("image_train", "--config", both, "--batch_size", "4").total_batch_size == 0
 
 
 def test_an_unknown_tracker_is_named():

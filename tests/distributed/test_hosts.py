@@ -75,6 +75,6 @@ def test_a_host_that_never_starts_its_rank_is_named(hosts, tmp_path):
     processes = hosts.torchrun(WORKER, "absent", tmp_path, cwd=tmp_path)
     err = wait(processes[0], 60).err
     assert "rank 0 on nodea: error: waited 4 s for all 2 ranks to join the store at nodea:29400: missing rank 1" in err
-    assert "here are rank 0 on nodea: look at what the missing ones printed" in err
+    assert "present: rank 0 on nodea: check the output of the missing" in err
     hosts.kill(hosts.namespaces["nodeb"])
     wait(processes[1], 60)

@@ -66,9 +66,7 @@ def test_the_first_host_of_a_slurm_list(nodelist, first):
     assert launchers._first_host(nodelist) == first
 
 
-@pytest.fixture
-def soon(monkeypatch):
-    monkeypatch.setattr(launchers, "START_TIMEOUT", 0.5)
+SOON = 0.5  # seconds
 
 
 @pytest.fixture
@@ -77,26 +75,26 @@ def free_port():
         return server.getsockname()[1]
 
 
-def test_a_rank_waits_for_rank_0_and_then_names_where_it_waited(soon, free_port):
+def test_a_rank_waits_for_rank_0_and_then_names_where_it_waited(free_port):
     with pytest.raises(
         UserError, match=rf"rank 1 waited 0 s for rank 0 at 127.0.0.1:{free_port} \(Connection refused\)"
     ):
-        launchers._store("127.0.0.1", free_port, 1, 2)
+        launchers._store("127.0.0.1", free_port, 1, 2, SOON)
 
 
-def test_a_master_address_that_nothing_resolves_is_named(soon, monkeypatch):
+def test_a_master_address_that_nothing_resolves_is_named(monkeypatch):
     for name, value in {**TORCHRUN, "MASTER_ADDR": "no-such-host.invalid"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    with pytest.raises(UserError, match=r"rank 1 waited .* at no-such-host.invalid:29500 .*: see that .* MASTER_ADDR"):
-        launchers.join()
+    with pytest.raises(UserError, match=r"rank 1 waited .* at no-such-host.invalid:29500 .*MASTER_ADDR"):
+        launchers.join(SOON)
 
 
 def test_a_taken_port_is_named():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=rf"rank 0 on .* cannot listen at 127.0.0.1:{port} .*set .*MASTER_PORT"):
-            launchers._store("127.0.0.1", port, 0, 2)
+            launchers._store("127.0.0.1", port, 0, 2, SOON)
 
 
 def test_hosts_whose_names_nothing_resolves_ask_for_master_addr():
@@ -104,28 +102,28 @@ def test_hosts_whose_names_nothing_resolves_ask_for_master_addr():
         launchers._own_address(["here", "no-such-host.invalid"])
 
 
-def test_missing_ranks_are_named_and_those_who_are_here(soon):
+def test_missing_ranks_are_named_and_those_who_are_here():
     store = dist.HashStore()
     store.set("host/2", '["nodeb", "127.0.0.1"]')
     me = launchers.Joined(store, 0, 4, 0, 1, "127.0.0.1", 29500)
     with pytest.raises(UserError) as error:
-        launchers.meet(me)
+        launchers.rendezvous(me, SOON)
     here = socket.gethostname()
     assert (
-        f"join the store at 127.0.0.1:29500: missing ranks 1, 3; here are rank 0 on {here}, rank 2 on nodeb: "
+        f"join the store at 127.0.0.1:29500: missing ranks 1, 3; present: rank 0 on {here}, rank 2 on nodeb: "
         in str(error.value)
     )
 
 
-def test_ranks_meet_however_late_one_is():
+def test_ranks_find_each_other_however_late_one_is():
     store = dist.HashStore()
     rows = {}
 
-    def meet(rank):
+    def join(rank):
         time.sleep(0.2 * rank)
-        rows[rank] = launchers.meet(launchers.Joined(store, rank, 2, 0, 1, "127.0.0.1", 29500))
+        rows[rank] = launchers.rendezvous(launchers.Joined(store, rank, 2, 0, 1, "127.0.0.1", 29500), 60)
 
-    threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

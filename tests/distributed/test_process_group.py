@@ -96,6 +96,21 @@ def test_what_rank_0_refuses_ends_every_rank(ranks):
     assert [r["refused"] for r in ranks] == ["refused by rank 0"] * 2
 
 
+def test_every_rank_gets_rank_0s_file_and_reads_it_itself_where_it_has_the_same_one(ranks):
+    for r in ranks:
+        found, content = r["read"]  # in hex digits
+        assert found["shared"] == (content, 0)
+        assert found["absent"] == found["stale"] == (content, 1)
+        assert found["empty"][0] == ""
+        assert found["model"]["w"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_file_that_cannot_be_loaded_is_the_same_error_on_all_ranks(ranks):
+    first, second = (r["read"][0] for r in ranks)
+    assert first["damaged"] == second["damaged"] and "own0/model.pt" in first["damaged"]
+    assert first["missing"] == second["missing"] and "nothing.pt" in first["missing"]
+
+
 def test_loss_second_moment_learns_the_same_on_ranks_with_different_counts(ranks):
     expected = LossSecondMomentResampler(SimpleNamespace(num_timesteps=4), history_per_term=3)
     expected.update_with_all_losses([0, 1, 2, 0], [1.0, 2.0, 3.0, 11.0])
@@ -134,9 +149,7 @@ def test_a_frozen_rank_takes_the_others_down_with_a_message(launcher, variable, 
 def test_a_rank_that_hangs_in_its_own_work_says_where(launcher, tmp_path):
     result = run(launcher, 2, WORKER, "stuck", tmp_path, cwd=tmp_path, timeout=60)
     assert result.code != 0
-    message = (
-        f"rank 1 on {socket.gethostname()}: error: waited 1 s for the next batch of /data; the same command goes on"
-    )
+    message = f"rank 1 on {socket.gethostname()}: error: waited 1 s for the next batch of /data; rerun the same command"
     assert result.err.count(message) == 1
     assert re.search(r"dist_worker.py\", line \d+, in end_badly", result.err)
 
@@ -146,7 +159,7 @@ def test_a_step_that_never_ends_names_who_is_in_it(launcher, tmp_path):
     """Rank 1 sleeps in its fourth step, while rank 0 waits for it in the same one's barrier."""
     result = run(launcher, 2, WORKER, "hanging", tmp_path, cwd=tmp_path, timeout=60)
     assert result.code == 1
-    message = f"rank 1 on {socket.gethostname()}: error: no rank has finished a step for 0 minutes: all ranks did not"
+    message = f"rank 1 on {socket.gethostname()}: error: no rank has finished a step for 2 s: all ranks hung"
     assert message in result.err
     assert re.search(r"time\.sleep\(60\)", result.err)
 
@@ -178,7 +191,7 @@ def test_a_rank_that_never_joins_is_named(launcher, tmp_path):
         "srun": "error: waited 4 s for all 2 ranks to join the store at localhost:",
     }[launcher]
     assert result.err.count(message) == 1
-    also = {"mpiexec": "in mpi\n", "srun": ": missing rank 1; here are rank 0 on "}[launcher]
+    also = {"mpiexec": "in mpi\n", "srun": ": missing rank 1; present: rank 0 on "}[launcher]
     assert also in result.err
 
 

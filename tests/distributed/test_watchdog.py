@@ -44,7 +44,7 @@ def said(monkeypatch):
         (0, [1, 2], False, "rank 1 on nodea and rank 2 on nodeb did not answer for 0 s: the host is down"),
         (0, [2], True, "lost contact with another rank: rank 2 on nodeb ended; without a message if it was killed"),
         (1, [0], False, "rank 0 on nodea did not answer for 0 s: the host is down, the network is cut"),
-        (1, [0], True, "lost contact with another rank: rank 0 on nodea ended, and its message says why"),
+        (1, [0], True, "lost contact with another rank: rank 0 on nodea ended; its own message says why"),
     ],
 )
 def test_ranks_that_are_missing_are_named_with_their_hosts(rank, ranks, in_time, expected, said):
@@ -53,7 +53,7 @@ def test_ranks_that_are_missing_are_named_with_their_hosts(rank, ranks, in_time,
         watch._lost(ranks, in_time)
     (text,) = said.values()
     assert text.startswith(expected) and text.endswith(
-        "the same command goes on from what is saved, training with --resume auto"
+        "rerun the same command to continue (training: with --resume auto)"
     )
 
 
@@ -81,7 +81,7 @@ def test_a_lone_process_that_waits_too_long_says_where(said):
         watch.join(5)
     assert not watch.is_alive()
     watchdog._process.watch = None
-    assert said["alone"].startswith("waited 0 s for the next batch of /data; the same command goes on")
+    assert said["alone"].startswith("waited 0 s for the next batch of /data; rerun the same command")
     assert "test_a_lone_process_that_waits_too_long_says_where" in said["alone"]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from improved_diffusion.config import UserError
 from improved_diffusion.evaluation import downloads
+from improved_diffusion.utils import downloads as cache
 
 CONTENT = bytes(range(256)) * 3000  # of several reads
 
@@ -59,8 +60,8 @@ def test_a_file_is_downloaded_once_and_kept_with_its_sha256(server, tmp_path, na
     url = f"{server.url}/{name}"
     path = downloads.fetch(url, "--features")
     assert read(path) == CONTENT
-    assert str(downloads.cache_dir()) == str(tmp_path / "cache" / "improved_diffusion")
-    assert sorted(each.name for each in downloads.cache_dir().iterdir()) == [
+    assert str(cache.cache_dir()) == str(tmp_path / "cache" / "improved_diffusion")
+    assert sorted(each.name for each in cache.cache_dir().iterdir()) == [
         f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}",
         f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}.sha256",
     ]
@@ -92,13 +93,13 @@ def test_a_download_that_fails_says_where_to_put_the_file(server, name, why):
         server.stop()
     with pytest.raises(UserError) as caught:
         downloads.fetch(url, "--features")
-    target = downloads.cache_dir() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    target = cache.cache_dir() / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     message = str(caught.value)
     assert message.startswith(f"cannot download {url} (") and message.endswith(
         f": fetch it elsewhere and put it at {target}"
     )
     assert why in message and "\n" not in message
-    assert not target.exists() and list(downloads.cache_dir().iterdir()) == []
+    assert not target.exists() and list(cache.cache_dir().iterdir()) == []
     target.write_bytes(b"by hand")
     assert read(downloads.fetch(url, "--features")) == b"by hand"
     assert target.with_name(target.name + ".sha256").exists()
@@ -114,7 +115,7 @@ def test_a_kept_file_that_changed_is_refused(server):
     path = downloads.fetch(url, "--features")
     with open(path, "r+b") as f:
         f.write(b"other")
-    with pytest.raises(UserError, match=rf"is not what came from {url}: remove it, and .*file\.pt\.sha256 beside it"):
+    with pytest.raises(UserError, match=rf"is not the file of {url}.*: remove it, and .*file\.pt\.sha256 beside it"):
         downloads.fetch(url, "--features")
     with open(path, "wb") as f:
         f.write(CONTENT)
@@ -126,10 +127,10 @@ def test_a_local_file_is_itself(tmp_path, server):
     assert downloads.fetch(str(tmp_path / "f.pt"), "--features") == str(tmp_path / "f.pt")
     with pytest.raises(UserError, match=r"^--features .*absent\.pt does not exist$"):
         downloads.fetch(str(tmp_path / "absent.pt"), "--features")
-    assert not downloads.cache_dir().exists()
+    assert not cache.cache_dir().exists()
 
 
 def test_the_cache_is_in_the_home_folder_unless_told(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert downloads.cache_dir() == tmp_path / ".cache" / "improved_diffusion"
+    assert cache.cache_dir() == tmp_path / ".cache" / "improved_diffusion"

@@ -1,7 +1,6 @@
 """Key-value logging, and progress."""
 
 import csv
-import io
 import json
 import os
 import time
@@ -244,90 +243,3 @@ def test_an_added_output_gets_rows_images_and_the_step_that_a_run_goes_on_from(t
     logger.log_image("unseen", image, 4)
     logger.reset()
     assert output.calls == [{"step": 1}, {"step": 2}, {"step": 3}, ("samples", image, 3), 2, "closed"]
-
-
-# Progress
-
-
-def test_progress_writes_a_last_line_where_there_is_no_terminal(capsys):
-    bar = logger.Progress("sampling", 10, "image")
-    bar.update(4, loss="1")
-    assert capsys.readouterr().out == ""  # a line now and then only
-    bar.update(6)
-    bar.close()
-    assert "sampling: 10/10 images" in capsys.readouterr().out
-
-
-def test_progress_writes_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(logger.Progress, "SECONDS_BETWEEN_LINES", 0.0)
-    bar = logger.Progress("training", None, "step", initial=100)
-    bar.update(1)
-    assert "training: 101 steps" in capsys.readouterr().out
-
-
-class Clock:
-    """time.monotonic, moved by hand."""
-
-    def __init__(self, monkeypatch):
-        self.now = 1000.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-
-
-def test_progress_tells_the_time_left_and_what_is_shown(monkeypatch):
-    clock = Clock(monkeypatch)
-    bar = logger.Progress("training", 1000, "step")
-    clock.now += 10
-    bar.update(50, loss="0.5", images="12/s")
-    bar.update(50)  # the shown values stay
-    assert bar.line() == "training: 100/1000 steps, 10 steps/s, ETA 0:01:30, loss 0.5, images 12/s"
-    bar.update(0, loss="0.4")
-    assert bar.line().endswith("ETA 0:01:30, loss 0.4")
-
-
-def test_the_time_left_follows_the_recent_speed(monkeypatch):
-    clock = Clock(monkeypatch)
-    bar = logger.Progress("training", 10_000, "step")
-    clock.now += 600  # such as compiling the first step
-    bar.update(1)
-    for _ in range(120):
-        clock.now += 1
-        bar.update(5)
-    assert bar.line() == "training: 601/10000 steps, 5 steps/s, ETA 0:31:20"
-    for _ in range(30):  # half of the window at another speed
-        clock.now += 1
-        bar.update(15)
-    assert ", 10 steps/s," in bar.line()
-    assert len(bar.marks) < 100
-
-
-def test_the_speed_of_steps_longer_than_the_window_is_right(monkeypatch):
-    clock = Clock(monkeypatch)
-    bar = logger.Progress("training", 100, "step", initial=50)
-    for _ in range(5):
-        clock.now += 200
-        bar.update(1)
-    assert bar.line() == "training: 55/100 steps, 0.005 steps/s, ETA 2:30:00"
-
-
-def test_other_ranks_show_no_progress(monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
-    bar = logger.Progress("sampling", 2, "image")
-    bar.update(2)
-    bar.close()
-    assert capsys.readouterr().out == ""
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    bar = logger.Progress("sampling", 4, "image")
-    bar.update(2, loss="0.5")
-    bar.update(2)
-    bar.close()
-    assert "loss 0.5" in terminal.getvalue().split("\r")[-1]
-    assert "sampling" in terminal.getvalue() and "4/4" in terminal.getvalue()

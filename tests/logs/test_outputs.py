@@ -193,7 +193,7 @@ def test_a_run_on_a_full_disk_goes_on_to_its_end(small_disk, tmp_path):
     (small_disk / "filler").write_bytes(b"x" * 60 * 1024)
     code = """
 import os, sys
-from improved_diffusion import logger
+from improved_diffusion.logs import logger
 logger.configure(dir=sys.argv[1])
 for step in range(300):
     logger.logkvs({"step": step, "loss": 0.5})

@@ -189,7 +189,7 @@ def offline(monkeypatch, tmp_path):
 WANDB_RUN = """
 import sys
 import numpy as np
-from improved_diffusion import logger, trackers
+from improved_diffusion.logs import logger, trackers
 run_dir, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 logger.configure(run_dir, format_strs=["log"])
 for tracker in trackers.make_trackers(["wandb"], run_dir, {"noise_schedule": "cosine"}, start):

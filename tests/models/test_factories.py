@@ -6,17 +6,27 @@ import json
 
 import pytest
 import torch as th
-from helpers import GOLDEN, golden_json, script_groups
+from helpers import GOLDEN, golden_json
 from published_options import MODEL, SUPER_RES
 
 from improved_diffusion import script_util
-from improved_diffusion.checkpoints import checkpoint, loading
-from improved_diffusion.checkpoints.loading import load_model
-from improved_diffusion.cli.parsing import parse_options
+from improved_diffusion.checkpoints import checkpoint
+from improved_diffusion.checkpoints.loading import load_model, read_kind, take_options
 from improved_diffusion.cli.published_flags import add_dict_to_argparser, args_to_dict
 from improved_diffusion.config import UserError, str2bool
 from improved_diffusion.config.published import model_and_diffusion_defaults, sr_model_and_diffusion_defaults
+from improved_diffusion.config.settings import (
+    ImageModel,
+    ImageSampling,
+    ImageTraining,
+    SuperResSampling,
+    SuperResTraining,
+)
+from improved_diffusion.config.settings import (
+    SuperResModel as SuperResSettings,
+)
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from improved_diffusion.models.build import build_model_and_diffusion
 from improved_diffusion.models.factories import (
     attention_factors,
     create_gaussian_diffusion,
@@ -207,13 +217,17 @@ IMAGE = dict(SMALL, image_size=8, channel_mult="1,2")
 SUPER = dict(SMALL, large_size=16, small_size=4, channel_mult="1,2", class_cond=True, num_classes=3)
 
 
-def options_for(script, **flags):
-    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return parse_options(script_groups(script), "A script.", argv)
+def build(kind, **options):
+    settings = kind.of(options)
+    return build_model_and_diffusion(settings.model, settings.diffusion)[0]
 
 
-def save_model(path, metadata, superres=False, **flags):
-    model, _ = loading.build(options_for("super_res_sample" if superres else "image_sample", **flags))
+def load(path, kind=ImageSampling, **given):
+    return load_model(kind.of(given), given, str(path))
+
+
+def save_model(path, metadata, kind=ImageSampling, **options):
+    model = build(kind, **options)
     checkpoint.save_state_dict(model.state_dict(), str(path), metadata)
     return model
 
@@ -221,30 +235,35 @@ def save_model(path, metadata, superres=False, **flags):
 @pytest.fixture
 def described(tmp_path):
     path = tmp_path / "ema_0.9999_000010.pt"
-    config = vars(options_for("image_train", **IMAGE))
-    config = {name: value for name, value in config.items() if name not in ("given", "flags", "preset")}
+    config = ImageTraining.of(IMAGE).values()
     model = save_model(path, {"config": config, "class_names": None, "step": 11}, **IMAGE)
     return path, model
 
 
-def test_a_described_checkpoint_needs_no_flags(described):
+def test_a_described_checkpoint_needs_no_options(described):
     path, saved = described
-    options = options_for("image_sample", model_path=path)
-    model, diffusion, metadata = load_model(options)
-    assert not model.training and metadata["step"] == 11
-    assert model.num_heads == 2 and diffusion.num_timesteps == 50 and options.image_size == 8
+    loaded = load(path)
+    assert loaded.path == str(path) and loaded.metadata["step"] == 11 and loaded.given == frozenset()
+    assert not loaded.model.training and loaded.model.num_heads == 2 and loaded.diffusion.num_timesteps == 50
+    assert loaded.settings.model.image_size == 8
     for name, value in saved.state_dict().items():
-        th.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
-    assert options.batch_size == 16  # the sampling script's own
+        th.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=0)
+    assert loaded.settings.sample.batch_size == 16  # the sampling command's own
+
+
+def test_loading_changes_no_settings_of_the_caller(described):
+    settings = ImageSampling.of({})
+    assert load_model(settings, (), str(described[0])).settings.model.image_size == 8
+    assert settings == ImageSampling.of({})
 
 
 def test_what_training_does_not_fix_may_be_given(described):
-    _, diffusion, _ = load_model(options_for("image_sample", model_path=described[0], timestep_respacing="10"))
+    diffusion = load(described[0], timestep_respacing="10").diffusion
     assert diffusion.num_timesteps == 10 and diffusion.original_num_steps == 50
 
 
-def test_a_flag_that_repeats_the_checkpoint_is_no_contradiction(described):
-    load_model(options_for("image_sample", model_path=described[0], image_size=8, num_channels=32))
+def test_an_option_that_repeats_the_checkpoint_is_no_contradiction(described):
+    load(described[0], image_size=8, num_channels=32)
 
 
 @pytest.mark.parametrize(
@@ -254,25 +273,25 @@ def test_a_flag_that_repeats_the_checkpoint_is_no_contradiction(described):
 )  # fmt: skip
 def test_a_contradicting_flag_names_both_values(described, name, value, stored):
     with pytest.raises(UserError) as error:
-        load_model(options_for("image_sample", model_path=described[0], **{name: value}))
+        load(described[0], **{name: value})
     assert f"--{name} {value}" in str(error.value) and f"--{name} {stored}" in str(error.value)
     assert str(described[0]) in str(error.value)
 
 
 def test_image_and_super_resolution_models_are_told_apart(described, tmp_path):
-    with pytest.raises(UserError, match=r"an image model.*image_\*"):
-        load_model(options_for("super_res_sample", model_path=described[0]))
+    with pytest.raises(UserError, match="is an image model"):
+        load(described[0], SuperResSampling)
     path = tmp_path / "sr.pt"
-    save_model(path, {"config": {"large_size": 16, "small_size": 4}}, superres=True, **SUPER)
-    with pytest.raises(UserError, match=r"super-resolution model.*super_res_\*"):
-        load_model(options_for("image_sample", model_path=path))
+    save_model(path, {"config": {"large_size": 16, "small_size": 4}}, SuperResSampling, **SUPER)
+    with pytest.raises(UserError, match="is a super-resolution model"):
+        load(path)
+    assert read_kind(str(described[0])) is ImageModel and read_kind(str(path)) is SuperResSettings
 
 
 def test_a_super_resolution_checkpoint_needs_no_flags(tmp_path):
-    path, defaults = tmp_path / "sr.pt", vars(options_for("super_res_train", **SUPER))
-    config = {name: value for name, value in defaults.items() if name not in ("given", "flags", "preset")}
-    save_model(path, {"config": config}, superres=True, **SUPER)
-    model, _, _ = load_model(options_for("super_res_sample", model_path=path))
+    path, config = tmp_path / "sr.pt", SuperResTraining.of(SUPER).values()
+    save_model(path, {"config": config}, SuperResSampling, **SUPER)
+    model = load(path, SuperResSampling).model
     assert isinstance(model, SuperResModel) and model.num_classes == 3
 
 
@@ -294,62 +313,61 @@ def save_foreign(path, model):
 )
 def test_a_foreign_checkpoint_has_its_architecture_read_off(tmp_path, flags, capsys):
     path = tmp_path / "model.pt"
-    model, _ = loading.build(options_for("image_sample", **flags))
+    model = build(ImageSampling, **flags)
     save_foreign(path, model)
-    options = options_for("image_sample", model_path=path)
-    loaded, _, metadata = load_model(options)
-    assert metadata == {}
+    loaded = load(path)
+    assert loaded.metadata == {} and read_kind(str(path)) is ImageModel
     for name, value in flags.items():
         if name != "num_heads":
-            assert getattr(options, name) == value, name
+            assert loaded.settings.values()[name] == value, name
     text = capsys.readouterr().out
     assert f"num_channels={flags['num_channels']}" in text and "num_heads=4" in text  # as read, and as assumed
-    assert loaded.attention_resolutions == model.attention_resolutions
+    assert loaded.model.attention_resolutions == model.attention_resolutions
 
 
 def test_a_foreign_super_resolution_checkpoint_is_read_too(tmp_path):
     flags = dict(large_size=64, small_size=16, num_channels=32, num_res_blocks=1, learn_sigma=True, class_cond=True)
-    model, _ = loading.build(options_for("super_res_sample", **flags))
-    save_foreign(tmp_path / "sr.pt", model)
-    options = options_for("super_res_sample", model_path=tmp_path / "sr.pt", small_size=16)
-    assert isinstance(load_model(options)[0], SuperResModel)
-    assert (options.large_size, options.learn_sigma, options.class_cond, options.num_classes) == (64, True, True, 1000)
+    save_foreign(tmp_path / "sr.pt", build(SuperResSampling, **flags))
+    loaded = load(tmp_path / "sr.pt", SuperResSampling, small_size=16)
+    network = loaded.settings.model
+    assert isinstance(loaded.model, SuperResModel) and loaded.settings.diffusion.learn_sigma is True
+    assert (network.large_size, network.class_cond, network.num_classes) == (64, True, 1000)
     with pytest.raises(UserError, match="super-resolution model"):
-        load_model(options_for("image_sample", model_path=tmp_path / "sr.pt"))
+        load(tmp_path / "sr.pt")
+    assert read_kind(str(tmp_path / "sr.pt")) is SuperResSettings
 
 
 def test_a_flag_that_contradicts_a_foreign_checkpoint_names_both_values(tmp_path):
-    model, _ = loading.build(options_for("image_sample", image_size=32, num_channels=32, num_res_blocks=1))
-    save_foreign(tmp_path / "model.pt", model)
+    save_foreign(tmp_path / "model.pt", build(ImageSampling, image_size=32, num_channels=32, num_res_blocks=1))
     with pytest.raises(UserError, match=r"--num_res_blocks 2 .*--num_res_blocks 1"):
-        load_model(options_for("image_sample", model_path=tmp_path / "model.pt", num_res_blocks=2))
+        load(tmp_path / "model.pt", num_res_blocks=2)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (GOLDEN / "layouts").glob("*.json")))
 def test_flags_of_the_published_models_are_read_off_their_shapes(name):
     layout = golden_json(f"layouts/{name}")
     shapes = {key: th.empty(shape, device="meta") for key, shape in layout["state_dict"].items()}
-    options = options_for("super_res_sample" if layout["superres"] else "image_sample")
-    loading.adopt(options, "model.pt", shapes, {})
+    settings = (SuperResSampling if layout["superres"] else ImageSampling).of({})
+    options = take_options(settings, (), "model.pt", shapes, {}).values()
     for flag in ("num_channels", "num_res_blocks", "learn_sigma", "class_cond", "image_size"):
         if flag in layout["flags"]:
-            assert getattr(options, flag) == layout["flags"][flag]
+            assert options[flag] == layout["flags"][flag]
     if layout["superres"]:
-        assert options.large_size == 256
-    assert options.attention_resolutions == "16,8" and options.use_scale_shift_norm is True
+        assert options["large_size"] == 256
+    assert options["attention_resolutions"] == "16,8" and options["use_scale_shift_norm"] is True
 
 
 def test_a_state_dict_of_something_else_is_an_error(tmp_path):
     th.save(th.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt is not a checkpoint of this method"):
-        load_model(options_for("image_sample", model_path=tmp_path / "other.pt"))
+        load(tmp_path / "other.pt")
 
 
 def test_a_missing_model_path_is_named():
     with pytest.raises(UserError, match="--model_path is missing"):
-        load_model(options_for("image_sample"))
+        load("")
     with pytest.raises(UserError, match=r"cannot read nowhere\.pt"):
-        load_model(options_for("image_sample", model_path="nowhere.pt"))
+        load("nowhere.pt")
 
 
 def test_a_description_with_unknown_options_is_still_read(described, tmp_path):
@@ -357,4 +375,4 @@ def test_a_description_with_unknown_options_is_still_read(described, tmp_path):
     state_dict, metadata = checkpoint.load(str(described[0]))
     metadata["config"]["of_the_future"] = 1
     checkpoint.save_state_dict(state_dict, str(tmp_path / "newer.pt"), json.loads(json.dumps(metadata)))
-    load_model(options_for("image_sample", model_path=tmp_path / "newer.pt"))
+    load(tmp_path / "newer.pt")

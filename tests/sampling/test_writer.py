@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import small_disk
+from script_helpers import run
 
 from improved_diffusion.config import UserError
 from improved_diffusion.sampling import writer
@@ -43,7 +44,7 @@ class Artist:
 def write(folder, n, draw=None, labels=None, **more):
     draw = draw or Artist()
     settings = {"batch_size": 4, "request": REQUEST, **more}
-    return write_samples(draw, out_dir=str(folder), num_samples=n, labels=labels, **settings)
+    return write_samples(draw, out_dir=str(folder), numbers=range(n), labels=labels, **settings)
 
 
 def check(folder, n, labels=None, side=8):
@@ -197,6 +198,84 @@ def test_samples_of_another_request_are_not_mixed_in(tmp_path):
         write(tmp_path, 2)
 
 
+# Several ranks
+
+WORKER = """
+import os, sys, threading
+sys.path.insert(0, sys.argv[3])
+from sampling.test_writer import LABELS, Artist, write
+
+from improved_diffusion import distributed
+from improved_diffusion.config import UserError
+from improved_diffusion.utils import files
+
+
+class Drawer(Artist):
+    def __call__(self, indices):
+        if task == "draw" and rank == 1 and 6 in indices:
+            raise UserError("rank 1 cannot draw 6")
+        return super().__call__(indices)
+
+
+def write_bytes(path, data, durable=True):
+    if os.path.basename(path).endswith(".png") and "samples/" in str(path):
+        written.append(str(path))
+        if task == "write" and rank == 1:
+            raise UserError("rank 1 cannot write")
+        if task == "lost" and rank == 1:
+            return
+    original(path, data, durable)
+
+
+def main():
+    if task == "elsewhere" and rank == 1:
+        folder.append("other")
+    write("/".join(folder), 11, Drawer(), LABELS, batch_size=2)
+
+
+folder, task = [sys.argv[1]], sys.argv[2]
+distributed.setup_dist()
+rank = distributed.get_rank()
+original, files.write_bytes, written = files.write_bytes, write_bytes, []
+try:
+    main()
+except UserError as error:
+    print(f"rank {rank}: {error}")
+print(f"rank {rank} wrote {len(written)}")
+distributed.barrier()
+"""
+
+
+def sample_on_two_ranks(folder, task):
+    """What both ranks print, as lines."""
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    tests = Path(__file__).parents[1]
+    return run("mpiexec", 2, script, folder / "out", task, tests, cwd=folder, timeout=60).succeed().out.splitlines()
+
+
+def test_each_rank_writes_its_own_images(tmp_path):
+    lines = sample_on_two_ranks(tmp_path, "all")
+    assert "rank 0 wrote 6" in lines and "rank 1 wrote 5" in lines
+    check(tmp_path / "out", 11, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("task", "culprit"),
+    [
+        ("draw", "rank 1 cannot draw 6"),
+        ("write", "rank 1 cannot write"),
+        ("elsewhere", "does not see"),
+        ("lost", "--out_dir that all hosts share"),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_one_error_on_all(tmp_path, task, culprit):
+    lines = [line for line in sample_on_two_ranks(tmp_path, task) if culprit in line]
+    assert sorted(line[:7] for line in lines) == ["rank 0:", "rank 1:"]
+    assert len({line[7:].replace("/other", "") for line in lines}) == 1
+    assert not list((tmp_path / "out").glob("*.npz"))
+
+
 # Ctrl-C, kills, full disks
 
 
@@ -213,11 +292,11 @@ def interrupt_after(count):
 
 
 def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch):
-    with pytest.raises(KeyboardInterrupt, match=rf"8 of 20 samples are in {tmp_path}/samples; the same command goes"):
+    with pytest.raises(KeyboardInterrupt, match=rf"8 of 20 samples are in {tmp_path}/samples; rerun the same command"):
         write(tmp_path, 20, interrupt_after(8))
     monkeypatch.setattr(images, "decode_png", lambda data: interrupt_after(0)([0]))
     artist = Artist()
-    with pytest.raises(KeyboardInterrupt, match=rf"20 of 20 samples are in {tmp_path}/samples; the same command goes"):
+    with pytest.raises(KeyboardInterrupt, match=rf"20 of 20 samples are in {tmp_path}/samples; rerun the same command"):
         write(tmp_path, 20, artist)
     assert artist.drawn == list(range(8, 20))
     monkeypatch.undo()
@@ -227,7 +306,7 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch):
 
 IN_ANOTHER_PROCESS = """
     import os, signal, sys
-    from test_sample_util import LABELS, images, write
+    from sampling.test_writer import LABELS, images, write
 
     folder, at, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     module, name = {"npz": (images.np.lib.format, "write_array"), "row": (images, "decode_png"),
@@ -305,7 +384,7 @@ def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(kib, where)
         if where == "png":
             assert 10 < saved < 30
             assert message.startswith(f"cannot write {folder}/samples/{saved:06d}.png: ")
-            assert message.endswith(f"{saved} of 30 samples are in {folder}/samples; the same command goes on")
+            assert f"{saved} of 30 samples are in {folder}/samples" in message
         else:
             assert saved == 30 and message.startswith(f"cannot write {folder}/samples_30x64x64x3.npz: ")
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)  # somebody has freed some space

@@ -144,7 +144,7 @@ def test_a_length_that_the_snapshots_cannot_represent_is_warned_of(run_dir):
 
 
 def test_a_folder_without_snapshots_is_refused(tmp_path, run_dir):
-    refused(posthoc(tmp_path / "nowhere"), tmp_path / "nowhere", "is no folder", "--ema_sigma_rel 0.05,0.10")
+    refused(posthoc(tmp_path / "nowhere"), tmp_path / "nowhere", "is not a folder", "--ema_sigma_rel 0.05,0.10")
     for path in run_dir.glob("ema_*"):
         path.unlink()
     refused(posthoc(run_dir), run_dir, "holds no ema_sigma_rel*.pt", "train with --ema_sigma_rel 0.05,0.10")
@@ -192,7 +192,7 @@ def test_snapshots_of_different_models_are_refused(run_dir, change, what):
 @pytest.mark.parametrize("missing", ["step", "ema_sigma_rel"])
 def test_a_snapshot_that_does_not_say_what_it_is_is_refused(run_dir, missing):
     path = replace_snapshot(run_dir, lambda _, metadata: metadata.pop(missing))
-    refused(posthoc(run_dir), path, "does not say", "move it elsewhere")
+    refused(posthoc(run_dir), path, "step and width", "move it elsewhere")
 
 
 @pytest.mark.parametrize("cut", [slice(0, -100), slice(0, 0)])

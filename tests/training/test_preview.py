@@ -33,7 +33,7 @@ def test_a_grid_of_the_model_and_one_of_its_first_average(tmp_path):
     assert grids.keys() == {"samples_raw", "samples_ema"}
     np.testing.assert_array_equal(pixels(tmp_path / "previews/step_000005_raw.png"), grids["samples_raw"])
     np.testing.assert_array_equal(pixels(tmp_path / "previews/step_000005.png"), grids["samples_ema"])
-    for name, params in (("samples_raw", loop.master_params), ("samples_ema", loop.emas[0].params)):
+    for name, params in (("samples_raw", loop.parameter_sets[""]), ("samples_ema", loop.parameter_sets["0.9"])):
         with loop.using(params):
             samples = make_diffusion(4).ddim_sample_loop(
                 loop.model, (IMAGES, 3, 8, 8), model_kwargs={"y": th.arange(IMAGES) % 3},
@@ -74,7 +74,7 @@ def test_a_full_disk_is_a_warning_and_not_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write_bytes", full)
     assert previewed(Loop(), tmp_path).keys() == {"samples_raw", "samples_ema"}
     text = (tmp_path / "log" / "log.txt").read_text()
-    assert text.count("no grid of samples after 5 steps: cannot write") == 2
+    assert text.count("no preview after 5 steps: cannot write") == 2
     assert text.count("No space left on device") == 2
 
 

@@ -5,9 +5,10 @@ import signal
 import threading
 
 import pytest
+from script_helpers import run
 
 from improved_diffusion.training import signals as stop_signals
-from improved_diffusion.training.signals import SIGNALS, Agreement, StopSignals
+from improved_diffusion.training.signals import EXIT_RESUME, SIGNALS, Agreement, StopSignals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -63,6 +64,28 @@ def test_outside_the_main_thread_nothing_is_caught():
     thread.start()
     thread.join()
     assert seen == [(0, before)]
+
+
+def test_a_platform_without_usr1_has_the_other_signals(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    monkeypatch.setattr(stop_signals, "SIGNALS", (signal.SIGTERM, signal.SIGINT))
+    stop_signals.catch_early_warning()
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+
+
+def test_a_script_that_does_not_catch_the_stop_ends_with_its_code(tmp_path):
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        "import signal\n"
+        "from improved_diffusion import distributed\n"
+        "from improved_diffusion.training.signals import Stopped\n"
+        "distributed.setup_dist()\n"
+        "raise Stopped(signal.SIGTERM, 7)\n"
+    )
+    result = run("mpiexec", 2, script, cwd=tmp_path)
+    assert result.code == EXIT_RESUME and "Traceback" not in result.err
 
 
 def test_one_rank_agrees_with_itself_at_once():

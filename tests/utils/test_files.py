@@ -1,8 +1,13 @@
 """Files on this machine and behind URLs."""
 
+import gc
+import os
+import re
+import subprocess
 import sys
 
 import pytest
+from helpers import ROOT
 
 from improved_diffusion.config import UserError
 from improved_diffusion.utils import files
@@ -90,3 +95,116 @@ def test_what_cannot_be_read_or_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot make the folder .*file/sub.*--out_dir"):
         files.make_dirs(tmp_path / "file" / "sub")
+
+
+# Claims
+
+CLAIM = """
+import sys, time
+from improved_diffusion.config import UserError
+from improved_diffusion.utils import files
+try:
+    files.lock(sys.argv[1])
+except UserError as error:
+    print(error, flush=True)
+else:
+    print("claimed", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def claim_elsewhere(folder, seconds=0.0):
+    """A process that claims the folder; the first line that it prints."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(folder), str(seconds)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    return process, process.stdout.readline().strip()
+
+
+def claimed_elsewhere(folder):
+    """Whether another process can claim the folder."""
+    process, line = claim_elsewhere(folder)
+    process.communicate()
+    assert line == "claimed" or str(folder) in line
+    return line == "claimed"
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_folder_is_claimed_until_each_claim_of_the_process_is_released(tmp_path):
+    first = files.lock(tmp_path)
+    with files.lock(tmp_path):
+        assert not claimed_elsewhere(tmp_path)
+    first.release()
+    first.release()  # counts once
+    assert claimed_elsewhere(tmp_path)
+    files.lock(tmp_path)  # a claim that nobody keeps lasts as well
+    gc.collect()
+    assert not claimed_elsewhere(tmp_path)
+    files.lock(tmp_path).release()
+    assert not claimed_elsewhere(tmp_path)
+
+
+def test_a_claim_ends_with_its_process_even_a_killed_one(tmp_path):
+    process, line = claim_elsewhere(tmp_path, 60)
+    assert line == "claimed"
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        files.lock(tmp_path)
+    process.kill()
+    process.communicate()
+    with files.lock(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_neither_holds_nor_drops_a_claim(tmp_path):
+    claim = files.lock(tmp_path)
+    go_on, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(end)
+        claim.release()
+        del claim
+        files._locks.clear()
+        gc.collect()
+        os.read(go_on, 1)
+        os._exit(0)
+    try:
+        assert not claimed_elsewhere(tmp_path)
+        claim.release()
+        assert claimed_elsewhere(tmp_path)
+    finally:
+        os.close(end)
+        os.waitpid(child, 0)
+        os.close(go_on)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted on Linux")
+def test_claims_leak_no_descriptors(tmp_path):
+    before = open_files()
+    for _ in range(5):
+        with files.lock(tmp_path), files.lock(tmp_path):
+            assert open_files() == before + 1
+    process, _ = claim_elsewhere(tmp_path, 60)
+    before = open_files()
+    for _ in range(3):
+        with pytest.raises(UserError):
+            files.lock(tmp_path)
+    assert open_files() == before
+    process.kill()
+    process.communicate()
+
+
+def test_claims_of_two_names_are_independent_and_urls_are_not_claimed(tmp_path):
+    with files.lock(tmp_path, ".other"):
+        assert claimed_elsewhere(tmp_path)
+    with files.lock("gs://bucket/run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/"):
+        files.lock(tmp_path / "file")

@@ -1,0 +1,9 @@
+"""Draw 16 images from a trained model: python examples/sample.py runs/photos out/"""
+
+import sys
+
+import improved_diffusion as idf
+
+run, folder = sys.argv[1:]
+images = idf.load(run).sample(16, sampler="dpmpp_2m", steps=15, seed=0)
+print("wrote", images.save(folder))

@@ -1,0 +1,37 @@
+"""The losses of a batch, in microbatches, and the random numbers they need."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import distributed
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's and numpy's global generators by (seed, step, rank), so that a resumed run draws the same."""
+    sequence = np.random.SeedSequence((seed, step, distributed.get_rank()))
+    for_torch, for_numpy = sequence.generate_state(2)
+    th.manual_seed(int(for_torch))
+    np.random.seed(int(for_numpy))
+
+
+def draw_noise(training_losses: Callable[..., Any], batch: th.Tensor) -> dict[str, th.Tensor]:
+    """{"noise": of the batch's shape}, or {} for a `training_losses` that takes no noise and draws its own."""
+    parameters = inspect.signature(training_losses).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"noise": th.randn_like(batch)} if takes_any or "noise" in parameters else {}
+
+
+def split(tensors: Mapping[str, th.Tensor], part: slice) -> dict[str, th.Tensor]:
+    """The same part of each tensor [N, ...]."""
+    return {name: value[part] for name, value in tensors.items()}
+
+
+def per_image(losses: Mapping[str, th.Tensor], count: int) -> dict[str, th.Tensor]:
+    """Loss terms of shape [count]; one without dimensions, a mean over the images, counts for each of them."""
+    return {name: term.expand(count) if term.ndim == 0 else term for name, term in losses.items()}

@@ -1,0 +1,83 @@
+"""The parameters and their gradients in fp32, bf16 and fp16 training.
+
+In 16-bit training the model computes with 16-bit parameters, and the optimizer keeps one flat float32 copy of them, the
+master parameters. Gradients of microbatches and of ranks are added up there, in float32. In fp32 training the model's
+parameters are the master parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch as th
+from torch import nn
+from torch._utils import _flatten_dense_tensors
+
+from .. import distributed
+from ..fp16_util import unflatten_master_params
+
+
+def clear_gradients(params: Sequence[nn.Parameter]) -> None:
+    """Drop the gradients."""
+    for p in params:
+        p.grad = None
+
+
+def collect_gradients(model_params: Sequence[nn.Parameter], master_params: Sequence[nn.Parameter]) -> None:
+    """Move the model's gradients into the flat float32 gradient of the master parameters, adding to what is there."""
+    if all(p.grad is None for p in model_params):
+        return
+    parts = [th.zeros_like(p, dtype=th.float32) if p.grad is None else p.grad.float() for p in model_params]
+    (master,) = master_params
+    flat = _flatten_dense_tensors(parts)
+    master.grad = flat if master.grad is None else master.grad.add_(flat)
+    clear_gradients(model_params)
+
+
+def average_gradients(master_params: Sequence[nn.Parameter]) -> None:
+    """Replace the flat float32 gradient by its mean over the ranks. Collective."""
+    (master,) = master_params
+    if distributed.get_world_size() > 1:
+        if master.grad is None:
+            master.grad = th.zeros_like(master)
+        distributed.sum_over_ranks(master.grad).div_(distributed.get_world_size())
+
+
+def backward(loss: th.Tensor) -> None:
+    """Add the gradient of a loss to the parameters' `grad`; all of it is NaN where the loss is not finite.
+
+    So a loss that is not finite is seen in the gradient, and all ranks skip the step.
+    """
+    (loss * th.where(th.isfinite(loss), 1.0, math.nan)).backward()
+
+
+def step_where_finite(opt: th.optim.Optimizer, bad: th.Tensor) -> None:
+    """opt.step(), unless `bad` (no dimensions, float32) is 1: then parameters and state stay as they are.
+
+    Fused optimizers decide on the device, as torch.amp.GradScaler lets them. For others the host waits for `bad`.
+    """
+    if opt.defaults.get("fused"):
+        opt.found_inf = bad  # type: ignore[attr-defined]
+        opt.step()
+    elif not bad:
+        opt.step()
+
+
+def state_dict_of(model: nn.Module, params: Sequence[th.Tensor], sixteen_bits: bool) -> dict[str, th.Tensor]:
+    """The model's state dict with other parameters in place of its own, in float32.
+
+    :param params: one for each parameter; in 16-bit training a single flat one.
+    """
+    if sixteen_bits:
+        params = unflatten_master_params(list(model.parameters()), params)
+    state_dict = model.state_dict()
+    for (name, _), value in zip(model.named_parameters(), params):
+        state_dict[name] = value.detach()
+    return state_dict
+
+
+def params_of(model: nn.Module, state_dict: Mapping[str, th.Tensor], sixteen_bits: bool) -> list[th.Tensor]:
+    """The inverse of `state_dict_of`: float32 parameters on the model's device, flat in 16-bit training."""
+    params = [state_dict[name].to(p.device).float() for name, p in model.named_parameters()]
+    return [_flatten_dense_tensors(params)] if sixteen_bits else params

@@ -1,0 +1,133 @@
+"""README, docs/ and CONTRIBUTING name only files, commands, flags and Python names that exist."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+import improved_diffusion as idf
+from improved_diffusion import api
+from improved_diffusion.cli.command import Command
+from improved_diffusion.cli.main import COMMANDS
+from improved_diffusion.config import settings
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "datasets/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+COMMON_FLAGS = {"--help", "--help-all", "--config", "--preset"}
+FLAGS_OF_OTHERS = {"--version", "--nproc-per-node", "--ntasks-per-node", "--signal"}
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
+
+
+def commands():
+    """(name on the command line, Command) of every command; those of a group are named "group command"."""
+    for name, (module, _) in COMMANDS.items():
+        command = importlib.import_module(f"improved_diffusion.cli.{module}").COMMAND
+        for script in (name, f"scripts/{module}.py"):
+            if isinstance(command, Command):
+                yield script, command
+            else:
+                yield from ((f"{script} {word}", each) for word, each in command.commands.items())
+                if command.default:
+                    yield script, command.commands[command.default]
+
+
+def flags_of(kind):
+    return COMMON_FLAGS | {f"--{name}" for name in kind.options()}
+
+
+def flags_in_source(path):
+    return {"--help", *re.findall(r'"(--[a-z][a-z0-9_-]*)"', path.read_text())}
+
+
+def command_lines(text):
+    """Each command line of ours, as words."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    pattern = r"(?:improved-diffusion [a-z]|(?:scripts|datasets|benchmarks)/\w+\.py)[^`\n|]*"
+    return [line.removeprefix("improved-diffusion ").split() for line in re.findall(pattern, joined)]
+
+
+def headings(page):
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_every_relative_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert ROOT in linked.parents or linked == ROOT, target
+        assert not anchor or anchor in headings(linked), target
+
+
+@every_page
+def test_every_command_exists_and_has_the_flags_shown(page):
+    known = dict(commands())
+    for words in command_lines(page.read_text()):
+        flags = {word.split("=")[0] for line in words for word in FLAG.findall(line)}
+        if words[0].startswith(("datasets/", "benchmarks/")):
+            allowed = flags_in_source(ROOT / words[0])
+        else:
+            name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+            assert name in known, f"there is no command {name!r}"
+            allowed = flags_of(known[name].settings)
+        assert flags <= allowed, f"{' '.join(words[:2])} has no {sorted(flags - allowed)}"
+
+
+@every_page
+def test_every_flag_named_exists(page):
+    known = COMMON_FLAGS | FLAGS_OF_OTHERS
+    for kind in vars(settings).values():
+        if inspect.isclass(kind) and issubclass(kind, settings.Settings):
+            known |= flags_of(kind)
+    for script in (*ROOT.glob("datasets/*.py"), *ROOT.glob("benchmarks/*.py")):
+        known |= flags_in_source(script)
+    assert set(FLAG.findall(page.read_text())) <= known
+
+
+@every_page
+def test_python_blocks_use_names_that_exist(page):
+    holders = {"idf": idf, "model": api.Model, "images": api.Images, "step": api.SamplingStep}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        for node in ast.walk(ast.parse(textwrap.dedent(block))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in holders:
+                holder = holders[node.value.id]
+                fields = {f.name for f in dataclasses.fields(holder)} if dataclasses.is_dataclass(holder) else set()
+                assert node.attr in fields or hasattr(holder, node.attr), ast.unparse(node)
+
+
+def test_python_page_names_everything_public():
+    text = (ROOT / "docs" / "python.md").read_text()
+    names = [f"idf.{name}(" for name in ("load", "train")]
+    names += [f"model.{name}" for name in vars(api.Model) if not name.startswith("_")]
+    names += [f"images.{name}(" for name, member in vars(api.Images).items() if name[0] != "_" and callable(member)]
+    assert [name for name in names if name not in text] == []
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if page.name not in index] == []
+
+
+def test_no_page_is_wider_than_an_editor_shows():
+    """Lines outside tables and code stay within 150 characters."""
+    for page in map(Path, PAGES):
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            if not line.startswith(("|", "    ", "![")):
+                assert len(line) <= 160, f"{page.name}:{number}"

@@ -1,0 +1,82 @@
+"""The scripts in examples/ run as they are, on tiny data."""
+
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from feature_helpers import write_script
+from helpers import ROOT
+from PIL import Image
+from script_helpers import write_images
+
+import improved_diffusion as idf
+from improved_diffusion.logs import logger
+
+EXAMPLES = ROOT / "examples"
+TINY = dict(num_channels=32, num_res_blocks=1, channel_mult="1,1", attention_resolutions="4")
+METHOD = dict(learn_sigma=True, noise_schedule="cosine", num_workers=0, batch_size=4, ema_rate="0.5")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 16 images."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"cat_{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(photos, tmp_path_factory):
+    """The folder of a tiny trained model."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    idf.train(photos, image_size=8, max_steps=2, out_dir=str(folder), **TINY, **METHOD)
+    logger.reset()
+    return folder
+
+
+def run_example(monkeypatch, name, *args):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_has_at_most_ten_lines(path):
+    assert len(path.read_text().splitlines()) <= 10
+
+
+def test_train(monkeypatch, photos, tmp_path):
+    train = idf.train
+    monkeypatch.setattr(idf, "train", lambda *args, **options: train(*args, **options, **TINY))
+    run_example(monkeypatch, "train.py", photos, tmp_path / "run", 8, 2)
+    assert {"config.json", "model000002.pt", "ema_0.9999_000002.pt"} <= {path.name for path in tmp_path.glob("run/*")}
+    assert len(list((tmp_path / "run" / "samples" / "samples").glob("*.png"))) == 16
+
+
+def test_sample(monkeypatch, run_dir, tmp_path, capsys):
+    run_example(monkeypatch, "sample.py", run_dir, tmp_path / "out")
+    path = tmp_path / "out" / "samples_16x8x8x3.npz"
+    assert str(path) in capsys.readouterr().out
+    expected = idf.load(run_dir).sample(16, sampler="dpmpp_2m", steps=15, progress=False)
+    np.testing.assert_array_equal(np.load(path)["arr_0"], expected.array)
+
+
+def test_edit(monkeypatch, run_dir, photos, tmp_path):
+    photo = photos / "cat_00.png"
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    run_example(monkeypatch, "edit.py", run_dir, photo, tmp_path / "mask.png", tmp_path / "out")
+    painted = np.load(tmp_path / "out/inpainted/samples_4x8x8x3.npz")["arr_0"]
+    assert (painted[:, 4:] == np.asarray(Image.open(photo))[4:]).all()
+    assert len(list((tmp_path / "out/variations/samples").glob("*.png"))) == 4
+
+
+def test_evaluate(monkeypatch, photos, tmp_path, capsys):
+    for folder, seed in (("real", 0), ("fakes", 1)):
+        write_images(tmp_path / folder, 40, size=(8, 8), seed=seed)
+    features = write_script(tmp_path / "features.pt")
+    run_example(monkeypatch, "evaluate.py", tmp_path / "fakes", tmp_path / "real", features, tmp_path / "report")
+    assert "FID " in capsys.readouterr().out and (tmp_path / "report/report.md").exists()

@@ -1,0 +1,107 @@
+"""Gradients of microbatches and ranks add up in float32, whatever the model computes in."""
+
+from pathlib import Path
+
+import precision_worker
+import pytest
+import torch as th
+from dist_worker import STEPS, six_steps
+from script_helpers import run
+from train_helpers import make_loop, small_model, small_unet
+
+from improved_diffusion import distributed
+from improved_diffusion.training.precision import average_gradients, collect_gradients, params_of, state_dict_of
+
+pytestmark = pytest.mark.usefixtures("out_dir")
+
+
+def gradient(loop):
+    """The flat float32 gradient that the optimizer gets."""
+    grads = []
+    loop._optimize = lambda: grads.append(loop.master_params[0].grad.clone()) or th.zeros(())
+    th.manual_seed(0)
+    loop.run_step(*next(loop.data))
+    return grads[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_what_is_added_up_is_float32(precision):
+    params = [th.nn.Parameter(th.zeros(3, dtype={"bf16": th.bfloat16, "fp16": th.float16}[precision]))]
+    master = [th.nn.Parameter(th.zeros(3))]
+    for value in (1.0, 2**-12, 2**-12):  # 16 bits would forget the small ones
+        params[0].grad = th.full_like(params[0], value)
+        collect_gradients(params, master)
+        assert params[0].grad is None
+    assert master[0].grad.dtype == th.float32
+    assert (master[0].grad == 1 + 2**-11).all()
+    collect_gradients(params, master)  # nothing new
+    assert (master[0].grad == 1 + 2**-11).all()
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_microbatches_lose_nothing_by_adding_up(precision, microbatch):
+    """Their sum is as near to the fp32 gradient as that of the whole batch, and far nearer than one step of 16 bits."""
+
+    def grad(precision, microbatch):
+        loop = make_loop(model=small_unet(), precision=precision, microbatch=microbatch)
+        loop.lg_loss_scale = 4.0
+        if precision != "fp32":
+            return gradient(loop)
+        loop._optimize = lambda: th.zeros(())
+        loop.run_step(*next(loop.data))
+        return th.cat([p.grad.flatten() for p in loop.model.parameters()])
+
+    exact, whole, split = grad("fp32", -1), grad(precision, -1), grad(precision, microbatch)
+    error = (whole - exact).norm()
+    assert (split - exact).norm() < 1.2 * error
+    assert (split - whole).norm() < 1.5 * error
+
+
+def test_the_sum_of_many_microbatches_is_their_exact_sum():
+    """In float32, of gradients that are the model's own 16-bit ones."""
+    loop = make_loop(model=small_model(), precision="bf16", microbatch=1)
+    parts, collect = [], collect_gradients
+
+    def spy(model_params, master_params):
+        if any(p.grad is not None for p in model_params):
+            parts.append(th.cat([p.grad.float().flatten() for p in model_params]))
+        collect(model_params, master_params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("improved_diffusion.training.precision.collect_gradients", spy)
+        total = gradient(loop)
+    assert len(parts) == 4
+    th.testing.assert_close(total, th.stack(parts).sum(0), rtol=1e-6, atol=1e-9)
+
+
+def test_what_goes_over_the_ranks_is_one_float32_tensor(monkeypatch):
+    reduced = []
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda tensor: reduced.append(tensor.dtype) or tensor.mul_(2))
+    master = [th.nn.Parameter(th.zeros(3))]
+    master[0].grad = th.arange(3.0)
+    average_gradients(master)
+    assert reduced == [th.float32] and th.equal(master[0].grad, th.arange(3.0))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_dicts_and_parameters_are_inverses(precision):
+    loop = make_loop(precision=precision)
+    state_dict = state_dict_of(loop.model, loop.master_params, loop.sixteen_bits)
+    assert {value.dtype for value in state_dict.values()} == {th.float32}
+    for a, b in zip(params_of(loop.model, state_dict, loop.sixteen_bits), loop.master_params):
+        assert th.equal(a, b)
+
+
+def test_two_ranks_in_bf16_add_up_one_float32_gradient_a_step(tmp_path):
+    run("torchrun", 2, Path(precision_worker.__file__), tmp_path, cwd=tmp_path).succeed()
+    ranks = [th.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert th.equal(ranks[0]["parameters"], ranks[1]["parameters"])
+    count = ranks[0]["parameters"].numel()
+    assert [dtype for dtype, numel in ranks[0]["reduced"] if numel == count] == [th.float32] * STEPS
+    assert not any(dtype == th.bfloat16 for dtype, _ in ranks[0]["reduced"])
+    alone, _ = six_steps(tmp_path / "alone", precision="bf16")
+    exact, _ = six_steps(tmp_path / "exact")
+    error = (alone.float() - exact).norm()
+    assert (ranks[0]["parameters"] - alone.float()).norm() < 1.5 * error
