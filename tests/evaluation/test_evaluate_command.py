@@ -234,7 +234,7 @@ def test_a_model_draws_what_image_sample_draws_and_its_reference_is_prepared_ali
     # A second run draws nothing again.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()}
     again = call("evaluate", *drawing, *real_images, "--out_dir", "evaluated", cwd=tmp_path).succeed()
-    assert f"40 of 40 samples are in {tmp_path / 'judged/samples'} already" in again.out
+    assert f"40 of 40 samples are in {tmp_path / 'evaluated/samples'} already" in again.out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()} == times
     assert contents(tmp_path / "evaluated") == there
 
