@@ -23,22 +23,42 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from . import distributed
+from .bound import BoundSummary
 from .checkpoints import checkpoint, sets
 from .checkpoints.loading import LoadedModel, load_model, read_kind
-from .config import UserError, fixed_names
+from .config import UserError, VariationsConfig, fixed_names
 from .config.presets import preset_options
 from .config.settings import (
+    Decoding,
+    Encoding,
     ImageSampling,
     ImageTraining,
+    Inpainting,
+    Interpolation,
+    Likelihood,
     Settings,
     SuperResSampling,
     SuperResTraining,
+    Variations,
     merge_options,
 )
 from .data.given import as_pixels
+from .editing.base import Edit, EditingModel
+from .editing.decode import Decode
+from .editing.encode import Encode
+from .editing.inpaint import Inpaint
+from .editing.interpolate import Interpolate
+from .editing.latents import Latents, read_latents
+from .editing.masks import read_masks
+from .editing.variations import Vary
+from .evaluation import evaluator
+from .evaluation.likelihood import BoundEvaluation
+from .evaluation.report import Report
 from .logs import logger
 from .logs.progress import Progress
 from .models.build import build_diffusion
+from .sampling.labels import Labels
 from .sampling.pipeline import SamplingPipeline, SuperResPipeline
 from .sampling.writer import PNG_DIR, SHOWN, last_images
 from .training import run
@@ -281,9 +301,119 @@ class Model:
                     done.append(last_images([{"sample": step.sample}]))
                 if bar:
                     bar.update(len(step.numbers))
-        labels = None if pipeline.labels is None else np.array([pipeline.labels.index(i) for i in numbers], np.int64)
-        names = None if pipeline.labels is None else pipeline.labels.class_names
-        return Images(np.concatenate(done), labels, names, numbers)
+        return Images(np.concatenate(done), *_labels(pipeline.labels, numbers), numbers)
+
+    # Editing
+
+    def encode(self, images: Any, *, classes: Any = None, batch_size: int = 16, **options: Any) -> Latents:
+        """The noise that a deterministic sampler turns into the images (DDIM sec. 5.4), for `decode`.
+
+        :param images: a path, PIL images, Images, or uint8 [N, H, W, C]; resized to the model's size.
+        :param classes: those of the images, for a model with classes whose images come without.
+        :param options: of `improved-diffusion edit encode`; 200 steps of DDIM unless given.
+        """
+        edit = self._edit_images(Encode, Encoding, images, {"batch_size": batch_size, **_classes(classes), **options})
+        return edit.latents()
+
+    def decode(
+        self, latents: Latents | str | os.PathLike, n: int = 0, *, classes: Any = None, batch_size: int = 16,
+        progress: bool = True, **options: Any,
+    ) -> Images:  # fmt: skip
+        """The images that latents lead to, by the steps that encoded them; other classes make other images of them.
+
+        :param latents: from `encode`, or the path of a latents.npz that the command wrote.
+        :param n: images to make, from the latents in turn; 0: one from each.
+        """
+        if not isinstance(latents, Latents):
+            latents = read_latents(os.fspath(latents))
+        asked = {"num_samples": n, "batch_size": batch_size, **_classes(classes), **options}
+        model = Decode.prepare(self._with(Decoding, asked), latents.step_options)
+        return self._draw(Decode(model, latents), batch_size, progress)
+
+    def interpolate(
+        self, first: Any, last: Any, frames: int = 9, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
+        progress: bool = True, **options: Any,
+    ) -> Images:  # fmt: skip
+        """Images on the way from one to another, both ends included.
+
+        :param first, last: two images, or two numbers: of the images that `sample(seed=seed)` draws.
+        :param frames: how many images, at least 2.
+        """
+        asked = {"frames": frames, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
+        if isinstance(first, int) and isinstance(last, int):
+            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": f"{first},{last}", **asked}))
+            return self._draw(Interpolate(prepared), batch_size, progress)
+        prepared = Interpolate.prepare(self._with(Interpolation, asked))
+        ends = [self._pixels(given, prepared) for given in (first, last)]
+        arrays, labels = (
+            np.concatenate([array for array, _ in ends]),
+            [label for _, found in ends for label in found or ()],
+        )
+        return self._draw(Interpolate(prepared, arrays, labels or None), batch_size, progress)
+
+    def inpaint(
+        self, images: Any, mask: Any, n: int = 0, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
+        progress: bool = True, **options: Any,
+    ) -> Images:  # fmt: skip
+        """Paint the masked part of images to fit the rest, which stays exactly as it is (RePaint).
+
+        :param mask: bool [H, W] or [N, H, W], true where to paint; or the path of an image, white where to paint.
+        :param n: images to make, from those given in turn; 0: one from each.
+        """
+        asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
+        prepared = Inpaint.prepare(self._with(Inpainting, asked))
+        pixels, labels = self._pixels(images, prepared)
+        return self._draw(
+            Inpaint(prepared, pixels, _masks(mask, prepared.shape[1:], len(pixels)), labels), batch_size, progress
+        )
+
+    def variations(
+        self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
+        seed: int = 0, batch_size: int = 16, progress: bool = True, **options: Any,
+    ) -> Images:  # fmt: skip
+        """Images like those given: noise is added to them and removed again (SDEdit).
+
+        :param n: images to make, from those given in turn; 0: one from each.
+        :param strength: in (0, 1]: near 0 the same image, 1 another one.
+        """
+        asked = {"num_samples": n, "strength": strength, "seed": seed, "batch_size": batch_size}
+        edit = self._edit_images(Vary, Variations, images, {**asked, **_classes(classes), **options})
+        return self._draw(edit, batch_size, progress)
+
+    def _edit_images(self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any]) -> Any:
+        prepared = edit.prepare(self._with(kind, asked))
+        return edit(prepared, *self._pixels(images, prepared))
+
+    def _pixels(self, given: Any, prepared: EditingModel) -> tuple[np.ndarray, list[int] | None]:
+        """(uint8 [N, H, W, C] of the model's size, the classes that came with the images)."""
+        labels = given.labels.tolist() if isinstance(given, Images) and given.labels is not None else None
+        channels, height, width = prepared.shape
+        return as_pixels(_plain(given), "images", f"{height}x{width}", channels).arrays, labels
+
+    def _draw(self, edit: Edit, batch_size: int, progress: bool) -> Images:
+        numbers, done = range(edit.count), []
+        bar = Progress(edit.command, edit.count, "image") if progress else None
+        with contextlib.closing(bar) if bar else contextlib.nullcontext():
+            for start in range(0, edit.count, batch_size):
+                batch = numbers[start : start + batch_size]
+                done.append(edit.draw(batch))
+                if bar:
+                    bar.update(len(batch))
+        return Images(np.concatenate(done), *_labels(edit.labels, numbers), numbers)
+
+    # Evaluation
+
+    def bits_per_dim(self, data_dir: str | os.PathLike, **options: Any) -> BoundSummary:
+        """The variational bound on images, in bits/dim: `mean`, `standard_error`, and `total_bpd` [N] of each image.
+
+        :param data_dir: a folder, a .zip or an .npz.
+        :param options: of `improved-diffusion nll`, such as num_samples=1000, timestep_respacing="100", or
+            nll_timesteps=20 for an estimate.
+        """
+        if self.is_super_resolution:
+            raise UserError(f"{self.path} is a super-resolution model: bits_per_dim is for image models")
+        loaded = self._with(Likelihood, {"data_dir": os.fspath(data_dir), **options})
+        return BoundEvaluation.of(loaded).run(loaded.model.to(distributed.dev()))
 
     # Files
 
@@ -304,6 +434,22 @@ def _classes(classes: Any) -> dict[str, str]:
     if isinstance(classes, (str, int)):
         classes = [classes]
     return {"classes": ",".join(map(str, classes))}
+
+
+def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray | None, Sequence[str] | None]:
+    """(the class of each image, the classes' names)."""
+    if labels is None:
+        return None, None
+    return np.array([labels.index(i) for i in numbers], np.int64), labels.class_names
+
+
+def _masks(mask: Any, size: Sequence[int], count: int) -> np.ndarray:
+    """Masks as bool [1 or N, H, W]. Raises UserError for anything else."""
+    if isinstance(mask, (str, os.PathLike)):
+        return read_masks(os.fspath(mask), (size[0], size[1]), [f"{i:06d}" for i in range(count)])
+    if not isinstance(mask, np.ndarray) or mask.dtype != bool:
+        raise UserError("mask: expected the path of an image, or a bool array, true where to paint")
+    return mask[None] if mask.ndim == 2 else mask
 
 
 def _plain(given: Any) -> Any:
@@ -359,3 +505,15 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     settings: Any = kind.of(asked)
     default = preset or ("super_res_train" if superres else "image_train")
     return load(run.train(settings, frozenset(asked), default).checkpoints)
+
+
+def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:
+    """Compare samples with real images: FID, KID and other scores, each an attribute of the report.
+
+    :param samples, reference: a folder, a zip, an npz, Images, or uint8 [N, H, W, C]; the reference may be statistics.
+    :param features: an exported program (.pt2), TorchScript (.pt), a URL, or "inception".
+    :param options: held_out, train_dir and out_dir, and those of `improved-diffusion evaluate`, such as
+        trust_features=True and resize=64.
+    """
+    given = {name: _plain(value) for name, value in options.items()}
+    return evaluator.evaluate(_plain(samples), _plain(reference), features=features, **given)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
+from feature_helpers import write_script
 from PIL import Image
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, write_images
 
@@ -222,3 +223,96 @@ def test_a_wrong_option_of_training_is_an_exception(photos, tmp_path):
         idf.train(tmp_path / "nowhere", image_size=8, max_steps=1, out_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="cifar10-hybrid"):
         idf.train(photos, preset="cifar10-hybird")
+
+
+# Editing
+
+
+@pytest.fixture(scope="module")
+def originals(photos):
+    """Two images of the model's size, and their classes."""
+    paths = sorted(photos.glob("*.png"))[:2]
+    return np.stack([np.asarray(Image.open(path).resize((8, 8))) for path in paths])
+
+
+def npz_of(folder):
+    (path,) = folder.glob("samples_*.npz")
+    with np.load(path) as arrays:
+        return arrays["arr_0"]
+
+
+def by_command(model, tmp_path, *args):
+    """What image_edit.py makes, uint8 [N, H, W, C]."""
+    call("image_edit", *args, "--model_path", model.path, "--out_dir", "out", cwd=tmp_path).succeed()
+    return npz_of(tmp_path / "out")
+
+
+def test_inpainting_is_the_commands_and_keeps_the_known_pixels(model, originals, tmp_path):
+    mask = np.zeros((8, 8), bool)
+    mask[:, 4:] = True
+    Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    np.savez(tmp_path / "images.npz", originals)
+    args = ["--images", "images.npz", "--mask", "mask.png", "--classes", "0,1", "--steps", 4, "--resamplings", 1]
+    command = by_command(model, tmp_path, "inpaint", *args)
+    options = dict(classes=[0, 1], steps=4, resamplings=1, progress=False)
+    painted = model.inpaint(originals, mask, **options)
+    assert np.array_equal(painted.array, command)
+    assert np.array_equal(painted.array[:, :, :4], originals[:, :, :4])
+    assert np.array_equal(model.inpaint(originals, tmp_path / "mask.png", **options).array, command)
+
+
+def test_variations_are_the_commands(model, originals, tmp_path):
+    np.savez(tmp_path / "images.npz", originals)
+    args = ["--images", "images.npz", "--num_samples", 3, "--strength", 0.3, "--classes", "1", "--seed", 5]
+    command = by_command(model, tmp_path, "variations", *args)
+    varied = model.variations(originals, 3, strength=0.3, classes=[1], seed=5, progress=False)
+    assert np.array_equal(varied.array, command) and varied.labels.tolist() == [1, 1, 1]
+
+
+def test_frames_between_two_numbers_begin_and_end_with_those_samples(model):
+    options = dict(sampler="ddim", steps=4, progress=False)
+    frames = model.interpolate(3, 5, frames=3, **options)
+    ends = model.sample(seeds="3,5", **options)
+    assert np.abs(frames.array[[0, 2]].astype(int) - ends.array).max() <= 1
+    assert frames.labels[[0, 2]].tolist() == ends.labels.tolist()
+
+
+def test_images_come_back_from_their_latents(model, originals):
+    latents = model.encode(originals, classes=[0, 1], steps=20)
+    assert latents.arrays.shape == (2, 3, 8, 8)
+    back = model.decode(latents, progress=False)
+    assert np.abs(back.array.astype(int) - originals).mean() < 30
+    between = model.interpolate(originals[:1], originals[1:], frames=2, classes=[0, 1], steps=20, progress=False)
+    assert np.abs(between.array.astype(int) - back.array).max() <= 2
+
+
+def test_images_that_cannot_be_edited_are_one_error(model, originals, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        model.variations(str(tmp_path / "nowhere.png"))
+    with pytest.raises(UserError, match="mask"):
+        model.inpaint(originals, np.ones((8, 8)), classes=[0])
+    with pytest.raises(UserError, match="classes"):
+        model.variations(originals)
+
+
+# Evaluation
+
+
+def test_the_bound_is_the_commands(model, photos, tmp_path):
+    args = ["--model_path", model.path, "--data_dir", photos, "--num_samples", 6, "--batch_size", 6]
+    call("image_nll", *args, "--timestep_respacing", 4, "--out_dir", "nll", cwd=tmp_path).succeed()
+    with np.load(tmp_path / "nll/per_image.npz") as arrays:
+        command = arrays["total_bpd"]
+    bound = model.bits_per_dim(photos, num_samples=6, batch_size=6, timestep_respacing="4")
+    np.testing.assert_allclose(bound.total_bpd, command, rtol=1e-6)
+    assert bound.mean == pytest.approx(command.mean(), rel=1e-6)
+
+
+def test_evaluating_arrays_gives_the_numbers_as_attributes(tmp_path):
+    program = write_script(tmp_path / "features.pt")
+    rng = np.random.default_rng(0)
+    real, fake = (rng.integers(low, 255, (60, 8, 8, 3), dtype=np.uint8) for low in (0, 100))
+    report = idf.evaluate(idf.Images(fake), real, features=program, out_dir=tmp_path / "out")
+    same = idf.evaluate(real, real, features=program)
+    assert report.fid.value > same.fid.value and report.kid.error > 0
+    assert (tmp_path / "out/report.md").exists()

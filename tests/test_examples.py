@@ -5,8 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from feature_helpers import write_script
 from helpers import ROOT
 from PIL import Image
+from script_helpers import write_images
 
 import improved_diffusion as idf
 from improved_diffusion.logs import logger
@@ -59,3 +61,22 @@ def test_sample(monkeypatch, run_dir, tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
     expected = idf.load(run_dir).sample(16, sampler="dpmpp_2m", steps=15, progress=False)
     np.testing.assert_array_equal(np.load(path)["arr_0"], expected.array)
+
+
+def test_edit(monkeypatch, run_dir, photos, tmp_path):
+    photo = photos / "cat_00.png"
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    run_example(monkeypatch, "edit.py", run_dir, photo, tmp_path / "mask.png", tmp_path / "out")
+    painted = np.load(tmp_path / "out/inpainted/samples_4x8x8x3.npz")["arr_0"]
+    assert (painted[:, 4:] == np.asarray(Image.open(photo))[4:]).all()
+    assert len(list((tmp_path / "out/variations/samples").glob("*.png"))) == 4
+
+
+def test_evaluate(monkeypatch, photos, tmp_path, capsys):
+    for folder, seed in (("real", 0), ("fakes", 1)):
+        write_images(tmp_path / folder, 40, size=(8, 8), seed=seed)
+    features = write_script(tmp_path / "features.pt")
+    run_example(monkeypatch, "evaluate.py", tmp_path / "fakes", tmp_path / "real", features, tmp_path / "report")
+    assert "FID " in capsys.readouterr().out and (tmp_path / "report/report.md").exists()

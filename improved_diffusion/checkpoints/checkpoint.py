@@ -1,7 +1,7 @@
-"""Files that survive a crash and describe themselves.
+"""Checkpoint files that describe themselves.
 
-A checkpoint is a plain state dict. What made it rides along in the state dict's `_metadata`, which torch keeps and
-other code ignores: {"config": {...}, "class_names": [...], "step": n}, as JSON.
+A checkpoint is a plain state dict. Its description is JSON in the state dict's `_metadata`, which torch keeps and other
+code ignores: {"config": {...}, "class_names": [...], "step": n}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METADATA_KEY = "improved_diffusion"
 
 
 def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -> dict[str, th.Tensor]:
-    """A copy of the state dict, in host memory, that carries its description."""
+    """A copy of the state dict in host memory, with its description."""
     described: Any = OrderedDict((name, tensor.detach().to("cpu", copy=True)) for name, tensor in state_dict.items())
     described._metadata = OrderedDict(getattr(state_dict, "_metadata", {}))
     described._metadata[METADATA_KEY] = {"json": json.dumps(metadata)}
@@ -31,26 +31,26 @@ def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -
 
 
 def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Mapping[str, Any]) -> None:
-    """Write a state dict with its description. Raises UserError where that fails, leaving an older file whole."""
+    """Write a state dict with its description. Raises UserError if that fails; an old file is then unchanged."""
     save(describe(state_dict, metadata), path)
 
 
 def to_bytes(obj: Any) -> memoryview:
-    """What torch.save writes."""
+    """The bytes that torch.save writes."""
     buffer = io.BytesIO()
     th.save(obj, buffer)
     return buffer.getbuffer()
 
 
 def save(obj: Any, path: str) -> None:
-    """torch.save, so that a crash or a full disk leaves an older file whole."""
+    """torch.save in one step: after a crash or on a full disk the old file is unchanged."""
     files.write_bytes(path, to_bytes(obj))
 
 
 def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """(state dict on the CPU, its description, {} for a foreign file). Collective.
 
-    Nothing in the file is executed. Raises UserError for a missing, damaged or hostile file, or one of something else.
+    Nothing in the file is executed. Raises UserError for a missing, damaged or unsafe file, and for other contents.
     """
     state_dict = distributed.load_state_dict(path, map_location="cpu")
     if not isinstance(state_dict, dict) or not all(isinstance(value, th.Tensor) for value in state_dict.values()):
@@ -65,7 +65,7 @@ def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
 
 
 def check_fits(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
-    """Raise UserError naming the first tensor in which a state dict differs from the model's, if one does."""
+    """Raise UserError, naming the first difference, unless the state dict has the model's tensors."""
     own = model.state_dict()
     for name in [*own, *state_dict]:
         if name not in state_dict or name not in own:
@@ -79,7 +79,7 @@ def check_fits(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: s
 
 
 def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
-    """model.load_state_dict whose failure is one message."""
+    """model.load_state_dict; raises UserError if the tensors do not fit."""
     check_fits(model, state_dict, path)
     model.load_state_dict(state_dict)
 
@@ -91,22 +91,22 @@ def parse_resume_step_from_filename(filename: str) -> int:
 
 
 def model_name(step: int) -> str:
-    """The file of the parameters at a step."""
+    """The file name of the parameters of a step."""
     return f"model{step:06d}.pt"
 
 
 def ema_name(label: float | str, step: int) -> str:
-    """The file of a moving average at a step; the label is its rate, or what else tells it from others."""
+    """The file name of a moving average of a step; the label is its rate or another name."""
     return f"ema_{label}_{step:06d}.pt"
 
 
 def optimizer_name(step: int) -> str:
-    """The file of the optimizer's state at a step."""
+    """The file name of the optimizer's state of a step."""
     return f"opt{step:06d}.pt"
 
 
 def model_steps(directory: str) -> list[int]:
-    """The steps, in rising order, of which the folder holds the model."""
+    """The steps, in ascending order, whose model is in the folder."""
     if not files.is_dir(directory):
         return []
     matches = (re.fullmatch(r"model(\d+)\.pt", name) for name in files.list_dir(directory))
@@ -114,7 +114,7 @@ def model_steps(directory: str) -> list[int]:
 
 
 def find_in_set(main_checkpoint: str, name: str, what: str) -> str:
-    """The path of another part of the set that a modelNNNNNN.pt belongs to. Raises UserError where it is missing."""
+    """The path of another file of the same step as a modelNNNNNN.pt. Raises UserError if it is missing."""
     directory = main_checkpoint.rsplit("/", 1)[0] if "/" in main_checkpoint else "."
     path = files.join(directory, name)
     if not files.exists(path):

@@ -1,7 +1,7 @@
-"""Checkpoints as sets: the files of one step, written together, described by a manifest, verified, kept or removed.
+"""Checkpoint sets: the files of one step, written together, described by a manifest, verified, kept or removed.
 
-A set is there once its manifest is, which is written last: {"step": steps done, "files": {name: {"bytes": n,
-"sha256": hex}}}. Other code writes no manifests; before the first one in a folder a set is there once its files are.
+A set is complete once its manifest, written last, exists: {"step": steps done, "files": {name: {"bytes": n, "sha256":
+hex}}}. Other code writes no manifests: sets older than the first manifest of a folder need none.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..config import UserError
 from ..utils import files
 from . import checkpoint
 
-CONFIG_FILE = "config.json"  # what made the run, beside its checkpoints
+CONFIG_FILE = "config.json"  # the options of the run, beside its checkpoints
 FAILURES_ALLOWED = 2  # saves in a row that may fail before the run stops
 
 _PARTS = re.compile(r"(model|opt|ema_.+_)(\d{6,})\.pt")
 _MANIFEST = re.compile(r"manifest(\d{6,})\.json")
-_SNAPSHOT = "ema_sigma_rel"  # of a power-function average: each is needed to rebuild averages of other lengths
+_SNAPSHOT = "ema_sigma_rel"  # of a power-function average; all are needed to compute averages of other lengths
 
 
 def manifest_name(step: int) -> str:
@@ -41,7 +41,7 @@ def step_of(path: str) -> int | None:
 
 
 def write_set(directory: str, step: int, done: int, parts: Iterable[tuple[str, Any]]) -> None:
-    """Write a set and then its manifest, one part at a time in memory. Raises UserError, leaving older sets whole.
+    """Write a set and then its manifest, with one part at a time in memory. Raises UserError; old sets are unchanged.
 
     :param step: the number in the files' names.
     :param done: the training steps done.
@@ -66,10 +66,10 @@ def _manifest_steps(names: Iterable[str]) -> list[int]:
 
 
 def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[int]:
-    """Of the sets up to `newest` remove all but the last `keep_last` and those of a multiple of `keep_every`.
+    """Remove the sets up to step `newest`, except the last `keep_last` and those at multiples of `keep_every`.
 
-    Returns their steps. Snapshots of power-function averages stay. A `keep_last` of 0 keeps all; sets without a
-    manifest are nobody's to remove.
+    Returns the removed steps. Snapshots of power-function averages stay. A `keep_last` of 0 keeps all. Sets without a
+    manifest are never removed.
     """
     if not keep_last:
         return []
@@ -80,15 +80,15 @@ def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[
         for name in manifest["files"]:
             if step_of(name) == step and "/" not in name and not name.startswith(_SNAPSHOT):
                 files.remove(files.join(directory, name))
-        # Last: where this is cut short the next time finds what is left, and until then the set is not whole.
+        # Last, so that after an interruption the next call finds what is left; until then the set is incomplete.
         files.remove(files.join(directory, manifest_name(step)))
     return removed
 
 
 def set_aside_after(directory: str, step: int) -> list[str]:
-    """Take the sets after a step out of sight, for a run that goes back to it: --resume auto would jump to them later.
+    """Rename the sets after a step to *.aside, for a run that resumes at it: --resume auto must not find them later.
 
-    Their files get the ending .aside, as do later snapshots of power-function averages. Returns the manifests' names.
+    Later snapshots of power-function averages are renamed too. Returns the names of the manifests.
     """
     names = files.list_dir(directory) if files.is_dir(directory) else []
     later = [number for number in _manifest_steps(names) if number > step]
@@ -96,16 +96,16 @@ def set_aside_after(directory: str, step: int) -> list[str]:
     for number in later:
         manifest = read_manifest(directory, number) or {"files": {}}
         found += [name for name in manifest["files"] if step_of(name) == number and name in names]
-    # The manifests first: from then on none of these sets is there.
+    # The manifests first: without them the sets are incomplete.
     for name in dict.fromkeys([*map(manifest_name, later), *found]):
         files.rename(files.join(directory, name), files.join(directory, f"{name}.aside"))
     return [manifest_name(number) for number in later]
 
 
 class SetWriter:
-    """Writes sets in the background, one at a time, so that training waits for the copy to host memory alone.
+    """Writes sets in the background, one at a time: training waits only for the copy to host memory.
 
-    A save that fails is reported as a warning by `collect`; more than FAILURES_ALLOWED in a row raise UserError there.
+    `collect` warns of a failed save, and raises UserError after more than FAILURES_ALLOWED failures in a row.
     """
 
     def __init__(
@@ -118,32 +118,32 @@ class SetWriter:
     ):
         self.directory, self.log, self.warn = directory, log, warn
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.last_saved: str | None = None  # the model's file of the newest set
+        self.last_saved: str | None = None  # the model file of the newest set
         self.failures = 0
-        self.beside: dict[str, Any] = {}  # file name -> content of what is written before the next set
-        self.taken: dict[str, Any] = {}  # those that are being written
+        self.beside: dict[str, Any] = {}  # file name -> content, written before the next set
+        self.taken: dict[str, Any] = {}  # the ones being written now
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
-        self.remark: str | None = None  # what did not keep a set from being written
+        self.remark: str | None = None  # a problem that did not prevent the save
 
     def submit(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
-        """Begin to write a set, once the one before is written."""
+        """Start to write a set, after the previous one is written."""
         self.wait()
-        # Taken whole, so that this thread may note a newer file meanwhile; what cannot be written comes back.
+        # Taken at once, so that `write_beside` may add newer files meanwhile; unwritten files are put back.
         self.taken, self.beside = self.beside, {}
 
         def run() -> None:
             self.failure = self.remark = None
             try:
                 self._write(step, done, parts)
-            except BaseException as error:  # handed to the main thread
+            except BaseException as error:  # raised by the main thread
                 self.failure = error
 
         self.thread = threading.Thread(target=run, name="checkpoint writer", daemon=True)
         self.thread.start()
 
     def write_beside(self, name: str, part: Any) -> None:
-        """Write a file of its own together with the next set: the set is there only if the file is."""
+        """Write another file before the next set: the set is complete only if the file is written."""
         self.beside[name] = part
 
     def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
@@ -155,10 +155,10 @@ class SetWriter:
         try:
             prune(self.directory, step, self.keep_last, self.keep_every)
         except UserError as error:
-            self.remark = f"older checkpoints stay: {error}"
+            self.remark = f"old checkpoints were not removed: {error}"
 
     def collect(self) -> None:
-        """Report what has been written since the last call, or that it could not be.
+        """Report the saves that have ended since the last call.
 
         Raises UserError after too many failures in a row.
         """
@@ -168,21 +168,21 @@ class SetWriter:
         if failure and self.failures > FAILURES_ALLOWED:
             raise UserError(f"{self.failures} saves in a row have failed: {failure}")
         if failure:
-            self.warn(f"saving failed, and is tried again at the next interval: {failure}")
+            self.warn(f"saving failed and will be retried at the next interval: {failure}")
 
     def wait(self) -> None:
-        """`collect`, after what is under way is written."""
+        """Wait for the save in progress, then `collect`."""
         if self.thread is not None:
             self.thread.join()
         self.collect()
 
     def finish(self) -> None:
-        """`wait`, where there is no next interval: any failure raises UserError."""
+        """Wait for the last save. Raises UserError if it failed."""
         if self.thread is not None and (failure := self._result()):
             raise UserError(failure)
 
     def _result(self) -> str | None:
-        """Wait for what is under way; why it failed, if it did."""
+        """Wait for the save in progress. Returns why it failed, or None."""
         assert self.thread is not None
         self.thread.join()
         self.thread = None
@@ -203,7 +203,7 @@ class SetWriter:
 
 
 def read_manifest(directory: str, step: int) -> dict[str, Any] | None:
-    """The manifest of a step, None where it is missing or damaged."""
+    """The manifest of a step; None if it is missing or damaged."""
     path = files.join(directory, manifest_name(step))
     try:
         content = json.loads(files.read_bytes(path))
@@ -214,9 +214,9 @@ def read_manifest(directory: str, step: int) -> dict[str, Any] | None:
 
 
 def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
-    """The steps, in rising order, of which the folder holds the model, all given moving averages and the optimizer.
+    """The steps, in ascending order, whose model, given moving averages and optimizer are in the folder.
 
-    From the first manifest on, every set needs one: without it the set was not written to its end.
+    From the first manifest on, each set needs one: a set without it is incomplete.
     """
     if not files.is_dir(directory):
         return []
@@ -234,7 +234,7 @@ def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
 
 
 def problem_of(directory: str, step: int) -> str | None:
-    """What is wrong with the files of a set by its manifest; None where nothing is, or where there is none."""
+    """What is wrong with the files of a set, by its manifest; None if nothing is, or if there is no manifest."""
     manifest = read_manifest(directory, step)
     if manifest is None:
         path = files.join(directory, manifest_name(step))
@@ -262,12 +262,12 @@ def _checker(directory: str) -> Callable[[tuple[str, Mapping[str, Any]]], str | 
 
 
 def newest_whole_set(directory: str, labels: Sequence[str], warn: Callable[[str], None]) -> int | None:
-    """The step of the newest set whose files are what was written; older ones are tried, with a warning, in turn."""
+    """The step of the newest set with unchanged files. Warns of each newer set that is damaged."""
     for step in reversed(complete_sets(directory, labels)):
         problem = problem_of(directory, step)
         if problem is None:
             return step
-        warn(f"the checkpoint of step {step} is passed over: {problem}")
+        warn(f"skipped the damaged checkpoint of step {step}: {problem}")
     return None
 
 

@@ -13,33 +13,34 @@ SAMPLERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig(Config):
-    """How to walk from noise to an image."""
+    """Sampler options."""
 
     use_ddim: bool = option(False, "deterministic DDIM steps (the same as --sampler ddim)")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1] at every step")
     ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling")
-    sampler: str = extra("auto", "the rule of each step; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
+    sampler: str = extra("auto", "the solver; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
     steps: int = extra(
         0,
-        "steps to take, 1 to diffusion_steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others; "
-        "or what a command of image_edit.py says",
+        "number of steps, 1 to diffusion_steps; 0: by timestep_respacing, else all for ancestral and ddim, 20 for the "
+        "others; when editing: 200 to encode, decode and interpolate images, 100 to inpaint and vary them",
     )
     timestep_grid: str = extra(
         "auto",
-        "where the steps lie: uniform, ddim, trailing, logsnr, karras, quadratic, or timesteps such as 0,10.5,500,999; "
-        "auto: what suits the sampler",
+        "spacing of the steps: uniform, ddim, trailing, logsnr, karras, quadratic, or timesteps such as "
+        "0,10.5,500,999; auto: by sampler",
     )
-    churn: float = extra(0.0, "S_churn of euler and heun: noise added and removed again on the way (EDM alg. 2)")
-    churn_min: float = extra(0.0, "S_tmin, the noise level sigma below which there is no churn")
-    churn_max: float = extra(0.0, "S_tmax, the noise level sigma above which there is no churn; 0: none")
+    churn: float = extra(0.0, "S_churn of euler and heun: noise added and removed again at each step (EDM alg. 2)")
+    churn_min: float = extra(0.0, "S_tmin: no churn below this noise level sigma")
+    churn_max: float = extra(0.0, "S_tmax: no churn above this noise level sigma; 0: no limit")
     churn_noise: float = extra(1.0, "S_noise, the standard deviation of the noise that churn adds")
     dynamic_threshold: float = extra(
-        0.0, "percentile, such as 0.995, of |x_0| that is scaled to 1 where it is more (Imagen); 0: none"
+        0.0,
+        "dynamic thresholding (Imagen): the quantile of |x_0|, such as 0.995, to scale to 1 where it is more; 0: off",
     )
-    print_steps: bool = extra(False, "print the steps, with their noise levels, and draw nothing")
-    precision: str = extra("fp32", "arithmetic of the network's torso", choices=PRECISIONS)
-    channels_last: bool = extra(False, "lay images out channels last: faster on GPUs in bf16 and fp16")
-    compile: bool = extra(False, "compile the network by torch.compile: minutes at the start, then faster")
+    print_steps: bool = extra(False, "print the steps with their noise levels, and stop")
+    precision: str = extra("fp32", "number format of the network's blocks", choices=PRECISIONS)
+    channels_last: bool = extra(False, "channels-last memory layout: faster on GPUs in bf16 and fp16")
+    compile: bool = extra(False, "compile the network with torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
         for name in ("steps", "churn", "churn_min", "churn_max", "churn_noise"):
@@ -61,20 +62,18 @@ class SamplerConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig(Config):
-    """Guidance."""
+    """Guidance options."""
 
-    guidance_scale: float = extra(
-        1.0, "how far to go from the guide's prediction through the model's (classifier-free guidance); 1: no guidance"
-    )
+    guidance_scale: float = extra(1.0, "classifier-free guidance: guide + scale x (model - guide); 1: no guidance")
     guide_path: str = extra(
-        "", "guide by this checkpoint, a weaker or unconditional one, rather than by the model with its class hidden"
+        "", "checkpoint of a weaker or unconditional guide; empty: the model itself with its class hidden"
     )
     guidance_interval: str = extra(
-        "", "lowest and highest noise level sigma at which guidance acts, such as 0.3,5; empty: everywhere"
+        "", "lowest and highest noise level sigma at which guidance acts, such as 0.3,5; empty: at every one"
     )
     guidance_rescale: float = extra(0.0, "share of the contrast to restore, 0.7 in Lin et al. 2024; 0: none")
-    classifier_path: str = extra("", "classifier to guide by, as classifier_train.py makes it")
-    classifier_scale: float = extra(1.0, "what the gradient of --classifier_path counts")
+    classifier_path: str = extra("", "checkpoint of a classifier to guide by, from classifier-train")
+    classifier_scale: float = extra(1.0, "weight of the gradient of --classifier_path")
 
     def validate(self) -> None:
         for name in ("guidance_scale", "classifier_scale"):
@@ -103,18 +102,19 @@ class GuidanceConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Config):
-    """What to draw."""
+    """Sampling options."""
 
     model_path: str = option("", "checkpoint to sample from, preferably an ema_*.pt")
-    num_samples: int = option(10000, "images to make; super-resolution makes one of each base image unless told")
+    num_samples: int = option(10000, "images to make; super-resolution: one from each base image unless given")
     seeds: str = extra(
-        "", "numbers of the images to make, such as 17,40-47: image i of --seed, again; empty: 0 to num_samples - 1"
+        "", "numbers of the images to make, such as 17,40-47, out of those of --seed; empty: 0 to num_samples - 1"
     )
-    batch_size: int = option(16, "images at once on each rank")
-    classes: str = extra("", "classes to draw, by name or index, comma-separated, in turn; empty: random ones")
+    batch_size: int = option(16, "images per batch on each rank")
+    classes: str = extra("", "classes to make, by name or index, comma-separated, repeated in turn; empty: random")
     save_steps: int = extra(
         0,
-        "show how the first samples come about, by so many predictions of x_0 on the way: steps.png, steps.gif; 0: not",
+        "show this many of the predictions of x_0 during sampling of the first images in steps.png and steps.gif; "
+        "0: none",
     )
 
     def validate(self) -> None:
@@ -130,31 +130,29 @@ class SampleConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSamplesConfig(Config):
-    """The images that super-resolution starts from."""
+    """Super-resolution inputs."""
 
     base_samples: str = option(
         "", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image"
     )
     reference: str = extra(
-        "", "the true images at --large_size, as many and in the same order: PSNR and SSIM are measured against them"
+        "", "true images of --large_size, in the order of --base_samples: PSNR and SSIM are measured against them"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NLLConfig(Config):
-    """Evaluating the variational bound."""
+    """Likelihood options."""
 
     model_path: str = option("", "checkpoint to evaluate, preferably an ema_*.pt")
-    num_samples: int = option(1000, "images to evaluate; at most all there are")
-    batch_size: int = option(1, "images at once on each rank")
+    num_samples: int = option(1000, "images to evaluate; no more than there are")
+    batch_size: int = option(1, "images per batch on each rank")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
     nll_timesteps: int = extra(
         0,
-        "estimate each image's bound from so many timesteps, 2 to all there are; 0: the whole bound, at every timestep",
+        "estimate each image's bound from this many random timesteps, at least 2; 0: evaluate all timesteps",
     )
-    timesteps_per_pass: int = extra(
-        0, "timesteps of each image to evaluate at once; 0: as many as are fast for its size"
-    )
+    timesteps_per_pass: int = extra(0, "timesteps of each image to evaluate at once; 0: chosen for speed by image size")
 
     def validate(self) -> None:
         self.require(self.num_samples >= 1, "num_samples", "must be at least 1")

@@ -1,1 +1,1 @@
-"""Images on disk to batches."""
+"""Images on disk, and batches of them."""

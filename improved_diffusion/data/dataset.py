@@ -20,18 +20,18 @@ from ..config import UserError, height_width
 from ..utils import images
 from .sources import FolderImages, ZipImages
 
-MAX_CHECKED = 10_000  # images read before training starts; of more, a selection
-MAX_CACHED_BYTES = 2**28  # data sets that are smaller once resized stay in memory, in each process that reads them
-MAX_UNREADABLE = 0.01  # the share of unreadable images that is skipped
+MAX_CHECKED = 10_000  # images read before training starts; of more, a `selection`
+MAX_CACHED_BYTES = 2**28  # resized data sets up to this size stay in the memory of each reading process
+MAX_UNREADABLE = 0.01  # fraction of unreadable images that may be skipped
 
 
 class ImageDataset(Dataset):
     """Every num_shards-th image from `shard` on, as (float32 [C, H, W] in [-1, 1], dict with "y" if there are classes).
 
     :param resolution: the side, or (height, width).
-    :param image_paths: paths, or one of the image collections above.
+    :param image_paths: paths, or a collection of data.sources.
     :param classes: the class index of each image.
-    Reading an image that is damaged, or does not fit `channels`, raises UserError.
+    Reading a damaged image, or one with other channels than `channels`, raises UserError.
     """
 
     def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1, channels=3):
@@ -47,12 +47,12 @@ class ImageDataset(Dataset):
         return len(self.local_indices)
 
     def read(self, idx: int) -> Image.Image:
-        """The image at its own size."""
+        """The image in its original size."""
         with quiet():
             return self.decode(idx)
 
     def decode(self, idx: int) -> Image.Image:
-        """`read` with the warnings that Pillow gives."""
+        """Like `read`, with Pillow's warnings."""
         i = self.local_indices[idx]
         try:
             return self.source.read(i)
@@ -67,7 +67,7 @@ class ImageDataset(Dataset):
             raise UnreadableImage(f"{self.source.describe(i)} is not a readable image: {error}") from None
 
     def _pixels(self, idx: int) -> np.ndarray:
-        """The image as the network sees it, uint8 [H, W] or [H, W, C]."""
+        """The resized image, uint8 [H, W] or [H, W, C]."""
         if idx in self.cache:
             return self.cache[idx]
         image = images.resize_crop(self.read(idx), self.resolution)
@@ -84,17 +84,17 @@ class ImageDataset(Dataset):
 
 
 def selection(total: int, count: int) -> np.ndarray:
-    """`count` of the numbers 0..total-1, rising; all where there are no more.
+    """`count` of the numbers 0..total-1, in ascending order; all if there are no more.
 
-    The same ones each time, drawn at random: images come in the order of their classes, or the classes in turn, so that
-    neither the first ones nor every n-th would be like the rest.
+    Random, but the same each time. Folders are often sorted by class or cycle through the classes, so neither the first
+    images nor every n-th would represent the rest.
     """
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of odd metadata: the pixels decide. For one thread at a time, as the filters are the process's."""
+    """Suppress warnings about metadata. For one thread at a time: warning filters belong to the whole process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -105,9 +105,9 @@ class UnreadableImage(UserError):
 
 
 def check_images(dataset: ImageDataset) -> list[int]:
-    """The indices of unreadable images, found by reading all of them, or a `selection` of MAX_CHECKED.
+    """The indices of unreadable images, found by reading all, or a `selection` of MAX_CHECKED.
 
-    Raises UserError where more than 1% are unreadable, or where one does not fit the channels.
+    Raises UserError if more than 1% are unreadable, or if an image has other channels.
     """
     indices = selection(len(dataset), MAX_CHECKED)
 
@@ -119,7 +119,7 @@ def check_images(dataset: ImageDataset) -> list[int]:
         images.convert(image, dataset.channels, dataset.source.describe(dataset.local_indices[idx]))
         return None
 
-    # A zip's members are read one by one: its file has one position.
+    # The members of a zip are read one by one: its file has one position.
     threads = 1 if isinstance(dataset.source, ZipImages) else 4
     with quiet(), ThreadPoolExecutor(threads) as pool:
         problems = {int(i): p for i, p in zip(indices, pool.map(problem, indices)) if p}

@@ -1,4 +1,4 @@
-"""Super-resolution's low-resolution images: made for the model, and shown beside what it makes of them."""
+"""Low-resolution images of super-resolution: as input of the model, and in grids beside its output."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class WithLowRes:
         self.num_images = data.num_images
 
     def seek(self, step: int) -> None:
-        """Go on with the batch of step `step`."""
+        """Continue with the batch of step `step`."""
         self.data.seek(step)
 
     def close(self) -> None:
-        """End the processes that read images."""
+        """End the worker processes."""
         self.data.close()
 
     def __next__(self):
@@ -39,7 +39,7 @@ class WithLowRes:
 
 
 def pairs(small: np.ndarray, large: np.ndarray) -> np.ndarray:
-    """uint8 [N, h, w, C] and [N, H, W, C] -> [2N, H, W, C]: each small image, enlarged, before its large one."""
+    """uint8 [N, h, w, C] and [N, H, W, C] -> [2N, H, W, C]: each small image, enlarged, before its large image."""
     height, width = (big // little for big, little in zip(large.shape[1:3], small.shape[1:3]))
     enlarged = small.repeat(height, axis=1).repeat(width, axis=2)
     return np.stack([enlarged, large], axis=1).reshape(-1, *large.shape[1:])

@@ -1,4 +1,4 @@
-"""Where images come from: folders, zips and npz files, local or on blob storage, and the classes of their images."""
+"""Collections of images (folders, zips and npz files, local or on blob storage) and the classes of their images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ZipImages:
     def __init__(self, path: str):
         self.path = path
         try:
-            # A name may be there twice, where a file was added again: the last one counts, as when it is unpacked.
+            # A name may occur twice if a file was added again: the last one counts, as in unpacking.
             members = [n for n in set(self._archive().namelist()) if images.is_image_name(n)]
             members = [n for n in members if not n.startswith("__MACOSX/")]
         except zipfile.BadZipFile as error:
@@ -78,19 +78,19 @@ class ZipImages:
 
 @lru_cache(maxsize=4)
 def _open_zip(path: str, pid: int) -> zipfile.ZipFile:
-    # One handle a process: workers that share one would read from each other's positions.
+    # One handle per process: a shared one has one position.
     f = files.open_read(path)
     try:
         archive = zipfile.ZipFile(f)
     except BaseException:
         f.close()
         raise
-    weakref.finalize(archive, f.close)  # a ZipFile does not close what it was handed
+    weakref.finalize(archive, f.close)  # a ZipFile does not close a file that it did not open
     return archive
 
 
 class ArrayImages:
-    """The images of an npz: arr_0 uint8 [N, H, W, C], and perhaps their labels, arr_1."""
+    """The images of an npz: arr_0 uint8 [N, H, W, C], and optionally their labels, arr_1."""
 
     def __init__(self, path: str):
         self.path = path
@@ -111,9 +111,9 @@ class ArrayImages:
 
 
 def _list_recursively(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Image paths, the entries of each directory in sorted order, a subdirectory entered where it stands.
+    """Image paths, depth first, the entries of each directory in sorted order.
 
-    :param above: the directories around it, into which a link would lead back.
+    :param above: the parent directories; links back to them are not followed.
     """
     above = (*above, directory if files.is_url(directory) else os.path.realpath(directory))
     for entry in files.list_dir(directory):
@@ -125,7 +125,7 @@ def _list_recursively(directory: str, above: tuple[str, ...] = ()) -> Iterator[s
 
 
 def open_images(data_dir: str, what: str = "--data_dir") -> Any:
-    """The images of a folder, a .zip or an .npz. Raises UserError where there are none."""
+    """The images of a folder, a .zip or an .npz. Raises UserError if there are none."""
     if not data_dir:
         raise UserError(f"{what} is missing: name a folder of images, a .zip or an .npz")
     if not files.exists(data_dir):
@@ -146,12 +146,12 @@ def open_images(data_dir: str, what: str = "--data_dir") -> Any:
 
 
 def stem(name: str) -> str:
-    """The name of an image's file, without its folder and what stands after the last dot."""
+    """The name of an image's file without folder and extension."""
     return os.path.splitext(os.path.basename(name.replace("\\", "/")))[0]
 
 
 def open_pictures(path: str, what: str) -> Any:
-    """Like open_images; besides, one image or several, separated by commas."""
+    """Like open_images; also accepts one or more image files, separated by commas."""
     paths = path.split(",")
     if not files.is_dir(path) and all(map(images.is_image_name, paths)):
         for each in paths:
@@ -164,12 +164,12 @@ def open_pictures(path: str, what: str) -> Any:
 def read_classes(source: Any, labels: str, data_dir: str, few: bool = False) -> tuple[list[int], list[str]]:
     """(the class index of each image, the classes' names). `labels` is prefix, folder or the path of a JSON file.
 
-    :param few: there may be no more than one image of each class.
-    Raises UserError where the images have no classes of that kind.
+    :param few: allow data sets with only one image of each class.
+    Raises UserError if the images have no classes of that kind.
     """
     if isinstance(source, ArrayImages):
         if source.labels is None:
-            raise UserError(f"{data_dir} has no arr_1, so its images have no classes: leave --class_cond out")
+            raise UserError(f"{data_dir} has no arr_1, so its images have no classes: drop --class_cond")
         return _index_classes([int(y) for y in source.labels], data_dir)
     names = [source.name(i).replace("\\", "/") for i in range(len(source))]
     if labels == "prefix":
@@ -177,7 +177,7 @@ def read_classes(source: Any, labels: str, data_dir: str, few: bool = False) -> 
     elif labels == "folder":
         found = [name.rpartition("/")[0] for name in names]
         if "" in found:
-            raise UserError(f"--labels folder: {names[found.index('')]} lies in no folder below {data_dir}")
+            raise UserError(f"--labels folder: {names[found.index('')]} is in no folder below {data_dir}")
     else:
         table = _read_label_file(labels)
         missing = [name for name in names if name not in table]
@@ -207,7 +207,7 @@ def _index_classes(found: list[Any], where: str) -> tuple[list[int], list[str]]:
 
 
 def _read_label_file(path: str) -> dict[str, Any]:
-    """Path -> class name or index, of a JSON object, or a list of pairs, alone or under "labels"."""
+    """Path -> class name or index, from a JSON object or list of pairs, at the top or under "labels"."""
     try:
         content = json.loads(files.read_bytes(path))
         if isinstance(content, dict) and "labels" in content:

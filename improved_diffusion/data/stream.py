@@ -19,7 +19,7 @@ from .sources import open_images, read_classes
 
 
 class _Stream(Dataset):
-    """Position in the endless order -> image. Position g is in epoch g // N, and a function of (seed, epoch)."""
+    """Position in the endless order -> image. Position g lies in epoch g // N, whose order depends on (seed, epoch)."""
 
     def __init__(
         self, dataset: ImageDataset, seed: int, shuffle: bool, random_flip: bool, label_drop: float, skip: Sequence[int]
@@ -37,7 +37,7 @@ class _Stream(Dataset):
         try:
             array, out = self._readable(place)
         except UserError as error:
-            return error  # raised in a worker it would arrive wrapped in the worker's traceback
+            return error  # raised in a worker, it would be wrapped in the worker's traceback
         if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
             array = np.ascontiguousarray(array[:, :, ::-1])
         if self.label_drop and np.random.default_rng((self.seed, epoch, place, 1)).random() < self.label_drop:
@@ -45,7 +45,7 @@ class _Stream(Dataset):
         return array, out
 
     def _readable(self, place: int):
-        """The image at a place of the order; the next one's where it turns out to be unreadable, up to 1%."""
+        """The image at a place of the order; the next one if it is unreadable, for up to 1% of the images."""
         while True:
             i = int(self.order[place % len(self.order)])
             try:
@@ -56,7 +56,7 @@ class _Stream(Dataset):
                 if len(self.unreadable) > MAX_UNREADABLE * len(self.dataset):
                     raise
                 if not known:
-                    warnings.warn(f"{error}; another image takes its place", stacklevel=1)
+                    warnings.warn(f"{error}; another image is used instead", stacklevel=1)
                 place += 1
 
 
@@ -66,7 +66,7 @@ def _collate(samples: list[Any]) -> Any:
 
 
 class _Positions:
-    """The positions of one rank's batches, from a step on: of each step's, every world_size-th from its rank."""
+    """The positions of one rank's batches from a step on: every world_size-th position of each step."""
 
     def __init__(self, first_step: int, batch_size: int, rank: int, world_size: int):
         self.first_step, self.batch_size, self.rank, self.world_size = first_step, batch_size, rank, world_size
@@ -83,8 +83,8 @@ class BatchStream:
     """An endless iterator of (float32 [batch_size, C, H, W], dict of int64 "y" [batch_size] where there are classes).
 
     `seek(step)` moves it to the batch that step `step` of a run takes.
-    :param label_drop: the share of images that come without their class, as NULL_LABEL.
-    Raises UserError where a rank's share is smaller than its batch.
+    :param label_drop: the fraction of images whose class is replaced by NULL_LABEL.
+    Raises UserError if a rank gets fewer images than its batch size.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class BatchStream:
         check: bool = True,
     ):
         if label_drop and dataset.local_classes is None:
-            raise ValueError("label_drop hides classes, of which there are none")
+            raise ValueError("label_drop needs a data set with classes")
         self.class_names = class_names
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -119,15 +119,15 @@ class BatchStream:
         self.first_step = 0
 
     def seek(self, step: int) -> None:
-        """Go on with the batch of step `step`."""
+        """Continue with the batch of step `step`."""
         self.first_step, self.batches = step, None
 
     def close(self) -> None:
-        """End the processes that read images; the next batch would start them again."""
+        """End the worker processes; the next batch would start them again."""
         workers = getattr(self.batches, "_workers", [])
-        self.batches = None  # which lets them end by themselves
+        self.batches = None  # lets them end by themselves
         for worker in workers:
-            if worker.is_alive():  # it is stuck, and ignores SIGTERM
+            if worker.is_alive():  # it hangs and ignores SIGTERM
                 worker.kill()
 
     def __iter__(self) -> BatchStream:
@@ -141,7 +141,7 @@ class BatchStream:
                 num_workers=self.num_workers,
                 collate_fn=_collate,
                 pin_memory=distributed.pins_memory(distributed.dev()),
-                # The workers draw nothing at random, and the training's generators must not be advanced.
+                # The workers draw nothing at random; the generators of training must not advance.
                 generator=th.Generator(),
                 worker_init_fn=_start_worker if self.num_workers else None,
             ))  # fmt: skip
@@ -151,13 +151,13 @@ class BatchStream:
         return batch
 
     def skipped_names(self) -> list[str]:
-        """The unreadable images that are left out."""
+        """The names of the unreadable images that are skipped."""
         return [self.stream.dataset.source.describe(i) for i in self.skipped]
 
 
 def _start_worker(worker: int) -> None:
     th.set_num_threads(1)
-    # What stops a run, often sent to all of its processes, is for the training to act on; it then ends its workers.
+    # Stop signals often go to all processes of a run. The training process acts on them and ends its workers.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)

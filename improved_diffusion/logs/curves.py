@@ -1,4 +1,4 @@
-"""The curves of a run on one picture, drawn from its progress.csv."""
+"""Plots of a run's progress.csv, in one figure."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from ..utils import files
 from ..utils.figures import new_figure, save_figure
 
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
-COLUMNS = 3  # panels beside each other
-POINTS_TO_SMOOTH = 40  # from so many values on a curve is noise and trend
-POINTS_TO_MARK = 60  # up to so many each value is a dot
-LOG_RATIO = 3.0  # largest over smallest value, from which on a logarithmic axis shows more
+COLUMNS = 3  # panels in a row
+POINTS_TO_SMOOTH = 40  # curves with at least so many values also get a smoothed line
+POINTS_TO_MARK = 60  # curves with at most so many values get dots
+LOG_RATIO = 3.0  # largest over smallest value above which the axis is logarithmic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One pair of axes: which columns it shows, and how."""
+    """One plot: the columns it shows, and how."""
 
     title: str
     unit: str
-    shows: Callable[[str], bool]  # whether a column belongs here
+    shows: Callable[[str], bool]  # whether the panel shows a column
     label: Callable[[str], str] = str
     smooth: bool = False
-    log: bool = False  # where every value is positive
-    share: bool = False  # values from 0 to 1, shown as per cent
+    log: bool = False  # if all values are positive
+    share: bool = False  # values from 0 to 1, shown in percent
 
 
 def _is(*keys: str) -> Callable[[str], bool]:
@@ -40,7 +40,7 @@ def _is(*keys: str) -> Callable[[str], bool]:
 
 
 def _weights(key: str) -> str:
-    """Whose validation it is: val_bpd_ema_0.9999 is that of "EMA 0.9999", val_bpd that of the model itself."""
+    """The weights that a column validates: val_bpd_ema_0.9999 is "EMA 0.9999", val_bpd is "model"."""
     name = key.removeprefix("val_loss").removeprefix("val_bpd").lstrip("_")
     return name.replace("ema_", "EMA ") or "model"
 
@@ -73,20 +73,20 @@ PANELS = (
 
 
 def write_curves(csv_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
-    """Draw what a run's progress.csv holds against the step; panels for which it has no columns are left out.
+    """Plot the columns of a run's progress.csv against the step, without panels that have no column.
 
-    Raises UserError where there is nothing to draw.
+    Raises UserError if there is nothing to plot.
     """
     save_figure(png_path, figure_of(csv_path))
 
 
 def figure_of(csv_path: str | os.PathLike) -> Any:
-    """The picture of `write_curves` as a matplotlib Figure."""
+    """The matplotlib Figure that `write_curves` saves."""
     steps, columns = _read(csv_path)
     panels = [(panel, sorted(filter(panel.shows, columns))) for panel in PANELS]
     panels = [(panel, keys) for panel, keys in panels if keys]
     if not panels:
-        raise UserError(f"{csv_path} has no rows to draw yet: curves need a row of the log with its step and loss")
+        raise UserError(f"{csv_path} has no rows to plot yet: the first log row with a step and a loss is needed")
     across = min(COLUMNS, len(panels))
     down = -(-len(panels) // across)
     figure = new_figure((5.4 * across, 3.4 * down + 0.4))
@@ -98,7 +98,7 @@ def figure_of(csv_path: str | os.PathLike) -> Any:
 
 
 def _read(csv_path: str | os.PathLike) -> tuple[np.ndarray, dict[str, np.ma.MaskedArray]]:
-    """The steps [rows], ascending, and each column of numbers [rows], masked where its cell is empty."""
+    """The steps [rows], ascending, and each numeric column [rows], masked at empty cells."""
     text = files.read_bytes(csv_path).decode(errors="replace").replace("\0", "")
     header, *records = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     cells = {key: [record[i] if i < len(record) else "" for record in records] for i, key in enumerate(header)}
@@ -123,8 +123,8 @@ def _numbers(cells: Sequence[str]) -> np.ma.MaskedArray:
 
 
 def _curve(steps: np.ndarray, column: np.ma.MaskedArray) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) of a line through a column's values: it breaks, by a nan, where one is not finite and where the values
-    stop for longer than they usually do."""
+    """(x, y) of the line through a column's values. It is broken by a nan at values that are not finite and at
+    gaps that are longer than usual."""
     rows = np.flatnonzero(~np.ma.getmaskarray(column))
     x, y = steps[rows], np.where(np.isfinite(column.data[rows]), column.data[rows], np.nan)
     apart = np.diff(rows)
@@ -134,9 +134,9 @@ def _curve(steps: np.ndarray, column: np.ma.MaskedArray) -> tuple[np.ndarray, np
 
 
 def _running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The trend of a noisy curve, at no more than 500 places: medians over a twentieth of the values.
+    """The trend of a noisy curve at no more than 500 places: medians over a twentieth of the values.
 
-    The window begins small, as a loss falls fast at first.
+    The window starts small because a loss falls fast at first.
     """
     half = max(len(y) // 40, 5)
     gaps = np.flatnonzero(np.isnan(y))
@@ -157,7 +157,7 @@ def _draw(
     finite = np.concatenate([y[np.isfinite(y)] for _, y in curves.values()])
     for i, (key, (x, y)) in enumerate(curves.items()):
         color, label = COLORS[i % len(COLORS)], panel.label(key)
-        width = 2.8 if key == "loss" else 1.4  # seen below mse, which lies on it
+        width = 2.8 if key == "loss" else 1.4  # visible behind mse, which covers it
         n = np.isfinite(y).sum()
         dots = {"marker": "o", "markersize": 3.0} if n <= POINTS_TO_MARK else {}
         if panel.smooth and n >= POINTS_TO_SMOOTH:
@@ -203,7 +203,7 @@ def _dress(axes: Any, panel: Panel, values: np.ndarray, n_curves: int, steps: np
         axes.spines[side].set_visible(False)
     lines = -(-n_curves // 4) if n_curves > 1 else 0
     axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", pad=6 + 13 * lines)
-    if lines:  # above the axes, where no curve runs
+    if lines:  # above the axes, away from the curves
         axes.legend(
             loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.1, ncol=4, frameon=False, fontsize=8,
             handlelength=1.2, columnspacing=1.0,

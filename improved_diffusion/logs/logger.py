@@ -50,7 +50,7 @@ class Logger:
 
     def dumpkvs(self) -> dict[str, Any]:
         for values in self.deferred:
-            self.values.update(values())
+            self.values.update({key: value for key, value in values().items() if key not in self.values})
         self.deferred.clear()
         row = dict(self.values) if self.comm is None else self._mean_over_comm()
         if row and self.level < DISABLED:
@@ -61,7 +61,7 @@ class Logger:
         return row
 
     def _mean_over_comm(self) -> dict[str, Any]:
-        """The means over an MPI communicator, weighted by counts; empty but on its rank 0."""
+        """The means over an MPI communicator, weighted by counts; empty except on its rank 0."""
         gathered = self.comm.gather({key: (value, self.counts.get(key, 1)) for key, value in self.values.items()})
         if self.comm.rank != 0:
             return {}
@@ -72,7 +72,7 @@ class Logger:
             try:
                 row[key] = sum(float(value) * count for value, count in pairs) / sum(count for _, count in pairs)
             except ValueError:
-                row[key] = pairs[0][0]  # a text, as rank 0 has it
+                row[key] = pairs[0][0]  # text: the value of rank 0
         return row
 
     def log(self, *args: Any, level: int = INFO) -> None:
@@ -140,7 +140,7 @@ def _new_run_dir() -> str:
 
 
 def get_current() -> Logger:
-    """The logger in use; before configure(), one that only prints."""
+    """The current logger; before configure(), one that only prints."""
     global _current
     if _current is None:
         _current = Logger(None, [HumanOutputFormat(sys.stdout)] if distributed.get_rank() == 0 else [])
@@ -148,7 +148,7 @@ def get_current() -> Logger:
 
 
 def get_dir() -> str:
-    """The folder that is logged to; configures the logger where nobody has."""
+    """The folder of the log; configures the logger if that has not been done."""
     if get_current().dir is None:
         configure()
     return str(get_current().dir)
@@ -197,7 +197,10 @@ def logkvs(d: Mapping[str, Any]) -> None:
 
 
 def defer(values: Callable[[], Mapping[str, Any]]) -> None:
-    """Add values() to the next row when it is written, once: for values that are still being computed on a device."""
+    """Add values() to the next row when that is written: for values that a device is still computing.
+
+    Values of the same key that are logged directly win.
+    """
     get_current().defer(values)
 
 
@@ -207,21 +210,21 @@ def dumpkvs() -> dict[str, Any]:
 
 
 def drop_rows(first_step: int) -> int:
-    """Remove what an interrupted run has logged of `first_step` and later, which comes again where it goes on.
+    """Remove the rows of `first_step` and later, which a resumed run logs again.
 
-    Rows without a step stay. Returns how many rows of the CSV went, a last one that a crash tore included.
+    Rows without a step stay. Returns the number of rows removed from the CSV, including an incomplete last row.
     """
     return get_current().drop_rows(first_step)
 
 
 def log_image(name: str, image: Any, step: int) -> None:
-    """Hand an image, uint8 [H, W, C], to the outputs that take images."""
+    """Write an image, uint8 [H, W, C], to the outputs that take images."""
     get_current().log_image(name, image, step)
 
 
 def add_output(output: Any) -> None:
-    """Write to one more output: an object with writekvs(row) and close(), and with writeseq(words),
-    writeimage(name, image, step) and drop_rows(first_step) if it takes those."""
+    """Add an output: an object with writekvs(row) and close(), and optionally writeseq(words), writeimage(name, image,
+    step) and drop_rows(first_step)."""
     get_current().output_formats.append(output)
 
 
@@ -256,7 +259,7 @@ def error(*args: Any) -> None:
 
 
 def set_level(level: int) -> None:
-    """Leave out messages below a level."""
+    """Drop messages below a level."""
     get_current().level = level
 
 
@@ -278,7 +281,7 @@ def profile_kv(scopename: str) -> Iterator[None]:
 
 
 def profile(n: str):
-    """A decorator: profile_kv around each call of the function."""
+    """A decorator that applies profile_kv to each call."""
 
     def decorator(func):
         def wrapped(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases as outputs of the logger. Whatever happens to them, the run goes on."""
+"""TensorBoard and Weights & Biases as outputs of the logger. Their failures never end a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import logger
 
 
 def make_trackers(names: Sequence[str], run_dir: str, config: Mapping[str, Any], resume_step: int = 0) -> list[Any]:
-    """The named trackers, for logger.add_output; none on other ranks than 0.
+    """The named trackers, for logger.add_output; only on rank 0.
 
     :param names: of config.TRACKERS.
     :param run_dir: the run's folder, in which they keep their files.
@@ -32,13 +32,13 @@ def make_trackers(names: Sequence[str], run_dir: str, config: Mapping[str, Any],
 
 
 def _finite_scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """The row's finite numbers but its step."""
+    """The finite numbers of a row, without its step."""
     numbers = {key: float(value) for key, value in row.items() if key != "step" and hasattr(value, "__float__")}
     return {key: value for key, value in numbers.items() if math.isfinite(value)}
 
 
 class Tracker:
-    """What the trackers share: a failure is told once in each spell, costs what could not be sent, and ends nothing."""
+    """Base of the trackers: warns once per outage; values that could not be sent are dropped."""
 
     name = ""
 
@@ -50,10 +50,10 @@ class Tracker:
     def _surviving(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a package of others that talks to the network may raise anything
+        except Exception as error:  # a foreign package that uses the network may raise anything
             if not self.failing:
                 self.failing = True
-                logger.warn(f"{self.name} failed, and gets no values until it works again; the run goes on: {error!r}")
+                logger.warn(f"{self.name} failed and gets no values until it works again; the run continues: {error!r}")
         else:
             self.failing = False
 
@@ -88,7 +88,7 @@ class TensorBoardOutput(Tracker):
 
     name = "TensorBoard"
     FLUSH_SECONDS = 30
-    PROBE_BYTES = 2**16  # room to begin again with
+    PROBE_BYTES = 2**16  # free space needed to start again
 
     def __init__(self, run_dir: str, config: Mapping[str, Any], resume_step: int = 0):
         super().__init__()
@@ -99,7 +99,7 @@ class TensorBoardOutput(Tracker):
         self.make_writer: Callable[..., Any] = SummaryWriter
         self.folder = os.path.join(run_dir, "tensorboard")
         files.make_dirs(self.folder)
-        # What earlier parts of the run wrote from this step on comes again.
+        # The resumed run writes the steps from here on again.
         goes_on = any(name.startswith("events.") for name in os.listdir(self.folder))
         try:
             self.writer = self._open(resume_step if goes_on else None)
@@ -112,9 +112,9 @@ class TensorBoardOutput(Tracker):
         return self.make_writer(self.folder, purge_step=purge_step, flush_secs=self.FLUSH_SECONDS)
 
     def _working_writer(self) -> Any:
-        """The writer; a new one, with a file of its own, where the last has failed: its thread has ended for good."""
+        """The writer; a new one with its own file if the last has failed, because its thread has ended."""
         if self.failing:
-            probe = os.path.join(self.folder, "probe")  # each writer that failed would leave a thread and a file
+            probe = os.path.join(self.folder, "probe")  # each failed writer would leave a thread and a file
             files.write_bytes(probe, bytes(self.PROBE_BYTES), durable=False)
             files.remove(probe)
             self.writer = self._open(None)
@@ -134,7 +134,7 @@ class TensorBoardOutput(Tracker):
 
 
 class WandbOutput(Tracker):
-    """A run of Weights & Biases, which a resumed run continues. WANDB_PROJECT and WANDB_MODE=offline are heeded."""
+    """A run of Weights & Biases, continued by a resumed run. Uses WANDB_PROJECT and WANDB_MODE=offline."""
 
     name = "W&B"
 
@@ -147,7 +147,7 @@ class WandbOutput(Tracker):
         self.wandb = wandb
         note = Path(run_dir, "wandb_run.json")
         self.run = self._start(run_dir, config, _read_id(note))
-        # Offline runs and resumed ones count their rows anew; the step is what stands below the curves.
+        # Offline and resumed runs count their rows from 0, so the step is the axis of the curves.
         self.run.define_metric("*", step_metric="step")
         files.write_bytes(note, json.dumps({"id": self.run.id, "project": self.run.project}).encode())
 
@@ -162,7 +162,7 @@ class WandbOutput(Tracker):
                     resume="allow",
                     config=dict(config),
                 )
-        except Exception as error:  # no key, no network, no service: it has a class for each, and they change
+        except Exception as error:  # no key, no network, no service: the classes differ by version
             reason = " ".join(str(error).split()).rstrip(".") or repr(error)
             raise UserError(
                 f"W&B does not start: {reason}: run `wandb login` first, set WANDB_MODE=offline to sync later, or "
@@ -175,7 +175,7 @@ class WandbOutput(Tracker):
     def _send_image(self, name: str, image: Any, step: int) -> None:
         from PIL import Image
 
-        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)  # W&B itself knows no grey+alpha
+        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)  # W&B has no grey with alpha
         self.run.log({name: self.wandb.Image(picture), "step": step})
 
     def _finish(self) -> None:
@@ -183,18 +183,18 @@ class WandbOutput(Tracker):
 
 
 def _read_id(note: Path) -> str | None:
-    """The id of the W&B run that this folder's run is, if there is one yet."""
+    """The id of the W&B run of this folder, if there is one."""
     try:
         return str(json.loads(note.read_text())["id"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{note} is damaged: remove it, and a new W&B run begins") from None
+        raise UserError(f"{note} is damaged: remove it to start a new W&B run") from None
 
 
 @contextmanager
 def _nobody_to_ask() -> Iterator[None]:
-    """No terminal as standard input: W&B would wait there for a key, on a cluster for ever."""
+    """Hide the terminal from W&B, which would wait there for a key, on a cluster forever."""
     before = sys.stdin
     with open(os.devnull) as sys.stdin:
         try:

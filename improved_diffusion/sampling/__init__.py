@@ -1,1 +1,1 @@
-"""From noise to images."""
+"""Sampling: solvers, timestep grids, guidance, and pipelines from a checkpoint to images."""

@@ -1,8 +1,8 @@
-"""A model in, a guided model out: what it predicts is moved away from a guide's prediction, or towards a class.
+"""Guided models: predictions are moved away from a guide's prediction, or towards a class.
 
-Each is called as the model is, `(x [N, C, ...], timesteps [N], **kwargs)`, and gives what the model gives: the mean
-part guided, a learned variance as the conditional model has it. Timesteps are as the network sees them. The mean part
-is a noise, an x_0, a v or an x_{t-1}: all are affine in each other at a given x and t, so that guiding one guides all.
+Each is called like the model, `(x [N, C, ...], timesteps [N], **kwargs)`, and returns the same shape: the mean part is
+guided, a learned variance is the conditional model's. Timesteps are as the network sees them. The mean part is the
+noise, x_0, v or x_{t-1}: each is an affine function of the others at a given x and t, so guiding one guides all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROUNDING = 1e-3  # of timesteps up to 4000
 
 
 class Guided(nn.Module):
-    """What the guided models share: where guidance acts, and how far it goes.
+    """What the guided models share: at which timesteps guidance acts, and how strongly.
 
     :param scale: w in guide + w (model - guide): 1 is the model itself, bit for bit, 0 the guide.
     :param interval: the (lowest, highest) timestep at which guidance acts (Kynkaanniemi et al. 2024, arXiv 2404.07724);
@@ -35,12 +35,12 @@ class Guided(nn.Module):
         self.model, self.scale, self.interval, self.rescale = model, scale, interval, rescale
 
     def acts_at(self, timesteps: th.Tensor) -> bool:
-        """Whether guidance changes anything; all images of a batch are at the same timestep."""
+        """Whether guidance acts; all images of a batch are at the same timestep."""
         if self.scale == 1:
             return False
         if self.interval == EVERYWHERE:
             return True
-        # A bound that is one of the timesteps counts as inside, though these are rounded to float32.
+        # Timesteps are rounded to float32: a bound that equals one still counts as inside.
         return self.interval[0] - ROUNDING <= float(timesteps[0]) <= self.interval[1] + ROUNDING
 
     def combine(self, output: th.Tensor, guide: th.Tensor, channels: int) -> th.Tensor:
@@ -55,7 +55,7 @@ class Guided(nn.Module):
 
 
 class ClassifierFreeGuidance(Guided):
-    """Guided by the same model with the class hidden (Ho & Salimans 2022, arXiv 2207.12598); both in one batch.
+    """Guidance by the same model with its class hidden (Ho & Salimans 2022, arXiv 2207.12598), both in one batch.
 
     The model must have been trained with hidden classes.
     """
@@ -74,9 +74,9 @@ class ClassifierFreeGuidance(Guided):
 
 
 class Autoguidance(Guided):
-    """Guided by another, weaker model: smaller, or trained for less time (Karras et al. 2024, arXiv 2406.02507).
+    """Guidance by a weaker model: smaller, or trained for less time (Karras et al. 2024, arXiv 2406.02507).
 
-    An unconditional one makes it classifier-free guidance with two networks.
+    With an unconditional guide this is classifier-free guidance with two networks.
     :param guide_takes_classes: whether the guide is called with y.
     """
 
@@ -94,12 +94,12 @@ class Autoguidance(Guided):
 
 
 class ClassifierGuidance(Guided):
-    """Moved along the gradient of log p(y | x_t) of a noisy classifier (Dhariwal & Nichol 2021, sec. 4).
+    """Guidance by the gradient of log p(y | x_t) of a classifier of noisy images (Dhariwal & Nichol 2021, sec. 4).
 
     :param classifier: (x [N, C, ...], timesteps [N]) -> logits [N, classes].
     :param score_weight: timesteps [N] -> what a unit of the score adds to the network's mean part,
         [N, 1, ...]; see SpacedDiffusion.score_weight. For the noise it is -sigma (their alg. 2).
-    :param scale: s, what the gradient counts; 0 is the model itself.
+    :param scale: s, the weight of the gradient; 0 is the model itself.
     :param model_takes_classes: whether the model is called with y, as well as the classifier.
     """
 
@@ -130,7 +130,7 @@ class ClassifierGuidance(Guided):
 def dynamic_threshold(percentile: float) -> Callable[[th.Tensor], th.Tensor]:
     """A `denoised_fn`: x_0 clipped to its own range and scaled back to [-1, 1] (Saharia et al. 2022, sec. 2.3).
 
-    :param percentile: in (0, 1], of |x_0| of each image, which becomes 1 where it is more.
+    :param percentile: in (0, 1], of |x_0| of each image; where it is more than 1 it becomes 1.
     """
 
     def threshold(x0: th.Tensor) -> th.Tensor:

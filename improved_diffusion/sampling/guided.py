@@ -1,4 +1,4 @@
-"""A model prepared for sampling: its device, precision and guidance."""
+"""Prepare a model for sampling: device, precision, guidance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .labels import Classes, classes_of
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
-    """The model on the device, in the precision and layout of the options, compiled if they say so."""
+    """The model on the device, with the precision and memory layout of the options, compiled if they ask for it."""
     model.to(distributed.dev())
     if config.precision != "fp32":
         getattr(model, f"convert_to_{config.precision}")()
@@ -28,7 +28,7 @@ def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
     if config.compile:
         if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave the flag out")
+            raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave out --compile")
         model.compile()
     return model
 
@@ -38,7 +38,7 @@ def guide(loaded: LoadedModel, model: th.nn.Module, diffusion: SpacedDiffusion) 
 
     :param model: prepared by `prepare_model`.
     :param diffusion: the sampler's.
-    Raises UserError where the model, the guide or the classifier cannot do what is asked. Collective.
+    Raises UserError where the model, the guide or the classifier does not support what is asked. Collective.
     """
     options, classes = loaded.settings.guidance, classes_of(loaded)
     interval = _interval(options.guidance_interval, diffusion)
@@ -88,7 +88,7 @@ def _check_null_class(loaded: LoadedModel) -> None:
         )
 
 
-# What two networks must have in common for one to guide the other, and what a classifier must share with both.
+# What a guide must have in common with the model, and (_NOISE) a classifier too.
 _NOISE = ("diffusion_steps", "noise_schedule", "schedule_shift", "zero_terminal_snr", "rescale_timesteps")
 _SHARED = ("image_size", "large_size", "small_size", "channels", "predict_xstart", "predict_v", *_NOISE)
 
@@ -128,12 +128,12 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
     if classes is not None:
         _compare_classes(flag, their_classes, loaded.path, classes)
     logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
-    # Where the checkpoint has no names, the classifier's will do.
+    # A published checkpoint has no class names; the classifier's are used.
     return prepare_model(loaded.settings.sampler, theirs.classifier), their_classes
 
 
 def _compare_classes(flag: str, theirs: Classes | None, model_path: str, classes: Classes | None) -> None:
-    """Raise UserError where a label means one thing to a guide and another to the model."""
+    """Raise UserError where the labels of a guide and of the model mean different classes."""
     assert theirs is not None and classes is not None
     named = theirs.names and classes.names  # a published checkpoint has no names
     if theirs.num != classes.num or (named and list(theirs.names or []) != list(classes.names or [])):

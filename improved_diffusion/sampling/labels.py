@@ -28,7 +28,7 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
 
 
 class Labels:
-    """The class of each sample: the wanted ones in turn, or a random one, which follows from (seed, number)."""
+    """The class of each sample: the given classes in turn, or a random one that follows from (seed, number)."""
 
     def __init__(self, num_classes: int, seed: int, classes: Sequence[int], class_names: Sequence[str] | None):
         self.num_classes, self.seed, self.classes, self.class_names = num_classes, seed, classes, class_names
@@ -53,7 +53,7 @@ class Classes(NamedTuple):
 
 
 def classes_of(loaded: LoadedModel) -> Classes | None:
-    """The classes of a model, no more than it was trained on; None for an unconditional one."""
+    """The classes that a model was trained on; None for an unconditional one."""
     config, names = loaded.settings.model, loaded.metadata.get("class_names")
     if not config.class_cond:
         return None
@@ -98,5 +98,5 @@ def image_labels(
 
 
 def label_kwargs(labels: Labels | None, indices: Sequence[int]) -> dict[str, th.Tensor]:
-    """What a model with classes takes for the samples with these numbers: `y` [N] on the device."""
+    """The argument `y` [N], on the device, of a model with classes, for the samples with these numbers; else none."""
     return {"y": th.tensor([labels.index(i) for i in indices], device=distributed.dev())} if labels else {}

@@ -44,7 +44,7 @@ class SamplingPipeline:
 
     @property
     def name(self) -> str:
-        """What the folder of the samples is called unless told otherwise."""
+        """The default name of the samples' folder."""
         return samples_name(self.loaded, self.sampler.name, self.sampler.steps)
 
     @property

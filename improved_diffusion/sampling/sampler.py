@@ -1,4 +1,4 @@
-"""From options to what draws: the rule and its steps, and the model as it is evaluated, in its precision and guided."""
+"""From options to a sampler: a solver and the noise levels that it visits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .noise import SeededNoise
 from .solvers import DDIM, RULES, Euler, Heun, Rule
 from .timestep_grids import churned, largest_sigma, straight_path, table, timestep_grid
 
-STEPS = 20  # of the rules that were made for few
+STEPS = 20  # of the solvers made for few steps
 PUBLISHED = ("ancestral", "ddim")  # whose default is all steps
-# Where each rule's steps lie unless told: as published, and for the others where benchmarks/sampler_quality.py finds
-# the smallest errors.
+# The default grid of each solver: as published, and for the others the one with the smallest errors in
+# benchmarks/sampler_quality.py.
 GRIDS = {"ancestral": "uniform", "ddim": "ddim", "euler": "karras", "heun": "karras"}
 OTHER_GRID = "logsnr"
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A rule on the steps that it takes.
+    """A solver and its steps.
 
-    :param grid: what its timesteps are called.
+    :param grid: the name of its timestep grid.
     :param make_rule: gives a fresh rule for each batch.
     :param path: the timesteps of `diffusion` to visit; -1 is the image.
     :param settings: the other options that its samples depend on.
@@ -49,7 +49,7 @@ class Sampler:
 
     @property
     def steps(self) -> int:
-        """How many steps go down."""
+        """How many steps remove noise."""
         return sum(there < here for here, there in zip(self.path, self.path[1:]))
 
     @property
@@ -88,7 +88,7 @@ class Sampler:
         )
 
     def request(self) -> dict[str, Any]:
-        """What its samples depend on, however it was asked for."""
+        """What its samples depend on. The same steps give the same answer, whichever options named them."""
         visited = [self.diffusion.timestep_map[i] if i >= 0 else "image" for i in self.path]
         shown = visited if len(visited) <= 12 else [*visited[:5], "...", *visited[-5:]]
         return {
@@ -111,7 +111,7 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
     :param settings: with groups `sampler`, `model` and `diffusion`.
     :param diffusion: on the steps of --timestep_respacing.
 
-    Raises UserError for options that contradict each other, and for steps that there are not.
+    Raises UserError for options that contradict each other, and for more steps than the model has noise levels.
     """
     options, respacing = settings.sampler, settings.diffusion.timestep_respacing
     name = options.sampler
@@ -138,7 +138,7 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
 
 
 def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray]:
-    """(the grid's name, its timesteps) for a rule; base [T] is alpha_bar of the trained process."""
+    """(the grid's name, its timesteps) for a solver; base [T] is alpha_bar of the trained process."""
     sigma_max = largest_sigma(*height_width(settings.model.size))
     options = settings.sampler
     grid = options.timestep_grid
@@ -149,7 +149,7 @@ def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray
     grid = GRIDS.get(name, OTHER_GRID)
     if base[-1] > 0 or name == "ancestral":
         return grid, timestep_grid(grid, count, base, sigma_max)
-    # A model that has learned to start from pure noise is to be started there (Lin et al. 2024, sec. 3.3).
+    # A model trained on pure noise must start from it (Lin et al. 2024, sec. 3.3).
     if name == "ddim" or count == 1:
         return "trailing", timestep_grid("trailing", count, base)
     return f"{grid}, and pure noise", np.append(timestep_grid(grid, count - 1, base, sigma_max), len(base) - 1.0)

@@ -1,4 +1,4 @@
-"""Which noise levels a sampler visits: grids of timesteps, whole or between the trained ones, and paths over them."""
+"""The noise levels that a sampler visits: grids of timesteps, which may be fractional, and paths over them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..respace import space_timesteps
 from ..schedules import sigma_at, timestep_of_sigma
 
 NAMES = ("uniform", "ddim", "trailing", "logsnr", "karras", "quadratic")
-# EDM's range of sigma and its rho (Karras et al. 2022, table 1). Noise above the largest hides every image of up to 64
-# pixels a side, and most of a grid in log-SNR would be spent on it; what is below the smallest cannot be seen.
+# EDM's range of sigma and its rho (Karras et al. 2022, table 1). Noise above the largest hides any image of up to 64
+# pixels a side, and a grid in log-SNR would spend most of its steps there; noise below the smallest is invisible.
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
-CLOSEST = 1e-6  # timesteps that are told apart
+CLOSEST = 1e-6  # between two timesteps
 
 
 def largest_sigma(height: int, width: int) -> float:
-    """The noise that hides images of this size: the mean of more pixels is seen through more noise."""
+    """The sigma that hides images of this size; larger images need more noise, as averages over pixels show through."""
     return SIGMA_MAX * max(1.0, math.sqrt(height * width) / 64)
 
 
@@ -28,8 +28,9 @@ def timestep_grid(name: str, count: int, alpha_bar: np.ndarray, sigma_max: float
 
     :param name: one of NAMES, or a comma-separated list of timesteps in [0, T-1] (then `count` is 0 or their number).
         uniform: evenly from 0 to T-1 as published, rounded. ddim: a stride from 0 as published. trailing: a stride down
-        from T-1 (Lin et al. 2024). These are whole; the others lie between. quadratic: denser near the image (DDIM app.
-        D.2). logsnr: evenly in log-SNR (Lu et al. 2022). karras: evenly in sigma^(1/7) (Karras et al. 2022, eq. 5).
+        from T-1 (Lin et al. 2024). These are integers; the others are fractional. quadratic: denser near the image
+        (DDIM app. D.2). logsnr: evenly in log-SNR (Lu et al. 2022). karras: evenly in sigma^(1/7) (Karras et al. 2022,
+        eq. 5).
     :param count: 1 to T. A single step is always T-1, or the noisiest of the grid.
     :param alpha_bar: float64 [T] of the process that the model was trained on.
     :param sigma_max: where logsnr and karras start; see largest_sigma.
@@ -68,7 +69,7 @@ def _from_list(text: str, count: int, T: int) -> np.ndarray:
 
 
 def _stride(T: int, count: int) -> np.ndarray:
-    """0, i, 2i, ... where an integer stride i keeps exactly `count`, else the nearest to an even one."""
+    """0, i, 2i, ... for the integer stride i that gives exactly `count`, else for T / count, rounded down."""
     exact = next((i for i in range(1, T + 1) if len(range(0, T, i)) == count), None)
     return np.floor(np.arange(count) * (exact or T / count)).astype(np.float64)
 
@@ -94,7 +95,7 @@ def straight_path(count: int) -> list[int]:
 def churned(
     grid: np.ndarray, alpha_bar: np.ndarray, churn: float, sigma_min: float = 0.0, sigma_max: float = math.inf
 ) -> tuple[np.ndarray, list[int]]:
-    """A grid with the noisier levels that churn rises to, and the path over both (Karras et al. 2022, alg. 2).
+    """A grid with the levels that churn adds noise up to, and the path over both (Karras et al. 2022, alg. 2).
 
     :param churn: S_churn, spread over the steps; :param sigma_min, sigma_max: S_tmin and S_tmax, the range of sigma in
         which noise is added.
@@ -112,7 +113,7 @@ def churned(
 
 
 def repaint_path(count: int, jump: int, resamplings: int) -> list[int]:
-    """The path of RePaint: each stretch of `jump` steps is walked down `resamplings` times, rising in between.
+    """The path of RePaint: each `jump` steps are taken `resamplings` times, adding noise in between.
 
     (Lugmayr et al. 2022, app. B.) With one resampling it is the straight path.
     """

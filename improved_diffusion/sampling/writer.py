@@ -1,4 +1,4 @@
-"""Sampling many images to disk: shared among ranks, resumable, image i a function of seed + i."""
+"""Many samples to disk: shared among ranks, resumable."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ HELD_FRAMES = 10
 
 
 def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
-    """Where a progressive sampling loop ends: uint8 [N, H, W, C]. Raises UserError for pixels that are no numbers."""
+    """The last samples of a progressive sampling loop, uint8 [N, H, W, C]. Raises UserError for non-finite pixels."""
     for out in steps:
         sample = out["sample"]
     if not sample.isfinite().all():
         raise UserError(
-            "the samples have pixels that are not finite numbers: the checkpoint is damaged or was trained astray, or "
-            "--precision fp16 cannot hold its activations"
+            "the samples have pixels that are not finite numbers: the checkpoint is damaged, or training diverged, or "
+            "its activations overflow in --precision fp16"
         )
     return images.to_uint8(sample)
 
@@ -47,11 +47,11 @@ def write_steps(
     steps: int,
     count: int,
 ) -> None:
-    """steps.png and steps.gif: `count` of the predictions of x_0 on the way to the first samples. Collective.
+    """Write steps.png and steps.gif: `count` of the predictions of x_0 while the first samples are made. Collective.
 
-    :param trajectory: sample numbers -> a progressive sampling loop of so many `steps` down; the samples are drawn
+    :param trajectory: sample numbers -> a progressive sampling loop with `steps` predictions; the samples are drawn
         again, shared among the ranks.
-    :param numbers: of the samples that there are, at most one batch.
+    :param numbers: of the samples, at most one batch.
     """
     if not count:
         return
@@ -59,7 +59,7 @@ def write_steps(
     shown = list(numbers)[:SHOWN_STEPS]
     mine = shown[distributed.get_rank() :: distributed.get_world_size()]
     parts = distributed.all_gather_object(_steps_of(trajectory, mine, chosen) if mine else None)
-    # Sample i is the k-th of rank i mod the number of ranks, as images are dealt.
+    # Rank r has drawn samples r, r + ranks, r + 2 ranks, ...
     rows = [parts[i % len(parts)][i // len(parts)] for i in range(len(shown))]
     distributed.from_rank0(_save_steps, out_dir, np.stack(rows))
 
@@ -75,8 +75,8 @@ def _save_steps(out_dir: str, rows: np.ndarray) -> None:
     strip, gif = files.join(out_dir, "steps.png"), files.join(out_dir, "steps.gif")
     images.save_strip(strip, rows)
     frames = [images.grid(rows[:, k], min_side=images.SHOWN_SIDE) for k in range(rows.shape[1])]
-    images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # the result is to be seen
-    logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps on the way to the first {len(rows)} samples")
+    images.save_gif(gif, np.stack([*frames, *[frames[-1]] * HELD_FRAMES]))  # time to see the result
+    logger.log(f"wrote {strip} and {gif}: {rows.shape[1]} steps to the first {len(rows)} samples")
 
 
 def write_samples(
@@ -178,7 +178,7 @@ def _existing(png_dir: str) -> dict[int, str]:
 
 
 def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
-    """Raise UserError where a folder holds samples of another request, or of none that is known."""
+    """Raise UserError where a folder holds samples of another request, or of an unknown one."""
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
     if files.exists(path):
         try:
@@ -186,11 +186,11 @@ def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
         except ValueError:
             raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
         request = json.loads(json.dumps(dict(request)))
-        # What tells most comes first: what was made at all, from which model, by which sampler.
+        # In this order, the first difference is the most important one: the command, the model, the sampler.
         for name in [*request, *(before.keys() - request.keys())]:
             if name == "seed_scheme" and before.get(name) != request[name]:
                 raise UserError(
-                    f"{out_dir} holds samples made by an older scheme of seeds, whose images differ: choose another "
+                    f"{out_dir} holds samples made by another scheme of seeds, so their images differ: choose another "
                     f"--out_dir, or remove {path} and {png_dir}"
                 )
             if before.get(name) != request.get(name):

@@ -131,7 +131,6 @@ class ResumedSet:
         """Restore the optimizer and all that is in its file; see TrainState.load_state_dict. Collective."""
         self.opt_path = self._find(checkpoint.optimizer_name(self.number), "the optimizer's state")
         if self.opt_path is None:
-            state.log.first_row = self.done
             return
         content = distributed.load_state_dict(self.opt_path, map_location="cpu")
         self.done, parts = state.load_state_dict(content, self.opt_path, self.number, lr)

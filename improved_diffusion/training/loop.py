@@ -92,10 +92,12 @@ class TrainLoop(CheckpointedStep):
         self.checkpointer = Checkpointer(metadata or {}, keep_last, keep_every, save_timeout)
 
         self._load_and_sync_parameters()
+        self.run_log.first_row = self.resume_step
         self._set_up_parameters((adam_beta1, adam_beta2), adam_eps, ema_sigma_rel, ema_warmup)
         if self.resumed:
             self._load_optimizer_state()
-            self.ema_params = [self._load_ema_parameters(ema.label) for ema in self.emas]
+            labels: list[float | str] = [*self.ema_rate, *(ema.label for ema in self.emas[len(self.ema_rate) :])]
+            self.ema_params = [self._load_ema_parameters(label) for label in labels]
             self._seek()
 
     # The loop

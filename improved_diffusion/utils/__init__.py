@@ -1,1 +1,1 @@
-"""Files, images and figures: what every room needs."""
+"""Files, downloads, images and figures."""

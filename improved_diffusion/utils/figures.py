@@ -1,4 +1,4 @@
-"""Figures that belong to nobody else: drawn by matplotlib, written whole."""
+"""Figures drawn by matplotlib, without changing the user's settings of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from . import files
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
-    """An empty matplotlib Figure of (width, height). Raises UserError where matplotlib is missing."""
+    """An empty matplotlib Figure of (width, height). Raises UserError if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise UserError(f"plots are drawn by a package that is missing ({error}): pip install matplotlib") from None
-    # Not by pyplot, whose figures and settings belong to the whole process.
+        raise UserError(f"plots need a package that is missing ({error}): pip install matplotlib") from None
+    # Not pyplot: its figures and settings are shared by the whole process.
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
     figure = Figure(figsize=inches, dpi=100, layout=layout)
     FigureCanvasAgg(figure)

@@ -19,7 +19,7 @@ from . import files
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-SHOWN_SIDE = 48  # to which small images are enlarged where people look at them
+SHOWN_SIDE = 48  # small images are enlarged to this side for viewing
 _CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 
 
@@ -43,14 +43,14 @@ def native_mode(image: Image.Image) -> str:
 
 
 def convert(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """The image with the given number of channels. Raises UserError where colour would be lost or alpha made up."""
+    """Convert an image to a number of channels. Raises UserError if colour would be lost or alpha invented."""
     if image.mode[0] in "IF":
         raise UserError(f"{name} has more than 8 bits per channel ({image.mode}): convert the images to 8 bits")
     has = _CHANNELS[native_mode(image)]
-    if channels == 3 or has == channels or has == 2:  # 2: grey with alpha loses no colour
+    if channels == 3 or has == channels or has == 2:  # 2: grey with alpha has no colour to lose
         return image.convert(MODES[channels])
     raise UserError(
-        f"{name} has {has} channel{'s' * (has > 1)} ({image.mode}) where --channels {channels} is asked: "
+        f"{name} has {has} channel{'s' * (has > 1)} ({image.mode}) but --channels {channels} was given: "
         f"give --channels {has}, or convert the images"
     )
 
@@ -68,7 +68,7 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def is_whole_png(data: bytes) -> bool:
-    """Whether these are the bytes of a PNG with nothing cut off or changed, by its checksums: nothing is decoded."""
+    """Whether the bytes are a complete PNG, by its checksums; nothing is decoded."""
     try:
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()
     except (OSError, SyntaxError, ValueError):
@@ -77,9 +77,9 @@ def is_whole_png(data: bytes) -> bool:
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """The bytes of a PNG of `encode_png` -> uint8 [H, W, C]. Raises ValueError where they are damaged."""
-    if not is_whole_png(data):  # decoding alone takes some changed bytes for other colours
-        raise ValueError("not a whole PNG")
+    """The bytes of a PNG of `encode_png` -> uint8 [H, W, C]. Raises ValueError if they are damaged."""
+    if not is_whole_png(data):  # decoding alone would accept some changed bytes as other colours
+        raise ValueError("not a complete PNG")
     try:
         array = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
     except (OSError, SyntaxError) as error:
@@ -88,15 +88,15 @@ def decode_png(data: bytes) -> np.ndarray:
 
 
 def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
-    """uint8 [N, H, W, C], enlarged pixel by pixel until the shorter side has at least `min_side`."""
+    """uint8 [N, H, W, C] enlarged by whole factors until the shorter side is at least `min_side`."""
     factor = max(1, math.ceil(min_side / min(images.shape[1:3])))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_side: int = 0) -> np.ndarray:
-    """uint8 [N, H, W, C] -> one image [H', W', C], row by row, as square as it gets.
+    """uint8 [N, H, W, C] -> one image [H', W', C], row by row, as square as possible.
 
-    :param min_side: enlarge small images, pixel by pixel, until their shorter side has as many.
+    :param min_side: enlarge small images until their shorter side is at least this.
     """
     images = enlarge(images, min_side)
     n, height, width, channels = images.shape
@@ -110,7 +110,7 @@ def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_si
 
 
 def save_grid(path: str, images: np.ndarray, columns: int | None = None) -> None:
-    """Write `grid` of uint8 [N, H, W, C] as a PNG, small images enlarged."""
+    """Write the `grid` of uint8 [N, H, W, C] as a PNG; small images are enlarged."""
     files.write_bytes(path, encode_png(grid(images, columns, min_side=SHOWN_SIDE)))
 
 
@@ -120,9 +120,9 @@ def save_strip(path: str, rows: np.ndarray) -> None:
 
 
 def save_gif(path: str, frames: np.ndarray, milliseconds: int = 100) -> None:
-    """Write uint8 [K, H, W, C] as a GIF that runs for ever, small images enlarged, what is transparent on white.
+    """Write uint8 [K, H, W, C] as an endless GIF; small images are enlarged, transparency becomes white.
 
-    :param milliseconds: how long each frame is shown; a GIF counts in tens of them.
+    :param milliseconds: the time of each frame; GIF rounds it to tens.
     """
     first, *others = [_opaque(to_image(frame)) for frame in enlarge(frames, SHOWN_SIDE)]
     buffer = io.BytesIO()
@@ -139,25 +139,25 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def sample_name(index: int, class_name: str | None) -> str:
-    """The file name of sample number `index`: its class up to the last underscore, as `labels prefix` reads it."""
+    """The file name of sample number `index`: the class comes first, as `--labels prefix` reads it."""
     if class_name is None:
         return f"{index:06d}.png"
     return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', class_name)}_{index:06d}.png"
 
 
 class Rows(NamedTuple):
-    """A uint8 array that is never in memory as a whole: `rows` yields array[0], array[1], ..."""
+    """A uint8 array that is not held in memory: `rows` yields array[0], array[1], ..."""
 
     shape: tuple[int, ...]
     rows: Iterable[np.ndarray]
 
 
 def save_npz(path: str, *arrays: np.ndarray | Rows, **named: np.ndarray) -> None:
-    """Write arrays as arr_0, arr_1, ... of an npz, or under their names, as np.savez does; a crash leaves an older file
-    whole."""
+    """Write arrays to an npz as np.savez does, as arr_0, arr_1, ... or under their names. After a crash the old file is
+    unchanged."""
     with files.open_write(path) as f, zipfile.ZipFile(f, "w") as archive:
         for name, array in [*((f"arr_{i}", array) for i, array in enumerate(arrays)), *named.items()]:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # it may pass 4 GiB
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # may exceed 4 GiB
                 if isinstance(array, Rows):
                     _write_rows(member, array)
                 else:
@@ -165,7 +165,7 @@ def save_npz(path: str, *arrays: np.ndarray | Rows, **named: np.ndarray) -> None
 
 
 def _write_rows(f: IO[bytes], array: Rows) -> None:
-    """Write what np.save writes of the array."""
+    """Write the array as np.save does."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": array.shape}
     np.lib.format.write_array_header_1_0(f, header)
     written = 0
@@ -175,11 +175,11 @@ def _write_rows(f: IO[bytes], array: Rows) -> None:
         f.write(row.tobytes())
         written += 1
     if written != array.shape[0]:
-        raise ValueError(f"{written} rows came of {array.shape[0]}")
+        raise ValueError(f"got {written} of {array.shape[0]} rows")
 
 
 def npz_names(path: str) -> list[str]:
-    """The names of the arrays in an npz, none of which is read. Raises UserError for a damaged file."""
+    """The names of the arrays in an npz, without reading them. Raises UserError for a damaged file."""
     try:
         with files.open_read(path) as f, zipfile.ZipFile(f) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -188,8 +188,10 @@ def npz_names(path: str) -> list[str]:
 
 
 def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the named arrays that an npz has. Raises UserError for a damaged file, and for objects (which could run
-    code)."""
+    """The named arrays that are in an npz.
+
+    Raises UserError for a damaged file and for objects, which could run code.
+    """
     try:
         with files.open_read(path) as f:
             data = np.load(f, allow_pickle=False)
@@ -199,7 +201,7 @@ def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
                 found = {name: data[name] for name in names if name in data}
     except UserError:
         raise
-    except Exception as error:  # whatever numpy and zipfile make of a damaged file
+    except Exception as error:  # numpy and zipfile raise many kinds for damaged files
         if "Object arrays" in str(error) or "pickled" in str(error):
             raise UserError(
                 f"{path} holds Python objects, which could run code when loaded: save it again as numbers"
@@ -207,14 +209,14 @@ def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a readable npz: {error or type(error).__name__}") from None
     for name, array in found.items():
         if not isinstance(array, np.ndarray):
-            raise UserError(f"{path} is not a readable npz: {name} is no array")
+            raise UserError(f"{path} is not a readable npz: {name} is not an array")
     return found
 
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
     """The arrays of an npz of images: `arr_0` uint8 [N, H, W, C] and perhaps `arr_1` integers [N].
 
-    Raises UserError for a damaged file, for objects (which could run code) and for arrays of another form.
+    Raises UserError for a damaged file, for objects, which could run code, and for other shapes or types.
     """
     arrays = read_npz(path, ("arr_0", "arr_1"))
     images = arrays.get("arr_0")
@@ -234,13 +236,13 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the file name is one of an image we read."""
+    """Whether the file name has the ending of a supported image format."""
     return Path(name).suffix.lower() in EXTENSIONS
 
 
 def resize_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
-    """The image made to cover (height, width) and cropped to its centre: halved by a box filter while both sides are at
-    least twice as long, then bicubic."""
+    """Resize to cover (height, width) and crop the centre: halved by a box filter while both sides are at least
+    twice as long, then bicubic."""
     height, width = size
     if image.mode in ("1", "P"):
         image = image.convert(native_mode(image))  # filters cannot mix palette indices

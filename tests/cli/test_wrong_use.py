@@ -217,7 +217,7 @@ def test_coloured_references_of_a_grey_model(place, tmp_path):
     call("super_res_train", *TINY_SUPER_RES, *grey, "--batch_size", 4, "--out_dir", "run", cwd=tmp_path).succeed()
     args = ["--model_path", "run/model000000.pt", "--base_samples", "grey", "--reference", place.data]
     result = call("super_res_sample", *args, "--out_dir", "out", cwd=tmp_path)
-    refused(result, place.data / "cat_00.png", "has 3 channels (RGB) where --channels 1 is asked", "convert the images")
+    refused(result, place.data / "cat_00.png", "has 3 channels (RGB) but --channels 1", "convert the images")
     assert not (tmp_path / "out").exists()
 
 
@@ -583,7 +583,7 @@ def test_interrupted_sampling(place, tmp_path):
     result = wait(process, timeout=60)
     assert result.code == 130
     assert result.err.startswith("interrupted: ") and result.err.count("\n") == 1
-    assert f"of 1000 samples are in {tmp_path / 'samples/samples'}; the same command goes on" in result.err
+    assert f"of 1000 samples are in {tmp_path / 'samples/samples'}; rerun the same command" in result.err
 
 
 # What looks right and is not

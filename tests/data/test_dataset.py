@@ -280,7 +280,7 @@ def test_classes_by_folder(tmp_path):
     assert classes_of(tmp_path / "in", "folder") == expected
     assert classes_of(zip_of(tmp_path / "in", tmp_path / "in.zip"), "folder") == expected
     write(tmp_path / "in", PICTURES[:1], "loose.png")
-    with pytest.raises(UserError, match=r"loose\.png lies in no folder"):
+    with pytest.raises(UserError, match=r"loose\.png is in no folder"):
         classes_of(tmp_path / "in", "folder")
 
 
@@ -423,7 +423,7 @@ def test_of_very_many_images_an_even_selection_is_read_beforehand(tmp_path, monk
     monkeypatch.setattr(dataset_module, "MAX_CHECKED", 10)  # 0, 11, 22, ...
     damage(os.path.join(source, "042.png"), "text")
     data = stream(source, 100, image_size=8, deterministic=True)
-    with pytest.warns(UserWarning, match=r"042\.png is not a readable image.*another image takes its place"):
+    with pytest.warns(UserWarning, match=r"042\.png is not a readable image.*another image is used"):
         batch = next(data)[0]
     assert batch.shape[0] == 100 and (batch[42] == batch[43]).all()
     take(data, 2)  # the warning comes once

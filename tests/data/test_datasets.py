@@ -71,7 +71,7 @@ def test_digits_end_to_end(tmp_path):
     data = load_digits()
     result = run_by_command("digits", "--out_dir", tmp_path / "digits")
     assert result.returncode == 0, result.stderr
-    assert "1500/1500 images" in result.stdout and "ETA" in result.stdout
+    assert "100% 1500/1500" in result.stdout and "image/s" in result.stdout
     for split, indices in (("train", range(1500)), ("test", range(1500, 1797))):
         folder = tmp_path / "digits" / split
         assert names_below(folder) == sorted(f"{data.target[i]}_{i:05d}.png" for i in indices)

@@ -154,7 +154,7 @@ def test_one_row_is_drawn(tmp_path):
 @pytest.mark.parametrize("text", ["", "loss,step\n", "step,samples\n1,2\n", "loss,samples\n1,2\n", "loss,step\n1,\n"])
 def test_a_log_without_rows_to_draw_is_named(tmp_path, text):
     (tmp_path / "progress.csv").write_text(text)
-    with pytest.raises(UserError, match=r"progress\.csv has no rows to draw yet"):
+    with pytest.raises(UserError, match=r"progress\.csv has no rows"):
         curves.write_curves(tmp_path / "progress.csv", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 

@@ -288,7 +288,8 @@ def diffusion_model(place, striped):
 
 
 def test_the_script_trains_a_classifier_that_describes_itself(classifier, striped):
-    model, options, names = load_classifier(str(classifier[0] / "ema_0.9_000020.pt"))
+    loaded = load_classifier(str(classifier[0] / "ema_0.9_000020.pt"))
+    model, options, names = loaded.classifier, loaded.config, loaded.class_names
     assert names == ["across", "along"] and model.num_classes == 2 and not model.training
     assert (options["image_size"], options["noise_schedule"], options["diffusion_steps"]) == (8, "cosine", 20)
     found = []
@@ -305,7 +306,7 @@ def test_validation_watches_loss_and_accuracy(classifier):
     assert float(row["accuracy_q0"]) > float(row["accuracy_q3"])
     line = r"validation after 20 steps: loss 0\.\d+, accuracy \d+\.\d%; EMA 0.9 loss 0\.\d+, accuracy \d+\.\d%"
     assert re.search(line, classifier[1][1].out)
-    assert load_classifier(str(classifier[0] / "best.pt"))[0].num_classes == 2
+    assert load_classifier(str(classifier[0] / "best.pt")).classifier.num_classes == 2
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(classifier, place, striped):
@@ -319,7 +320,7 @@ def test_the_noise_can_be_that_of_the_model_to_be_guided(diffusion_model, stripe
     args = ["--data_dir", striped, "--model_path", diffusion_model, *NETWORK, "--batch_size", 2, "--max_steps", 2]
     result = call("classifier_train", *args, "--out_dir", "run", cwd=tmp_path).succeed()
     assert f"to guide {diffusion_model}: channels=3, diffusion_steps=20, image_size=8" in result.out
-    _, options, _ = load_classifier(str(tmp_path / "run/model000002.pt"))
+    options = load_classifier(str(tmp_path / "run/model000002.pt")).config
     assert (options["image_size"], options["noise_schedule"], options["diffusion_steps"]) == (8, "cosine", 20)
     again = call("classifier_train", *args, "--resume", "auto", "--max_steps", 3, "--out_dir", "run", cwd=tmp_path)
     assert "model000003.pt" in again.succeed().out
@@ -342,7 +343,7 @@ def test_a_model_older_than_an_option_has_its_default(diffusion_model, striped, 
 
 def test_checkpoints_of_the_wrong_kind_are_named(classifier, diffusion_model, striped, tmp_path):
     own = classifier[0] / "model000020.pt"
-    with pytest.raises(UserError, match=r"ema_0.9999_000002.pt is an image model, not a classifier: classifier_train"):
+    with pytest.raises(UserError, match=r"ema_0.9999_000002.pt is an image model, not a classifier"):
         load_classifier(str(diffusion_model))
     plain = tmp_path / "plain.pt"
     th.save(dict(th.load(own, weights_only=True)), plain)
@@ -353,10 +354,10 @@ def test_checkpoints_of_the_wrong_kind_are_named(classifier, diffusion_model, st
         ("image_sample", ["--model_path", own], "model000020.pt is a classifier: it makes no images"),
         ("image_sample", ["--model_path", plain], "plain.pt is not a checkpoint of this method's networks"),
         ("image_train", [*data, "--init_checkpoint", own], "model000020.pt is a classifier"),
-        ("classifier_train", [*data, "--init_checkpoint", diffusion_model], "is an image model: use the image_*"),
+        ("classifier_train", [*data, "--init_checkpoint", diffusion_model], "is an image model"),
         ("classifier_train", [*data, "--init_checkpoint", plain], "plain.pt has no description"),
         ("classifier_train", [*data, "--model_path", own], "is a classifier: a classifier guides an image model"),
-        ("classifier_train", [*data, "--model_path", plain], "has no description: leave it out, and say by --channels"),
+        ("classifier_train", [*data, "--model_path", plain], "has no description: leave it out, and give --channels"),
     ):
         result = call(script, *args, "--out_dir", "run", cwd=tmp_path)
         assert result.code == 1 and message in result.err and len(result.err.strip().splitlines()) == 1, result.err
@@ -393,7 +394,7 @@ def test_a_dry_run_says_what_training_needs(striped, tmp_path):
 
 
 def test_help_names_the_classifiers_options_and_the_process(tmp_path):
-    text = call("classifier_train", "--help", cwd=tmp_path).succeed().out
+    text = call("classifier_train", "--help-all", cwd=tmp_path).succeed().out
     flags = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
     assert {"classifier_width", "model_path", "noise_schedule", "image_size", "resume", "val_dir"} <= flags
     assert not {"class_cond", "learn_sigma", "num_channels", "sample_interval"} & flags

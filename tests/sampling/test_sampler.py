@@ -1,6 +1,5 @@
 """From options to samples: every rule, grid and guidance from the command line."""
 
-import argparse
 import math
 
 import numpy as np
@@ -12,9 +11,8 @@ from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, pixels, python, run
 
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_model
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import DiffusionConfig, GuidanceConfig, ModelConfig, SampleConfig, SamplerConfig
 from improved_diffusion.config.sampling import SAMPLERS
+from improved_diffusion.config.settings import ImageModel, ImageSampling
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.sampler import build_sampler
@@ -134,10 +132,9 @@ def test_a_published_checkpoint_has_every_rule_as_well(model, tmp_path):
 
 
 def test_sampling_from_python_as_the_readme_has_it(model):
-    groups = (SampleConfig, ModelConfig, DiffusionConfig)
-    network, diffusion, _ = load_model(parse_options(groups, "", ["--model_path", str(model)]))
-    few = diffusion.respaced(timestep_grid("logsnr", 15, diffusion.base_alphas_cumprod))
-    x = few.sample_loop(DPMSolverPP(), network, (2, 3, 8, 8), model_kwargs={"y": th.tensor([0, 1])})
+    loaded = load_model(ImageModel.of({}), (), str(model))
+    few = loaded.diffusion.respaced(timestep_grid("logsnr", 15, loaded.diffusion.base_alphas_cumprod))
+    x = few.sample_loop(DPMSolverPP(), loaded.model, (2, 3, 8, 8), model_kwargs={"y": th.tensor([0, 1])})
     assert x.shape == (2, 3, 8, 8) and x.abs().max() <= 1.001
 
 
@@ -150,18 +147,16 @@ def test_print_steps_shows_them_and_draws_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def sampler_of(*flags, T=1000, size=32):
-    groups = (SamplerConfig, GuidanceConfig)
-    options = parse_options(groups, "", [*map(str, flags)])
-    return build_sampler(argparse.Namespace(**vars(options), timestep_respacing="", image_size=size), make_diffusion(T))
+def sampler_of(T=1000, image_size=32, **options):
+    return build_sampler(ImageSampling.of({"image_size": image_size, **options}), make_diffusion(T))
 
 
 def test_a_rule_made_for_few_steps_takes_few_unless_told():
-    assert sampler_of("--sampler", "unipc").steps == 20
-    assert sampler_of("--sampler", "unipc", T=7).steps == 7
-    assert sampler_of().steps == sampler_of("--sampler", "ddim").steps == 1000
-    assert sampler_of("--timestep_grid", "0,7.5,12").steps == 3
-    assert sampler_of("--sampler", "heun", "--steps", 10).evaluations == 19
+    assert sampler_of(sampler="unipc").steps == 20
+    assert sampler_of(sampler="unipc", T=7).steps == 7
+    assert sampler_of().steps == sampler_of(sampler="ddim").steps == 1000
+    assert sampler_of(timestep_grid="0,7.5,12").steps == 3
+    assert sampler_of(sampler="heun", steps=10).evaluations == 19
 
 
 def test_a_model_that_starts_from_pure_noise_is_started_there():
@@ -170,22 +165,25 @@ def test_a_model_that_starts_from_pure_noise_is_started_there():
         range(1000), betas=betas, model_mean_type=ModelMeanType.VELOCITY, model_var_type=ModelVarType.FIXED_LARGE,
         loss_type=LossType.MSE,
     )  # fmt: skip
-    for flags in (["--sampler", "unipc"], ["--sampler", "ddim", "--steps", "30"], ["--steps", "7"],
-                  ["--sampler", "heun", "--steps", "1"]):  # fmt: skip
-        options = parse_options((SamplerConfig,), "", flags)
-        sampler = build_sampler(argparse.Namespace(**vars(options), timestep_respacing="", image_size=32), diffusion)
+    for options in (
+        dict(sampler="unipc"),
+        dict(sampler="ddim", steps=30),
+        dict(steps=7),
+        dict(sampler="heun", steps=1),
+    ):
+        sampler = build_sampler(ImageSampling.of({"image_size": 32, **options}), diffusion)
         assert sampler.diffusion.timestep_map[-1] == 999 and sampler.diffusion.alphas_cumprod[-1] == 0
-        assert sampler.steps == (options.steps or 20)
+        assert sampler.steps == options.get("steps", 20)
 
 
 def test_large_images_start_at_more_noise():
     for size, sigma in ((32, 80), (256, 320)):
-        last = sampler_of("--sampler", "dpmpp_2m", size=size).diffusion.alphas_cumprod[-1]
+        last = sampler_of(sampler="dpmpp_2m", image_size=size).diffusion.alphas_cumprod[-1]
         assert 1 / last - 1 == pytest.approx(sigma**2, rel=1e-6)
 
 
 def test_churn_reaches_the_rule_and_its_path():
-    sampler = sampler_of("--sampler", "heun", "--steps", 10, "--churn", 4, "--churn_noise", 1.01)
+    sampler = sampler_of(sampler="heun", steps=10, churn=4, churn_noise=1.01)
     rises = sum(b > a for a, b in zip(sampler.path, sampler.path[1:]))
     assert rises == 10 and sampler.steps == 10 and sampler.evaluations == 19
     rule = sampler.make_rule()
@@ -272,7 +270,7 @@ def test_the_steps_shown_are_predictions_without_those_that_add_noise(model, tmp
     out = tmp_path / "out"
     flags = ["--sampler", "euler", "--steps", "6", "--churn", "3", "--save_steps", "100", "--batch_size", "3"]
     _, _, printed = sample(model, out, *flags)
-    assert "6 steps on the way to the first 3 samples" in printed
+    assert "6 steps to the first 3 samples" in printed
     with_one = tmp_path / "one"
     samples, _, _ = sample(model, with_one, "--sampler", "unipc", "--steps", "4", "--save_steps", "1")
     strip = pixels(with_one / "steps.png")
@@ -376,7 +374,7 @@ def test_networks_that_do_not_fit_are_refused(model, classifier, animals, place,
     message = refused(model, "--guide_path", other, "--guidance_scale", "2", cwd=tmp_path)
     assert "diffusion_steps 30" in message and "20" in message
     message = refused(other, "--classifier_path", classifier, cwd=tmp_path)
-    assert "diffusion_steps 20" in message and "classifier_train.py --model_path" in message
+    assert "diffusion_steps 20" in message and f"--model_path {other}" in message
     message = refused(model, "--classifier_path", other, cwd=tmp_path)
     assert "not a classifier" in message
     message = refused(other, "--guide_path", model, "--guidance_scale", "2", "--classes", "cat", cwd=tmp_path)

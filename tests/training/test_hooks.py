@@ -3,13 +3,14 @@
 import csv
 import math
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
 from train_helpers import Data, assert_same, finished, into, load, log_rows, make_loop, parameters_of, small_diffusion
 
-from improved_diffusion import train_util
+from improved_diffusion import dist_util, train_util
 from improved_diffusion.logs import logger
 from improved_diffusion.training import loop as loop_module
 from improved_diffusion.training.hooks import TrainingView
@@ -119,6 +120,33 @@ def test_a_forward_backward_of_the_published_kind_trains(monkeypatch):
             patch.setattr("train_helpers.TrainLoop", Published)
             theirs = finished(precision=precision, max_steps=3)
         assert th.equal(parameters_of(own), parameters_of(theirs)), precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_methods_of_the_published_kind_resume(tmp_path, monkeypatch, precision):
+    class Published(TrainLoop):
+        def _load_and_sync_parameters(self):
+            main = train_util.find_resume_checkpoint() or self.resume_checkpoint
+            self.resume_step = train_util.parse_resume_step_from_filename(main)
+            self.model.load_state_dict(dist_util.load_state_dict(main, map_location="cpu"))
+
+        def _load_ema_parameters(self, rate):
+            path = train_util.find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
+            return self._state_dict_to_master_params(dist_util.load_state_dict(path, map_location="cpu"))
+
+        def _load_optimizer_state(self):
+            path = Path(self.resume_checkpoint).parent / f"opt{self.resume_step:06}.pt"
+            self.opt.load_state_dict(dist_util.load_state_dict(str(path), map_location="cpu"))
+
+    half = finished(precision=precision, max_steps=3)
+    main = str(tmp_path / "run" / "model000003.pt")
+    monkeypatch.setattr("train_helpers.TrainLoop", Published)
+    loop = make_loop(precision=precision, resume_checkpoint=main, max_steps=5)
+    assert loop.absolute_step == 3 and th.equal(parameters_of(loop), parameters_of(half))
+    assert all(th.equal(a, b) for a, b in zip(loop.ema_params[0], half.ema_params[0]))
+    assert_same(dict(half.opt.state[half.master_params[0]]), dict(loop.opt.state[loop.master_params[0]]))
+    loop.run_loop()
+    assert [row["step"] for row in log_rows(tmp_path / "run")] == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize("schedule", ["", "warm-up"])
@@ -252,7 +280,7 @@ def test_a_deferred_value_is_read_when_its_row_is_written(out_dir):
 
     def values():
         reads.append(1)
-        return {"late": 7.0}
+        return {"early": 2, "late": 7.0}
 
     for _ in range(3):
         logger.defer(values)

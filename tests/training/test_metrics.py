@@ -6,7 +6,8 @@ import pytest
 import torch as th
 
 from improved_diffusion.distributed.devices import peak_memory
-from improved_diffusion.training.metrics import BadSteps, LossMeter, StepClock
+from improved_diffusion.fp16_util import LossScale
+from improved_diffusion.training.metrics import BadSteps, LossMeter, StepClock, sum_dtype
 
 
 def test_quartiles_split_the_losses_by_timestep():
@@ -88,3 +89,29 @@ def test_peak_memory_counts_what_is_taken():
     before = peak_memory(th.device("cpu"))
     th.zeros(2**26).add_(1)  # 256 MiB
     assert 2**20 < before < 2**40 and peak_memory(th.device("cpu")) >= max(before, 2**28)
+
+
+def test_an_accelerator_without_float64_gets_none():
+    """The meta device stands in for it."""
+    meter, t = LossMeter(), th.arange(4, device="meta")
+    values = th.zeros(4, device="meta")
+    meter.add("norm", values)
+    meter.add_losses(4, t, {"loss": values})
+    assert {pair.dtype for pair in meter.sums.values()} == {th.float32}
+    assert LossScale("meta", 1e-3).lg.dtype == th.float32 and LossScale("cpu", 1e-3).lg.dtype == th.float64
+    assert sum_dtype(th.device("mps")) == th.float32 and sum_dtype(th.device("cuda")) == th.float64
+
+
+def test_sums_are_saved_alike_whatever_the_device():
+    meter, other = LossMeter(), LossMeter()
+    meter.add("loss", th.tensor([1.0, 2.0]))
+    state = meter.state_dict()
+    assert {pair.dtype for pair in state.values()} == {th.float64}
+    other.load_state_dict(state, "meta")
+    assert other.sums["loss"].dtype == th.float32
+
+
+def test_a_rank_may_read_its_own_values():
+    meter = LossMeter()
+    meter.add("loss", th.tensor([1.0, 2.0]))
+    assert meter.read_own() == {"loss": 1.5} and meter.read_own() == {} == meter.read()

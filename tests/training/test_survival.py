@@ -201,9 +201,9 @@ def test_a_damaged_newest_set_is_passed_over_with_a_message(name, damage, copied
     if name.endswith(".json") and damage == "flipped":
         assert "resumed after" in result.out  # a digit of a checksum, or of a name: some set is whole
         return
-    assert f"warning: the checkpoint of step 8 is passed over: {copied / name} " in result.out
+    assert f"warning: skipped the damaged checkpoint of step 8: {copied / name} " in result.out
     assert "resumed after 5 steps" in result.out
-    assert "training: 9/9 steps" in result.out
+    assert "training: 100% 9/9" in result.out
 
 
 @pytest.mark.parametrize("name", ["model000008.pt", "ema_0.9999_000008.pt", "opt000008.pt", "manifest000008.json"])
@@ -273,7 +273,7 @@ def test_a_disk_that_fills_up_ends_the_run_after_three_saves_and_keeps_the_older
         assert result.code == 1
         saved = complete_sets(str(disk / "run"), LABELS)
         assert saved and all(problem_of(str(disk / "run"), step) is None for step in saved)
-        assert result.out.count("saving failed, and is tried again at the next interval") == 2
+        assert result.out.count("saving failed and will be retried") == 2
         last = f"last good checkpoint: {disk}/run/model{saved[-1]:06d}.pt"
         assert "error: 3 saves in a row have failed" in result.err and "No space left on device" in result.err
         assert last in result.err and "Traceback" not in result.err

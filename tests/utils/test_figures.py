@@ -23,7 +23,7 @@ def test_a_figure_is_written_as_a_png_of_its_size(tmp_path):
 
 def test_a_figure_does_not_touch_the_process():
     pytest.importorskip("matplotlib")
-    code = "import sys\nfrom improved_diffusion.plots import new_figure\nnew_figure((1, 1))\n"
+    code = "import sys\nfrom improved_diffusion.utils.figures import new_figure\nnew_figure((1, 1))\n"
     code += "print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n"

@@ -367,7 +367,7 @@ def test_files_that_are_no_npz_of_images_are_named(tmp_path):
     (tmp_path / "header.npz").write_bytes(data.replace(b"(2, 4, 4, 3)", b"(2, '4, 4, )"))
     (tmp_path / "huge.npz").write_bytes(data.replace(b"(2, 4, 4, 3)", b"(2**60,4,99)"))
     for name, culprit in (
-        ("plain", "single array, not an npz"), ("text", "arr_0 is no array"),
+        ("plain", "single array, not an npz"), ("text", "arr_0 is not an array"),
         ("flat", r"arr_0 of uint8 \(50, 0, 0, 3\)"), ("header", "not a readable npz"), ("huge", "not a readable npz"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=culprit):
