@@ -498,7 +498,7 @@ def test_trajectories_of_one_diffusion_taken_in_turns_keep_their_own_noise():
     diffusion, model, shape = make_diffusion(4), stand_in_network(False), (1, 1, 2, 2)
 
     def steps(seed):
-        return diffusion.p_sample_loop_progressive(model, shape, device="cpu", noise_fn=SeededNoise([seed]))
+        return diffusion.p_sample_loop_progressive(model, shape, device="cpu", noise_fn=SeededNoise(seed, [0]))
 
     alone = [[out["sample"] for out in steps(seed)] for seed in (1, 2)]
     together = [(a["sample"], b["sample"]) for a, b in zip(steps(1), steps(2))]
@@ -544,8 +544,8 @@ def test_a_subclass_runs_its_own_methods_on_any_steps_with_each_images_own_noise
     plain, mine = make_diffusion(10).respaced([0, 4, 9]), counting().respaced([0, 4, 9])
     path = range(3) if name == "ddim_reverse_sample" else None
     common = dict(shape=(2, 1, 4, 4), model=stand_in_network(False), device="cpu", path=path)
-    expected = list(sample_loop_progressive(METHODS[name](), plain, noise_fn=SeededNoise([1, 2]), **common))
-    found = list(sample_loop_progressive(METHODS[name](), mine, noise_fn=SeededNoise([1, 2]), **common))
+    expected = list(sample_loop_progressive(METHODS[name](), plain, noise_fn=SeededNoise(0, [1, 2]), **common))
+    found = list(sample_loop_progressive(METHODS[name](), mine, noise_fn=SeededNoise(0, [1, 2]), **common))
     assert mine.calls == (name, "p_mean_variance") * len(found)
     assert [out["mine"] for out in found] == [7] * len(expected)
     assert all((a["sample"] == b["sample"]).all() for a, b in zip(found, expected))
@@ -601,7 +601,7 @@ def test_published_steps_draw_once_and_add_no_noise_to_the_clean_image(eta):
 
 def test_noise_of_a_seed_does_not_depend_on_the_batch():
     x = th.zeros(3, 1, 2, 2)
-    together, alone, other = SeededNoise([3, 4, 5]), SeededNoise([4]), SeededNoise([5, 4, 9])
+    together, alone, other = SeededNoise(0, [3, 4, 5]), SeededNoise(0, [4]), SeededNoise(0, [5, 4, 9])
     for _ in range(3):
         noise = together(x)
         th.testing.assert_close(noise[1], alone(x[:1])[0], rtol=0, atol=0)
@@ -610,10 +610,10 @@ def test_noise_of_a_seed_does_not_depend_on_the_batch():
 
 
 def test_noise_is_standard_normal_and_follows_its_tensor():
-    noise = SeededNoise(range(4))(th.zeros(4, 3, 64, 64, dtype=th.float64))
+    noise = SeededNoise(0, range(4))(th.zeros(4, 3, 64, 64, dtype=th.float64))
     assert noise.dtype == th.float64 and noise.shape == (4, 3, 64, 64)
     assert_moments(noise, 0, 1)
-    integers = SeededNoise(range(100)).integers(10)
+    integers = SeededNoise(0, range(100)).integers(10)
     assert integers.dtype == th.int64 and set(integers.tolist()) == set(range(10))
 
 
@@ -622,7 +622,7 @@ def test_images_of_seeds_do_not_depend_on_the_batch():
 
     def sample(loop, seeds, **kwargs):
         shape = (len(seeds), 1, 4, 4)
-        return getattr(diffusion, loop)(model, shape, device="cpu", noise_fn=SeededNoise(seeds), **kwargs)
+        return getattr(diffusion, loop)(model, shape, device="cpu", noise_fn=SeededNoise(0, seeds), **kwargs)
 
     for loop, kwargs in (("p_sample_loop", {}), ("ddim_sample_loop", {"eta": 0.7})):
         together = sample(loop, [7, 8, 9], **kwargs)
@@ -632,7 +632,7 @@ def test_images_of_seeds_do_not_depend_on_the_batch():
 
 def test_seeded_noise_leaves_the_global_generator_alone():
     before = th.get_rng_state()
-    noise = SeededNoise([1, 2])
+    noise = SeededNoise(0, [1, 2])
     noise(th.zeros(2, 3))
     noise.integers(4)
     assert (th.get_rng_state() == before).all()
