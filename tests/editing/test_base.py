@@ -5,9 +5,7 @@ import pytest
 
 from improved_diffusion.checkpoints.loading import LoadedModel
 from improved_diffusion.config import UserError
-from improved_diffusion.config.settings import (
-    Encoding,
-)
+from improved_diffusion.config.settings import Encoding
 from improved_diffusion.editing.base import ImageEdit, read_given
 from improved_diffusion.editing.model import EditingModel
 from improved_diffusion.sampling.labels import Classes

@@ -3,19 +3,9 @@
 import pytest
 
 from improved_diffusion.config import UserError
-from improved_diffusion.config.settings import (
-    Decoding,
-    Encoding,
-    Inpainting,
-    Interpolation,
-    Variations,
-)
+from improved_diffusion.config.settings import Decoding, Encoding, Inpainting, Interpolation, Variations
 from improved_diffusion.editing.interpolate import settings_between_seeds
-from improved_diffusion.editing.options import (
-    decoding_settings,
-    inversion_settings,
-    renoising_settings,
-)
+from improved_diffusion.editing.options import decoding_settings, inversion_settings, renoising_settings
 
 
 def filled_in(settings):
