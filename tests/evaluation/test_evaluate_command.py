@@ -304,7 +304,7 @@ def test_published_statistics_give_a_fid_and_a_warning(place, tmp_path):
     assert set(report["metrics"]) == {"fid", "inception_score"}
     assert report["metrics"]["fid"]["value"] == pytest.approx(expected["fid"]["value"], rel=1e-9)
     for name in ("kid", "precision", "recall", "density", "coverage"):
-        assert report["missing"][name] == "the reference has statistics alone: it needs images or their features"
+        assert report["missing"][name] == "the reference has statistics only: it needs images or their features"
     assert report["missing"]["sfid"] == "the reference has no spatial features"
     assert "warning: the statistics of the reference do not say which network" in result.out
     assert (
