@@ -100,7 +100,7 @@ def test_every_flag_named_exists(page):
 
 @every_page
 def test_python_blocks_use_names_that_exist(page):
-    holders = {"idf": idf, "model": api.Model, "images": api.Images, "step": api.SamplingStep}
+    holders = {"idf": idf, "model": api.Model, "images": api.Images, "step": api.SamplingStep, "report": api.Report}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         for node in ast.walk(ast.parse(textwrap.dedent(block))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in holders:
@@ -111,7 +111,8 @@ def test_python_blocks_use_names_that_exist(page):
 
 def test_python_page_names_everything_public():
     text = (ROOT / "docs" / "python.md").read_text()
-    names = [f"idf.{name}(" for name in ("load", "train")]
+    names = [f"idf.{name}(" for name in idf.__all__ if inspect.isfunction(getattr(idf, name))]
+    names += [f"`{name}`" for name in ("Images", "Latents", "Model", "Report", "SamplingStep")]
     names += [f"model.{name}" for name in vars(api.Model) if not name.startswith("_")]
     names += [f"images.{name}(" for name, member in vars(api.Images).items() if name[0] != "_" and callable(member)]
     assert [name for name in names if name not in text] == []
