@@ -79,8 +79,8 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
 def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
     """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
 
-    Claims the run's folder. `resume_checkpoint` becomes the file to continue from. Options that were not given come from
-    it, or, those of the model, from --init_checkpoint. Collective.
+    Claims the run's folder. `resume_checkpoint` becomes the file to continue from. Options that were not given come
+    from it, or, those of the model, from --init_checkpoint. Collective.
     """
     if not settings.train.dry_run:
         distributed.from_rank0(_claim, logger.get_dir(), get_blob_logdir())
