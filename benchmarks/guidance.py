@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch as th
-from judges import RESULTS, Classifier, Drawer, parser, real_images
+from common import RESULTS, Checkpoint, Classifier, parser, real_images
 
 from improved_diffusion import distributed
 from improved_diffusion.config import height_width
@@ -36,12 +36,13 @@ def diversity(features, labels):
     return float(np.mean(means))
 
 
-def cost(drawer, batch_size, repeats):
+def cost(checkpoint, batch_size, repeats):
     """Median over `repeats` of the time of a guided evaluation over that of a plain one just before it."""
     device = distributed.dev()
-    x = th.randn(batch_size, drawer.channels, *height_width(drawer.image_size), device=device)
-    t, y = th.full((batch_size,), 500.0, device=device), th.arange(batch_size, device=device) % drawer.classes
-    guided = ClassifierFreeGuidance(drawer.model, 2.0)
+    x = th.randn(batch_size, checkpoint.channels, *height_width(checkpoint.image_size), device=device)
+    t, y = th.full((batch_size,), 500.0, device=device), th.arange(batch_size, device=device) % checkpoint.classes
+    model = checkpoint.pipeline([]).model
+    guided = ClassifierFreeGuidance(model, 2.0)
 
     def seconds(model):
         if device.type == "cuda":
@@ -53,11 +54,11 @@ def cost(drawer, batch_size, repeats):
             th.cuda.synchronize()
         return time.perf_counter() - start
 
-    for model in (drawer.model, guided):
-        seconds(model)
+    for each in (model, guided):
+        seconds(each)
     ratios = []
     for _ in range(repeats):
-        single = seconds(drawer.model)
+        single = seconds(model)
         ratios.append(seconds(guided) / single)
     return statistics.median(ratios)
 
@@ -86,16 +87,19 @@ def plot(path, rows):
 
 def main():
     args = parser(__doc__).parse_args()
-    drawer = Drawer(args.model_path, args.batch_size)
-    sets = [real_images(f"{args.data_dir}/{part}", drawer.image_size, drawer.channels) for part in ("train", "test")]
-    judge = Classifier(drawer.channels, drawer.classes).fit(*sets[0])
+    checkpoint = Checkpoint(args.model_path, args.batch_size)
+    sets = [
+        real_images(f"{args.data_dir}/{part}", checkpoint.image_size, checkpoint.channels) for part in ("train", "test")
+    ]
+    classifier = Classifier(checkpoint.channels, checkpoint.classes).fit(*sets[0])
     real, real_labels = (np.concatenate(parts) for parts in zip(*sets))
-    reference, _ = judge.judge(real)
+    reference, _ = classifier.evaluate(real)
     spread = diversity(reference, real_labels)
     rows = []
     for scale in SCALES:
-        samples, labels, _ = drawer.draw([*SAMPLER, "--guidance_scale", str(scale)], args.num_samples)
-        features, probabilities = judge.judge(samples)
+        samples = checkpoint.draw([*SAMPLER, "--guidance_scale", str(scale)], args.num_samples)
+        labels = samples.labels
+        features, probabilities = classifier.evaluate(samples.images)
         kid = kernel_distance(features, reference)
         rows.append(dict(
             scale=scale, agreement=float((probabilities.argmax(axis=1) == labels).mean()),
@@ -103,7 +107,7 @@ def main():
             diversity=diversity(features, labels) / spread, kid=kid.value, standard_error=kid.standard_error,
         ))  # fmt: skip
         print(rows[-1], flush=True)
-    ratio = cost(drawer, args.batch_size, repeats=21)
+    ratio = cost(checkpoint, args.batch_size, repeats=21)
     print(f"a guided evaluation costs {ratio:.2f} plain ones (batch {args.batch_size})")
     path = RESULTS / f"guidance_{args.name}.json"
     device = th.cuda.get_device_name() if th.cuda.is_available() else platform.processor() or platform.machine()

@@ -22,27 +22,24 @@ from pathlib import Path
 
 import numpy as np
 import torch as th
-from judges import RESULTS
+from common import RESULTS
 
 from improved_diffusion import distributed
 from improved_diffusion.bound import BoundSummary
 from improved_diffusion.checkpoints.loading import load_model
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig
-from improved_diffusion.data.dataset import ImageDataset
-from improved_diffusion.data.sources import open_images, read_classes
-from improved_diffusion.evaluation.likelihood import Evaluation
+from improved_diffusion.config.settings import Likelihood
+from improved_diffusion.evaluation.likelihood import BoundEvaluation, open_dataset
 from improved_diffusion.logs import logger
 
-SEEDS = range(0, 20_000, 1000)  # apart by more than there are images: image i's seed is seed + i
+SEEDS = range(20)
 
 
-def noise_error(result, model, diffusion, dataset, options):
+def noise_error(result, model, diffusion, dataset, batch_size):
     """The standard error of the mean over the images that the noise makes, from one repetition with other noise."""
     th.manual_seed(1)
     again = []
-    for start in range(0, len(result.total_bpd), options.batch_size):
-        rows = range(start, min(start + options.batch_size, len(result.total_bpd)))
+    for start in range(0, len(result.total_bpd), batch_size):
+        rows = range(start, min(start + batch_size, len(result.total_bpd)))
         batch, kwargs = th.utils.data.default_collate([dataset[i] for i in rows])
         t, weights = (th.from_numpy(result.terms[name][rows.start : rows.stop]) for name in ("timesteps", "weights"))
         bound = diffusion.calc_bpd_loop(model, batch, model_kwargs=kwargs, timesteps=t, weights=weights)
@@ -64,20 +61,17 @@ def main():
     with np.load(Path(args.whole, "per_image.npz"), allow_pickle=False) as arrays:
         exact, exact_terms = float(arrays["total_bpd"].mean()), arrays["vb"][:, ::-1].astype(np.float64)
     logger.configure(dir=args.whole, format_strs=[])
-    argv = ["--model_path", args.model_path, "--nll_timesteps", str(args.nll_timesteps)]
-    argv += ["--num_samples", str(whole["images"]), "--batch_size", str(args.batch_size)]
-    options = parse_options((NLLConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__, argv)
-    options.data_dir = args.data_dir
-    model, diffusion, _ = load_model(options)
-    model.to(distributed.dev())
-    source = open_images(args.data_dir)
-    classes = read_classes(source, "prefix", args.data_dir)[0] if options.class_cond else None
-    dataset = ImageDataset(options.image_size, source, classes, channels=options.channels)
+    asked = {
+        "model_path": args.model_path, "data_dir": args.data_dir, "nll_timesteps": args.nll_timesteps,
+        "num_samples": whole["images"], "batch_size": args.batch_size,
+    }  # fmt: skip
+    loaded = load_model(Likelihood.of(asked), asked, args.model_path)
+    diffusion, model = loaded.diffusion, loaded.model.to(distributed.dev())
+    dataset = open_dataset(loaded)
     rows, noise = [], None
     for seed in SEEDS:
-        options.seed = seed
-        result = Evaluation(options, diffusion, dataset).run(model)
-        noise = noise or noise_error(result, model, diffusion, dataset, options)
+        result = BoundEvaluation(loaded.settings.nll, seed, diffusion, dataset).run(model)
+        noise = noise or noise_error(result, model, diffusion, dataset, args.batch_size)
         weights = result.terms["weights"]
         terms = np.take_along_axis(exact_terms, result.terms["timesteps"], axis=1)
         same_noise = (terms * weights).sum(axis=1) - exact_terms.sum(axis=1)

@@ -15,15 +15,12 @@ import statistics
 import time
 
 import torch as th
-from judges import RESULTS
+from common import RESULTS
 
 from improved_diffusion import distributed
 from improved_diffusion.checkpoints.loading import load_model
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import DiffusionConfig, ModelConfig, NLLConfig, RunConfig
-from improved_diffusion.data.dataset import ImageDataset
-from improved_diffusion.data.sources import open_images, read_classes
-from improved_diffusion.evaluation.likelihood import timesteps_per_pass
+from improved_diffusion.config.settings import Likelihood
+from improved_diffusion.evaluation.likelihood import open_dataset, timesteps_per_pass
 from improved_diffusion.sampling.noise import SeededNoise
 
 BATCH_SIZES = (1, 8, 99)
@@ -36,7 +33,7 @@ def seconds(diffusion, model, batch, classes, per_pass):
     if batch.is_cuda:
         th.cuda.synchronize()
     start = time.perf_counter()
-    noise, kwargs = SeededNoise(range(len(batch))), {} if classes is None else {"y": classes}
+    noise, kwargs = SeededNoise(0, range(len(batch))), {} if classes is None else {"y": classes}
     bound = diffusion.calc_bpd_loop(model, batch, model_kwargs=kwargs, noise_fn=noise, timesteps_per_pass=per_pass)
     total = bound["total_bpd"].cpu()  # waits for the device
     return time.perf_counter() - start, total
@@ -49,18 +46,14 @@ def main():
     parser.add_argument("--steps", type=int, default=32, help="timesteps of the respaced process")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    argv = ["--model_path", args.model_path, "--timestep_respacing", str(args.steps)]
-    options = parse_options((NLLConfig, ModelConfig, DiffusionConfig, RunConfig), __doc__, argv)
-    model, diffusion, _ = load_model(options)
-    device = distributed.dev()
-    model.to(device)
-    source = open_images(args.data_dir)
-    classes = read_classes(source, "prefix", args.data_dir)[0] if options.class_cond else None
-    dataset = ImageDataset(options.image_size, source, None, channels=options.channels)
+    asked = {"model_path": args.model_path, "data_dir": args.data_dir, "timestep_respacing": str(args.steps)}
+    loaded = load_model(Likelihood.of(asked), asked, args.model_path)
+    diffusion, device = loaded.diffusion, distributed.dev()
+    model, dataset = loaded.model.to(device), open_dataset(loaded)
     rows = []
     for n in BATCH_SIZES:
-        batch = th.stack([th.from_numpy(dataset[i][0]) for i in range(n)]).to(device)
-        y = None if classes is None else th.tensor(classes[:n], device=device)
+        images, kwargs = th.utils.data.default_collate([dataset[i] for i in range(n)])
+        batch, y = images.to(device), kwargs["y"].to(device) if "y" in kwargs else None
         automatic = timesteps_per_pass(batch.shape, args.steps, device.type)
         ways = sorted({k for k in (*PER_PASS, automatic) if k <= args.steps and n * k <= MOST_IMAGES})
         seconds(diffusion, model, batch[:1], None if y is None else y[:1], 1)
@@ -80,7 +73,7 @@ def main():
     where = th.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     content = dict(
         device=where, threads=th.get_num_threads(), torch=th.__version__, model=os.path.basename(args.model_path),
-        image_size=options.image_size, steps=args.steps, rows=rows,
+        image_size=loaded.settings.model.size, steps=args.steps, rows=rows,
     )  # fmt: skip
     (RESULTS / "nll_speed.json").write_text(json.dumps(content, indent=1) + "\n")
 

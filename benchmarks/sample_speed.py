@@ -14,12 +14,12 @@ import statistics
 import time
 
 import torch as th
-from judges import RESULTS
+from common import RESULTS
 
 from improved_diffusion import distributed
-from improved_diffusion.checkpoints.loading import build
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import DiffusionConfig, ModelConfig, SamplerConfig
+from improved_diffusion.cli.parsing import parse
+from improved_diffusion.config.settings import ImageSampling
+from improved_diffusion.models.build import build_model_and_diffusion
 from improved_diffusion.sampling.guided import prepare_model
 
 WAYS = {
@@ -33,9 +33,9 @@ COMPILED = {f"{name}, compiled": [*flags, "--compile"] for name, flags in WAYS.i
 
 def make(flags, num_channels):
     argv = ["--preset", "cifar10-hybrid", "--num_channels", str(num_channels), *flags]
-    options = parse_options((ModelConfig, DiffusionConfig, SamplerConfig), __doc__, argv)
+    settings = parse(ImageSampling, argv).settings
     th.manual_seed(0)
-    return prepare_model(options, build(options)[0].eval())
+    return prepare_model(settings.sampler, build_model_and_diffusion(settings.model, settings.diffusion)[0].eval())
 
 
 def seconds(model, x, t):

@@ -5,10 +5,10 @@
         --dropout 0.1 --max_steps 8000 --lr 0.001 --ema_rate 0.999 --out_dir runs/digits_long
     python benchmarks/sampler_quality.py --model_path runs/digits_long/ema_0.999_008000.pt --data_dir data/digits
 
-The measure is the kernel distance (improved_diffusion/evaluation/kid.py) between the features of samples and of all
-real images; the features are those of a classifier trained on the real training images here, or of a program for
-scripts/evaluate.py (--features). The samples are of each class equally often, which moves the estimate a little below
-that of independent draws, the same for all rules: what counts is how they differ.
+The measure is the kernel distance (improved_diffusion/evaluation/metrics/kid.py) between the features of samples and of
+all real images; the features are those of a classifier trained on the real training images here, or of a program for
+scripts/evaluate.py (--features) that is trusted already. The samples are of each class equally often, which moves the
+estimate a little below that of independent draws, the same for all rules: what counts is how they differ.
 
 All rules start from the same noises, so that those without randomness of their own are also compared, pixel by pixel,
 with where their common equation ends, on each timestep grid. Writes benchmarks/results/sampler_quality_<name>.json and
@@ -18,7 +18,7 @@ with where their common equation ends, on each timestep grid. Writes benchmarks/
 import json
 
 import numpy as np
-from judges import RESULTS, Classifier, Drawer, parser, real_images
+from common import RESULTS, Checkpoint, Classifier, parser, real_images
 
 from improved_diffusion import distributed
 from improved_diffusion.evaluation.features import FeatureNetwork
@@ -46,7 +46,7 @@ class Features:
     def __init__(self, path):
         self.network = FeatureNetwork(path, device=distributed.dev())
 
-    def judge(self, images):
+    def evaluate(self, images):
         parts = np.array_split(images, len(images) // 500 + 1)
         return np.concatenate([self.network(part).features for part in parts]), None
 
@@ -123,30 +123,30 @@ def flags_for(rule, asked, grid="auto"):
     return ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", grid]
 
 
-def measure_kid(results, drawer, judge, reference, wanted, count):
+def measure_kid(results, checkpoint, extractor, reference, wanted, count):
     for rule, asked in wanted:
         if results.find("rows", rule=rule, asked=asked):
             continue
         flags = flags_for(rule, asked)
-        samples, labels, evaluations = drawer.draw(flags, count)
-        features, probabilities = judge.judge(samples)
+        samples = checkpoint.draw(flags, count)
+        features, probabilities = extractor.evaluate(samples.images)
         kid = kernel_distance(features, reference)
-        row = dict(rule=rule, grid=drawer.sampler(flags)[0].grid, asked=asked, evaluations=evaluations, kid=kid.value,
-                   standard_error=kid.standard_error)  # fmt: skip
+        row = dict(rule=rule, grid=checkpoint.pipeline(flags).sampler.grid, asked=asked,
+                   evaluations=samples.evaluations, kid=kid.value, standard_error=kid.standard_error)  # fmt: skip
         if probabilities is not None:
-            row["agreement"] = float((probabilities.argmax(axis=1) == labels).mean())
+            row["agreement"] = float((probabilities.argmax(axis=1) == samples.labels).mean())
         results.add("rows", row)
 
 
-def measure_grids(results, drawer, rules):
+def measure_grids(results, checkpoint, rules):
     """The root mean square distance of the pixels, in [-1, 1], to the end of the common equation."""
     wanted = [(rule, grid, asked) for rule in rules if rule not in RANDOM for grid in NAMES for asked in ON_GRIDS]
     if all(results.find("grids", rule=rule, grid=grid, asked=asked) for rule, grid, asked in wanted):
         return
-    exact = drawer.draw(EXACT, COMPARED)[0] / 127.5
+    exact = checkpoint.draw(EXACT, COMPARED).images / 127.5
     for rule, grid, asked in wanted:
         if not results.find("grids", rule=rule, grid=grid, asked=asked):
-            samples, _, _ = drawer.draw(flags_for(rule, asked, grid), COMPARED)
+            samples = checkpoint.draw(flags_for(rule, asked, grid), COMPARED).images
             rmse = float(np.sqrt(np.mean((samples / 127.5 - exact) ** 2)))
             results.add("grids", dict(rule=rule, grid=grid, asked=asked, rmse=rmse))
 
@@ -157,21 +157,23 @@ def main():
     args.add_argument("--rules", default=",".join(RULES), help="comma-separated (default: all)")
     args = args.parse_args()
     rules = args.rules.split(",")
-    drawer = Drawer(args.model_path, args.batch_size)
+    checkpoint = Checkpoint(args.model_path, args.batch_size)
     settings = dict(model=args.model_path, num_samples=args.num_samples, features=args.features)
     results = Results(RESULTS / f"sampler_quality_{args.name}.json", settings)
-    sets = [real_images(f"{args.data_dir}/{part}", drawer.image_size, drawer.channels) for part in ("train", "test")]
+    sets = [
+        real_images(f"{args.data_dir}/{part}", checkpoint.image_size, checkpoint.channels) for part in ("train", "test")
+    ]
     if args.features:
-        judge = Features(args.features)
+        extractor = Features(args.features)
     else:
-        judge = Classifier(drawer.channels, drawer.classes).fit(*sets[0])
-        accuracy = (judge.judge(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()
+        extractor = Classifier(checkpoint.channels, checkpoint.classes).fit(*sets[0])
+        accuracy = (extractor.evaluate(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()
         print(f"the classifier's accuracy on the real test images: {accuracy:.1%}")
-    reference, _ = judge.judge(np.concatenate([images for images, _ in sets]))
+    reference, _ = extractor.evaluate(np.concatenate([images for images, _ in sets]))
     wanted = [(rule, n) for n in EVALUATIONS for rule in rules]
     wanted += [("ancestral", n) for n in MANY if "ancestral" in rules]
-    measure_kid(results, drawer, judge, reference, wanted, args.num_samples)
-    measure_grids(results, drawer, rules)
+    measure_kid(results, checkpoint, extractor, reference, wanted, args.num_samples)
+    measure_grids(results, checkpoint, rules)
 
     rows = results.content["rows"]
     print(f"kernel distance x 1000, {args.num_samples} samples:")

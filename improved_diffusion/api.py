@@ -44,13 +44,14 @@ from .config.settings import (
     merge_options,
 )
 from .data.given import as_pixels
-from .editing.base import Edit, EditingModel
+from .editing.base import Edit
 from .editing.decode import Decode
 from .editing.encode import Encode
 from .editing.inpaint import Inpaint
 from .editing.interpolate import Interpolate
 from .editing.latents import Latents, read_latents
 from .editing.masks import read_masks
+from .editing.model import EditingModel
 from .editing.variations import Vary
 from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation

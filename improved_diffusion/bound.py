@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The density of the timesteps that an estimate evaluates. Trained models' terms fall about as (t + 1)^-1.2, with either
-# noise schedule; an even share bounds the weights where they do not.
+# The density of the timesteps that an estimate evaluates. The terms of trained models fall about as (t + 1)^-1.2 with
+# either noise schedule; a uniform share bounds the weights where they do not.
 DECAY = 1.2
 UNIFORM_SHARE = 0.05
 
@@ -19,7 +19,7 @@ class BoundSummary:
     """The variational bound of a set of images, in bits/dim."""
 
     total_bpd: np.ndarray  # [N], one for each image
-    terms: dict[str, np.ndarray]  # name -> [N] or [N, K]; of an estimate from K timesteps, `weights` among them
+    terms: dict[str, np.ndarray]  # name -> [N] or [N, K]; an estimate from K timesteps has `weights` too
 
     @property
     def mean(self) -> float:
@@ -28,17 +28,17 @@ class BoundSummary:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, over the images; nan for a single one."""
+        """The standard error of the mean over the images; nan for a single image."""
         n = len(self.total_bpd)
         return float(self.total_bpd.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
     @property
     def timesteps_error(self) -> float:
-        """The part of the standard error that comes from the timesteps left out; 0 where none are."""
+        """The part of the standard error that comes from the timesteps left out; 0 for a whole bound."""
         if "weights" not in self.terms:
             return 0.0
         variance = left_out_variance(self.terms["vb"], self.terms["weights"])
-        return float(np.sqrt(variance.sum()) / len(variance))  # each image has an offset of its own
+        return float(np.sqrt(variance.sum()) / len(variance))  # each image has its own offset
 
 
 def summarize_bound(
@@ -50,11 +50,11 @@ def summarize_bound(
 ) -> BoundSummary:
     """Evaluate the bound on every batch.
 
-    :param batches: arguments for `bound`; every rank must have as many, some perhaps of no images.
+    :param batches: arguments for `bound`; the same number on every rank, some possibly without images.
     :param bound: gives `total_bpd` [n], and terms [n] or [n, K] under other names; nothing for no images.
-    :param gather: every rank's dict, in rank order.
+    :param gather: gives the dict of every rank, in rank order.
     :param report: called after each round with the number of images so far and their mean in bits/dim.
-    :param keep_terms: False where `total_bpd` is enough, and memory dear.
+    :param keep_terms: False: keep `total_bpd` only, to save memory.
     """
     totals: list[np.ndarray] = []
     terms: dict[str, list[np.ndarray]] = {}
@@ -71,8 +71,8 @@ def summarize_bound(
 def stratified_timesteps(num_timesteps: int, count: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps and weights whose sum_k weight[:, k] * term(t[:, k]) estimates sum_t term(t) without bias.
 
-    Systematic sampling (Madow 1949): t is taken with probability pi(t), at most once, and then weighs 1/pi(t). pi(0),
-    of the decoder's term, is 1; the others fall like the terms do. With `count` >= T the sum is exact.
+    Systematic sampling (Madow 1949): t is taken with probability pi(t), at most once, and has the weight 1/pi(t).
+    pi(0), for the decoder's term, is 1; the others fall as the terms do. With `count` >= T the sum is exact.
     :param count: timesteps for each image, at least 2 unless T is 1.
     :param offsets: [N], in [0, 1); each image's own, drawn uniformly, makes the images' estimates independent.
     :return: t int64 and weight float64, both [N, min(count, T)], t rising.
@@ -87,7 +87,7 @@ def stratified_timesteps(num_timesteps: int, count: int, offsets: np.ndarray) ->
 
 
 def _inclusion(num_timesteps: int, count: int) -> np.ndarray:
-    """pi [T], each in (0, 1], of sum `count`: proportional to the density, but where that would go above 1."""
+    """pi [T], each in (0, 1], with sum `count`: proportional to the density, and 1 where that would exceed 1."""
     inclusion = np.ones(num_timesteps)
     if count == num_timesteps:
         return inclusion
@@ -106,12 +106,13 @@ def _inclusion(num_timesteps: int, count: int) -> np.ndarray:
 def left_out_variance(terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The variance [N] of each image's sum of weights * terms over the draw of its timesteps.
 
-    Of systematic sampling, from one draw, by two parts. What is rough, the terms' noise too: second differences of the
-    weighted terms, which a straight line does not enter (Wolter 2007, Introduction to Variance Estimation, sec. 8.2,
-    estimator v4, with the finite population correction of each timestep). What is smooth: the weighted terms' rise from
-    end to end, by which the offset moves the sum (the first term of Euler and Maclaurin's formula; Yates 1948).
+    For systematic sampling, estimated from one draw in two parts. The rough part, which includes the noise of the
+    terms: second differences of the weighted terms, which are 0 for a straight line (Wolter 2007, Introduction to
+    Variance Estimation, sec. 8.2, estimator v4, with the finite population correction of each timestep). The smooth
+    part: the rise of the weighted terms from end to end, by which the offset changes the sum (the first term of Euler
+    and Maclaurin's formula; Yates 1948).
     :param terms, weights: [N, K], of timesteps from `stratified_timesteps`.
-    nan where fewer than three of the timesteps, and not all, were left to chance.
+    nan where one or two of the timesteps were drawn at random.
     """
     drawn = weights[0] > 1  # the others are always there
     z, share = (weights * terms)[:, drawn].astype(np.float64), 1 / weights[:, drawn]

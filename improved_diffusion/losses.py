@@ -1,10 +1,9 @@
-"""Likelihood terms: KL of Gaussians, and the Gaussian discretized to 256 levels. All values in nats."""
+"""Likelihood terms: KL of Gaussians, and the Gaussian discretized to 256 levels. All values are in nats."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch as th
 
 
@@ -40,7 +39,7 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     inverse_std = th.exp(-log_scales)
     cdf_above = approx_standard_normal_cdf(inverse_std * (centered + 1.0 / 255.0))
     cdf_below = approx_standard_normal_cdf(inverse_std * (centered - 1.0 / 255.0))
-    # The outermost bins reach to infinity, so that the levels' probabilities add up to 1.
+    # The outermost bins are open, so that the probabilities of the levels add up to 1.
     return th.where(
         x < -0.999,
         _safe_log(cdf_above),
@@ -53,5 +52,5 @@ def _safe_log(probability):
 
 
 def nats_to_bits(nats):
-    """Bits from nats; divided by the number of dimensions by taking means."""
-    return nats / np.log(2.0)
+    """Nats in bits."""
+    return nats / math.log(2.0)

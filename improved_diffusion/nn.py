@@ -1,4 +1,4 @@
-"""Layers and small helpers of the networks."""
+"""Layers and small functions that the networks are built from."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ NULL_LABEL = -1  # the class of an image whose class is hidden
 
 class SiLU(nn.SiLU):
     """x * sigmoid(x)."""
+
+    def forward(self, x):  # type: ignore[override]  # the argument's published name
+        return super().forward(x)
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -82,7 +85,7 @@ def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000
 def checkpoint(func: Callable, inputs: tuple, params: Iterable, flag: bool):
     """func(*inputs); with `flag` its activations are recomputed in the backward pass instead of kept.
 
-    `params` is accepted for published code; torch finds the parameters by itself.
+    `params` is ignored: torch finds the parameters by itself. It is an argument of the published function.
     """
     if not flag:
         return func(*inputs)

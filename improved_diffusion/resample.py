@@ -1,4 +1,4 @@
-"""Which timesteps to train on: uniformly, or where the loss is large (IDDPM sec. 3.3)."""
+"""Schedule samplers: which timesteps to train on, uniformly or by importance (IDDPM sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ScheduleSampler(ABC):
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike."""
+    """All timesteps with the same probability."""
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
@@ -56,8 +56,9 @@ class LossAwareSampler(ScheduleSampler):
 
         Collective: every rank must call it.
         """
-        pairs = th.stack([local_ts.double(), local_losses.detach().double()]).cpu()  # [2, n]
-        gathered = th.cat(distributed.all_gather_ragged(pairs.T.contiguous()))
+        # float64 holds timesteps and losses alike; only on the CPU, because not every device has it.
+        pairs = th.stack([local_ts.cpu().double(), local_losses.detach().cpu().double()], dim=1)  # [n, 2]
+        gathered = th.cat(distributed.all_gather_ragged(pairs))
         self.update_with_all_losses([int(t) for t in gathered[:, 0]], gathered[:, 1].tolist())
 
     @abstractmethod
@@ -89,7 +90,7 @@ class LossSecondMomentResampler(LossAwareSampler):
     def update_with_all_losses(self, ts, losses):
         for t, loss in zip(ts, losses):
             if not np.isfinite(loss):
-                continue  # its step is skipped as well, and one such weight would spoil them all
+                continue  # a single non-finite weight would make all probabilities nan
             if self._loss_counts[t] == self.history_per_term:
                 self._loss_history[t, :-1] = self._loss_history[t, 1:]  # the oldest goes first
                 self._loss_history[t, -1] = loss

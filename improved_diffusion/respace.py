@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch as th
 
 from .config import UserError
-from .gaussian_diffusion import GaussianDiffusion, ModelMeanType
+from .gaussian_diffusion import GaussianDiffusion, ModelMeanType, _extract_into_tensor, _on_device
 from .schedules import alpha_bar_at
 
 
@@ -62,11 +63,12 @@ def _ddim_stride(num_timesteps: int, text: str) -> set[int]:
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """The diffusion that skips to a subset of the steps of a base process.
+    """A diffusion that skips to a subset of the steps of a base process.
 
     :param use_timesteps: the timesteps to keep, in [0, T-1] of the base process; they may lie between whole ones.
     :param kwargs: the arguments of the base GaussianDiffusion.
     The network still sees the base process's timesteps, through `timestep_map` (new -> old).
+    Raises ValueError for timesteps that the base process does not have.
     """
 
     def __init__(self, use_timesteps, **kwargs):
@@ -77,42 +79,85 @@ class SpacedDiffusion(GaussianDiffusion):
         self.timestep_map = sorted(self.use_timesteps)
         if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] <= len(base) - 1:
             raise ValueError(f"use_timesteps must be a non-empty subset of 0..{len(base) - 1}")
+        self._timestep_array = np.array(self.timestep_map)
         self.base_alphas_cumprod = np.cumprod(1.0 - base)
-        kept = alpha_bar_at(self.base_alphas_cumprod, np.array(self.timestep_map))
+        kept = alpha_bar_at(self.base_alphas_cumprod, self._timestep_array)
         super().__init__(betas=1 - kept / np.append(1.0, kept[:-1]), **kwargs)
 
     def respaced(self, use_timesteps) -> SpacedDiffusion:
-        """The same base process on other timesteps, for sampling by any rule.
+        """The same base process on other timesteps, of the same class.
 
-        Where the network predicts x_{t-1} that is the base process's, at any subset; constructed directly, a
-        SpacedDiffusion takes it for that of its own larger step, as published.
+        Raises ValueError for a network that predicts x_{t-1}, unless all timesteps are kept: it knows only its own
+        steps. Also where a method was replaced on this instance: it may refer to this instance's timesteps.
         """
         timesteps = [int(t) if t == int(t) else float(t) for t in use_timesteps]
-        spaced = SpacedDiffusion(timesteps, betas=self.base_betas, **self.base_kwargs)
-        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
-            base = GaussianDiffusion(betas=self.base_betas, **self.base_kwargs)
-            for name in ("xstart_from_xprev", "xstart_from_xt"):
-                spaced._arrays[name] = np.interp(spaced.timestep_map, range(len(self.base_betas)), base._arrays[name])
-            sigma_over_alpha = spaced.sqrt_one_minus_alphas_cumprod / spaced.sqrt_alphas_cumprod
-            sigma_squared_over_alpha = sigma_over_alpha * spaced.sqrt_one_minus_alphas_cumprod
-            spaced._arrays["score_weight"] = sigma_squared_over_alpha / spaced._arrays["xstart_from_xprev"]
-            spaced.mean_is_output = False
-        return spaced
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X and sorted(timesteps) != [*range(self.original_num_steps)]:
+            raise ValueError("a network that predicts x_{t-1} cannot take other steps than it was trained on: keep all")
+        replaced = [name for name in vars(self) if callable(getattr(type(self), name, None))]
+        if replaced:
+            raise ValueError(f"{', '.join(replaced)} was replaced on the diffusion itself: replace it in a subclass")
+        return type(self)(timesteps, betas=self.base_betas, **self.base_kwargs)
+
+    def p_mean_variance(self, model, *args, **kwargs):
+        """GaussianDiffusion.p_mean_variance of a model that sees the base process's timesteps."""
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
+
+    def training_losses(self, model, *args, **kwargs):
+        """GaussianDiffusion.training_losses of a model that sees the base process's timesteps."""
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
+
+    def _wrap_model(self, model):
+        """The model called with this process's timesteps; one that is wrapped already is returned as it is."""
+        if isinstance(model, _WrappedModel):
+            return model
+        return _WrappedModel(model, self._timestep_array, self.rescale_timesteps, self.original_num_steps)
+
+    def _scale_timesteps(self, t):
+        """t itself: the wrapped model scales."""
+        return t
 
     def network_timestep(self, t: float) -> float:
         """A timestep of the base process as the network sees it."""
         return t * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
     def score_weight(self, timesteps: th.Tensor, x: th.Tensor) -> th.Tensor:
-        """What a unit of the score, the gradient of log p(x_t), adds to the network's mean part at the network's
-        `timesteps` [N]: [N, 1, ...]. 0 where there is no signal."""
-        seen = self._scale_timesteps(th.arange(self.num_timesteps, device=timesteps.device)).float()
-        index = (seen[None] - timesteps.float()[:, None]).abs().argmin(dim=1)
-        return self._at("score_weight", index, x)
+        """The change of the network's mean part for a unit of the score, the gradient of log p(x_t).
 
-    def _scale_timesteps(self, t):
-        key = ("timestep_map", t.device)
-        if key not in self._on_device:
-            self._on_device[key] = th.tensor(self.timestep_map, device=t.device)
-        original = self._on_device[key][t]
-        return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
+        :param timesteps: [N], as the network sees them.
+        :return: [N, 1, ...], as many dimensions as x; 0 where there is no signal.
+        """
+        seen = self._wrap_model(lambda x, t: t)(x, th.arange(self.num_timesteps, device=timesteps.device)).float()
+        index = (seen[None] - timesteps.float()[:, None]).abs().argmin(dim=1)
+        return _extract_into_tensor(self._score_weights, index, (len(x), *[1] * (x.ndim - 1)))
+
+    @cached_property
+    def _score_weights(self) -> np.ndarray:
+        """The weights of `score_weight`, [T] (Dhariwal & Nichol 2021, alg. 2, for the noise)."""
+        alpha, sigma = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight = {
+                ModelMeanType.START_X: sigma**2 / alpha,
+                ModelMeanType.EPSILON: -sigma,
+                ModelMeanType.VELOCITY: -sigma / alpha,
+                ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1 * sigma**2 / alpha,
+            }[self.model_mean_type]
+        return np.where(alpha > 0, weight, 0.0)
+
+
+class _WrappedModel:
+    """A model called with the timesteps t [N] of a respaced process; it sees those of the base process.
+
+    :param timestep_map: new -> old; :param original_num_steps: T of the base process.
+    """
+
+    def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
+        self.model = model
+        self.timestep_map = np.asarray(timestep_map)
+        self.rescale_timesteps = rescale_timesteps
+        self.original_num_steps = original_num_steps
+
+    def __call__(self, x, ts, **kwargs):
+        timesteps = _on_device(self.timestep_map, ts.device)[ts]
+        if self.rescale_timesteps:
+            timesteps = timesteps.float() * (1000.0 / self.original_num_steps)
+        return self.model(x, timesteps, **kwargs)

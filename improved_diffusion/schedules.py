@@ -1,4 +1,4 @@
-"""How much noise each step adds: schedules of beta, in float64 numpy."""
+"""Noise schedules: beta for each step, in float64 numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
 
     `linear` (DDPM sec. 4) keeps its total noise when T is not 1000 by scaling both ends; `cosine` is IDDPM eq. 17;
     `sigmoid` is that of Jabri et al. 2022 (arXiv 2212.11972) from -3 to 3 with temperature 1.
-    Raises NotImplementedError for a name it does not know.
+    Raises NotImplementedError for another name.
     """
     if schedule_name == "linear":
         scale = 1000 / num_diffusion_timesteps
@@ -49,8 +49,8 @@ def _betas(alpha_bar: np.ndarray) -> np.ndarray:
 def shift_schedule(betas: np.ndarray, shift: float) -> np.ndarray:
     """The betas [T] of the schedule whose signal-to-noise ratio is that of `betas` divided by shift^2.
 
-    A larger image needs more noise to hide the same: shift is its side over the one that the schedule is made for, 64
-    (Hoogeboom et al. 2023, arXiv 2301.11093, eq. 5).
+    A larger image needs more noise for the same loss of information: shift is its side divided by 64, the side that the
+    schedule was made for (Hoogeboom et al. 2023, arXiv 2301.11093, eq. 5).
     """
     alpha_bar = np.cumprod(1.0 - betas)
     return _betas(alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar)))
@@ -62,8 +62,8 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return _betas((root[0] * (root - root[-1]) / (root[0] - root[-1])) ** 2)
 
 
-# Between the timesteps. In the angle with cos^2 = alpha_bar the cosine schedule is a straight line, and others are as
-# good as straight from one timestep to the next; unlike log-SNR it is finite at both ends.
+# Between the timesteps we interpolate the angle with cos^2 = alpha_bar. For the cosine schedule it is a straight line,
+# for others nearly so from one timestep to the next, and unlike log-SNR it is finite at both ends.
 
 
 def alpha_bar_at(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:

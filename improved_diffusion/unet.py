@@ -6,6 +6,7 @@ The names of the modules are those of published state dicts. Shapes are [N, C, H
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -28,7 +29,7 @@ from .nn import (
 
 
 class TimestepBlock(nn.Module):
-    """A module whose forward takes the embedding of the timesteps as well."""
+    """A module whose forward also takes the embedding of the timesteps."""
 
     @abstractmethod
     def forward(self, x, emb):
@@ -36,7 +37,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands the embedding to the children that take it."""
+    """A sequence that passes the embedding to those of its layers that take it."""
 
     def forward(self, x, emb):  # type: ignore[override]
         for layer in self:
@@ -80,7 +81,7 @@ class Downsample(nn.Module):
 
 
 class ResBlock(TimestepBlock):
-    """A residual block that the embedding conditions.
+    """A residual block conditioned on the embedding.
 
     :param emb_channels: E, the width of the embedding.
     :param use_conv: change the width of the skip connection by a 3x3 rather than a 1x1 convolution.
@@ -93,7 +94,10 @@ class ResBlock(TimestepBlock):
     ):  # fmt: skip
         super().__init__()
         self.channels = channels
+        self.emb_channels = emb_channels
+        self.dropout = dropout
         self.out_channels = out_channels or channels
+        self.use_conv = use_conv
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
@@ -166,9 +170,20 @@ class QKVAttention(nn.Module):
         q, k, v = (part.transpose(1, 2).contiguous()[:, None] for part in qkv.chunk(3, dim=1))  # [N * heads, 1, L, d]
         return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
 
+    @staticmethod
+    def count_flops(model, _x, y):
+        """Add the multiplications and additions of a call to `model.total_ops`: a hook for the thop profiler.
+
+        :param y: the output [N * heads, d, L], in a tuple.
+        """
+        batch, channels, *positions = y[0].shape
+        products = 2  # q k^T, and the weights times v: L^2 d multiply-adds each
+        operations = products * batch * channels * math.prod(positions) ** 2
+        model.total_ops += th.DoubleTensor([operations])
+
 
 class Torso(nn.Module):
-    """A network whose blocks, all but the embeddings and the last layers, compute in 16 bits where told to."""
+    """A network whose blocks, without the embeddings and the last layers, can compute in 16 bits."""
 
     input_blocks: nn.ModuleList
 
@@ -178,25 +193,25 @@ class Torso(nn.Module):
                 getattr(self, name).apply(convert)
 
     def convert_to_fp16(self) -> None:
-        """Turn the torso's convolutions into float16."""
+        """Convert the torso's convolutions to float16."""
         self._convert_torso(convert_module_to_f16)
 
     def convert_to_bf16(self) -> None:
-        """Turn the torso's convolutions into bfloat16."""
+        """Convert the torso's convolutions to bfloat16."""
         self._convert_torso(convert_module_to_bf16)
 
     def convert_to_fp32(self) -> None:
-        """Turn the torso's convolutions back into float32."""
+        """Convert the torso's convolutions back to float32."""
         self._convert_torso(convert_module_to_f32)
 
     @property
     def inner_dtype(self) -> th.dtype:
-        """The type the torso computes in."""
+        """The data type that the torso computes in."""
         return next(self.input_blocks.parameters()).dtype
 
 
 def time_embedding(model_channels: int) -> nn.Sequential:
-    """From the timesteps' sinusoids [N, model_channels] to the embedding [N, 4 * model_channels]."""
+    """The layers from the timesteps' sinusoids [N, model_channels] to the embedding [N, 4 * model_channels]."""
     width = model_channels * 4
     return nn.Sequential(linear(model_channels, width), SiLU(), linear(width, width))
 
@@ -205,7 +220,7 @@ def down_blocks(
     res_block, attention, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
     conv_resample=True, dims=2,
 ):  # fmt: skip
-    """(the blocks on the way down as a ModuleList, the channels that each gives).
+    """(the downsampling blocks as a ModuleList, the output channels of each).
 
     :param res_block: (channels, out_channels=...) -> a residual block.
     :param attention: channels -> an attention block.
@@ -228,13 +243,13 @@ def down_blocks(
 
 
 class UNetModel(Torso):
-    """The network of DDPM and IDDPM.
+    """The U-Net of DDPM and IDDPM.
 
     :param in_channels, out_channels: of the images; with a learned variance out_channels is twice in_channels.
     :param model_channels: width of the first level.
     :param attention_resolutions: downsampling factors of the levels that have attention.
     :param channel_mult: width of each level, in units of model_channels.
-    :param conv_resample: resample by convolutions rather than by pooling.
+    :param conv_resample: resample by convolutions instead of pooling.
     :param num_classes: make the model class-conditional; the label NULL_LABEL stands for a hidden class.
     :param num_heads_upsample: attention heads of the output blocks; -1: as num_heads.
     """
@@ -299,7 +314,7 @@ class UNetModel(Torso):
         if y is not None:
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y {tuple(y.shape)} must have one entry for each of the {x.shape[0]} images")
-            # A hidden class adds nothing, so that it needs no row of the embedding.
+            # A hidden class adds nothing, so it needs no row of the embedding.
             shown = y != NULL_LABEL
             emb = emb + self.label_emb(th.where(shown, y, 0)) * shown[:, None]
         return emb
@@ -321,7 +336,7 @@ class UNetModel(Torso):
 
     def forward(self, x, timesteps, y=None):
         """The network's output [N, out_channels, ...] for x [N, in_channels, ...], timesteps [N] and labels y [N]."""
-        for _, h in self._torso(x, timesteps, y):  # noqa: B007 - the last one counts, and no other is kept
+        for _, h in self._torso(x, timesteps, y):  # noqa: B007 - only the last one is used
             pass
         return self.out(h.type(x.dtype))
 
@@ -337,7 +352,7 @@ class UNetModel(Torso):
 
 
 class SuperResModel(UNetModel):
-    """A UNetModel that sees a low-resolution image as well: `low_res` [N, C, h, w], upsampled bilinearly."""
+    """A UNetModel that also takes a low-resolution image: `low_res` [N, C, h, w], upsampled bilinearly."""
 
     def __init__(self, in_channels, *args, **kwargs):
         super().__init__(in_channels * 2, *args, **kwargs)

@@ -209,7 +209,7 @@ def main():
         raise SystemExit(75 if task == "stopped" else 0)
     if task == "hanging":  # without a word of what it waits for
         for step in range(1, 5):
-            distributed.beat(step)
+            distributed.heartbeat(step)
             if rank == 1 and step == 4:
                 time.sleep(60)
             distributed.barrier()

@@ -5,7 +5,7 @@ from gaussian_world import MU, S
 
 from improved_diffusion.checkpoints.loading import LoadedModel
 from improved_diffusion.config.settings import Editing
-from improved_diffusion.editing.base import EditingModel
+from improved_diffusion.editing.model import EditingModel
 from improved_diffusion.sampling.sampler import Sampler
 from improved_diffusion.sampling.solvers import RULES
 from improved_diffusion.utils import images

@@ -140,7 +140,7 @@ PUBLISHED = {
                                      "rescale_learned_sigmas=False, timestep_respacing=''",
         "add_dict_to_argparser": "parser, default_dict",
         "args_to_dict": "args, keys",
-        "str2bool": None,
+        "str2bool": "v",
     },
     "dist_util": {
         "setup_dist": "",

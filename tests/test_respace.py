@@ -7,7 +7,7 @@ from helpers import golden_json, make_diffusion, stand_in_network
 
 from improved_diffusion.config import UserError
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
-from improved_diffusion.respace import space_timesteps
+from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 
 ROWS = golden_json("respacing")
 
@@ -113,3 +113,26 @@ def test_every_count_trains_samples_and_evaluates(T, mean, var):
         assert th.isfinite(diffusion.ddim_sample_loop(model, x.shape, device="cpu", eta=0.5)).all()
         bound = diffusion.calc_bpd_loop(model, x)
         assert bound["vb"].shape == (2, count) and th.isfinite(bound["total_bpd"]).all()
+
+
+def test_a_network_of_x_before_takes_only_the_steps_that_it_knows():
+    diffusion = make_diffusion(20, mean=ModelMeanType.PREVIOUS_X)
+    np.testing.assert_array_equal(diffusion.respaced(range(20)).betas, diffusion.betas)
+    with pytest.raises(ValueError, match="cannot take other steps"):
+        diffusion.respaced([0, 10, 19])
+
+
+def test_respacing_keeps_the_class():
+    class Mine(SpacedDiffusion):
+        pass
+
+    diffusion = make_diffusion(20)
+    mine = Mine(range(20), betas=diffusion.base_betas, **diffusion.base_kwargs).respaced([0, 7.5, 19])
+    assert type(mine) is Mine and mine.timestep_map == [0, 7.5, 19]
+
+
+def test_a_wrapped_model_is_not_wrapped_again():
+    diffusion = make_diffusion(20, [0, 10])
+    wrapped = diffusion._wrap_model(lambda x, t: t)
+    assert diffusion._wrap_model(wrapped) is wrapped
+    assert wrapped(None, th.tensor([1, 0])).tolist() == [10, 0]

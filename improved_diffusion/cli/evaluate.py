@@ -111,7 +111,7 @@ COMMAND = CommandGroup(
             "Write the statistics of real images once, for use as --reference.", ReferenceStatistics, reference,
         ),
         "sweep": Command(
-            f"Evaluate a model under several settings: --{', --'.join(SWEEP_OPTIONS)} take comma-separated values.",
+            f"Evaluate a model with several values, comma-separated, of any of: {', '.join(SWEEP_OPTIONS)}.",
             Sweeping, sweep, first=("model_path", *FIRST, "num_samples", *SWEEP_OPTIONS, "out_dir"),
             lists=SWEEP_OPTIONS,
         ),

@@ -19,7 +19,7 @@ from .parsing import Parsed
 
 def edit(kind: type[Edit], parsed: Parsed[Any]) -> None:
     """Run an editing command."""
-    distributed.setup_dist()
+    distributed.join_ranks(parsed.settings.run)
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.edit.model_path)
     model = kind.prepare(loaded)
     if parsed.settings.sampler.print_steps:

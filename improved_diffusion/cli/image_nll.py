@@ -12,7 +12,7 @@ from .parsing import Parsed
 
 def evaluate(parsed: Parsed[Likelihood]) -> None:
     """Evaluate the bound and write the results."""
-    distributed.setup_dist()
+    distributed.join_ranks(parsed.settings.run)
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.nll.model_path)
     evaluation = BoundEvaluation.of(loaded)
     out_dir = open_run(loaded.settings.run, results_name(loaded))

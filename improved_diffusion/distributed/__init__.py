@@ -27,11 +27,11 @@ from .devices import (
 from .errors import STOPPED, run_script
 from .launchers import detect_launcher
 from .process_group import describe_ranks, join_ranks, setup_dist
-from .watchdog import beat, end_process, working
+from .watchdog import end_process, heartbeat, working
 
 __all__ = [
-    "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "beat", "describe_ranks", "detect_launcher", "dev",
+    "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "describe_ranks", "detect_launcher", "dev",
     "device_name", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "has_float64",
-    "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes",
-    "run_script", "setup_dist", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
+    "heartbeat", "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory",
+    "read_bytes", "run_script", "setup_dist", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
 ]  # fmt: skip

@@ -194,7 +194,7 @@ def _stack() -> str:
     return "".join(traceback.format_stack(frame)).rstrip()
 
 
-def beat(step: int) -> None:
+def heartbeat(step: int) -> None:
     """Tell the watchdog that the main thread begins training step `step`, from 1; 0: training has ended."""
     _process.step = step
 

@@ -12,8 +12,10 @@ from .. import distributed
 from ..checkpoints.loading import LoadedModel
 from ..config import UserError
 from ..logs import logger
-from .base import Edit, EditingModel, decoding_settings, full_paths, sha256, straight
+from .base import Edit, full_paths, sha256
 from .latents import STEP_OPTIONS, Latents, read_latents, read_step_options
+from .model import EditingModel, straight
+from .options import decoding_settings
 
 
 class Decode(Edit):
@@ -27,10 +29,10 @@ class Decode(Edit):
 
     def __init__(self, model: EditingModel, latents: Latents):
         path = model.settings.latents.latents
-        source = f"--latents {path}" if path else "the latents"
+        source = f"--latents {path}" if path else "the array of latents"
         if latents.arrays.shape[1:] != model.shape:
             raise UserError(
-                f"{source} have noise of {latents.arrays.shape[1:]}, but {model.loaded.path} makes images of "
+                f"{source} has noise of {latents.arrays.shape[1:]}, but {model.loaded.path} makes images of "
                 f"{model.shape} (channels, height, width): use the model that encoded them"
             )
         super().__init__(model, model.labels(latents.labels, source))

@@ -15,8 +15,10 @@ from ..logs import logger
 from ..sampling.labels import label_kwargs
 from ..sampling.writer import claim
 from ..utils import images as image_files
-from .base import EditingModel, ImageEdit, inversion_path, inversion_settings
+from .base import ImageEdit
 from .latents import STEP_OPTIONS, Latents, write_latents
+from .model import EditingModel, inversion_path
+from .options import inversion_settings
 
 
 class Encode(ImageEdit):

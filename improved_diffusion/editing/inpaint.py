@@ -14,8 +14,10 @@ from ..config import UserError, height_width
 from ..sampling import solvers
 from ..sampling.sampler import Sampler
 from ..sampling.timestep_grids import repaint_path
-from .base import EditingModel, ImageEdit, read_given, renoising_settings, sha256
+from .base import ImageEdit, read_given, sha256
 from .masks import GREY, read_masks
+from .model import EditingModel
+from .options import renoising_settings
 
 
 class Inpaint(ImageEdit):

@@ -18,19 +18,9 @@ from ..sampling.labels import Labels, label_kwargs
 from ..sampling.noise import SeededNoise, slerp
 from ..utils import files
 from ..utils import images as image_files
-from .base import (
-    NOISY,
-    Edit,
-    EditingModel,
-    full_paths,
-    inversion_path,
-    inversion_settings,
-    read_given,
-    refuse_options,
-    sha256,
-    source_name,
-    straight,
-)
+from .base import Edit, full_paths, read_given, sha256, source_name
+from .model import EditingModel, inversion_path, straight
+from .options import NOISY, inversion_settings, refuse_options
 
 
 class Interpolate(Edit):

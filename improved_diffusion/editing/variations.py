@@ -9,7 +9,9 @@ import numpy as np
 
 from ..checkpoints.loading import LoadedModel
 from ..sampling.sampler import Sampler
-from .base import EditingModel, ImageEdit, renoising_settings
+from .base import ImageEdit
+from .model import EditingModel
+from .options import renoising_settings
 
 
 class Vary(ImageEdit):

@@ -19,7 +19,7 @@ from .. import distributed
 from ..config import FeaturesConfig, UserError
 from ..utils import files
 from .downloads import fetch
-from .trust import check_trusted
+from .trust import INCEPTION_SHA256, check_trusted
 
 # The Inception network of the published scores (Szegedy et al. 2015) with the TensorFlow weights of 2015-12-05, as
 # TorchScript. It resizes images of other sizes itself, without antialiasing.
@@ -137,13 +137,13 @@ class _Program:
     """One loaded file. Collective."""
 
     def __init__(self, flag: str, spec: str, device: Any, trust: bool):
-        path = fetch(INCEPTION_URL if spec == "inception" else spec, flag)
+        path = fetch(INCEPTION_URL, flag, INCEPTION_SHA256) if spec == "inception" else fetch(spec, flag)
         is_download = path != spec
         self.name = f"{flag} {spec}" + (f" ({path})" if is_download else "")
         data = files.read_bytes(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         if not data.startswith(ZIP_MAGIC):
-            remedy = f"; remove {path} to download it again" if is_download else ""
+            remedy = f"; remove {path} and {path}.sha256 to download it again" if is_download else ""
             raise UserError(
                 f"{self.name} is neither an exported program (.pt2) nor TorchScript (.pt), or cut off{remedy}"
             )

@@ -1,4 +1,4 @@
-"""Where the bound in bits/dim comes from: its terms over the timesteps, on one picture."""
+"""A plot of the bound's terms over the timesteps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..bound import BoundSummary
 from ..utils.figures import new_figure, save_figure
 
 COLOR, COLOR_MEAN = "#1f77b4", "#d62728"
-BINS = 40  # at most, of estimates from some timesteps, which hit few timesteps often
+BINS = 40  # at most, for estimates from some timesteps, which evaluate few timesteps often
 
 
 def write_terms_plot(path: str | os.PathLike, result: BoundSummary, num_timesteps: int) -> None:
-    """Draw the terms of `vb` over t and how they add up to the bound. Raises UserError where matplotlib is missing."""
+    """Plot the terms of `vb` over t, and their cumulative share. Raises UserError without matplotlib."""
     save_figure(path, figure_of(result, num_timesteps))
 
 
 def figure_of(result: BoundSummary, num_timesteps: int) -> Any:
-    """The picture of `write_terms_plot` as a matplotlib Figure."""
+    """The plot of `write_terms_plot` as a matplotlib Figure."""
     figure = new_figure((11, 4.2))
     from matplotlib.ticker import PercentFormatter
 
@@ -63,10 +63,10 @@ def _timesteps(result: BoundSummary, num_timesteps: int) -> np.ndarray:
 
 
 def spread_over_timesteps(result: BoundSummary, num_timesteps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(t + 1 [B], the quartiles [3, B] and the mean [B] of the terms there) of timesteps, or of bins of them.
+    """(t + 1 [B], the quartiles [3, B] and the mean [B] of the terms) for each timestep, or for bins of timesteps.
 
-    All timesteps are shown where all were evaluated. Otherwise a bin's terms count by their weights, so that it shows
-    what all its timesteps would.
+    Bins are used where not all timesteps were evaluated. Their terms are weighted, so that they show what all
+    timesteps would.
     """
     vb = result.terms["vb"].astype(np.float64)
     if "weights" not in result.terms:
@@ -87,7 +87,7 @@ def spread_over_timesteps(result: BoundSummary, num_timesteps: int) -> tuple[np.
 
 
 def share_up_to(result: BoundSummary, num_timesteps: int) -> tuple[np.ndarray, np.ndarray]:
-    """(t + 1 [T], the share of the bound that the terms of timesteps up to t make [T])."""
+    """(t + 1 [T], the share of the bound due to the terms of timesteps up to t [T])."""
     terms = result.terms["vb"] * result.terms.get("weights", 1.0)
     sums = np.bincount(_timesteps(result, num_timesteps).ravel(), terms.ravel(), minlength=num_timesteps)
     return np.arange(1, num_timesteps + 1), np.cumsum(sums) / result.total_bpd.sum()

@@ -10,8 +10,9 @@ from ..config import UserError
 from ..logs import logger
 from ..utils import files
 
-# SHA-256 -> what it is. The TorchScript Inception network of the published scores, as k-diffusion and others pin it.
-PINNED = {"f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "inception-2015-12-05.pt"}
+# The TorchScript Inception network of the published scores; k-diffusion and others pin the same checksum.
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+PINNED = {INCEPTION_SHA256}
 
 
 def trusted_list() -> Path:

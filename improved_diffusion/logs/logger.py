@@ -27,6 +27,9 @@ DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 class Logger:
     """Collects values by key and writes them to its outputs as one row."""
 
+    CURRENT: Logger | None = None  # the logger in use; the module's functions write to it
+    DEFAULT: Logger | None = None  # the logger that reset() goes back to; None: one that only prints
+
     def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None):
         self.dir = dir
         self.output_formats = output_formats
@@ -61,19 +64,9 @@ class Logger:
         return row
 
     def _mean_over_comm(self) -> dict[str, Any]:
-        """The means over an MPI communicator, weighted by counts; empty except on its rank 0."""
-        gathered = self.comm.gather({key: (value, self.counts.get(key, 1)) for key, value in self.values.items()})
-        if self.comm.rank != 0:
-            return {}
-        keys = dict.fromkeys(key for part in gathered for key in part)
-        row: dict[str, Any] = {}
-        for key in keys:
-            pairs = [part[key] for part in gathered if key in part]
-            try:
-                row[key] = sum(float(value) * count for value, count in pairs) / sum(count for _, count in pairs)
-            except ValueError:
-                row[key] = pairs[0][0]  # text: the value of rank 0
-        return row
+        return mpi_weighted_mean(
+            self.comm, {key: (value, self.counts.get(key, 1)) for key, value in self.values.items()}
+        )
 
     def log(self, *args: Any, level: int = INFO) -> None:
         if self.level <= level:
@@ -95,12 +88,36 @@ class Logger:
                 dropped += count if isinstance(output, CSVOutputFormat) else 0
         return dropped
 
+    def set_level(self, level: int) -> None:
+        self.level = level
+
+    def set_comm(self, comm: Any) -> None:
+        self.comm = comm
+
+    def get_dir(self) -> str | None:
+        return self.dir
+
     def close(self) -> None:
         for output in self.output_formats:
             output.close()
 
 
-_current: Logger | None = None
+def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple[Any, float]]) -> dict[str, Any]:
+    """The means over the ranks of an MPI communicator of {key: (value, count)}, weighted by the counts.
+
+    On rank 0 only: {} on the others. A text is taken from the first rank that has it.
+    """
+    gathered = comm.gather(dict(local_name2valcount))
+    if comm.rank != 0:
+        return {}
+    row: dict[str, Any] = {}
+    for key in dict.fromkeys(key for part in gathered for key in part):
+        pairs = [part[key] for part in gathered if key in part]
+        try:
+            row[key] = sum(float(value) * count for value, count in pairs) / sum(count for _, count in pairs)
+        except ValueError:
+            row[key] = pairs[0][0]
+    return row
 
 
 def configure(
@@ -111,7 +128,6 @@ def configure(
     :param format_strs: the outputs; unless given, by OPENAI_LOG_FORMAT on rank 0, OPENAI_LOG_FORMAT_MPI on the others.
     :param comm: an MPI communicator over whose ranks the values are averaged.
     """
-    global _current
     if dir is None:
         dir = os.environ.get("OPENAI_LOGDIR") or distributed.from_rank0(_new_run_dir)
     dir = os.path.abspath(os.path.expanduser(dir))
@@ -128,9 +144,9 @@ def configure(
         raise files.UserError(f"OPENAI_LOG_FORMAT: {error}") from None
     except OSError as error:
         raise files.UserError(f"cannot write into {dir}: {error.strerror}: choose another --out_dir") from None
-    if _current is not None:
-        _current.close()
-    _current = Logger(dir, outputs, comm)
+    if Logger.CURRENT not in (None, Logger.DEFAULT):
+        Logger.CURRENT.close()
+    Logger.CURRENT = Logger(dir, outputs, comm)
     log(f"logging to {dir}")
 
 
@@ -141,10 +157,9 @@ def _new_run_dir() -> str:
 
 def get_current() -> Logger:
     """The current logger; before configure(), one that only prints."""
-    global _current
-    if _current is None:
-        _current = Logger(None, [HumanOutputFormat(sys.stdout)] if distributed.get_rank() == 0 else [])
-    return _current
+    if Logger.CURRENT is None:
+        Logger.CURRENT = Logger(None, [HumanOutputFormat(sys.stdout)] if distributed.get_rank() == 0 else [])
+    return Logger.CURRENT
 
 
 def get_dir() -> str:
@@ -156,10 +171,9 @@ def get_dir() -> str:
 
 def reset() -> None:
     """Close the outputs and forget the configuration."""
-    global _current
-    if _current is not None:
-        _current.close()
-    _current = None
+    if Logger.CURRENT not in (None, Logger.DEFAULT):
+        Logger.CURRENT.close()
+    Logger.CURRENT = Logger.DEFAULT
 
 
 atexit.register(reset)
@@ -170,14 +184,13 @@ def scoped_configure(
     dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None
 ) -> Iterator[None]:
     """configure() for the length of a with statement."""
-    global _current
-    previous, _current = _current, None
+    previous, Logger.CURRENT = Logger.CURRENT, None
     configure(dir, format_strs, comm)
     try:
         yield
     finally:
         reset()
-        _current = previous
+        Logger.CURRENT = previous
 
 
 def logkv(key: str, val: Any) -> None:
@@ -260,12 +273,12 @@ def error(*args: Any) -> None:
 
 def set_level(level: int) -> None:
     """Drop messages below a level."""
-    get_current().level = level
+    get_current().set_level(level)
 
 
 def set_comm(comm: Any) -> None:
     """Average values over an MPI communicator."""
-    get_current().comm = comm
+    get_current().set_comm(comm)
 
 
 @contextmanager

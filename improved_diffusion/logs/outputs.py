@@ -125,7 +125,21 @@ def _ends_line(f: IO[bytes]) -> bool:
     return f.read(1) == b"\n"
 
 
-class HumanOutputFormat:
+class KVWriter:
+    """An output that takes rows of values."""
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class SeqWriter:
+    """An output that takes messages."""
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
     """Tables and messages, to a file or a terminal."""
 
     def __init__(self, target: str | Any):
@@ -190,7 +204,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
 
 
-class JSONOutputFormat(PatientFile):
+class JSONOutputFormat(PatientFile, KVWriter):
     """A line of strict JSON for each dump."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
@@ -220,7 +234,7 @@ def _is_from(first_step: int, step: Any) -> bool:
         return False
 
 
-class CSVOutputFormat(PatientFile):
+class CSVOutputFormat(PatientFile, KVWriter):
     """A row for each dump. Earlier rows of a resumed run are kept and get new columns when these appear."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
@@ -274,12 +288,40 @@ def _csv_text(keys: list[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+class TensorBoardOutputFormat(KVWriter):
+    """TensorBoard event files in the folder `dir`. A row without a `step` counts on from the one before.
+
+    Raises UserError where the package tensorboard is missing.
+    """
+
+    def __init__(self, dir: str):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise files.UserError(
+                'the log format "tensorboard" needs the package tensorboard: pip install it'
+            ) from None
+        self.writer = SummaryWriter(dir)
+        self.step = 0
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        self.step = int(kvs.get("step", self.step + 1))
+        for key, value in kvs.items():
+            if hasattr(value, "__float__"):
+                self.writer.add_scalar(key, float(value), self.step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
 FORMATS: dict[str, Callable[[str, str], Any]] = {
     "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
     "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
     "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.json")),
     "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
     "jsonl": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.jsonl")),
+    "tensorboard": lambda folder, suffix: TensorBoardOutputFormat(os.path.join(folder, f"tb{suffix}")),
 }
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 from ..config import (
     NUM_CLASSES,
+    ClassifierConfig,
+    DiffusionConfig,
+    ModelConfig,
     UserError,
     comma_list,
     height_width,
     parse_size,
 )
+from ..config.base import default_of
 from ..gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from ..respace import SpacedDiffusion, space_timesteps
 from ..schedules import shift_schedule
@@ -19,12 +23,25 @@ from ..schedules import zero_terminal_snr as rescale_to_zero_terminal_snr
 from ..unet import SuperResModel, UNetModel
 from .classifier import NoisyClassifier
 
+# Defaults of arguments that the published factories do not have, or have without a default.
+_CHANNELS = default_of(ModelConfig, "channels")
+_NUM_CLASSES = default_of(ModelConfig, "num_classes")
+_CHANNEL_MULT = default_of(ModelConfig, "channel_mult")
+_DROPOUT = default_of(ClassifierConfig, "dropout")
+_USE_CHECKPOINT = default_of(ClassifierConfig, "use_checkpoint")
+_SIGMA_SMALL = default_of(DiffusionConfig, "sigma_small")
+_PREDICT_V = default_of(DiffusionConfig, "predict_v")
+_SCHEDULE_SHIFT = default_of(DiffusionConfig, "schedule_shift")
+_ZERO_TERMINAL_SNR = default_of(DiffusionConfig, "zero_terminal_snr")
+_MIN_SNR_GAMMA = default_of(DiffusionConfig, "min_snr_gamma")
+
 
 def create_model_and_diffusion(
     image_size, class_cond, learn_sigma, sigma_small, num_channels, num_res_blocks, num_heads, num_heads_upsample,
     attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
-    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, channels=3, num_classes=0,
-    channel_mult="", predict_v=False, schedule_shift=1.0, zero_terminal_snr=False, min_snr_gamma=0.0,
+    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, channels=_CHANNELS,
+    num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
+    zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA,
 ):  # fmt: skip
     """(UNetModel, SpacedDiffusion) for the given options; see ModelConfig and DiffusionConfig."""
     model = create_model(
@@ -43,8 +60,10 @@ def create_model_and_diffusion(
 def sr_create_model_and_diffusion(
     large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_heads_upsample,
     attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
-    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, sigma_small=False, channels=3,
-    num_classes=0, channel_mult="", predict_v=False, schedule_shift=1.0, zero_terminal_snr=False, min_snr_gamma=0.0,
+    rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm,
+    sigma_small=_SIGMA_SMALL, channels=_CHANNELS, num_classes=_NUM_CLASSES,
+    channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
+    zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA,
 ):  # fmt: skip
     """(SuperResModel, SpacedDiffusion) for the given options; see SuperResConfig, ModelConfig and DiffusionConfig."""
     model = sr_create_model(
@@ -63,7 +82,8 @@ def sr_create_model_and_diffusion(
 
 def create_model(
     image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
-    num_heads_upsample, use_scale_shift_norm, dropout, channels=3, num_classes=0, channel_mult="",
+    num_heads_upsample, use_scale_shift_norm, dropout, channels=_CHANNELS, num_classes=_NUM_CLASSES,
+    channel_mult=_CHANNEL_MULT,
 ):  # fmt: skip
     """A UNetModel for images of `image_size`; see ModelConfig."""
     return _build(
@@ -75,8 +95,8 @@ def create_model(
 
 def sr_create_model(
     large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
-    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels=3, num_classes=0,
-    channel_mult="",
+    attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels=_CHANNELS,
+    num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT,
 ):  # fmt: skip
     """A SuperResModel for images of `large_size`; it takes low-resolution images of any size."""
     return _build(
@@ -112,7 +132,8 @@ def _build(
 
 def create_classifier(
     image_size, channels, num_classes, classifier_width, classifier_depth, classifier_attention_resolutions,
-    dropout=0.0, use_checkpoint=False, channel_mult="",
+    dropout=_DROPOUT, use_checkpoint=_USE_CHECKPOINT,
+    channel_mult=_CHANNEL_MULT,
 ):  # fmt: skip
     """A NoisyClassifier for images of `image_size`; see ClassifierConfig."""
     if num_classes < 2:
@@ -141,7 +162,7 @@ def level_mult(image_size: Any, channel_mult: str, num_channels: int) -> tuple[f
     return mult
 
 
-def resolve_channel_mult(image_size: Any, channel_mult: str = "") -> tuple[float, ...]:
+def resolve_channel_mult(image_size: Any, channel_mult: str = _CHANNEL_MULT) -> tuple[float, ...]:
     """Each level's width: as given, else by image size. Raises UserError where the levels do not divide the size."""
     sides = height_width(image_size)
     if channel_mult:
@@ -191,10 +212,14 @@ def attention_factors(image_size: Any, attention_resolutions: str) -> tuple[int,
 
 def create_gaussian_diffusion(
     *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
-    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="", predict_v=False, schedule_shift=1.0,
-    zero_terminal_snr=False, min_snr_gamma=0.0,
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="", predict_v=_PREDICT_V,
+    schedule_shift=_SCHEDULE_SHIFT, zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA,
 ):  # fmt: skip
-    """A SpacedDiffusion for the given options; see DiffusionConfig."""
+    """A SpacedDiffusion for the given options; see DiffusionConfig.
+
+    The defaults of the published arguments are the published ones, which differ from the commands' where both rescale
+    flags are concerned.
+    """
     betas = get_named_beta_schedule(noise_schedule, steps)
     if schedule_shift != 1:
         betas = shift_schedule(betas, schedule_shift)

@@ -1,4 +1,4 @@
-"""Noise for sampling: seeded per image, and arcs between noises."""
+"""Noise for sampling: one seed per image, and interpolation between noises."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch as th
 def slerp(a: th.Tensor, b: th.Tensor, weight: float) -> th.Tensor:
     """Noise [N, C, ...] on the arc from a (weight 0) to b (weight 1), of the same length (Shoemake 1985).
 
-    Between a and itself it is a, bit for bit.
+    Between a and itself it is a, bit for bit. Computed in float64 on the CPU, which not every device has.
     """
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    x, y = a.cpu().double(), b.cpu().double()
+    flat_x, flat_y = x.flatten(1), y.flatten(1)
+    cosine = (flat_x * flat_y).sum(1) / (flat_x.norm(dim=1) * flat_y.norm(dim=1))
     angle = th.acos(cosine.clamp(-1, 1)).view(-1, *[1] * (a.ndim - 1))
-    # On an arc of no length the sines give 0/0, and the chord is as good.
-    arc = (th.sin((1 - weight) * angle) * a.double() + th.sin(weight * angle) * b.double()) / th.sin(angle)
-    chord = a.double() + weight * (b.double() - a.double())
-    return th.where(angle > 1e-4, arc, chord).to(a)
+    # Without an angle the arc is 0/0; the straight line is as good.
+    arc = (th.sin((1 - weight) * angle) * x + th.sin(weight * angle) * y) / th.sin(angle)
+    line = x + weight * (y - x)
+    return th.where(angle > 1e-4, arc, line).to(a.dtype).to(a.device)
 
 
 # Which scheme turns (seed, number of the image) into an image. Samples made by another one do not mix with ours.
@@ -38,7 +39,7 @@ def image_generator(seed: int, number: int, stream: str) -> np.random.Generator:
 class SeededNoise:
     """Noise whose images depend on the seed and their own numbers alone, whatever the batch, the ranks or the device.
 
-    Drawn on the CPU, because generators of different devices give different numbers.
+    Drawn on the CPU: the generators of different devices give different numbers.
     """
 
     def __init__(self, seed: int, numbers: Iterable[int]):

@@ -17,7 +17,7 @@ from ..config import SamplerConfig, UserError, height_width
 from ..respace import SpacedDiffusion
 from .guidance import dynamic_threshold
 from .noise import SeededNoise
-from .solvers import DDIM, RULES, Euler, Heun, Rule
+from .solvers import DDIM, RULES, Euler, Heun, Rule, sample_loop_progressive
 from .timestep_grids import churned, largest_sigma, straight_path, table, timestep_grid
 
 STEPS = 20  # of the solvers made for few steps
@@ -67,8 +67,9 @@ class Sampler:
         :param draw: each sample's noise.
         :param noise, path, rule: where to start, which levels to visit and by which rule, if not the sampler's own.
         """
-        return self.diffusion.sample_loop_progressive(
+        return sample_loop_progressive(
             rule or self.make_rule(),
+            self.diffusion,
             model,
             (len(draw), *shape),
             noise=noise,

@@ -1,43 +1,32 @@
-"""One sampling loop, and one small update rule per method.
+"""Solvers: one small update rule for each method, and the loop that applies it.
 
-A rule turns x at one noise level into x at the next. It knows neither the network, nor clipping, nor where the noise
-comes from: `predict(x, level)` gives a Prediction, `draw(x)` gives noise of x's shape. Throughout x_t = alpha x_0 +
-sigma eps with alpha^2 + sigma^2 = 1, and log_snr is lambda = log(alpha / sigma) (Lu et al. 2022, arXiv 2206.00927).
+A rule takes x at one noise level to the next. Its prediction comes from a Denoiser, its noise from draw_noise. In all
+of them x_t = alpha x_0 + sigma eps with alpha^2 + sigma^2 = 1, and log_snr is lambda = log(alpha / sigma) (Lu et al.
+2022, arXiv 2206.00927).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 
-
-class Prediction(NamedTuple):
-    """What the model says of x at t, after clipping; all of x's shape."""
-
-    x0: th.Tensor
-    eps: th.Tensor
-    mean: th.Tensor
-    log_variance: th.Tensor
+from ..gaussian_diffusion import Draw, GaussianDiffusion, draw_noise, last_sample, start_noise, trajectory
 
 
 class Level(NamedTuple):
-    """A noise level for each sample; t = -1 is the clean image.
+    """A noise level that all images of a batch share."""
 
-    The published rules compute with the tensors, as published; the others with the numbers derived from `log_snr`,
-    which is there where all samples share a level.
-    """
-
-    t: th.Tensor  # [N] int64
-    alpha_bar: th.Tensor  # [N, 1, ...] float32
-    log_snr: float = math.nan  # from -inf (pure noise) to inf (the clean image)
+    t: int  # the timestep; -1 is the clean image
+    log_snr: float  # lambda, from -inf (pure noise) to inf (the clean image)
 
     @property
     def alpha(self) -> float:
-        """What is left of the image's amplitude."""
+        """The factor of the image in x_t."""
         return 1 / math.sqrt(1 + math.exp(-2 * self.log_snr))
 
     @property
@@ -56,77 +45,101 @@ class Level(NamedTuple):
         return self.log_snr == math.inf
 
 
-class Step(NamedTuple):
-    """The outcome of a rule's step; both of x's shape."""
+def levels_of(diffusion: GaussianDiffusion) -> list[Level]:
+    """The levels t = -1..T-1 of a process, [T + 1]."""
+    alpha_bar = np.append(1.0, diffusion.alphas_cumprod)
+    with np.errstate(divide="ignore"):
+        log_snr = (np.log(alpha_bar) - np.log(1.0 - alpha_bar)) / 2
+    return [Level(t, float(value)) for t, value in enumerate(log_snr, start=-1)]
 
-    x: th.Tensor
-    x0: th.Tensor | None  # what was predicted on the way; None where noise was added instead
+
+class Prediction(NamedTuple):
+    """The model's prediction at x, after clipping; both of x's shape."""
+
+    x0: th.Tensor
+    eps: th.Tensor
 
 
-Predict = Callable[[th.Tensor, Level], Prediction]
-Draw = Callable[[th.Tensor], th.Tensor]
+class Denoiser:
+    """A model and its diffusion, as the rules see them.
+
+    :param kwargs: `clip_denoised`, `denoised_fn`, `model_kwargs` of p_mean_variance.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion, model: Callable[..., th.Tensor], **kwargs: Any):
+        self.diffusion, self.model, self.kwargs = diffusion, model, kwargs
+
+    def __call__(self, x: th.Tensor, level: Level) -> Prediction:
+        """The prediction for x [N, C, ...] at a level."""
+        t = _timesteps(x, level)
+        x0 = self.diffusion.p_mean_variance(self.model, x, t, **self.kwargs)["pred_xstart"]
+        return Prediction(x0, self.diffusion._predict_eps_from_xstart(x, t, x0))
+
+    def step(self, method: str, x: th.Tensor, level: Level, **kwargs: Any) -> dict[str, Any]:
+        """The result of one of the diffusion's own sampling methods, such as p_sample, for x at a level."""
+        return getattr(self.diffusion, method)(self.model, x, _timesteps(x, level), **self.kwargs, **kwargs)
+
+
+def _timesteps(x: th.Tensor, level: Level) -> th.Tensor:
+    return th.full((len(x),), level.t, device=x.device)
 
 
 class Rule:
-    """An update rule. A fresh instance serves one trajectory, so that it may keep state between steps."""
+    """An update rule. It may keep state between steps: make a new instance for each trajectory.
+
+    Both methods return a dict of `sample` and `pred_xstart`, of x's shape, as p_sample does.
+    """
 
     order = 1  # of the error in the size of the steps
-    skips = True  # may pass over timesteps of the process; otherwise each step must go to the next one
+    skips = True  # can pass over timesteps of the process; otherwise each step must go to the adjacent one
+    both_ways = False  # `step` also goes to noisier levels; otherwise `add_noise` does
+    noise_scale = 1.0  # factor of the noise that `add_noise` draws
 
-    def step(self, predict: Predict, x: th.Tensor, here: Level, there: Level, draw: Draw) -> Step:
-        """x [N, C, ...] at level `here` taken to the less noisy level `there`."""
+    def step(self, denoise: Denoiser, x: th.Tensor, here: Level, there: Level) -> dict[str, Any]:
+        """Take x [N, C, ...] from level `here` to the less noisy level `there`."""
         raise NotImplementedError
 
-    def rise(self, predict: Predict, x: th.Tensor, here: Level, there: Level, draw: Draw) -> Step:
-        """x taken to the noisier level `there`: a draw from q(x_there | x_here) (DDPM eq. 2, over several steps)."""
+    def add_noise(self, x: th.Tensor, here: Level, there: Level) -> dict[str, Any]:
+        """Take x to the noisier level `there`, by a draw from q(x_there | x_here) (DDPM eq. 2, over several steps).
+
+        Nothing is predicted: `pred_xstart` is None.
+        """
         self.restart()
         keep = there.alpha / here.alpha
-        return Step(keep * x + math.sqrt(1 - keep**2) * draw(x), None)
+        noise = self.noise_scale * draw_noise(x)
+        return {"sample": keep * x + math.sqrt(1 - keep**2) * noise, "pred_xstart": None}
 
     def restart(self) -> None:
         """Forget earlier steps: x has left the trajectory."""
 
     def evaluations(self, steps: int) -> int:
-        """How often the network is evaluated on the way down, in so many steps."""
+        """How often the network is evaluated in `steps` steps down to the image."""
         return steps
 
 
 class Ancestral(Rule):
-    """A draw from p(x_{t-1} | x_t) (DDPM alg. 2)."""
+    """A draw from p(x_{t-1} | x_t) (DDPM alg. 2), by the diffusion's p_sample."""
 
-    skips = False  # that t-1 is the next timestep of the process
+    skips = False
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
-        # Drawn at the last step too, where it is not used: seeds depend on the order of the draws.
-        noise = draw(x)
-        return Step(
-            prediction.mean + _unless_clean(there, th.exp(0.5 * prediction.log_variance) * noise), prediction.x0
-        )
+    def step(self, denoise, x, here, there):
+        return denoise.step("p_sample", x, here)
 
 
 class DDIM(Rule):
-    """DDIM (Song et al. 2020, eq. 12): deterministic for eta = 0, and then good both ways; ancestral for eta = 1."""
+    """DDIM (Song et al. 2020, eq. 12), by the diffusion's ddim_sample; towards noise by its ddim_reverse_sample.
+
+    :param eta: 0 is deterministic and works in both directions, 1 is as noisy as ancestral sampling.
+    """
+
+    skips = False
 
     def __init__(self, eta: float = 0.0):
         self.eta = eta
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
-        noise = draw(x)
-        direction = 1 - there.alpha_bar
-        if self.eta:
-            sigma = self.eta * th.sqrt((1 - there.alpha_bar) / (1 - here.alpha_bar))
-            sigma = sigma * th.sqrt(1 - here.alpha_bar / there.alpha_bar)
-            # Rounding may leave less than nothing where almost all is noise.
-            direction = (direction - sigma**2).clamp(min=0)
-        mean = prediction.x0 * th.sqrt(there.alpha_bar) + th.sqrt(direction) * prediction.eps
-        return Step(mean + _unless_clean(there, sigma * noise) if self.eta else mean, prediction.x0)
-
-
-def _unless_clean(level: Level, noise: th.Tensor) -> th.Tensor:
-    """Zero where the level is the clean image, to which no noise is added."""
-    return (level.t >= 0).to(noise).view(-1, *[1] * (noise.ndim - 1)) * noise
+    def step(self, denoise, x, here, there):
+        method = "ddim_sample" if there.t < here.t else "ddim_reverse_sample"
+        return denoise.step(method, x, here, eta=self.eta)
 
 
 def _straight(prediction: Prediction, there: Level) -> th.Tensor:
@@ -137,19 +150,16 @@ def _straight(prediction: Prediction, there: Level) -> th.Tensor:
 class Euler(Rule):
     """One evaluation a step in EDM's sigma (Karras et al. 2022, alg. 1 without its correction).
 
-    Its straight line in x / alpha over sigma / alpha is that of DDIM with eta 0; churn and the grid set them apart.
-    :param noise_scale: S_noise, of what churn adds; see `timestep_grids.churned`.
+    The same straight line in x / alpha over sigma / alpha as DDIM with eta 0; it differs by churn and by its grid.
+    :param noise_scale: S_noise, the factor of the noise that churn adds; see `timestep_grids.churned`.
     """
 
     def __init__(self, noise_scale: float = 1.0):
         self.noise_scale = noise_scale
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
-        return Step(_straight(prediction, there), prediction.x0)
-
-    def rise(self, predict, x, here, there, draw):
-        return super().rise(predict, x, here, there, lambda x: self.noise_scale * draw(x))
+    def step(self, denoise, x, here, there):
+        prediction = denoise(x, here)
+        return {"sample": _straight(prediction, there), "pred_xstart": prediction.x0}
 
 
 class Heun(Euler):
@@ -157,22 +167,25 @@ class Heun(Euler):
 
     order = 2
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
+    def step(self, denoise, x, here, there):
+        prediction = denoise(x, here)
         euler = _straight(prediction, there)
-        if there.is_clean or -math.inf in (here.log_snr, there.log_snr):  # where the trapezoid has no end
-            return Step(euler, prediction.x0)
+        if there.is_clean or -math.inf in (here.log_snr, there.log_snr):  # where the trapezoid is infinite
+            return {"sample": euler, "pred_xstart": prediction.x0}
         length = there.alpha * (there.noise_to_signal - here.noise_to_signal)
-        return Step(euler + length / 2 * (predict(euler, there).eps - prediction.eps), prediction.x0)
+        return {
+            "sample": euler + length / 2 * (denoise(euler, there).eps - prediction.eps),
+            "pred_xstart": prediction.x0,
+        }
 
     def evaluations(self, steps):
         return 2 * steps - 1
 
 
 class PLMS(Rule):
-    """Linear multistep on the noise, four deep, and DDIM's step with what it gives (Liu et al. 2022, eq. 9-12).
+    """Linear multistep on the noise, of four predictions, followed by DDIM's step (Liu et al. 2022, eq. 9-12).
 
-    Its weights are those of evenly spaced steps. The first step evaluates twice.
+    The weights are those of evenly spaced steps. The first step evaluates twice.
     """
 
     order = 2  # the fourth order of the weights is lost in the transfer (Liu et al. 2022, sec. 3.4)
@@ -181,16 +194,16 @@ class PLMS(Rule):
     def __init__(self) -> None:
         self.history: list[th.Tensor] = []  # the newest first
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
-        if here.log_snr == -math.inf:  # from where only x_0 says where to go
-            return Step(_straight(prediction, there), prediction.x0)
+    def step(self, denoise, x, here, there):
+        prediction = denoise(x, here)
+        if here.log_snr == -math.inf:  # without signal only x_0 gives the direction
+            return {"sample": _straight(prediction, there), "pred_xstart": prediction.x0}
         first = not self.history
         self.history = [prediction.eps, *self.history[:3]]
         eps = _weighted_sum(self.WEIGHTS[len(self.history) - 1], self.history)
         if first and not there.is_clean:
-            eps = (eps + predict(self._transfer(x, eps, here, there), there).eps) / 2
-        return Step(self._transfer(x, eps, here, there), prediction.x0)
+            eps = (eps + denoise(self._transfer(x, eps, here, there), there).eps) / 2
+        return {"sample": self._transfer(x, eps, here, there), "pred_xstart": prediction.x0}
 
     @staticmethod
     def _transfer(x, eps, here, there):
@@ -204,9 +217,9 @@ class PLMS(Rule):
 
 
 class Multistep(Rule):
-    """What the rules in log-SNR share: earlier predictions of x_0, and how far back they lie.
+    """Base of the rules in log-SNR: keeps earlier predictions of x_0 and their lambda.
 
-    At either end, where lambda is infinite, they fall back to their first order, which is exact there in x_0.
+    At both ends, where lambda is infinite, the rules use their first order, which is exact there in x_0.
     :param depth: how many predictions a step uses.
     """
 
@@ -218,13 +231,13 @@ class Multistep(Rule):
         self.history = []
 
     def _note(self, here: Level, x0: th.Tensor) -> None:
-        """Keep as many predictions as the order uses; one made at pure noise has no place in lambda."""
+        """Keep as many predictions as the order uses; one at pure noise, where lambda is infinite, is dropped."""
         if self.history and self.history[0][0] == -math.inf:
             self.history = []
         self.history = [(here.log_snr, x0), *self.history[: self.depth - 1]]
 
     def _differences(self, h: float) -> list[tuple[float, th.Tensor]]:
-        """(r_k, (D_k - D_0) / r_k) for the earlier predictions D_k, r_k h away in lambda; none for an infinite h."""
+        """(r_k, (D_k - D_0) / r_k) of the earlier predictions D_k, r_k h away in lambda; [] for an infinite h."""
         (here, newest), *earlier = self.history
         if not math.isfinite(h):
             return []
@@ -234,11 +247,11 @@ class Multistep(Rule):
 class DPMSolverPP(Multistep):
     """DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep: depth 2 is 2M (alg. 2), depth 3 is 3M.
 
-    3M integrates the parabola through the last three predictions exactly; its authors' code counts the curvature half.
+    3M integrates the parabola through the last three predictions exactly; the authors' code halves the curvature.
     """
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
+    def step(self, denoise, x, here, there):
+        prediction = denoise(x, here)
         self._note(here, prediction.x0)
         h = there.log_snr - here.log_snr
         phi = -math.expm1(-h)
@@ -251,14 +264,14 @@ class DPMSolverPP(Multistep):
             second = (d1 - d2) / (r1 - r2)  # half the second derivative of x_0 in units of h
             first = d1 - r1 * second
             out = out + there.alpha * ((1 - phi / h) * first + 2 * (phi / h - 1 + h / 2) / h * second)
-        return Step(out, prediction.x0)
+        return {"sample": out, "pred_xstart": prediction.x0}
 
 
 class SDEDPMSolverPP(Multistep):
     """SDE-DPM-Solver++ 2M: DPM-Solver++ 2M on the diffusion SDE (Lu et al. 2022, arXiv 2211.01095, eq. 18)."""
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
+    def step(self, denoise, x, here, there):
+        prediction = denoise(x, here)
         self._note(here, prediction.x0)
         h = there.log_snr - here.log_snr
         phi = -math.expm1(-2 * h)
@@ -266,8 +279,8 @@ class SDEDPMSolverPP(Multistep):
         for _, difference in self._differences(h):
             out = out + there.alpha * phi / 2 * difference
         if there.is_clean:
-            return Step(out, prediction.x0)
-        return Step(out + there.sigma * math.sqrt(phi) * draw(x), prediction.x0)
+            return {"sample": out, "pred_xstart": prediction.x0}
+        return {"sample": out + there.sigma * math.sqrt(phi) * draw_noise(x), "pred_xstart": prediction.x0}
 
 
 class UniPC(Multistep):
@@ -281,18 +294,18 @@ class UniPC(Multistep):
         self.order = depth + 1
         self.before: tuple[th.Tensor, Level, list[tuple[float, th.Tensor]]] | None = None
 
-    def step(self, predict, x, here, there, draw):
-        prediction = predict(x, here)
+    def step(self, denoise, x, here, there):
+        prediction = denoise(x, here)
         if self.before is not None:
             x = self._correct(here, prediction.x0, *self.before)
         self._note(here, prediction.x0)
         h = there.log_snr - here.log_snr
         differences = self._differences(h)
         self.before = (x, here, differences) if math.isfinite(h) else None
-        return Step(self._update(x, self.history[0][1], here, there, differences), prediction.x0)
+        return {"sample": self._update(x, self.history[0][1], here, there, differences), "pred_xstart": prediction.x0}
 
     def _correct(self, there, x0, x, here, differences):
-        """x at `there` once more, from x at `here`, now that the prediction x0 at `there` is known."""
+        """x at `there` recomputed from x at `here`, with the prediction x0 at `there`."""
         newest = self.history[0][1]
         return self._update(x, newest, here, there, [*differences, (1.0, x0 - newest)])
 
@@ -328,16 +341,18 @@ def _weighted_sum(weights: Sequence[float], tensors: Sequence[th.Tensor]) -> th.
 
 
 class BothWays(Rule):
-    """A rule without noise or memory, walked up as well as down: from an image to its noise (DDIM sec. 5.4)."""
+    """A rule without noise or memory that goes towards noise as well: from an image to its latent (DDIM sec. 5.4).
+
+    The image enters at t = 0, the least noisy level that the network knows.
+    """
+
+    both_ways = True
 
     def __init__(self, rule: Rule):
-        self.rule, self.order = rule, rule.order
+        self.rule, self.order, self.skips = rule, rule.order, rule.skips
 
-    def step(self, predict, x, here, there, draw):
-        return self.rule.step(predict, x, here, there, draw)
-
-    def rise(self, predict, x, here, there, draw):
-        return self.rule.step(predict, x, here, there, draw)
+    def step(self, denoise, x, here, there):
+        return self.rule.step(denoise, x, here, there)
 
     def evaluations(self, steps):
         return self.rule.evaluations(steps)
@@ -346,20 +361,23 @@ class BothWays(Rule):
 class Inpaint(Rule):
     """Any rule, with the known pixels put back after each step (RePaint, Lugmayr et al. 2022, alg. 1).
 
-    :param rule: what paints the rest.
-    :param image: x_0 [N, C, ...]; :param unknown: 1 where it is to be painted, 0 where it is known; broadcasts over it.
-    Resampling, RePaint's other half, is a matter of the path: see `timestep_grids.repaint_path`.
+    :param rule: paints the unknown pixels.
+    :param image: x_0 [N, C, ...]; :param unknown: 1 where to paint, 0 where the image is known; broadcasts over it.
+    The path decides on resampling, RePaint's other half: see `timestep_grids.repaint_path`.
     """
 
     def __init__(self, rule: Rule, image: th.Tensor, unknown: th.Tensor):
         self.rule, self.image, self.unknown = rule, image, unknown
         self.order, self.skips = rule.order, rule.skips
 
-    def step(self, predict, x, here, there, draw):
-        painted, x0 = self.rule.step(predict, x, here, there, draw)
-        assert x0 is not None  # on the way down there is a prediction
-        known = there.alpha * self.image + (0 if there.is_clean else there.sigma * draw(x))
-        return Step(th.where(self.unknown > 0, painted, known), th.where(self.unknown > 0, x0, self.image))
+    def step(self, denoise, x, here, there):
+        out = self.rule.step(denoise, x, here, there)
+        known = there.alpha * self.image + (0 if there.is_clean else there.sigma * draw_noise(x))
+        return {
+            **out,
+            "sample": th.where(self.unknown > 0, out["sample"], known),
+            "pred_xstart": th.where(self.unknown > 0, out["pred_xstart"], self.image),
+        }
 
     def restart(self):
         self.rule.restart()
@@ -382,21 +400,46 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-def sample_loop(
-    rule: Rule, predict: Predict, x: th.Tensor, levels: Sequence[Level], draw: Draw, progress: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Walk x along `levels`, yielding `sample` and `pred_xstart` after each step.
+def sample_loop_progressive(
+    rule: Rule, diffusion: GaussianDiffusion, model: Any, shape: Sequence[int], noise: th.Tensor | None = None,
+    clip_denoised: bool = True, denoised_fn: Callable[[th.Tensor], th.Tensor] | None = None,
+    model_kwargs: dict[str, Any] | None = None, device: Any = None, progress: bool = False,
+    noise_fn: Draw | None = None, path: Sequence[int] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Sample by any rule, yielding a dict of `sample` and `pred_xstart` [N, C, ...] after each step.
 
-    Where the levels rise, noise is added and `pred_xstart` is None, unless the rule can walk up by itself.
+    Where the path goes to a noisier level, noise is added and `pred_xstart` is None, unless the rule goes both ways.
+    :param shape: [N, C, ...] of the samples.
+    :param noise: x at the path's first level; drawn unless given.
+    :param denoised_fn, clip_denoised: see GaussianDiffusion.p_mean_variance.
+    :param device: where to sample; the model's device unless given.
+    :param progress: show a progress bar.
+    :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
+    :param path: the timesteps to visit, of this diffusion; -1 is the clean image; T-1 down to -1 unless given.
+    Raises ValueError for a path of fewer than two levels, and for one that skips timesteps where the rule cannot.
     """
-    steps = range(len(levels) - 1)
-    if progress:
-        from tqdm.auto import tqdm
+    path = range(diffusion.num_timesteps - 1, -2, -1) if path is None else path
+    if len(path) < 2:
+        raise ValueError(f"a path needs at least two levels, got {list(path)}")
+    steps = [(here, there) for here, there in pairwise(path) if there < here or rule.both_ways]
+    if not rule.skips and any(abs(there - here) != 1 for here, there in steps):
+        raise ValueError(f"{type(rule).__name__} goes from each timestep to the next: use respaced() to skip some")
+    levels = levels_of(diffusion)
+    denoise = Denoiser(
+        diffusion, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+    )
 
-        steps = tqdm(steps)
-    for k in steps:
-        here, there = levels[k], levels[k + 1]
-        move = rule.rise if there.log_snr < here.log_snr else rule.step
-        with th.no_grad():
-            x, x0 = move(predict, x, here, there, draw)
-        yield {"sample": x, "pred_xstart": x0}
+    def move(x, here, there):
+        start, end = levels[here + 1], levels[there + 1]
+        if there > here and not rule.both_ways:
+            return rule.add_noise(x, start, end)
+        return rule.step(denoise, x, start, end)
+
+    yield from trajectory(move, start_noise(model, shape, noise, device, noise_fn), path, progress, noise_fn)
+
+
+def sample_loop(
+    rule: Rule, diffusion: GaussianDiffusion, model: Any, shape: Sequence[int], **kwargs: Any
+) -> th.Tensor:  # fmt: skip
+    """The samples [N, C, ...] at the end of sample_loop_progressive, whose arguments it takes."""
+    return last_sample(sample_loop_progressive(rule, diffusion, model, shape, **kwargs))

@@ -34,8 +34,8 @@ class ClassifierObjective:
             raise ValueError("a classifier learns from labels: model_kwargs must hold y [N]")
         y = model_kwargs["y"]
         x_t = self.diffusion.q_sample(x_start, t, noise)
-        # Scaled as for the guided model, so that both are called alike.
-        logits = model(x_t, self.diffusion._scale_timesteps(t)).float()
+        # As the guided model is given them, so that both are called alike.
+        logits = self.diffusion._wrap_model(model)(x_t, t).float()
         # The number of classes ahead of the right one, ties and NaN among them.
         rank = (~(logits < logits.gather(1, y[:, None]))).sum(dim=1) - 1
         terms = {"loss": F.cross_entropy(logits, y, reduction="none"), "accuracy": (rank < 1).float()}

@@ -135,7 +135,7 @@ class TrainLoop(CheckpointedStep):
         """Steps until the end; returns why it ended: 0 if finished, TIME_IS_UP, or the number of a signal."""
         agreement, reason = Agreement(), 0
         while not reason and not self._is_finished():
-            distributed.beat(self.absolute_step + 1)
+            distributed.heartbeat(self.absolute_step + 1)
             with self.run_log.clock.waiting(), distributed.working("the next batch of images"):
                 batch, cond = next(self.data)
             self.run_step(batch, cond)
@@ -159,7 +159,7 @@ class TrainLoop(CheckpointedStep):
         if self.run_log.first_row < self.steps_done:
             self._write_row()  # of the steps since the last row; resuming from here discards it
         self.checkpointer.finish()
-        distributed.beat(0)
+        distributed.heartbeat(0)
         distributed.barrier()  # a launcher may end all ranks as soon as the first one leaves
         return 0 if self._is_finished() else reason
 

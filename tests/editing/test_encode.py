@@ -8,8 +8,8 @@ from gaussian_world import GaussianWorld
 from helpers import slope
 
 from improved_diffusion.config.settings import Encoding
-from improved_diffusion.editing.base import ENCODING_GRID, ENCODING_STEPS
 from improved_diffusion.editing.encode import Encode, psnr
+from improved_diffusion.editing.options import ENCODING_GRID, ENCODING_STEPS
 from improved_diffusion.gaussian_diffusion import ModelMeanType
 from improved_diffusion.utils import images
 

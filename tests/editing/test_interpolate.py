@@ -8,9 +8,9 @@ from gaussian_world import GaussianWorld
 from improved_diffusion.checkpoints.loading import LoadedModel
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import Interpolation
-from improved_diffusion.editing.base import EditingModel
 from improved_diffusion.editing.encode import psnr
 from improved_diffusion.editing.interpolate import Interpolate
+from improved_diffusion.editing.model import EditingModel
 from improved_diffusion.sampling.labels import Classes, Labels
 from improved_diffusion.sampling.noise import SeededNoise, slerp
 

@@ -234,7 +234,7 @@ def test_a_model_draws_what_image_sample_draws_and_its_reference_is_prepared_ali
     # A second run draws nothing again.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()}
     again = call("evaluate", *drawing, *real_images, "--out_dir", "evaluated", cwd=tmp_path).succeed()
-    assert f"40 of 40 samples are in {tmp_path / 'judged/samples'} already" in again.out
+    assert f"40 of 40 samples are in {tmp_path / 'evaluated/samples'} already" in again.out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()} == times
     assert contents(tmp_path / "evaluated") == there
 
@@ -304,7 +304,7 @@ def test_published_statistics_give_a_fid_and_a_warning(place, tmp_path):
     assert set(report["metrics"]) == {"fid", "inception_score"}
     assert report["metrics"]["fid"]["value"] == pytest.approx(expected["fid"]["value"], rel=1e-9)
     for name in ("kid", "precision", "recall", "density", "coverage"):
-        assert report["missing"][name] == "the reference has statistics alone: it needs images or their features"
+        assert report["missing"][name] == "the reference has statistics only: it needs images or their features"
     assert report["missing"]["sfid"] == "the reference has no spatial features"
     assert "warning: the statistics of the reference do not say which network" in result.out
     assert (

@@ -176,7 +176,7 @@ def test_a_program_of_one_size_gets_it_unless_told_otherwise(tmp_path):
 
 
 def test_inception_is_resized_to_its_own_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("improved_diffusion.evaluation.features.fetch", lambda spec, flag: str(path))
+    monkeypatch.setattr("improved_diffusion.evaluation.features.fetch", lambda *args: str(path))
     path = Path(write_script(tmp_path / "inception.pt", detector=True))
     assert FeatureNetwork("inception").describe() == {
         "features": "inception", "features_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -126,14 +126,14 @@ def test_a_note_that_comes_with_a_program_allows_nothing(program):
 
 
 def test_pinned_content_needs_no_flag(program, monkeypatch):
-    monkeypatch.setattr(trust, "PINNED", {files.sha256(program): "f.pt"})
+    monkeypatch.setattr(trust, "PINNED", {files.sha256(program)})
     FeatureNetwork(program)
     assert not trust.trusted_list().exists()
 
 
 def test_a_download_is_refused_by_its_url_and_by_what_it_holds_now(program, tmp_path, monkeypatch):
     url = "https://nowhere.invalid/f.pt"
-    monkeypatch.setattr(features, "fetch", lambda spec, flag: str(program))
+    monkeypatch.setattr(features, "fetch", lambda *args: str(program))
     with pytest.raises(UserError, match=rf"--features {url} \(.*f\.pt\) was not loaded"):
         FeatureNetwork(url)
     FeatureNetwork(url, trust=True)
@@ -142,7 +142,7 @@ def test_a_download_is_refused_by_its_url_and_by_what_it_holds_now(program, tmp_
     with pytest.raises(UserError, match="was not loaded"):
         FeatureNetwork(url)
     Path(program).write_text("<html>log in</html>")
-    with pytest.raises(UserError, match=rf"remove {program} to download it again"):
+    with pytest.raises(UserError, match=rf"remove {program} and {program}\.sha256 to download it again"):
         FeatureNetwork(url, trust=True)
 
 

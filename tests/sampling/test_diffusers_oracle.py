@@ -13,7 +13,7 @@ from helpers import make_diffusion
 
 from improved_diffusion.gaussian_diffusion import ModelVarType
 from improved_diffusion.respace import space_timesteps
-from improved_diffusion.sampling.solvers import RULES
+from improved_diffusion.sampling.solvers import RULES, sample_loop_progressive
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the packages that it imports in turn
@@ -105,7 +105,7 @@ def test_noising_is_theirs(schedule):
 
 def trajectory(name, diffusion, x, clip=False):
     """Our x after each step."""
-    steps = diffusion.sample_loop_progressive(RULES[name](), network, x.shape, x, clip, device="cpu")
+    steps = sample_loop_progressive(RULES[name](), diffusion, network, x.shape, x, clip, device="cpu")
     return [step["sample"] for step in steps]
 
 

@@ -16,7 +16,7 @@ from improved_diffusion.config.settings import ImageModel, ImageSampling
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.sampler import build_sampler
-from improved_diffusion.sampling.solvers import RULES, DPMSolverPP, Heun
+from improved_diffusion.sampling.solvers import RULES, DPMSolverPP, Heun, sample_loop
 from improved_diffusion.sampling.timestep_grids import NAMES, timestep_grid
 from improved_diffusion.schedules import zero_terminal_snr
 
@@ -134,7 +134,7 @@ def test_a_published_checkpoint_has_every_rule_as_well(model, tmp_path):
 def test_sampling_from_python_as_the_readme_has_it(model):
     loaded = load_model(ImageModel.of({}), (), str(model))
     few = loaded.diffusion.respaced(timestep_grid("logsnr", 15, loaded.diffusion.base_alphas_cumprod))
-    x = few.sample_loop(DPMSolverPP(), loaded.model, (2, 3, 8, 8), model_kwargs={"y": th.tensor([0, 1])})
+    x = sample_loop(DPMSolverPP(), few, loaded.model, (2, 3, 8, 8), model_kwargs={"y": th.tensor([0, 1])})
     assert x.shape == (2, 3, 8, 8) and x.abs().max() <= 1.001
 
 

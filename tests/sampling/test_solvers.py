@@ -12,7 +12,13 @@ import torch as th
 from gaussian_world import MU, GaussianWorld, S
 from helpers import make_diffusion, slope, stand_in_network
 
-from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+from improved_diffusion.gaussian_diffusion import (
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule,
+    noise_from,
+)
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.noise import SeededNoise, slerp
 from improved_diffusion.sampling.solvers import (
@@ -24,12 +30,10 @@ from improved_diffusion.sampling.solvers import (
     Euler,
     Heun,
     Inpaint,
-    Level,
-    Prediction,
     Rule,
     SDEDPMSolverPP,
-    Step,
     sample_loop,
+    sample_loop_progressive,
 )
 from improved_diffusion.sampling.timestep_grids import NAMES, churned, repaint_path, timestep_grid
 from improved_diffusion.schedules import zero_terminal_snr
@@ -140,13 +144,20 @@ def test_ddim_converges_to_the_exact_flow_at_first_order():
     assert errors[-1] < 0.02
 
 
+def invert(world, x0):
+    """The noise that DDIM takes to x0."""
+    path = range(world.diffusion.num_timesteps)
+    return sample_loop(
+        BothWays(DDIM()), world.diffusion, world.model, x0.shape, noise=x0, clip_denoised=False, device="cpu", path=path
+    )
+
+
 def test_ddim_inversion_converges_to_the_exact_flow_at_first_order():
     errors = []
     for count in COUNTS:
         world = GaussianWorld(640, count)
         x0 = world.flow(world.start(2), -1, 0)
-        latent = world.diffusion.ddim_reverse_sample_loop(world.model, x0, clip_denoised=False)
-        errors.append((latent - world.flow(x0, 0, -1)).abs().mean().item())
+        errors.append((invert(world, x0) - world.flow(x0, 0, -1)).abs().mean().item())
     assert slope(np.log(COUNTS), np.log(errors)) == pytest.approx(-1, abs=0.2)
 
 
@@ -155,7 +166,7 @@ def test_ddim_inversion_and_back_is_where_it_started():
     for count in COUNTS:
         world = GaussianWorld(640, count)
         x0 = world.flow(world.start(2), -1, None)
-        latent = world.diffusion.ddim_reverse_sample_loop(world.model, x0, clip_denoised=False)
+        latent = invert(world, x0)
         back = world.diffusion.ddim_sample_loop(world.model, x0.shape, noise=latent, clip_denoised=False, device="cpu")
         errors.append((back - x0).abs().mean().item())
     assert errors[-1] < 0.01 and slope(np.log(COUNTS), np.log(errors)) < -0.8
@@ -188,7 +199,7 @@ DETERMINISTIC = [name for name in RULES if name not in STOCHASTIC]
 def error_at_the_last_level(name, world, x):
     """Of a walk from the grid's first level to its last, before the clean image: the mean distance to the flow."""
     options = dict(noise=x, clip_denoised=False, device="cpu", path=world.path[:-1])
-    sample = world.diffusion.sample_loop(RULES[name](), world.model, x.shape, **options)
+    sample = sample_loop(RULES[name](), world.diffusion, world.model, x.shape, **options)
     return (sample - world.flow(x, -1, 0)).abs().mean().item()
 
 
@@ -215,11 +226,12 @@ def test_rules_of_second_order_and_above_are_accurate_to_a_thousandth_in_100_eva
 @pytest.mark.parametrize("mean", list(ModelMeanType), ids=lambda m: m.name)
 @pytest.mark.parametrize("var", [ModelVarType.FIXED_LARGE, ModelVarType.LEARNED], ids=lambda v: v.name)
 def test_whatever_the_network_predicts_the_samples_are_the_flows(name, mean, var):
-    """On whole timesteps, on which one that predicts x_{t-1} is trained."""
-    world = GaussianWorld(1000, 50, "linear", mean, var, grid="ddim")
+    """One that predicts x_{t-1} takes the steps that it was trained on."""
+    T = 50 if mean == ModelMeanType.PREVIOUS_X else 1000
+    world = GaussianWorld(T, 50, "linear", mean, var, grid="ddim")
     x = world.start(1)
     options = dict(noise=x, clip_denoised=False, device="cpu", path=world.path)
-    sample = world.diffusion.sample_loop(RULES[name](), world.model, x.shape, **options)
+    sample = sample_loop(RULES[name](), world.diffusion, world.model, x.shape, **options)
     assert (sample - world.flow(x, -1)).abs().mean().item() < (0.05 if name in ("ddim", "euler") else 0.04)
 
 
@@ -237,7 +249,7 @@ def test_every_rule_walks_every_grid_of_any_length(name, grid, count):
         seen.append(t[0].item())
         return stand_in_network(False)(x, t)
 
-    sample = diffusion.sample_loop(rule, network, (2, 1, 4, 4), device="cpu")
+    sample = sample_loop(rule, diffusion, network, (2, 1, 4, 4), device="cpu")
     assert sample.isfinite().all() and (count > 1 or sample.abs().max() < 1.001)
     assert len(seen) == rule.evaluations(count)
     assert seen[0] == pytest.approx(levels[-1]) and {round(t, 3) for t in seen} == {round(t, 3) for t in levels}
@@ -258,7 +270,7 @@ def test_every_rule_starts_at_a_signal_to_noise_ratio_of_zero(name):
                 return th.full_like(x, 0.3)
             return (alpha_bar.sqrt() * x - 0.3) / (1 - alpha_bar).sqrt()
 
-        sample = diffusion.sample_loop(RULES[name](), network, (2, 1, 4, 4), device="cpu")
+        sample = sample_loop(RULES[name](), diffusion, network, (2, 1, 4, 4), device="cpu")
         th.testing.assert_close(sample, th.full_like(sample, 0.3), rtol=0, atol=1e-3)
 
 
@@ -272,7 +284,7 @@ def test_ddim_as_noisy_as_ancestral_sampling_stays_finite_in_any_number_of_steps
     )  # fmt: skip
     for count in range(2, 20):
         diffusion = base.respaced(timestep_grid("uniform", count, base.alphas_cumprod))
-        assert diffusion.sample_loop(DDIM(1.0), stand_in_network(False), (1, 1, 2, 2), device="cpu").isfinite().all()
+        assert sample_loop(DDIM(1.0), diffusion, stand_in_network(False), (1, 1, 2, 2), device="cpu").isfinite().all()
 
 
 def test_heun_walks_up_to_pure_noise():
@@ -281,8 +293,9 @@ def test_heun_walks_up_to_pure_noise():
         range(30), betas=betas, model_mean_type=ModelMeanType.START_X, model_var_type=ModelVarType.FIXED_SMALL,
         loss_type=LossType.MSE,
     )  # fmt: skip
-    x = diffusion.sample_loop(
+    x = sample_loop(
         BothWays(Heun()),
+        diffusion,
         stand_in_network(False),
         (1, 1, 2, 2),
         noise=th.zeros(1, 1, 2, 2),
@@ -292,13 +305,22 @@ def test_heun_walks_up_to_pure_noise():
     assert x.isfinite().all()
 
 
-def test_ancestral_sampling_cannot_pass_over_timesteps():
-    """Its mean is that of the next one, wherever the path goes."""
+def test_published_methods_cannot_pass_over_timesteps():
+    """Each goes to the adjacent one, wherever the path goes."""
     diffusion = make_diffusion(20)
-    for rule in (Ancestral(), Inpaint(Ancestral(), th.zeros(1, 1, 2, 2), th.ones(2, 2))):
+    for rule in (Ancestral(), DDIM(), Inpaint(Ancestral(), th.zeros(1, 1, 2, 2), th.ones(2, 2))):
         with pytest.raises(ValueError, match="next: use respaced"):
-            diffusion.sample_loop(rule, stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[19, 10, 0, -1])
-    diffusion.sample_loop(DDIM(), stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[19, 10, 0, -1])
+            sample_loop(rule, diffusion, stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[19, 10, 0, -1])
+    with pytest.raises(ValueError, match="next: use respaced"):
+        sample_loop(BothWays(DDIM()), diffusion, stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[0, 5, 19])
+    for rule in (PLMS(), Euler()):
+        sample_loop(rule, diffusion, stand_in_network(False), (1, 1, 2, 2), device="cpu", path=[19, 10, 0, -1])
+
+
+@pytest.mark.parametrize("path", [[], [3], range(1)])
+def test_a_path_without_a_step_is_an_error(path):
+    with pytest.raises(ValueError, match="two levels"):
+        sample_loop(Euler(), make_diffusion(5), stand_in_network(False), (1, 1, 2, 2), device="cpu", path=path)
 
 
 # Stochastic rules, on two pixels that depend on each other
@@ -337,8 +359,8 @@ def test_stochastic_rules_give_the_datas_mean_and_covariance(rule, count, grid, 
     levels, path = churned(timestep_grid(grid, count, base.alphas_cumprod), base.alphas_cumprod, churn)
     assert len(path) == count + 1 or (churn and len(path) > 1.9 * count)
     diffusion, n = base.respaced(levels), 10_000
-    sample = diffusion.sample_loop(
-        rule(), correlated_network(diffusion), (n, 2, 1, 1), clip_denoised=False, device="cpu", path=path
+    sample = sample_loop(
+        rule(), diffusion, correlated_network(diffusion), (n, 2, 1, 1), clip_denoised=False, device="cpu", path=path
     )[:, :, 0, 0]
     # Five standard errors, and as much again as the finite steps may leave.
     for i in range(2):
@@ -356,7 +378,7 @@ def test_noise_of_the_sde_and_of_churn_decides_the_sample():
     x = th.randn(1, 1, 4, 4)
     for make, way in ((SDEDPMSolverPP, None), (Euler, path), (Heun, path)):
         samples = [
-            diffusion.sample_loop(make(), stand_in_network(False), x.shape, noise=x, device="cpu", path=way)
+            sample_loop(make(), diffusion, stand_in_network(False), x.shape, noise=x, device="cpu", path=way)
             for _ in range(2)
         ]
         assert (samples[0] != samples[1]).any()
@@ -373,8 +395,8 @@ def test_an_image_noised_and_denoised_again_stays_near_where_little_noise_is_add
     for top in (1, 30, 99):
         path = [-1, *range(top, -2, -1)]
         for rule in (Ancestral(), PLMS()):
-            sample = world.diffusion.sample_loop(
-                rule, world.model, x.shape, noise=x, clip_denoised=False, device="cpu", path=path
+            sample = sample_loop(
+                rule, world.diffusion, world.model, x.shape, noise=x, clip_denoised=False, device="cpu", path=path
             )
             assert_moments(sample, MU, S**2 if top > 1 else sample.var().item())
         distances.append((sample - x).abs().mean().item())
@@ -385,7 +407,7 @@ def test_rising_draws_from_the_forward_process():
     """By one long rise or by two short ones, the moments are those of q(x_t | x_0)."""
     diffusion, start = make_diffusion(50), th.full((1, 1, 200, 200), 0.5)
     for path in ([-1, 30], [-1, 10, 30]):
-        *_, last = diffusion.sample_loop_progressive(Ancestral(), None, start.shape, start, device="cpu", path=path)
+        *_, last = sample_loop_progressive(Ancestral(), diffusion, None, start.shape, start, device="cpu", path=path)
         alpha_bar = diffusion.alphas_cumprod[30]
         assert_moments(last["sample"], 0.5 * math.sqrt(alpha_bar), 1 - alpha_bar)
 
@@ -407,8 +429,14 @@ def test_inpainting_keeps_the_known_pixels_and_continues_them(name):
     image, unknown = th.linspace(-0.8, 0.8, 5).view(5, 1, 1, 1).repeat(1, 1, 8, 8), th.zeros(8, 8)
     unknown[:, :4] = 1
     path = repaint_path(count, 10, 5)
-    sample = diffusion.sample_loop(
-        Inpaint(RULES[name](), image, unknown), network, image.shape, clip_denoised=False, device="cpu", path=path
+    sample = sample_loop(
+        Inpaint(RULES[name](), image, unknown),
+        diffusion,
+        network,
+        image.shape,
+        clip_denoised=False,
+        device="cpu",
+        path=path,
     )
     assert (sample[..., 4:] == image[..., 4:]).all()
     assert (sample[..., :4] - image[..., :4]).abs().mean() < 0.1
@@ -435,38 +463,137 @@ def test_slerp_goes_from_one_to_the_other_and_stays_a_noise_on_the_way():
 # The loop and the rules
 
 
-def test_a_rule_is_its_step_and_the_loop_walks_the_levels():
+def test_a_rule_is_its_step_and_the_loop_visits_the_path():
     class Halve(Rule):
         def __init__(self):
             self.visited = []
 
-        def step(self, predict, x, here, there, draw):
-            self.visited.append((here.t.item(), there.t.item()))
-            return Step(x / 2, predict(x, here))
+        def step(self, denoise, x, here, there):
+            self.visited.append((here.t, there.t))
+            return {"sample": x / 2, "pred_xstart": denoise(x, here).x0, "mine": here.t}
 
-    levels = [Level(th.tensor([t]), th.ones(1, 1)) for t in (2, 1, 0, -1)]
     rule = Halve()
-    out = list(sample_loop(rule, lambda x, level: x + level.t, th.full((1, 1), 8.0), levels, th.zeros_like))
+    diffusion = make_diffusion(3, mean=ModelMeanType.START_X)
+    out = list(
+        sample_loop_progressive(rule, diffusion, lambda x, t: x + t, (1, 1), th.full((1, 1), 8.0), False, device="cpu")
+    )
     assert rule.visited == [(2, 1), (1, 0), (0, -1)]
-    assert [(o["sample"].item(), o["pred_xstart"].item()) for o in out] == [(4, 10), (2, 5), (1, 2)]
+    assert [(o["sample"].item(), o["pred_xstart"].item(), o["mine"]) for o in out] == [(4, 10, 2), (2, 5, 1), (1, 2, 0)]
 
 
-@pytest.mark.parametrize("rule", [Ancestral(), DDIM(), DDIM(0.5), DDIM(1.0)])
-def test_rules_draw_once_and_add_no_noise_to_the_clean_image(rule):
-    x = th.randn(2, 1, 3, 3)
-    prediction = Prediction(x0=x + 1, eps=x + 2, mean=x + 3, log_variance=th.zeros_like(x))
-    here = Level(th.tensor([0, 5]), th.tensor([0.9, 0.5]).view(2, 1, 1, 1))
-    there = Level(th.tensor([-1, 4]), th.tensor([1.0, 0.6]).view(2, 1, 1, 1))
+def test_a_sample_that_the_caller_replaces_is_where_the_next_step_starts():
+    """In the published loops and in ours."""
+    diffusion, model, shape = make_diffusion(4), stand_in_network(False), (1, 1, 2, 2)
+    start = dict(noise=th.zeros(shape), device="cpu")
+    for steps in (
+        diffusion.ddim_sample_loop_progressive(model, shape, **start),
+        sample_loop_progressive(DDIM(), diffusion, model, shape, **start),
+    ):
+        next(steps)["sample"] = th.ones(shape)
+        expected = diffusion.ddim_sample(model, th.ones(shape), th.tensor([2]))["sample"]
+        th.testing.assert_close(next(steps)["sample"], expected, rtol=0, atol=0)
+
+
+def test_trajectories_of_one_diffusion_taken_in_turns_keep_their_own_noise():
+    diffusion, model, shape = make_diffusion(4), stand_in_network(False), (1, 1, 2, 2)
+
+    def steps(seed):
+        return diffusion.p_sample_loop_progressive(model, shape, device="cpu", noise_fn=SeededNoise(seed, [0]))
+
+    alone = [[out["sample"] for out in steps(seed)] for seed in (1, 2)]
+    together = [(a["sample"], b["sample"]) for a, b in zip(steps(1), steps(2))]
+    assert all((a == x).all() and (b == y).all() for (a, b), x, y in zip(together, *alone))
+
+
+# Replaced methods
+
+METHODS = {"p_sample": Ancestral, "ddim_sample": DDIM, "ddim_reverse_sample": lambda: BothWays(DDIM())}
+
+
+class Counting(SpacedDiffusion):
+    """Replaces every method of a step, with the published arguments."""
+
+    calls = ()
+
+    def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        self.calls = (*self.calls, "p_mean_variance")
+        return super().p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
+        self.calls = (*self.calls, "p_sample")
+        return {**super().p_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs), "mine": 7}
+
+    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+        self.calls = (*self.calls, "ddim_sample")
+        return {**super().ddim_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs, eta), "mine": 7}
+
+    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+        self.calls = (*self.calls, "ddim_reverse_sample")
+        return {**super().ddim_reverse_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs, eta), "mine": 7}
+
+
+def counting(T=10):
+    return Counting(
+        range(T), betas=get_named_beta_schedule("cosine", T), model_mean_type=ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.FIXED_SMALL, loss_type=LossType.MSE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_subclass_runs_its_own_methods_on_any_steps_with_each_images_own_noise(name):
+    plain, mine = make_diffusion(10).respaced([0, 4, 9]), counting().respaced([0, 4, 9])
+    path = range(3) if name == "ddim_reverse_sample" else None
+    common = dict(shape=(2, 1, 4, 4), model=stand_in_network(False), device="cpu", path=path)
+    expected = list(sample_loop_progressive(METHODS[name](), plain, noise_fn=SeededNoise(0, [1, 2]), **common))
+    found = list(sample_loop_progressive(METHODS[name](), mine, noise_fn=SeededNoise(0, [1, 2]), **common))
+    assert mine.calls == (name, "p_mean_variance") * len(found)
+    assert [out["mine"] for out in found] == [7] * len(expected)
+    assert all((a["sample"] == b["sample"]).all() for a, b in zip(found, expected))
+
+
+def test_inpainting_runs_a_subclasss_p_sample_and_passes_on_its_keys():
+    mine, image = counting(), th.zeros(1, 1, 4, 4)
+    rule = Inpaint(Ancestral(), image, th.ones(4, 4))
+    steps = list(sample_loop_progressive(rule, mine, stand_in_network(False), image.shape, device="cpu"))
+    assert mine.calls.count("p_sample") == 10 and all(out["mine"] == 7 for out in steps)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("ancestral", "ddim")])
+def test_other_rules_predict_by_a_subclasss_p_mean_variance(name):
+    mine, rule = counting(), RULES[name]()
+    sample_loop(rule, mine, stand_in_network(False), (1, 1, 4, 4), device="cpu")
+    assert mine.calls == ("p_mean_variance",) * rule.evaluations(10)
+
+
+def test_an_instances_own_p_sample_is_what_runs():
+    diffusion, calls = make_diffusion(4), []
+
+    def p_sample(model, x, t, **kwargs):
+        calls.append(t.item())
+        return {"sample": x, "pred_xstart": x}
+
+    diffusion.p_sample = p_sample
+    sample_loop(Ancestral(), diffusion, stand_in_network(False), (1, 1, 2, 2), device="cpu")
+    assert calls == [3, 2, 1, 0]
+    with pytest.raises(ValueError, match=r"p_sample.*subclass"):  # on other steps it could not be right
+        diffusion.respaced([0, 3])
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.5, 1.0])
+def test_published_steps_draw_once_and_add_no_noise_to_the_clean_image(eta):
+    diffusion, model, x, t = make_diffusion(10), stand_in_network(False), th.randn(2, 1, 3, 3), th.tensor([0, 5])
     outcomes = []
     for noise in (th.zeros_like(x), th.ones_like(x)):
         draws = iter([noise])  # a second draw would stop the iteration
-        outcomes.append(rule.step(lambda x, t: prediction, x, here, there, lambda x, draws=draws: next(draws)))
+        with noise_from(lambda x, draws=draws: next(draws)):
+            if eta is None:
+                outcomes.append(diffusion.p_sample(model, x, t)["sample"])
+            else:
+                outcomes.append(diffusion.ddim_sample(model, x, t, eta=eta)["sample"])
         assert next(draws, None) is None
     still, noisy = outcomes
-    th.testing.assert_close(still.x[0], noisy.x[0])
-    assert (still.x[1] == noisy.x[1]).all() == (isinstance(rule, DDIM) and rule.eta == 0)
-    expected = prediction.mean if isinstance(rule, Ancestral) else prediction.x0
-    th.testing.assert_close(noisy.x[0], expected[0], rtol=1e-5, atol=1e-5)
+    th.testing.assert_close(still[0], noisy[0])
+    assert (still[1] == noisy[1]).all() == (eta == 0)
 
 
 # Seeded noise
@@ -474,7 +601,7 @@ def test_rules_draw_once_and_add_no_noise_to_the_clean_image(rule):
 
 def test_noise_of_a_seed_does_not_depend_on_the_batch():
     x = th.zeros(3, 1, 2, 2)
-    together, alone, other = SeededNoise([3, 4, 5]), SeededNoise([4]), SeededNoise([5, 4, 9])
+    together, alone, other = SeededNoise(0, [3, 4, 5]), SeededNoise(0, [4]), SeededNoise(0, [5, 4, 9])
     for _ in range(3):
         noise = together(x)
         th.testing.assert_close(noise[1], alone(x[:1])[0], rtol=0, atol=0)
@@ -483,10 +610,10 @@ def test_noise_of_a_seed_does_not_depend_on_the_batch():
 
 
 def test_noise_is_standard_normal_and_follows_its_tensor():
-    noise = SeededNoise(range(4))(th.zeros(4, 3, 64, 64, dtype=th.float64))
+    noise = SeededNoise(0, range(4))(th.zeros(4, 3, 64, 64, dtype=th.float64))
     assert noise.dtype == th.float64 and noise.shape == (4, 3, 64, 64)
     assert_moments(noise, 0, 1)
-    integers = SeededNoise(range(100)).integers(10)
+    integers = SeededNoise(0, range(100)).integers(10)
     assert integers.dtype == th.int64 and set(integers.tolist()) == set(range(10))
 
 
@@ -495,7 +622,7 @@ def test_images_of_seeds_do_not_depend_on_the_batch():
 
     def sample(loop, seeds, **kwargs):
         shape = (len(seeds), 1, 4, 4)
-        return getattr(diffusion, loop)(model, shape, device="cpu", noise_fn=SeededNoise(seeds), **kwargs)
+        return getattr(diffusion, loop)(model, shape, device="cpu", noise_fn=SeededNoise(0, seeds), **kwargs)
 
     for loop, kwargs in (("p_sample_loop", {}), ("ddim_sample_loop", {"eta": 0.7})):
         together = sample(loop, [7, 8, 9], **kwargs)
@@ -505,7 +632,7 @@ def test_images_of_seeds_do_not_depend_on_the_batch():
 
 def test_seeded_noise_leaves_the_global_generator_alone():
     before = th.get_rng_state()
-    noise = SeededNoise([1, 2])
+    noise = SeededNoise(0, [1, 2])
     noise(th.zeros(2, 3))
     noise.integers(4)
     assert (th.get_rng_state() == before).all()

@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_training_at_the_images_own_timesteps_and_noise():
         y = th.from_numpy(kwargs["y"][None])
         with th.no_grad():
             out = diffusion.training_losses(
-                loop.model.eval(), x, th.tensor([hook.loss_t[i]]), {"y": y}, SeededNoise([SEED + i])(x)
+                loop.model.eval(), x, th.tensor([hook.loss_t[i]]), {"y": y}, SeededNoise(SEED, [i])(x)
             )
         losses.append(float(out["loss"]))
     assert logger.getkvs()["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
@@ -140,7 +140,7 @@ def test_the_standard_error_is_honest_over_sets_of_images(monkeypatch):
 def test_with_as_few_timesteps_as_evaluations_the_bound_is_exact():
     loop, images, diffusion = Loop(labels=()), Images(3), make_diffusion(5)
     Validation(diffusion, images, num_images=3, batch_size=3)(loop)
-    draw = SeededNoise([SEED + i for i in range(3)])
+    draw = SeededNoise(SEED, range(3))
     batch = th.from_numpy(np.stack([array for array, _ in images]))
     draw(batch)  # the loss's
     rising = th.arange(5).expand(3, 5)

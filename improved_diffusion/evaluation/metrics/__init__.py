@@ -1,1 +1,1 @@
-"""The arithmetic of scores: arrays in, numbers out."""
+"""Metrics: arrays in, numbers out."""

@@ -1,4 +1,4 @@
-"""The inception score: whether a classifier is sure of each sample and sees all classes among them."""
+"""The inception score: whether a classifier is certain about each sample, and finds all classes among them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> InceptionSco
     """exp of the mean Kullback-Leibler divergence of p(y | x) from p(y), for probabilities [N, C] of N samples.
 
     (Salimans et al. 2016, arXiv 1606.03498, sec. 4.) As in the published code, the mean and the deviation (with ddof 0;
-    torchmetrics has 1 there, and shuffles first) are those of `splits` consecutive parts: the samples are to come in a
-    random order, rather than class by class. The smaller the parts, the lower the score: compare equal numbers only.
-    Raises ValueError for fewer samples than parts, and for rows that are no probabilities.
+    torchmetrics uses 1, and shuffles first) are those of `splits` consecutive parts: give the samples in random order,
+    not class by class. Smaller parts have a lower score: compare only results for equal numbers of samples.
+    Raises ValueError for fewer samples than parts, and for rows that are not probabilities.
     """
     count = len(probabilities)
     if not 1 <= splits <= count:
         raise ValueError(f"{count} samples cannot be split into {splits} parts")
     if not (np.min(probabilities) >= 0 and np.allclose(np.sum(probabilities, axis=1, dtype=np.float64), 1, atol=1e-3)):
-        raise ValueError("probabilities are at least 0 and sum to 1 in each row: these do not, take their softmax")
+        raise ValueError("each row of probabilities must be at least 0 and sum to 1: apply a softmax first")
     bounds = [part * count // splits for part in range(splits + 1)]
     scores = [_score(np.asarray(probabilities[start:end], np.float64)) for start, end in pairwise(bounds)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))

@@ -1,4 +1,4 @@
-"""The kernel inception distance: how far samples are from real images in the space of some network's features."""
+"""The kernel inception distance (KID) of samples and real images in the features of a network."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A piece of the kernel's matrix and its cubes are to fit the cache.
+# A block of the kernel matrix and its cubes fit in the cache.
 ROWS, COLUMNS = 512, 2560
 
 
 class KernelDistance(NamedTuple):
-    """An unbiased estimate, which may be below 0, and its standard error."""
+    """An unbiased estimate, which may be negative, and its standard error."""
 
     value: float
     standard_error: float
@@ -20,25 +20,25 @@ class KernelDistance(NamedTuple):
 def kernel_distance(features: np.ndarray, reference: np.ndarray, blocks: int = 20) -> KernelDistance:
     """The squared maximum mean discrepancy of two sets with the kernel (x y / D + 1)^3.
 
-    (Binkowski et al. 2018, arXiv 1801.01401, eq. 3 and sec. 4.) All pairs are used, rather than random subsets, so that
-    the number is the same every time; the standard error is the jackknife's over blocks of both sets.
+    (Binkowski et al. 2018, arXiv 1801.01401, eq. 3 and sec. 4.) All pairs are used, not random subsets, so that the
+    result is deterministic; the standard error is the jackknife's over blocks of both sets.
     :param features: [N, D]; :param reference: [M, D]; both at least 2 * blocks.
-    Raises ValueError for fewer, and for sets of other widths.
+    Raises ValueError for fewer, and for sets of different widths.
     """
     if features.shape[1] != reference.shape[1]:
         raise ValueError(f"features of {features.shape[1]} and {reference.shape[1]} dimensions cannot be compared")
     if min(len(features), len(reference)) < 2 * blocks:
-        raise ValueError(f"{min(len(features), len(reference))} images are too few: take at least {2 * blocks}")
-    # Blocks are to be alike, whatever order the images come in: class by class, for one.
+        raise ValueError(f"{min(len(features), len(reference))} images are too few: give at least {2 * blocks}")
+    # Shuffled, so that blocks are alike even if the images come class by class.
     rng = np.random.default_rng(0)
     x, y = (_extended(array[rng.permutation(len(array))]) for array in (features, reference))
     of_x, of_y = _bounds(len(x), blocks), _bounds(len(y), blocks)
     groups = np.split(x, of_x[1:-1]) + np.split(y, of_y[1:-1])
     count, width = len(x) + len(y), x.shape[1]
-    # Whichever multiplies less: the pairs count^2 width times, the moments 2/3 count width^3 times.
+    # Whichever takes fewer multiplications: pairs count^2 width, moments 2/3 count width^3.
     sums = _sums_by_pairs(groups) if count < 2 / 3 * width**2 else _sums_by_moments(groups)
     xx, yy, xy = sums[:blocks, :blocks], sums[blocks:, blocks:], sums[:blocks, blocks:]
-    # A point is no pair with itself.
+    # A point and itself are not a pair.
     xx -= np.diag(np.add.reduceat(_kernel_of_itself(x), of_x[:-1]))
     yy -= np.diag(np.add.reduceat(_kernel_of_itself(y), of_y[:-1]))
     n, m = np.diff(of_x), np.diff(of_y)
@@ -62,7 +62,7 @@ def _bounds(count: int, blocks: int) -> np.ndarray:
 
 def _extended(features: np.ndarray) -> np.ndarray:
     """[N, D + 1] such that the product of two rows is x y / D + 1. In float64: the distance is a small difference of
-    large sums, of which float32's rounding would not leave enough digits."""
+    large sums, and float32 does not have enough digits for it."""
     count, width = features.shape
     result = np.ones((count, width + 1))
     np.divide(features, np.sqrt(width), out=result[:, :-1])
@@ -91,7 +91,7 @@ def _sums_by_moments(groups: list[np.ndarray]) -> np.ndarray:
         for moment, group in zip(moments, groups):
             tail = group[:, i:]
             np.matmul((tail * tail[:, :1]).T, tail, out=moment)
-        # How many of the orders of (i, j, k) each stands for; where j or k is i, it is there twice.
+        # How many permutations of (i, j, k) each stands for; where j or k equals i, it is counted twice.
         orders = np.full((rest, rest), 3.0)
         orders[0] = orders[:, 0] = 1.5
         orders[0, 0] = 1
@@ -101,7 +101,7 @@ def _sums_by_moments(groups: list[np.ndarray]) -> np.ndarray:
 
 
 def _sum_of_cubes(x: np.ndarray, y: np.ndarray) -> float:
-    """Of the products of all rows of x with all rows of y."""
+    """The sum of cubes of the products of all rows of x with all rows of y."""
     total, (product, square) = 0.0, np.empty((2, min(ROWS, len(x)) * min(COLUMNS, len(y))))
     for i in range(0, len(x), ROWS):
         for j in range(0, len(y), COLUMNS):

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: whether samples lie where real images do, and the other way round."""
+"""Precision, recall, density and coverage: how samples and real images overlap in the features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .neighbours import Pairs, nearest_neighbours
 
 
 class Share(NamedTuple):
-    """A mean over images, and its standard error over them with the balls taken as given."""
+    """A mean over images and its standard error, with the balls taken as given."""
 
     value: float
     standard_error: float
@@ -21,7 +21,7 @@ class ManifoldScores(NamedTuple):
 
     precision: Share  # of the samples: those in the ball of any real image
     recall: Share  # of the real images: those in the ball of any sample
-    density: Share  # of the samples: the real images' balls that each is in, over the number expected; may exceed 1
+    density: Share  # of the samples: the number of real images' balls that each is in, over k; may exceed 1
     coverage: Share  # of the real images: those with any sample in their ball
 
 
@@ -30,11 +30,10 @@ def manifold_scores(
 ) -> ManifoldScores:
     """How the samples' features [N, D] and the real images' [M, D] cover each other.
 
-    The ball of an image is all that lies no further from it than its k-th nearest neighbour among the others of its own
-    set (arXiv 1904.06991, eq. 1; arXiv 2002.09797): k is `neighbours` for precision and recall, and
-    `density_neighbours` for density and coverage. Copies of an image are neighbours at distance 0, and a point on the
-    edge of a ball is inside.
-    Raises ValueError for sets of no more images than that, and of other widths.
+    The ball of an image reaches to its k-th nearest neighbour among the others of its own set (arXiv 1904.06991, eq. 1;
+    arXiv 2002.09797): k is `neighbours` for precision and recall, and `density_neighbours` for density and coverage.
+    Copies of an image are neighbours at distance 0, and a point on the edge of a ball is inside.
+    Raises ValueError for too few images, and for sets of different widths.
     """
     own, _ = nearest_neighbours(features, count=neighbours)
     real, _ = nearest_neighbours(reference, count=max(neighbours, density_neighbours))
@@ -45,12 +44,12 @@ def manifold_scores(
     precise, recalled, covered = (np.zeros(n, bool) for n in (len(features), len(reference), len(reference)))
     balls = np.zeros(len(features))
     for rows, closeness in pairs.blocks():
-        in_reference, doubtful = _sifted(closeness, *by_reference)
+        in_reference, doubtful = _classify(closeness, *by_reference)
         precise[rows] = in_reference.any(axis=1)
-        in_features, unsure = _sifted(closeness, *(part[rows] for part in by_features))
+        in_features, unsure = _classify(closeness, *(part[rows] for part in by_features))
         recalled |= in_features.any(axis=0)
         doubtful |= unsure
-        in_density, unsure = _sifted(closeness, *by_density)
+        in_density, unsure = _classify(closeness, *by_density)
         covered |= in_density.any(axis=0)
         balls[rows] = in_density.sum(axis=1)
         doubtful |= unsure
@@ -63,12 +62,12 @@ def manifold_scores(
         dense = squared <= of_density[j]
         covered[j[dense]] = True
         balls += np.bincount(i[dense & ~in_density.ravel()[found]], minlength=len(features))
-    # Of M balls that hold k of M real images each, a sample like those is in k: so the density is about 1.
+    # Each of M balls holds k of M real images, so that a sample like those is in k of them: the density is about 1.
     return ManifoldScores(*(_share(part) for part in (precise, recalled, balls / density_neighbours, covered)))
 
 
-def _sifted(closeness: np.ndarray, least: np.ndarray, sure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(which pairs are inside for sure, of which float32 cannot tell): bool, as the closeness [rows, M]."""
+def _classify(closeness: np.ndarray, least: np.ndarray, sure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(pairs that are inside for sure, pairs that float32 cannot decide): bool [rows, M] like the closeness."""
     inside = closeness >= sure
     return inside, (closeness >= least) ^ inside
 

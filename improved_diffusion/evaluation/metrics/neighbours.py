@@ -1,9 +1,8 @@
-"""Which points lie near which others: sifted by distances in float32, decided by distances in float64.
+"""Nearest neighbours: float32 distances decide most pairs, float64 distances the rest.
 
-One matrix product in float32 is at twice the speed of float64's and tells of nearly every pair whether it is close. It
-errs by a known bound, and the few pairs within that bound of a decision are looked at again, by the differences of
-their coordinates. So the answers are those of float64, a point lies at distance 0 from its copies, and two pairs of the
-same points are equally far.
+A matrix product in float32 is twice as fast as in float64, and its error has a known bound. The few pairs that are
+within this bound of a decision are computed again from the differences of their coordinates. The results are therefore
+those of float64: a point has distance 0 to its copies, and equal pairs have equal distances.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ from collections.abc import Iterator
 import numpy as np
 import torch as th
 
-ELEMENTS = 1 << 24  # of the matrix of distances at once
-EXACT_ROWS = 1 << 14  # whose coordinates are subtracted at once
-SPARE = 2  # neighbours kept beyond those asked for, so that float32's order rarely has to be looked at again
+ELEMENTS = 1 << 24  # of the distance matrix in memory
+EXACT_ROWS = 1 << 14  # pairs computed in float64 at once
+SPARE = 2  # extra neighbours kept, so that float32's order rarely has to be checked again
 
 
 class Pairs:
     """All pairs of a row of x [N, D] and a row of y [M, D].
 
-    Raises ValueError for other widths, and for numbers that are not finite.
+    Raises ValueError for different widths, and for numbers that are not finite.
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray):
         if x.shape[1] != y.shape[1]:
             raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared")
         self.x, self.y = np.ascontiguousarray(x), np.ascontiguousarray(y)
-        # The error grows with the norms, and the distances do not depend on where the origin is.
+        # The error grows with the norms; the distances do not depend on the origin.
         centre = y.mean(axis=0, dtype=np.float64)
         self._left, self.x_squared = _extended(x, centre)
         right, self.y_squared = _extended(y, centre)
@@ -52,10 +51,10 @@ class Pairs:
             yield rows, np.matmul(self._left[rows], self._right, out=buffer[: rows.stop - start])
 
     def thresholds(self, centre_squared: np.ndarray, radius_squared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of balls around points with these `x_squared` or `y_squared`: the closeness (least, sure), float32, that all
-        points inside reach, and that only points inside reach."""
-        # The norm of a point in the ball is at most the centre's and the radius. Points of larger norm may be off by
-        # more, but are outside by more too: twice the bound is enough for them.
+        """(least, sure), float32, for balls around points with these `x_squared` or `y_squared`: every point inside has
+        at least the closeness `least`, and every point with at least `sure` is inside."""
+        # The norm of a point in the ball is at most the centre's plus the radius. Points of larger norm have a larger
+        # error, but are further outside too: twice the bound is enough for them.
         largest = (np.sqrt(centre_squared) + np.sqrt(radius_squared)) ** 2
         slack = 2 * self._error * (centre_squared + largest)
         least, sure = -radius_squared / 2 - slack, -radius_squared / 2 + slack
@@ -86,7 +85,7 @@ def _extended(points: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.nd
 def nearest_neighbours(x: np.ndarray, y: np.ndarray | None = None, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(squared distances float64 [N, count], rows of y int64 [N, count]) of the nearest rows of y, nearest first.
 
-    Of rows of y that are equal, any may be named. Without y it is about the other rows of x.
+    Among equal rows of y, any may be returned. Without y: the other rows of x.
     Raises ValueError where there are fewer than `count`.
     """
     alone = y is None
@@ -106,7 +105,7 @@ def nearest_neighbours(x: np.ndarray, y: np.ndarray | None = None, count: int = 
         distances[rows], indices[rows] = (np.take_along_axis(part, order, axis=1) for part in (squared, found))
         furthest = distances[rows, -1]
         least, _ = pairs.thresholds(pairs.x_squared[rows], furthest)
-        # Whether a row that was not kept may be nearer. None is nearer than a copy.
+        # A row that was not kept may be nearer (none is nearer than a copy): compute these again.
         for row in np.flatnonzero((top[:, -1] >= least) & (furthest > 0) & (kept < others)):
             j = np.flatnonzero(closeness[row] >= least[row])
             squared_of_row = pairs.squared(np.full(len(j), i[row]), j)

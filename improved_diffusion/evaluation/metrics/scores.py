@@ -1,4 +1,4 @@
-"""What the features of samples say beside those of real images: every metric that they suffice for."""
+"""Every metric that two sets of features allow."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .inception_score import inception_score
 from .kid import kernel_distance
 from .manifold import manifold_scores
 
-KEYS = 8  # columns, of which hardly two images have the same
+KEYS = 8  # columns to sort by; hardly two images agree in all of them
 
-# What is reported, in this order, and what it is called.
+# The metrics in the order of the report, and their names.
 METRICS = {
     "fid": "FID",
     "sfid": "sFID",
@@ -30,7 +30,7 @@ METRICS = {
 
 class Scores(NamedTuple):
     """`metrics`: name -> dict of its `value` and, where it has one, its `error` (the standard error; of the inception
-    score the deviation over ten parts). `missing`: name -> why there is none."""
+    score the deviation over ten parts). `missing`: name -> why it is missing."""
 
     metrics: dict[str, dict[str, float]]
     missing: dict[str, str]
@@ -51,13 +51,13 @@ def score(samples: Any, reference: Any) -> Scores:
     if samples.probabilities is None:
         missing["inception_score"] = "the network gives no class probabilities: give --logits"
     else:
-        # Files may be in the order of their classes, of which each part is to have some.
+        # Files may be in the order of their classes, and each part should have all classes.
         order = np.random.default_rng(0).permutation(len(samples.probabilities))
         result = inception_score(samples.probabilities[_canonical(samples.probabilities)][order])
         metrics["inception_score"] = {"value": result.value, "error": result.deviation}
     if reference.features is None:
         for name in ("kid", "precision", "recall", "density", "coverage"):
-            missing[name] = "the reference has statistics alone: it needs images or their features"
+            missing[name] = "the reference has statistics only: it needs images or their features"
         return Scores(metrics, missing)
     distance = kernel_distance(*(found[_canonical(found)] for found in (samples.features, reference.features)))
     metrics["kid"] = {"value": distance.value, "error": distance.standard_error}
@@ -67,25 +67,25 @@ def score(samples: Any, reference: Any) -> Scores:
 
 
 def _canonical(rows: np.ndarray) -> np.ndarray:
-    """An order that depends on the rows, not on how they come, so that parts of them are the same ones each time."""
+    """An order that depends on the rows and not on their own order, so that parts of them are always the same."""
     return np.lexsort(rows[:, :KEYS].T)
 
 
 class Copies(NamedTuple):
-    """How near samples come to the training images: distances in the features, [N] and [K], and the score of them."""
+    """The distances in the features to the nearest training images, [N] and [K], and their score."""
 
     distances: np.ndarray  # of the samples
-    held_out: np.ndarray | None  # of images that were not trained on
+    held_out: np.ndarray | None  # of images that the model was not trained on
     metric: dict[str, float] | None
 
 
-def find_copies(samples: np.ndarray, train: np.ndarray, normal: np.ndarray | None) -> Copies:
-    """The distances of samples [N, D] to training images [M, D], and how they compare with normal ones.
+def find_copies(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> Copies:
+    """The distances of samples [N, D] to training images [M, D], compared with those of held-out images.
 
-    :param normal: the distances [K] of held-out images to the training images, as `nearest` gives them.
+    :param held_out: the distances [K] of held-out images to the training images, as `nearest` gives them.
     """
     distances, _ = nearest(samples, train)
-    if normal is None:
+    if held_out is None:
         return Copies(distances, None, None)
-    result = copy_score(distances, normal)
-    return Copies(distances, normal, {"value": result.nearer, "error": result.standard_error})
+    result = copy_score(distances, held_out)
+    return Copies(distances, held_out, {"value": result.nearer, "error": result.standard_error})

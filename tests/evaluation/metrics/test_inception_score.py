@@ -62,5 +62,5 @@ def test_what_has_no_score_is_named():
     with pytest.raises(ValueError, match="9 samples cannot be split into 10 parts"):
         inception_score(probabilities(9))
     for wrong in (np.log(probabilities(20)), 2 * probabilities(20), np.full((20, 3), np.nan)):
-        with pytest.raises(ValueError, match="take their softmax"):
+        with pytest.raises(ValueError, match="apply a softmax first"):
             inception_score(wrong)

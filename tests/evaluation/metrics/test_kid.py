@@ -111,5 +111,5 @@ def test_it_grows_with_the_distance():
 def test_sets_that_cannot_be_compared_are_named():
     with pytest.raises(ValueError, match="8 and 4 dimensions"):
         kernel_distance(features(50), features(50, d=4))
-    with pytest.raises(ValueError, match="30 images are too few: take at least 40"):
+    with pytest.raises(ValueError, match="30 images are too few: give at least 40"):
         kernel_distance(features(50), features(30))

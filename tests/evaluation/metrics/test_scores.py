@@ -1,4 +1,4 @@
-"""All metrics at once: which there are, why others are missing, and that the order of the samples is none of theirs."""
+"""All metrics at once: which there are, why others are missing, and that the order of the samples does not matter."""
 
 from types import SimpleNamespace
 
@@ -72,7 +72,7 @@ def test_a_reference_of_statistics_alone_is_enough_for_the_frechet_distances():
     assert list(found.metrics) == ["fid", "sfid", "inception_score"]
     assert found.metrics["fid"]["value"] == score(samples, a_set(seed=1)).metrics["fid"]["value"]
     assert set(found.missing) == {"kid", "precision", "recall", "density", "coverage"}
-    assert set(found.missing.values()) == {"the reference has statistics alone: it needs images or their features"}
+    assert set(found.missing.values()) == {"the reference has statistics only: it needs images or their features"}
 
 
 def test_a_set_is_itself():

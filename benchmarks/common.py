@@ -1,34 +1,23 @@
-"""What the benchmarks judge images by: features and classes of a network trained on real images, and whole sets of
-samples drawn by any sampler."""
+"""What several benchmarks share: a classifier of real images, whose features compare samples with them, and samples of
+a checkpoint."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch as th
 from torch import nn
 
-from improved_diffusion import distributed
 from improved_diffusion.checkpoints.loading import load_model
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import (
-    DiffusionConfig,
-    GuidanceConfig,
-    ModelConfig,
-    RunConfig,
-    SampleConfig,
-    SamplerConfig,
-    height_width,
-)
+from improved_diffusion.cli.parsing import parse
+from improved_diffusion.config.settings import ImageSampling
 from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images, read_classes
 from improved_diffusion.logs.progress import Progress
-from improved_diffusion.sampling.guided import guide, prepare_model
-from improved_diffusion.sampling.sampler import build_sampler
-from improved_diffusion.sampling.writer import last_images
+from improved_diffusion.sampling.pipeline import SamplingPipeline
 from improved_diffusion.utils.images import from_uint8, to_uint8
 
-GROUPS = (SampleConfig, SamplerConfig, GuidanceConfig, ModelConfig, DiffusionConfig, RunConfig)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -75,48 +64,48 @@ class Classifier(nn.Module):
         return self.eval()
 
     @th.no_grad()
-    def judge(self, images):
+    def evaluate(self, images):
         """(features float32 [N, D], probabilities float32 [N, classes])."""
         features = th.cat([self.torso(from_uint8(part)) for part in np.array_split(images, len(images) // 500 + 1)])
         return features.numpy(), self.head(features).softmax(dim=1).numpy()
 
 
-class Drawer:
-    """Draws samples from one checkpoint by the flags of image_sample.py: sample i from seed i, of class i mod n."""
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a model."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # [N], their classes; 0 without classes
+    evaluations: int  # of the network, for each
+
+
+class Checkpoint:
+    """A model to sample from with the flags of image_sample.py; sample i has class i mod the number of classes."""
 
     def __init__(self, model_path, batch_size):
         self.model_path, self.batch_size = str(model_path), batch_size
-        options = self._options([])
-        self.model, _, self.metadata = load_model(options)
-        prepare_model(options, self.model)
-        self.channels, self.image_size = options.channels, options.image_size
-        self.classes = len(self.metadata["class_names"]) if options.class_cond else 0
+        loaded = self.pipeline([]).loaded
+        self.channels, self.image_size = loaded.settings.model.channels, loaded.settings.model.size
+        self.classes = len(loaded.metadata["class_names"]) if loaded.settings.model.class_cond else 0
 
-    def _options(self, flags):
-        return parse_options(GROUPS, __doc__, ["--model_path", self.model_path, *flags])
-
-    def sampler(self, flags):
-        """The sampler that the flags describe, and the guided model."""
-        options = self._options(flags)
-        _, diffusion, _ = load_model(options)
-        sampler = build_sampler(options, diffusion)
-        return sampler, guide(options, self.model, sampler.diffusion, self.metadata)[0]
+    def pipeline(self, flags):
+        """The model with the sampler and guidance of the flags."""
+        parsed = parse(ImageSampling, ["--model_path", self.model_path, *flags])
+        return SamplingPipeline(load_model(parsed.settings, parsed.given, self.model_path))
 
     def draw(self, flags, count):
-        """(uint8 [count, H, W, C], classes [count], evaluations for each)."""
-        sampler, model = self.sampler(flags)
-        shape, parts = (self.channels, *height_width(self.image_size)), []
+        """`count` samples."""
+        if self.classes:
+            flags = [*flags, "--classes", ",".join(map(str, range(self.classes)))]
+        pipeline, parts = self.pipeline(flags), []
         bar = Progress(" ".join(flags), count, "image")
         for start in range(0, count, self.batch_size):
-            seeds = range(start, min(start + self.batch_size, count))
-            kwargs = {}
-            if self.classes:
-                kwargs["y"] = th.tensor([i % self.classes for i in seeds], device=distributed.dev())
-            parts.append(last_images(sampler.walk(model, shape, seeds, kwargs)))
-            bar.update(len(seeds))
+            numbers = range(start, min(start + self.batch_size, count))
+            parts.append(pipeline.draw(numbers))
+            bar.update(len(numbers))
         bar.close()
         labels = np.arange(count) % self.classes if self.classes else np.zeros(count, int)
-        return np.concatenate(parts), labels, sampler.evaluations
+        return Samples(np.concatenate(parts), labels, pipeline.sampler.evaluations)
 
 
 def parser(description):
