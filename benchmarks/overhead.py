@@ -20,13 +20,12 @@ import time
 from pathlib import Path
 
 import torch as th
+from common import published_model
 
 from improved_diffusion import distributed
-from improved_diffusion.checkpoints.loading import build
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import DiffusionConfig, ModelConfig
 from improved_diffusion.logs import logger
 from improved_diffusion.logs.trackers import make_trackers
+from improved_diffusion.models.build import build_model_and_diffusion
 from improved_diffusion.training.ema import ParameterEMA, flatten
 from improved_diffusion.training.loop import TrainLoop
 
@@ -41,10 +40,9 @@ def synchronized_time(device):
 
 
 def make(args):
-    argv = ["--preset", "cifar10-hybrid", "--num_channels", str(args.num_channels)]
-    options = parse_options((ModelConfig, DiffusionConfig), __doc__, argv)
+    settings = published_model(num_channels=args.num_channels)
     th.manual_seed(0)
-    model, diffusion = build(options)
+    model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)
     return model.to(distributed.dev()), diffusion
 
 

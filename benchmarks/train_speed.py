@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 import torch as th
+from common import published_model
 
 from improved_diffusion import distributed
-from improved_diffusion.checkpoints.loading import build
-from improved_diffusion.cli.parsing import parse_options
-from improved_diffusion.config import DiffusionConfig, ModelConfig
 from improved_diffusion.logs import logger
+from improved_diffusion.models.build import build_model_and_diffusion
 from improved_diffusion.training.loop import TrainLoop
 
 VARIANTS = {
@@ -40,11 +39,9 @@ def random_batches(batch_size, device):
 def measure(variant, args):
     """(images/s, peak memory in GiB or None, last mean loss) of training for args.steps after a warm-up."""
     device = distributed.dev()
-    argv = ["--preset", "cifar10-hybrid", "--num_channels", str(args.num_channels)]
-    options = parse_options((ModelConfig, DiffusionConfig), __doc__, argv)
-    options.use_checkpoint = variant.get("use_checkpoint", False)
+    settings = published_model(num_channels=args.num_channels, use_checkpoint=variant.get("use_checkpoint", False))
     th.manual_seed(0)
-    model, diffusion = build(options)
+    model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)
     loop = TrainLoop(
         model=model.to(device), diffusion=diffusion, data=random_batches(args.batch_size, device),
         batch_size=args.batch_size, microbatch=-1, lr=1e-4, ema_rate="0.9999", log_interval=10**9, save_interval=10**9,

@@ -494,7 +494,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     """Train a model on images and return it; every option of `improved-diffusion train` is a keyword.
 
     With large_size and small_size it is a super-resolution model. Ctrl-C saves a checkpoint, ends the training and
-    returns the model as it is; resume="auto" goes on from there.
+    returns the model as it is; resume="auto" continues from there.
     :param preset: a published recipe, whose options apply where none are given.
     Raises UserError for what cannot work, before anything is written. Collective where there are several ranks.
     """

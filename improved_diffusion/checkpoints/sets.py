@@ -85,8 +85,8 @@ def prune(directory: str, newest: int, keep_last: int, keep_every: int) -> list[
     return removed
 
 
-def set_aside_after(directory: str, step: int) -> list[str]:
-    """Rename the sets after a step to *.aside, for a run that resumes at it: --resume auto must not find them later.
+def rename_newer(directory: str, step: int) -> list[str]:
+    """Rename the sets after a step to *.newer, for a run that resumes at it: --resume auto must not find them later.
 
     Later snapshots of power-function averages are renamed too. Returns the names of the manifests.
     """
@@ -98,7 +98,7 @@ def set_aside_after(directory: str, step: int) -> list[str]:
         found += [name for name in manifest["files"] if step_of(name) == number and name in names]
     # The manifests first: without them the sets are incomplete.
     for name in dict.fromkeys([*map(manifest_name, later), *found]):
-        files.rename(files.join(directory, name), files.join(directory, f"{name}.aside"))
+        files.rename(files.join(directory, name), files.join(directory, f"{name}.newer"))
     return [manifest_name(number) for number in later]
 
 

@@ -170,7 +170,7 @@ def _check_folders(out_dir: str, points: Sequence[Point], requests: Sequence[Map
 def find_checkpoint(model_path: str, ema: str) -> str:
     """The checkpoint of an EMA rate, of the step of a model and in its folder; the model itself for "" and none.
 
-    Raises UserError where there is none, with the rates that there are.
+    Raises UserError where there is none, naming the rates there are.
     """
     if ema in ("", "none"):
         return model_path

@@ -98,13 +98,13 @@ class Checkpointer:
             return None
         return parse_resume_step_from_filename(main)
 
-    def set_aside_later(self, main: str) -> None:
+    def rename_newer(self, main: str) -> None:
         """Rename the sets of this folder that are newer than the one resumed from: --resume auto would find them."""
         number = self.number_here(main)
         if distributed.get_rank() == 0 and number is not None:
-            names = sets.set_aside_after(self.folder, number)
+            names = sets.rename_newer(self.folder, number)
             if names:
-                logger.log(f"renamed newer checkpoints, which now end in .aside: {', '.join(names)}")
+                logger.log(f"renamed newer checkpoints, which now end in .newer: {', '.join(names)}")
 
 
 class ResumedSet:

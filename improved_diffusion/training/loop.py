@@ -113,7 +113,7 @@ class TrainLoop(CheckpointedStep):
             return
         if self.resumed:
             self.run_log.discard_later_rows()
-            self.checkpointer.set_aside_later(self.resume_checkpoint)
+            self.checkpointer.rename_newer(self.resume_checkpoint)
         self.run_log.start(self.max_steps, self.resume_step)
         try:
             with StopSignals() as signals:

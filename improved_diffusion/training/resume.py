@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run continues from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .loop import get_blob_logdir
 
 
 def find_resume(config: TrainConfig, given: frozenset[str]) -> str:
-    """The model's file to go on from, "" to start afresh.
+    """The model file to continue from, "" to start at step 0.
 
     :param given: the options that the user gave.
     Raises UserError where --resume names no complete checkpoint, and where a new run would overwrite an earlier one.

@@ -79,7 +79,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
 def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
     """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
 
-    Claims the run's folder. `resume_checkpoint` becomes the file to go on from. Options that were not given come from
+    Claims the run's folder. `resume_checkpoint` becomes the file to continue from. Options that were not given come from
     it, or, those of the model, from --init_checkpoint. Collective.
     """
     if not settings.train.dry_run:
@@ -103,7 +103,7 @@ def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[s
 
 
 def _continued(settings: Training, resumed: str) -> dict[str, Any]:
-    """The options of where a run starts, when it goes on from `resumed`, "" for a new one."""
+    """The options of where a run starts: from `resumed`, or "" at step 0."""
     if not resumed:
         return {"resume": "", "resume_checkpoint": ""}
     return {"resume": resumed if settings.train.resume else "", "resume_checkpoint": resumed, "init_checkpoint": ""}

@@ -46,7 +46,7 @@ class HeldOutImages:
         if num_images < 1 or not len(dataset):
             raise UserError(f"--val_images {num_images} of {len(dataset)} images: validation needs at least one")
         if num_images > len(dataset):
-            logger.log(f"--val_images {num_images}: validation uses all {len(dataset)} images that there are")
+            logger.log(f"--val_images {num_images}: validation uses all {len(dataset)} images")
         self.diffusion, self.dataset, self.batch_size, self.small_size = diffusion, dataset, batch_size, small_size
         self.selected = selection(len(dataset), num_images)
         n = self.num_images = len(self.selected)

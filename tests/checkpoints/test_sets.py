@@ -20,7 +20,7 @@ from improved_diffusion.checkpoints.sets import (
     problem_of,
     prune,
     read_manifest,
-    set_aside_after,
+    rename_newer,
     step_of,
     write_set,
 )
@@ -287,16 +287,16 @@ def test_sets_after_the_one_just_written_neither_count_nor_go(tmp_path):
     assert complete_sets(folder, LABELS) == [20, 30, 50]
 
 
-def test_later_sets_are_set_aside_and_lose_nothing(tmp_path):
+def test_newer_sets_are_renamed_and_lose_nothing(tmp_path):
     folder = folder_of_sets(tmp_path / "run", 10, 20)
     snapshot = ("ema_sigma_rel0.05_000030.pt", {"weight": th.zeros(2)})
     write_set(folder, 30, 30, [*parts(30), snapshot])
     before = names(folder)
-    assert set_aside_after(folder, 10) == ["manifest000020.json", "manifest000030.json"]
+    assert rename_newer(folder, 10) == ["manifest000020.json", "manifest000030.json"]
     assert complete_sets(folder, LABELS) == [10]
     later = ("000020.pt", "000020.json", "000030.pt", "000030.json")
-    assert names(folder) == sorted(f"{name}.aside" if name.endswith(later) else name for name in before)
-    assert set_aside_after(folder, 10) == [] == set_aside_after(str(tmp_path / "nowhere"), 0)
+    assert names(folder) == sorted(f"{name}.newer" if name.endswith(later) else name for name in before)
+    assert rename_newer(folder, 10) == [] == rename_newer(str(tmp_path / "nowhere"), 0)
 
 
 # In the background
@@ -486,7 +486,7 @@ class BlobStorage:
         return Blob(self.blobs[path] if mode == "rb" else b"")
 
 
-def test_sets_on_blob_storage_are_written_verified_pruned_and_set_aside(monkeypatch):
+def test_sets_on_blob_storage_are_written_verified_pruned_and_renamed(monkeypatch):
     storage = BlobStorage()
     monkeypatch.setitem(sys.modules, "blobfile", storage)
     folder = "gs://bucket/run"
@@ -498,7 +498,7 @@ def test_sets_on_blob_storage_are_written_verified_pruned_and_set_aside(monkeypa
     storage.blobs[f"{folder}/opt000003.pt"] = storage.blobs[f"{folder}/opt000003.pt"][:-1]
     damaged = Log()
     assert newest_whole_set(folder, LABELS, damaged) == 2 and "opt000003.pt has" in damaged[0]
-    assert set_aside_after(folder, 2) == ["manifest000003.json"] and complete_sets(folder, LABELS) == [2]
+    assert rename_newer(folder, 2) == ["manifest000003.json"] and complete_sets(folder, LABELS) == [2]
     storage.broken = True
     made.submit(4, 4, parts(4))
     made.wait()

@@ -226,10 +226,10 @@ def test_any_file_of_a_set_names_it(name, finished, training, tmp_path):
     assert "resumed after 5 steps" in call("image_train", *args, cwd=tmp_path).succeed().out
 
 
-def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(copied):
+def test_a_run_that_goes_back_renames_the_newer_checkpoints(copied):
     args = ["--out_dir", copied, "--resume", copied / "model000000.pt", "--max_steps", 3]
     result = call("image_train", *args, cwd=copied.parent).succeed()
-    assert (copied / "model000008.pt.aside").exists()
+    assert (copied / "model000008.pt.newer").exists()
     assert "manifest000004.json, manifest000008.json" in result.out
     assert complete_sets(str(copied), LABELS) == [0, 3]
     assert "resumed after 3 steps" in resume(copied).succeed().out

@@ -97,7 +97,7 @@ def test_a_fixed_selection_is_evaluated_and_all_where_there_are_no_more(tmp_path
     assert selected(9) == list(range(9))
     assert "validation uses" not in log_of(tmp_path)
     assert selected(512) == list(range(9))
-    assert log_of(tmp_path).count("--val_images 512: validation uses all 9 images that there are") == 1
+    assert log_of(tmp_path).count("--val_images 512: validation uses all 9 images") == 1
 
 
 @pytest.mark.parametrize("order", ["class by class", "the classes in turn"])
