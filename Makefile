@@ -1,6 +1,6 @@
-# make demo   your own model of handwritten digits, in minutes, on a CPU
-# make test   the tests          make check   lint and types
-# A machine without a GPU may save gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# make demo   train a model of handwritten digits, sample from it and evaluate it, in minutes on a CPU
+# make test   the tests          make check   lint, types and import contracts
+# Without a GPU, the CPU build of torch saves gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 RUN := runs/digits
 DIGITS := data/digits
 STEPS := 1500
+MODEL = $(RUN)/ema_0.99_$$(printf %06d $(STEPS)).pt
 
 .PHONY: demo test test-slow check format clean
 
 $(VENV)/.venv: ; $(PYTHON) -m venv $(VENV) && touch $@
 
-# torch first and alone: the constraint then keeps every other package from choosing another build of it.
+# torch is installed first, so that no other package chooses a different build of it.
 $(VENV)/.torch: $(VENV)/.venv constraints.txt
 	@echo "installing torch into $(VENV)"
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt) && touch $@
@@ -31,17 +32,17 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 demo: $(VENV)/.demo
 	$(BIN)/python datasets/digits.py --out_dir $(DIGITS)
-	$(BIN)/python scripts/image_train.py --config datasets/digits.json --data_dir $(DIGITS)/train --max_steps $(STEPS) \
+	$(BIN)/improved-diffusion train --config datasets/digits.json --data_dir $(DIGITS)/train --max_steps $(STEPS) \
 	    --out_dir $(RUN) --resume auto
-	$(BIN)/python scripts/image_sample.py --model_path $(RUN)/ema_0.99_$$(printf %06d $(STEPS)).pt --num_samples 200 \
-	    --batch_size 100 --timestep_respacing 50 --classes 0,1,2,3,4,5,6,7,8,9 --out_dir $(RUN)
-	$(BIN)/python scripts/image_nll.py --model_path $(RUN)/ema_0.99_$$(printf %06d $(STEPS)).pt --data_dir $(DIGITS)/test \
-	    --batch_size 99 --timestep_respacing 100 --out_dir $(RUN)
+	$(BIN)/improved-diffusion sample --model_path $(MODEL) --num_samples 200 --batch_size 100 --timestep_respacing 50 \
+	    --classes 0,1,2,3,4,5,6,7,8,9 --out_dir $(RUN)
+	$(BIN)/improved-diffusion nll --model_path $(MODEL) --data_dir $(DIGITS)/test --batch_size 99 \
+	    --timestep_respacing 100 --out_dir $(RUN)
 	$(BIN)/python datasets/check_digits.py --samples $(RUN)/samples --digits $(DIGITS)
 	$(BIN)/python datasets/digits_features.py --digits $(DIGITS) --out $(DIGITS)/features.pt2
-	$(BIN)/python scripts/evaluate.py --samples $(RUN)/samples_200x16x16x1.npz --reference $(DIGITS)/train \
-	    --held_out $(DIGITS)/test --resize 16 --features $(DIGITS)/features.pt2 --out_dir $(RUN)/report
-	@echo "look at $(RUN)/samples.png, at $(RUN)/report/report.md, and at $(RUN)/previews for how it came about"
+	$(BIN)/improved-diffusion evaluate --samples $(RUN)/samples_200x16x16x1.npz --reference $(DIGITS)/train \
+	    --held_out $(DIGITS)/test --resize 16 --features $(DIGITS)/features.pt2 --trust_features --out_dir $(RUN)/report
+	@echo "look at $(RUN)/samples.png, $(RUN)/report/report.md, and $(RUN)/previews for its progress"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2

@@ -1,6 +1,6 @@
-"""Ask a classifier, trained on the real training digits alone, which digits it sees in samples.
+"""Classify sampled digits with a classifier trained on the real training digits only.
 
-Prints its accuracy on the real held-out digits, and the share of samples that it takes for their label.
+Prints its accuracy on the real held-out digits, and the share of samples that it classifies as their label.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from improved_diffusion import distributed
 from improved_diffusion.config import UserError
 from improved_diffusion.data.sources import open_images
 
-SIDE = 8  # of the original digits; samples are averaged down to it
+SIDE = 8  # of the original digits; samples are averaged down to this size
 
 
 def read(folder: str, flag: str) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N, 64] in 0..16, labels [N]) of the PNGs label_index.png in a folder."""
+    """(features [N, 64] in 0..16, labels [N]) of the PNGs in a folder, which are named label_index.png."""
     source = open_images(folder, flag)
     rows = [
         np.asarray(source.read(i).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)) for i in range(len(source))
@@ -30,7 +30,7 @@ def read(folder: str, flag: str) -> tuple[np.ndarray, np.ndarray]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", required=True, help="folder of samples named label_index.png")
-    parser.add_argument("--digits", default="data/digits", help="what digits.py wrote")
+    parser.add_argument("--digits", default="data/digits", help="folder that digits.py wrote (default: data/digits)")
     args = parser.parse_args()
     try:
         from sklearn.svm import SVC
@@ -41,7 +41,7 @@ def main():
     features, labels = read(args.samples, "--samples")
     agreement = classifier.score(features, labels)
     print(f"classifier's accuracy on real held-out digits: {accuracy:.1%}")
-    print(f"samples it takes for their label: {agreement:.1%} of {len(labels)}")
+    print(f"samples classified as their label: {agreement:.1%} of {len(labels)}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 OUT_DIR/cifar_train, 10,000 in OUT_DIR/cifar_test.
 
     python datasets/cifar10.py --out_dir data/cifar10
-    python datasets/cifar10.py --archive cifar-10-python.tar.gz      # with an archive at hand nothing is downloaded
+    python datasets/cifar10.py --archive cifar-10-python.tar.gz      # use an existing archive instead of downloading
 
 The archive is https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (A. Krizhevsky, 2009). It holds Python pickles:
-its checksum is verified, and only numbers, texts and arrays are read from it, so nothing in it can run.
+its checksum is verified, and only numbers, strings and arrays are read from it, so no code in it can run.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def check_md5(path: Path, remedy: str) -> None:
 
 
 def download(path: Path) -> None:
-    """Download the archive; it gets its name when it is whole."""
+    """Download the archive; it gets its final name when it is complete."""
     files.make_dirs(path.parent)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -61,7 +61,7 @@ def download(path: Path) -> None:
 
 
 def read_split(path: Path, batches: list[str]) -> list[tuple[str, np.ndarray]]:
-    """(file name, uint8 [3072], colour by colour) of each image of some batches."""
+    """(file name, uint8 [3072], channel by channel) of each image of some batches."""
     pairs = []
     try:
         with tarfile.open(path) as archive:

@@ -14,7 +14,7 @@ from new_folder import NewFolder, check_out_dir
 from improved_diffusion.config import UserError
 from improved_diffusion.distributed import run_script
 
-NUM_TRAIN = 1500  # in the data set's own order, in which every tenth or so is of each class
+NUM_TRAIN = 1500  # the first ones; the data set's own order mixes the classes evenly
 
 
 def load_digits():
@@ -22,7 +22,7 @@ def load_digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("the digits come with the package scikit-learn: pip install scikit-learn") from None
+        raise UserError("the digits are part of the package scikit-learn: pip install scikit-learn") from None
     data = load_digits()
     return data.images, data.target
 
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--out_dir", default="data/digits", help="folder to write (default: data/digits)")
     args = parser.parse_args()
 
-    out_dir = check_out_dir(args.out_dir, ("train", "test", "features.pt2"))  # the last by digits_features.py
+    out_dir = check_out_dir(args.out_dir, ("train", "test", "features.pt2"))  # digits_features.py writes the last one
     train, test = (NewFolder(out_dir / split, dataset="digits", split=split) for split in ("train", "test"))
     images, digits = load_digits()
     items = [(f"{digit}_{i:05d}.png", image) for i, (image, digit) in enumerate(zip(images, digits))]

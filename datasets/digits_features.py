@@ -1,4 +1,4 @@
-"""Train a small classifier on the real digits that digits.py wrote and export it, as the feature network for FID, KID
+"""Train a small classifier on the real digits that digits.py wrote, and export it as the feature network for FID, KID
 and the inception score of digits.
 
     python datasets/digits_features.py --digits data/digits --out data/digits/features.pt2
@@ -25,15 +25,15 @@ from improved_diffusion.logs.progress import Progress
 from improved_diffusion.utils import files
 from improved_diffusion.utils.images import resize_crop
 
-SIDE = 16  # as `make demo` draws digits
+SIDE = 16  # the size that `make demo` samples
 CLASSES = 10
 STEPS = 400
 BATCH = 128
-MOVED = 2  # pixels, at most, by which training images are moved
+MOVED = 2  # maximum shift of training images, in pixels
 
 
 class Classifier(nn.Module):
-    """uint8 [N, 3, H, W] -> features [N, 128], and the logits [N, 10] computed from them."""
+    """uint8 [N, 3, H, W] -> {"features": [N, 128], "logits": [N, 10]}; the logits are computed from the features."""
 
     def __init__(self, width=32):
         super().__init__()
@@ -65,7 +65,7 @@ def read(folder: str) -> tuple[th.Tensor, th.Tensor]:
 
 
 def fit(images: th.Tensor, digits: th.Tensor, steps: int) -> Classifier:
-    """A classifier trained on images moved by up to two pixels. The same images give the same one."""
+    """A classifier trained on randomly shifted images. The same images give the same classifier."""
     th.manual_seed(0)
     model = Classifier()
     optimizer = th.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
@@ -85,11 +85,11 @@ def fit(images: th.Tensor, digits: th.Tensor, steps: int) -> Classifier:
 
 
 def export(model: nn.Module, images: th.Tensor) -> bytes:
-    """The classifier as an exported program that takes any number of images."""
+    """The classifier as an exported program for any number of images."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, about itself
-        # Of two examples, since a single one would fix the number to 1; copied, since all that a view is of is saved.
+        warnings.simplefilter("ignore")  # torch warns about its own internals
+        # Two examples, because one would fix the batch size to 1; cloned, because a view would save its whole base.
         program = th.export.export(model, (images[:2].clone(),), dynamic_shapes=({0: th.export.Dim("batch", min=1)},))
         th.export.save(program, buffer)
     return buffer.getvalue()
@@ -97,8 +97,9 @@ def export(model: nn.Module, images: th.Tensor) -> bytes:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--digits", default="data/digits", help="what digits.py wrote (default: data/digits)")
-    parser.add_argument("--out", default="data/digits/features.pt2", help="default: data/digits/features.pt2")
+    parser.add_argument("--digits", default="data/digits", help="folder that digits.py wrote (default: data/digits)")
+    out = "data/digits/features.pt2"
+    parser.add_argument("--out", default=out, help=f"file to write (default: {out})")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
     args = parser.parse_args()
     if args.steps < 1:

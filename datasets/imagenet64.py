@@ -3,10 +3,10 @@
 
     python datasets/imagenet64.py NPZ_DIR --out_dir data/imagenet64
 
-NPZ_DIR holds train_data_batch_1.npz to train_data_batch_10.npz and val_data.npz, out of the archives "Downsampled
-image data, 64x64, npz format" of https://image-net.org/download-images (an account is needed). The other format offered
-there, files without a suffix, is Python pickles, which could run code: it is not read. An interrupted run goes on where
-it stopped.
+NPZ_DIR contains train_data_batch_1.npz to train_data_batch_10.npz and val_data.npz from the archives "Downsampled image
+data, 64x64, npz format" at https://image-net.org/download-images (an account is needed). The other format there, files
+without a suffix, is Python pickles, which could run code, and is not read. An interrupted run is continued when run
+again.
 """
 
 import argparse
@@ -26,13 +26,13 @@ UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeEr
 
 
 def load_array(path: str, key: str) -> np.ndarray:
-    """One array of an npz. Nothing in it is unpickled."""
+    """One array of an npz file, read without unpickling anything."""
     try:
         with open(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
             return arrays[key]
     except UNREADABLE as error:
         if "pickle" in str(error):
-            error = "it holds Python objects, which could run code; they were not loaded"
+            error = "it contains Python objects, which could run code; they were not loaded"
         raise UserError(f"cannot read {key!r} of {path}: {error}: download the npz format again") from None
 
 
@@ -45,7 +45,7 @@ def load_labels(path: str) -> np.ndarray:
 
 
 def read_batch(path: str, labels: np.ndarray, first_index: int):
-    """(file name, uint8 [12288], colour by colour) of each image; the first has the number `first_index`."""
+    """(file name, uint8 [12288], channel by channel) of each image, numbered from `first_index`."""
     data = load_array(path, "data")
     if data.dtype != np.uint8 or data.shape != (len(labels), 3 * 64 * 64):
         raise UserError(f"{path} has data of {data.dtype} {data.shape}: expected uint8 ({len(labels)}, {3 * 64 * 64})")
@@ -72,7 +72,7 @@ def main():
     for split, folder in folders.items():
         labels = [load_labels(path) for path in paths[split]]
         starts = np.cumsum([0, *map(len, labels)]).tolist()
-        # Read one after the other as they are needed: a batch has 1.6 GB.
+        # Batches are read one at a time, when needed: each is 1.6 GB.
         items = itertools.chain.from_iterable(map(read_batch, paths[split], labels, starts))
         folder.write(items, starts[-1], lambda row: row.reshape(3, 64, 64).transpose(1, 2, 0))
 

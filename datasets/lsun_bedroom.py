@@ -3,8 +3,8 @@ then resized with a box filter.
 
     python datasets/lsun_bedroom.py bedroom_train_lmdb data/lsun_bedroom --image_size 256 --prefix bedroom
 
-bedroom_train_lmdb (3,033,042 images, 43 GB) comes out of the archive that https://github.com/fyu/lsun downloads (F. Yu
-et al. 2015, arXiv 1506.03365); the other categories have the same format. An interrupted run goes on where it stopped.
+bedroom_train_lmdb (3,033,042 images, 43 GB) is in the archive that https://github.com/fyu/lsun downloads (F. Yu et al.
+2015, arXiv 1506.03365). The other categories have the same format. An interrupted run continues where it stopped.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from improved_diffusion.distributed import run_script
 
 
 def open_lmdb(path: str):
-    """(environment, error class) of the data base."""
+    """The lmdb environment of the database."""
     try:
         import lmdb
     except ImportError:
-        raise UserError("LSUN comes as an lmdb data base, which needs the package lmdb: pip install lmdb") from None
+        raise UserError("LSUN is an lmdb database, which needs the package lmdb: pip install lmdb") from None
     if not os.path.exists(os.path.join(path, "data.mdb")):
-        raise UserError(f"{path} is not an lmdb folder: name the one with data.mdb in it, such as bedroom_train_lmdb")
+        raise UserError(f"{path} is not an lmdb folder: name the folder of data.mdb, such as bedroom_train_lmdb")
     try:
-        # No lock file, so that the data base may lie on a medium that cannot be written.
+        # No lock file, so that the database may be on a read-only disk.
         return lmdb.open(path, readonly=True, lock=False, readahead=False, max_readers=100)
     except lmdb.Error as error:
         raise UserError(f"cannot open {path}: {error}: unpack the archive again") from None
@@ -49,10 +49,10 @@ def to_square(source: tuple, image_size: int) -> np.ndarray:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lmdb_path", help="the folder with data.mdb in it")
+    parser.add_argument("lmdb_path", help="folder that contains data.mdb")
     parser.add_argument("out_dir", help="folder to write")
     parser.add_argument("--image_size", "--image-size", type=int, default=256, help="side in pixels (default: 256)")
-    parser.add_argument("--prefix", default="bedroom", help="class, the beginning of each name (default: bedroom)")
+    parser.add_argument("--prefix", default="bedroom", help="class, the beginning of each file name (default: bedroom)")
     args = parser.parse_args()
     if args.image_size < 1:
         raise UserError(f"--image_size {args.image_size} must be positive")
@@ -63,7 +63,7 @@ def main():
     folder = NewFolder(
         args.out_dir, lmdb=os.path.realpath(args.lmdb_path), image_size=args.image_size, prefix=args.prefix
     )
-    with env.begin(buffers=True) as transaction:  # buffers: an image that is skipped is not read from disk
+    with env.begin(buffers=True) as transaction:  # buffers: skipped images are not read from disk
         items = ((f"{args.prefix}_{i:07d}.png", pair) for i, pair in enumerate(transaction.cursor()))
         folder.write(items, env.stat()["entries"], lambda source: to_square(source, args.image_size))
 

@@ -1,5 +1,5 @@
-"""A folder of PNGs that gets its name once it is complete: until then it is called NAME.partial, where a later run goes
-on. The scripts beside this file write through it."""
+"""A folder of PNGs that gets its final name when it is complete. Until then it is called NAME.partial, and a later run
+continues there. The scripts in this folder write through it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from improved_diffusion.logs import logger
 from improved_diffusion.logs.progress import Progress
 from improved_diffusion.utils import files, images
 
-MADE_FROM = "made_from.json"  # lies beside the images and says what they were made from
+MADE_FROM = "made_from.json"  # a file next to the images that says what they were made from
 
 
 def check_out_dir(out_dir: str, own_names: Iterable[str]) -> Path:
-    """The output folder, which may be new. Raises UserError where it holds anything but what the command puts there."""
+    """The output folder, which may be new. Raises UserError if it contains anything that the command did not write."""
     _refuse_url(out_dir)
     for name in os.listdir(out_dir) if os.path.isdir(out_dir) else ():
         if name.removesuffix(".partial") not in own_names and not name.startswith("."):
-            raise UserError(f"{out_dir} is in use, it holds {name}: choose an output folder that is new or empty")
+            raise UserError(f"{out_dir} is in use, it holds {name}: choose a new or empty output folder")
     return Path(out_dir)
 
 
 def _refuse_url(path: str | os.PathLike) -> None:
     if files.is_url(path):
-        raise UserError(f"cannot write to {path}: name a local folder, and copy it there afterwards")
+        raise UserError(f"cannot write to {path}: name a local folder, then copy it there")
 
 
 class NewFolder:
-    """The folder at `path`, to be made from what `made_from` says. A run with the same `made_from` goes on with it.
+    """The folder at `path`. A run with the same `made_from` continues it.
 
-    Raises UserError where something else is in its place.
+    Raises UserError if something else is there.
     """
 
     def __init__(self, path: str | os.PathLike, **made_from: Any):
@@ -52,18 +52,18 @@ class NewFolder:
             self._is_ours(self.partial)
         if self.path.exists() and not self.complete:
             try:
-                self.path.rmdir()  # makes way for the complete one, now rather than after hours of work
+                self.path.rmdir()  # to be replaced by the complete one; fail now rather than after hours
             except OSError as error:
                 raise UserError(f"cannot replace {self.path}: {error.strerror}: choose another folder") from None
 
     def _is_ours(self, folder: Path) -> bool:
-        """Whether the folder was made from the same; False where it is empty. Raises UserError for another's."""
+        """Whether the folder has the same source; False if it is empty. Raises UserError for any other folder."""
         try:
             found = json.loads((folder / MADE_FROM).read_bytes())
         except (OSError, ValueError):
             if folder.is_dir() and not any(folder.iterdir()):
                 return False
-            raise UserError(f"{folder} holds other files: choose an output folder that is new or empty") from None
+            raise UserError(f"{folder} holds other files: choose a new or empty output folder") from None
         if found != self.made_from:
             then, now = (", ".join(f"{k} {v}" for k, v in x.items()) for x in (found, self.made_from))
             raise UserError(f"{folder} was made from {then}; this is {now}: choose another output folder, or delete it")
@@ -72,7 +72,7 @@ class NewFolder:
     def write(self, items: Iterable[tuple[str, Any]], total: int, to_array: Callable[[Any], np.ndarray]) -> None:
         """Write the `total` items, each (file name, source of an image); `to_array(source)` is uint8 [H, W, C].
 
-        What an earlier run wrote is kept. Raises UserError where the disk is full or an image is damaged.
+        Images of an earlier run are kept. Raises UserError if the disk is full or an image is damaged.
         """
         if self.complete:
             logger.log(f"{self.name} is complete already")
@@ -88,7 +88,7 @@ class NewFolder:
 
         progress = Progress(f"writing {self.name}", total, "image", initial=len(done))
         try:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and encoding run side by side
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and encoding in parallel
                 while chunk := list(itertools.islice(todo, 256)):
                     progress.update(len(list(pool.map(write_one, chunk))))
         finally:
@@ -96,7 +96,7 @@ class NewFolder:
         if len(self._whole_images()) != total:
             raise UserError(f"{self.partial} should hold {total} images and does not: delete it and run this again")
         if hasattr(os, "sync"):
-            os.sync()  # else a power cut after the renaming could leave empty files in a folder that looks complete
+            os.sync()  # otherwise a power cut after the rename could leave empty files in a folder that looks complete
         try:
             os.replace(self.partial, self.path)
         except OSError as error:
@@ -104,7 +104,7 @@ class NewFolder:
         logger.log(f"{self.name} is complete: {total} images")
 
     def _whole_images(self) -> set[str]:
-        """The names of the images written so far. What a killed run left half-written is removed."""
+        """The names of the images written so far. Files that a killed run left incomplete are removed."""
         whole = set()
         with os.scandir(self.partial) as entries:
             for entry in entries:

@@ -105,7 +105,7 @@ def test_a_mistake_is_one_message_and_a_failure(tmp_path):
     result = run_by_command("digits", "--out_dir", tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
-    assert "thesis.txt" in result.stderr and "choose an output folder that is new or empty" in result.stderr
+    assert "thesis.txt" in result.stderr and "choose a new or empty output folder" in result.stderr
     assert os.listdir(tmp_path) == ["thesis.txt"]
 
 
@@ -320,7 +320,7 @@ def test_cifar10_does_not_run_a_hostile_pickle(run, tmp_path, monkeypatch, proto
 @pytest.mark.parametrize("call", ["builtins eval", "numpy load", "numpy.core.multiarray fromfile", "_codecs lookup"])
 def test_pickles_reach_nothing_but_arrays(run, call):
     module, name = call.split()
-    with pytest.raises(UserError, match="which is no part of an image"):
+    with pytest.raises(UserError, match="not part of an image"):
         run.module("arrays_only").loads(f"c{module}\n{name}\n(S'1'\ntR.".encode())
 
 
@@ -379,7 +379,7 @@ def test_imagenet64_refuses_objects(run, imagenet, tmp_path):
     trace = tmp_path / "it_ran"
     objects = np.array([Hostile(f"touch {trace}")], dtype=object)
     np.savez(imagenet[0] / "val_data.npz", data=objects, labels=objects)
-    with pytest.raises(UserError, match=r"val_data.npz: it holds Python objects, which could run code; they were not"):
+    with pytest.raises(UserError, match=r"val_data.npz: it contains Python objects.*were not loaded"):
         run("imagenet64", imagenet[0], "--splits", "val", "--out_dir", tmp_path / "out")
     assert not trace.exists()
 
