@@ -43,7 +43,7 @@ from .config.settings import (
     Variations,
     merge_options,
 )
-from .data.given import as_pixels
+from .data.given import GivenImages, as_pixels
 from .editing.base import Edit
 from .editing.decode import Decode
 from .editing.encode import Encode
@@ -243,7 +243,7 @@ class Model:
         if not self.is_super_resolution:
             raise UserError(f"{self.path} is an image model: upscale needs a super-resolution model")
         loaded = self._with(SuperResSampling, {"seed": seed, "batch_size": batch_size, **_classes(classes), **options})
-        given = as_pixels(_plain(base), "base", loaded.settings.model.small_size, loaded.settings.model.channels)
+        given = self._given(base, "base", loaded.settings.model.small_size)
         return self._collect(SuperResPipeline(loaded, given), batch_size, progress, on_step)
 
     def _pipeline(
@@ -387,9 +387,16 @@ class Model:
 
     def _pixels(self, given: Any, prepared: EditingModel) -> tuple[np.ndarray, list[int] | None]:
         """(uint8 [N, H, W, C] of the model's size, the classes that came with the images)."""
-        labels = given.labels.tolist() if isinstance(given, Images) and given.labels is not None else None
-        channels, height, width = prepared.shape
-        return as_pixels(_plain(given), "images", f"{height}x{width}", channels).arrays, labels
+        _, height, width = prepared.shape
+        found = self._given(given, "images", f"{height}x{width}")
+        return found.arrays, found.labels
+
+    def _given(self, given: Any, what: str, size: Any) -> GivenImages:
+        """Images that were given, resized, with the classes that come with them: of Images, an npz or file names."""
+        found = as_pixels(_plain(given), what, size, self._loaded.settings.model.channels, self.class_names)
+        if isinstance(given, Images) and given.labels is not None:
+            found = found._replace(labels=given.labels.tolist())
+        return found
 
     def _draw(self, edit: Edit, batch_size: int, progress: bool) -> Images:
         numbers, done = range(edit.count), []

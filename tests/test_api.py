@@ -286,6 +286,15 @@ def test_images_come_back_from_their_latents(model, originals):
     assert np.abs(between.array.astype(int) - back.array).max() <= 2
 
 
+def test_classes_come_with_the_images_by_file_name_and_as_labels(model, photos, originals):
+    paths = sorted(map(str, photos.glob("*.png")))[:2]
+    of_files = [list(model.class_names).index(path.rsplit("/", 1)[-1].split("_")[0]) for path in paths]
+    options = dict(steps=4, strength=0.3, progress=False)
+    assert model.variations(paths, **options).labels.tolist() == of_files
+    given = idf.Images(originals, np.array([1, 0]))
+    assert model.variations(given, **options).labels.tolist() == [1, 0]
+
+
 def test_images_that_cannot_be_edited_are_one_error(model, originals, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         model.variations(str(tmp_path / "nowhere.png"))

@@ -90,7 +90,7 @@ def show_comparison(settings: Comparison) -> None:
     """Print the comparison, and write it to --out_dir."""
     paths = comma_list(settings.compare.reports, str.strip)
     if len(paths) < 2:
-        raise UserError("name two reports or more: evaluate.py compare FOLDER FOLDER")
+        raise UserError("name two reports or more: evaluate compare FOLDER FOLDER")
     reports, names = [Report.read(path) for path in paths], name_reports(paths)
     print(comparison(reports, names).replace("±", "+-"), end="")
     if settings.compare.out_dir:
@@ -116,7 +116,7 @@ COMMAND = CommandGroup(
             lists=SWEEP_OPTIONS,
         ),
         "compare": Command(
-            "Show reports side by side: evaluate.py compare FOLDER FOLDER ...", Comparison, compare, words="reports"
+            "Show reports side by side: evaluate compare FOLDER FOLDER ...", Comparison, compare, words="reports"
         ),
     },
     default="score",

@@ -90,18 +90,21 @@ def class_indices(
     return indices
 
 
-def as_pixels(given: Any, what: str, wanted: Any, channels: int) -> GivenImages:
+def as_pixels(
+    given: Any, what: str, wanted: Any, channels: int, class_names: Sequence[str] | None = None
+) -> GivenImages:
     """Images given in Python: a path or several, PIL images, or uint8 arrays [N, H, W, C] or [H, W, C].
 
     They are resized and centre-cropped as in training.
     :param what: the name of the argument, for messages.
     :param wanted: the side, or "HEIGHTxWIDTH".
+    :param class_names: file names that begin with one of them have that class.
     Raises UserError for anything else.
     """
     if isinstance(given, (str, os.PathLike)):
-        return read_images(what, os.fspath(given), "image_size", wanted, channels, None)
+        return read_images(what, os.fspath(given), "image_size", wanted, channels, class_names)
     if isinstance(given, (list, tuple)) and given and all(isinstance(path, (str, os.PathLike)) for path in given):
-        return read_images(what, ",".join(map(os.fspath, given)), "image_size", wanted, channels, None)
+        return read_images(what, ",".join(map(os.fspath, given)), "image_size", wanted, channels, class_names)
     if isinstance(given, Image.Image):
         given = [given]
     if isinstance(given, np.ndarray):
