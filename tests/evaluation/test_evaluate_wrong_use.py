@@ -373,7 +373,7 @@ def test_reports_that_are_missing_or_damaged(place, evaluate, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for path in tmp_path.rglob("log.txt"):
         path.unlink()
-    refused(evaluate("compare"), "name two reports or more: evaluate.py compare FOLDER FOLDER")
+    refused(evaluate("compare"), "name two reports or more")
     refused(evaluate("compare", "a"), "name two reports or more")
     refused(evaluate("compare", "a", "nowhere"), "nowhere does not exist: name a folder in which evaluate.py")
     refused(evaluate("compare", "a", place.samples), f"{place.samples}/report.json does not exist")
