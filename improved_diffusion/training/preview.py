@@ -29,7 +29,7 @@ class PreviewGrid:
     the global generators, so that previews do not change the training.
     :param shape: (C, H, W).
     :param model_kwargs: of the given number of images, on the device; a "low_res" is shown beside each sample.
-    :param seed: image i is drawn from seed + i, whatever the number of ranks.
+    :param seed: image i depends on (seed, i) alone, whatever the number of ranks.
     """
 
     def __init__(
