@@ -224,8 +224,8 @@ def test_a_wrong_option_of_training_is_an_exception(photos, tmp_path):
     with pytest.raises(UserError, match="cifar10-hybrid"):
         idf.train(photos, preset="cifar10-hybird")
     with pytest.raises(UserError, match="dry_run"):
-        idf.train(photos, image_size=8, dry_run=True, out_dir=str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+        idf.train(photos, image_size=8, dry_run=True, out_dir=str(tmp_path / "dry"))
+    assert not (tmp_path / "dry").exists()
 
 
 # Editing
