@@ -511,6 +511,8 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     if preset:
         asked = merge_options([{k: v for k, v in preset_options(preset).items() if k in kind.options()}, asked])
     settings: Any = kind.of(asked)
+    if settings.train.dry_run:
+        raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
     default = preset or ("super_res_train" if superres else "image_train")
     return load(run.train(settings, frozenset(asked), default).checkpoints)
 

@@ -1,4 +1,4 @@
-"""16-bit training: convolutions in float16 or bfloat16, one flat float32 master copy, and the loss scale."""
+"""16-bit training: convolutions in float16 or bfloat16, and one flat float32 master copy of the parameters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch as th
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-
-INITIAL_LOG_LOSS_SCALE = 20.0
-MIN_LOG_LOSS_SCALE = -20.0  # below, float16 cannot hold this model's gradients at all
 
 
 def convert_module_to(module: nn.Module, dtype: th.dtype) -> None:
@@ -68,33 +65,3 @@ def zero_grad(model_params: Iterable[nn.Parameter]) -> None:
         if param.grad is not None:
             param.grad.detach_()
             param.grad.zero_()
-
-
-class LossScale:
-    """float16's loss scale 2^lg, kept on the device: a good step adds `growth` to lg, an overflow subtracts 1.
-
-    lg never falls below MIN_LOG_LOSS_SCALE.
-    """
-
-    def __init__(self, device: th.device | str, growth: float, lg: float = INITIAL_LOG_LOSS_SCALE):
-        self.growth = growth
-        has_float64 = th.device(device).type in ("cpu", "cuda")  # MPS and some XPUs have none
-        self.lg = th.tensor(lg, dtype=th.float64 if has_float64 else th.float32, device=device)
-
-    @property
-    def scale(self) -> th.Tensor:
-        """What the loss is multiplied by: float32, no dimensions."""
-        return th.exp2(self.lg).float()
-
-    def update(self, overflow: th.Tensor) -> None:
-        """Adjust after a step; `overflow` is 1 where a gradient was not finite, else 0."""
-        self.lg += th.where(overflow.bool(), th.full_like(self.lg, -1.0), self.growth)
-        self.lg.clamp_(min=MIN_LOG_LOSS_SCALE)
-
-    def state_dict(self) -> dict[str, th.Tensor]:
-        """What a checkpoint keeps."""
-        return {"lg": self.lg.cpu().double()}
-
-    def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
-        """Restore what `state_dict` gave."""
-        self.lg.copy_(state["lg"])

@@ -2,7 +2,6 @@
 
 from . import dist_util, logger
 from .fp16_util import (
-    INITIAL_LOG_LOSS_SCALE,
     make_master_params,
     master_params_to_model_params,
     model_grads_to_master_grads,
@@ -19,6 +18,7 @@ from .training.loop import (
     log_loss_dict,
     parse_resume_step_from_filename,
 )
+from .training.precision import INITIAL_LOG_LOSS_SCALE
 
 __all__ = [
     "INITIAL_LOG_LOSS_SCALE", "LossAwareSampler", "TrainLoop", "UniformSampler", "dist_util",

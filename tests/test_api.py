@@ -223,6 +223,9 @@ def test_a_wrong_option_of_training_is_an_exception(photos, tmp_path):
         idf.train(tmp_path / "nowhere", image_size=8, max_steps=1, out_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="cifar10-hybrid"):
         idf.train(photos, preset="cifar10-hybird")
+    with pytest.raises(UserError, match="dry_run"):
+        idf.train(photos, image_size=8, dry_run=True, out_dir=str(tmp_path / "dry"))
+    assert not (tmp_path / "dry").exists()
 
 
 # Editing

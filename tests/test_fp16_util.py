@@ -5,8 +5,6 @@ import torch as th
 from torch import nn
 
 from improved_diffusion.fp16_util import (
-    INITIAL_LOG_LOSS_SCALE,
-    LossScale,
     convert_module_to_bf16,
     convert_module_to_f16,
     convert_module_to_f32,
@@ -85,30 +83,3 @@ def test_zero_grad_keeps_the_tensors():
     params[0].grad = kept = th.ones_like(params[0])
     zero_grad(params)
     assert params[0].grad is kept and (kept == 0).all() and params[1].grad is None
-
-
-def test_loss_scale_starts_at_two_to_the_twenty():
-    assert INITIAL_LOG_LOSS_SCALE == 20
-    assert LossScale("cpu", 1e-3).scale.item() == 2.0**20
-
-
-def test_a_good_step_adds_the_growth_and_an_overflow_takes_one():
-    scale = LossScale("cpu", growth=1e-3)
-    for overflow in (0.0, 0.0, 1.0, 0.0):
-        scale.update(th.tensor(overflow))
-    assert scale.lg.item() == pytest.approx(19.003, abs=1e-12)
-    assert scale.scale.dtype == th.float32 and scale.scale.item() == pytest.approx(2**19.003)
-
-
-def test_a_thousand_good_steps_double_the_scale():
-    scale = LossScale("cpu", growth=1e-3)
-    for _ in range(1000):
-        scale.update(th.tensor(0.0))
-    assert scale.scale.item() == pytest.approx(2.0**21, rel=1e-6)
-
-
-def test_loss_scale_survives_a_round_trip():
-    scale, other = LossScale("cpu", 0.5), LossScale("cpu", 0.5)
-    scale.update(th.tensor(1.0))
-    other.load_state_dict(scale.state_dict())
-    assert other.lg == scale.lg

@@ -115,8 +115,7 @@ def model_steps(directory: str) -> list[int]:
 
 def find_in_set(main_checkpoint: str, name: str, what: str) -> str:
     """The path of another file of the same step as a modelNNNNNN.pt. Raises UserError if it is missing."""
-    directory = main_checkpoint.rsplit("/", 1)[0] if "/" in main_checkpoint else "."
-    path = files.join(directory, name)
+    path = files.join(files.folder_of(main_checkpoint), name)
     if not files.exists(path):
         raise UserError(
             f"cannot resume from {main_checkpoint}: {what} {path} is missing; "

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..config import UserError
+from ..config import UserError, comma_list
 from ..utils import files
 from . import checkpoint
 
@@ -279,7 +279,7 @@ def average_labels(directory: str, step: int) -> list[str]:
     order: list[str] = []
     if files.exists(path):
         try:
-            order = str(json.loads(files.read_bytes(path))["config"]["ema_rate"]).split(",")
+            order = [str(rate) for rate in comma_list(json.loads(files.read_bytes(path))["config"]["ema_rate"], float)]
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove it, or name a checkpoint's file") from None
     return sorted(found, key=lambda label: (order.index(label) if label in order else len(order), label))

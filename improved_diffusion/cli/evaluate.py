@@ -24,7 +24,7 @@ from .parsing import Parsed
 def score(parsed: Parsed[Scoring]) -> None:
     """Evaluate samples that are given, or that a model draws."""
     check_source(parsed)
-    distributed.setup_dist()
+    distributed.join_ranks(parsed.settings.run)
     if parsed.settings.evaluation.samples:
         score_given(parsed)
     else:
@@ -76,7 +76,7 @@ def reference(parsed: Parsed[ReferenceStatistics]) -> None:
 
 def sweep(points: Sequence[tuple[dict[str, str], Parsed[Sweeping]]]) -> None:
     """Evaluate a model under several settings."""
-    distributed.setup_dist()
+    distributed.join_ranks(points[0][1].settings.run)
     run_sweep([Point(chosen, parsed.settings, parsed.given) for chosen, parsed in points])
 
 

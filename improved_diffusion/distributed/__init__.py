@@ -16,11 +16,11 @@ from .devices import (
     dev,
     device_name,
     empty_cache,
-    has_float64,
     is_out_of_memory,
     memory_info,
     peak_memory,
     pins_memory,
+    sum_dtype,
     synchronize,
     to_device,
 )
@@ -31,7 +31,7 @@ from .watchdog import end_process, heartbeat, working
 
 __all__ = [
     "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "describe_ranks", "detect_launcher", "dev",
-    "device_name", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "has_float64",
-    "heartbeat", "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory",
-    "read_bytes", "run_script", "setup_dist", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
+    "device_name", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat",
+    "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes",
+    "run_script", "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
 ]  # fmt: skip

@@ -128,6 +128,11 @@ def has_float64(device: th.device) -> bool:
     return device.type != "mps"
 
 
+def sum_dtype(device: th.device) -> th.dtype:
+    """The type for long sums on a device: float64, or float32 where the device has no float64."""
+    return th.float64 if has_float64(device) else th.float32
+
+
 def pins_memory(device: th.device) -> bool:
     """Whether copies from pinned host memory to the device run in the background."""
     return device.type in ("cuda", "xpu")

@@ -79,7 +79,11 @@ def setup_dist(
 
 
 def join_ranks(config: RunConfig) -> None:
-    """`setup_dist` with the limits of the run's options. Collective."""
+    """`setup_dist` with the limits of the run's options; a later run of this process may have another hang_timeout.
+
+    Collective.
+    """
+    watchdog.set_limit(config.hang_timeout)
     setup_dist(
         start_timeout=config.start_timeout,
         collective_timeout=config.collective_timeout,

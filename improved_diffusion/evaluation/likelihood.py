@@ -104,7 +104,7 @@ class BoundEvaluation:
             noise_fn=SeededNoise(self.seed, indices),
             timesteps_per_pass=self.config.timesteps_per_pass
             or timesteps_per_pass(batch.shape, self.evaluations, device.type),
-            **{key: th.from_numpy(value).to(device) for key, value in drawn.items()},
+            **{key: distributed.to_device(th.from_numpy(value), device) for key, value in drawn.items()},
         )
         return {key: value.cpu().numpy() for key, value in terms.items()} | drawn
 

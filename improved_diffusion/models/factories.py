@@ -65,7 +65,7 @@ def sr_create_model_and_diffusion(
     channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
     zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA,
 ):  # fmt: skip
-    """(SuperResModel, SpacedDiffusion) for the given options; see SuperResConfig, ModelConfig and DiffusionConfig."""
+    """(SuperResModel, SpacedDiffusion) for the given options; see SuperResModelConfig and DiffusionConfig."""
     model = sr_create_model(
         large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,

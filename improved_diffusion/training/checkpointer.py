@@ -35,7 +35,7 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
 
 
 def _beside(main: str, name: str) -> str:
-    return files.join(main.rpartition("/")[0] or ".", name)
+    return files.join(files.folder_of(main), name)
 
 
 class Checkpointer:
@@ -94,7 +94,7 @@ class Checkpointer:
 
     def number_here(self, main: str) -> int | None:
         """The number of the set of modelNNNNNN.pt, if it is in this run's folder, else None."""
-        if not main or not files.same(main.rpartition("/")[0] or ".", self.folder):
+        if not main or not files.same(files.folder_of(main), self.folder):
             return None
         return parse_resume_step_from_filename(main)
 

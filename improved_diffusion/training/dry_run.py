@@ -12,7 +12,6 @@ import torch as th
 
 from .. import distributed
 from ..config import UserError
-from ..distributed.devices import memory_info, peak_memory, synchronize
 from ..logs import logger
 from ..utils import files
 from .loop import TrainLoop, get_blob_logdir
@@ -29,7 +28,7 @@ def dry_run(loop: TrainLoop) -> None:
         batch, cond = next(loop.data)
         loop.run_step(batch, cond)
         loop.step += 1
-        synchronize(loop.device)
+        distributed.synchronize(loop.device)
         seconds.append(time.perf_counter() - start)
     per_step = sum(seconds[1:]) / (STEPS - 1)
     largest = min(distributed.all_gather_object(_largest_microbatch(loop, batch, cond)))
@@ -54,13 +53,13 @@ def _time_in_all(loop: TrainLoop, per_step: float) -> str:
 
 
 def _describe_memory(device: th.device) -> str:
-    peak = peak_memory(device)
+    peak = distributed.peak_memory(device)
     return f"{'unknown' if peak is None else _size(peak)} of {_size(_memory(device)[1])} on each rank"
 
 
 def _memory(device: th.device) -> tuple[int, int]:
     """(free, total) bytes of the accelerator that tells, else of the machine (half of it where free is not known)."""
-    found = memory_info(device)
+    found = distributed.memory_info(device)
     if found is not None:
         return found
     if not hasattr(os, "sysconf"):
@@ -95,9 +94,11 @@ def _largest_microbatch(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Te
         try:
             _forward_backward(loop, batch, cond, size)
             fits = size
-        except th.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not distributed.is_out_of_memory(error):
+                raise
             too_many = size
-        getattr(th, loop.device.type).empty_cache()
+        distributed.empty_cache(loop.device)
         size = 2 * fits if 0 < 2 * fits < too_many else (fits + too_many) // 2
     return fits
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,11 +95,6 @@ class PowerEMA(_Average):
     @property
     def description(self) -> dict[str, Any]:
         return {"ema_sigma_rel": self.sigma_rel}
-
-
-def sigma_rel_of(gamma: float) -> float:
-    """The relative width of the profile tau^gamma on [0, t], its standard deviation over t (EDM2 sec. 3.1)."""
-    return math.sqrt(gamma + 1) / (gamma + 2) / math.sqrt(gamma + 3)
 
 
 def gamma_of(sigma_rel: float) -> float:

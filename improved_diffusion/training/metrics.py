@@ -10,24 +10,18 @@ from contextlib import contextmanager
 import torch as th
 
 from .. import distributed
-from ..distributed.devices import peak_memory
-
-
-def sum_dtype(device: th.device) -> th.dtype:
-    """The type for long sums on a device: float64, or float32 on accelerators that may lack it, such as MPS and XPU."""
-    return th.float64 if device.type in ("cpu", "cuda") else th.float32
 
 
 class LossMeter:
     """Means of the values that the steps report; their sums stay on the device until they are read."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, th.Tensor] = {}  # name -> [2]: sum and count, of the `sum_dtype`
+        self.sums: dict[str, th.Tensor] = {}  # name -> [2]: sum and count, of the device's sum_dtype
 
     def add(self, name: str, values: th.Tensor, counted: th.Tensor | None = None) -> None:
         """Add values of any shape; those where `counted` (of the same shape) is 0 are left out."""
         counted = th.ones_like(values) if counted is None else counted
-        dtype = sum_dtype(values.device)
+        dtype = distributed.sum_dtype(values.device)
         pair = th.stack([th.where(counted > 0, values, 0.0).to(dtype).sum(), counted.to(dtype).sum()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -35,7 +29,7 @@ class LossMeter:
         """Add [N] losses: all of them under their name, and each in its quarter of the timesteps (name_q0..name_q3)."""
         quartile = (4 * ts) // num_timesteps
         for name, values in losses.items():
-            dtype = sum_dtype(values.device)
+            dtype = distributed.sum_dtype(values.device)
             finite = th.isfinite(values).to(dtype)  # the others are of skipped steps
             self.add(name, values, counted=finite)
             both = th.zeros(4, 2, dtype=dtype, device=values.device)
@@ -65,7 +59,7 @@ class LossMeter:
 
     def load_state_dict(self, state: Mapping[str, th.Tensor], device: th.device | str = "cpu") -> None:
         """Restore what `state_dict` gave."""
-        dtype = sum_dtype(th.device(device))
+        dtype = distributed.sum_dtype(th.device(device))
         self.sums = {name: pair.to(dtype).to(device) for name, pair in state.items()}
 
 
@@ -139,7 +133,7 @@ class StepClock:
         speed = {
             "images_per_second": self.steps * self.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "peak_gib": (peak_memory(distributed.dev()) or math.nan) / 2**30,
+            "peak_gib": (distributed.peak_memory(distributed.dev()) or math.nan) / 2**30,
         }
         self.restart()
         return speed

@@ -1,4 +1,4 @@
-"""The parameters and their gradients in fp32, bf16 and fp16 training.
+"""The parameters, their gradients and the loss scale in fp32, bf16 and fp16 training.
 
 In 16-bit training the model computes with 16-bit parameters, and the optimizer keeps one flat float32 copy of them, the
 master parameters. Gradients of microbatches and of ranks are added up there, in float32. In fp32 training the model's
@@ -16,6 +16,9 @@ from torch._utils import _flatten_dense_tensors
 
 from .. import distributed
 from ..fp16_util import unflatten_master_params
+
+INITIAL_LOG_LOSS_SCALE = 20.0
+MIN_LOG_LOSS_SCALE = -20.0  # below, float16 cannot hold this model's gradients at all
 
 
 def clear_gradients(params: Sequence[nn.Parameter]) -> None:
@@ -81,3 +84,32 @@ def params_of(model: nn.Module, state_dict: Mapping[str, th.Tensor], sixteen_bit
     """The inverse of `state_dict_of`: float32 parameters on the model's device, flat in 16-bit training."""
     params = [state_dict[name].to(p.device).float() for name, p in model.named_parameters()]
     return [_flatten_dense_tensors(params)] if sixteen_bits else params
+
+
+class LossScale:
+    """float16's loss scale 2^lg, kept on the device: a good step adds `growth` to lg, an overflow subtracts 1.
+
+    lg never falls below MIN_LOG_LOSS_SCALE.
+    """
+
+    def __init__(self, device: th.device | str, growth: float, lg: float = INITIAL_LOG_LOSS_SCALE):
+        self.growth = growth
+        self.lg = th.tensor(lg, dtype=distributed.sum_dtype(th.device(device)), device=device)
+
+    @property
+    def scale(self) -> th.Tensor:
+        """What the loss is multiplied by: float32, no dimensions."""
+        return th.exp2(self.lg).float()
+
+    def update(self, overflow: th.Tensor) -> None:
+        """Adjust after a step; `overflow` is 1 where a gradient was not finite, else 0."""
+        self.lg += th.where(overflow.bool(), th.full_like(self.lg, -1.0), self.growth)
+        self.lg.clamp_(min=MIN_LOG_LOSS_SCALE)
+
+    def state_dict(self) -> dict[str, th.Tensor]:
+        """What a checkpoint keeps."""
+        return {"lg": self.lg.cpu().double()}
+
+    def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        self.lg.copy_(state["lg"])

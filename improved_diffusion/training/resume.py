@@ -47,7 +47,7 @@ def _find_named(wanted: str, labels: _WantedLabels) -> str:
             f"--resume {wanted}: name a modelNNNNNN.pt or another file of its set (ema_*, opt), or a folder; to start "
             "at step 0 from the weights of any other file, use --init_checkpoint"
         )
-    folder = _folder_of(wanted)
+    folder = files.folder_of(wanted)
     problem = sets.problem_of(folder, step)
     if problem:
         raise UserError(f"--resume {wanted}: {problem}; --resume {folder} takes the newest complete checkpoint")
@@ -60,17 +60,13 @@ def _find_published(wanted: str) -> str:
         raise UserError(f"--resume_checkpoint {wanted} does not exist")
     if files.is_dir(wanted):
         raise UserError(f"--resume_checkpoint {wanted} is a folder: --resume {wanted} takes its newest checkpoint")
-    step, folder = sets.step_of(wanted), _folder_of(wanted)
+    step, folder = sets.step_of(wanted), files.folder_of(wanted)
     problem = None if step is None else sets.problem_of(folder, step)
     if problem:
         raise UserError(
             f"--resume_checkpoint {wanted}: {problem}; --resume {folder} takes the newest complete checkpoint"
         )
     return wanted
-
-
-def _folder_of(path: str) -> str:
-    return path.replace("\\", "/").rpartition("/")[0] or "."
 
 
 def _newest(folder: str, labels: _WantedLabels) -> str:

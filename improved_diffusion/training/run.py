@@ -52,25 +52,38 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
 
     :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
     :param default_name: of the folder below ./runs, where --out_dir does not say.
-    Raises UserError for what cannot work, before anything is written.
+    Raises UserError for what cannot work, before anything is written. However it ends, the log is then closed and the
+    folder free for another run.
     """
     catch_early_warning()
-    folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
-    checkpoints = get_blob_logdir()
-    settings, metadata = resolve(settings, given)
-    data, settings = open_data(settings, metadata)
-    task = task_of(settings)
-    stream = task.stream(data)
-    with contextlib.closing(stream):
+    with contextlib.ExitStack() as until_end:
+        folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
+        until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        checkpoints = get_blob_logdir()
+        if not settings.train.dry_run:
+            distributed.from_rank0(_claim, until_end, folder, checkpoints)
+        settings, metadata = resolve(settings, given)
+        data, settings = open_data(settings, metadata)
+        task = task_of(settings)
+        stream = until_end.enter_context(contextlib.closing(task.stream(data)))
         loop, description = build_loop(task, data, stream)
         if settings.train.dry_run:
             dry_run(loop)
-            if distributed.get_rank() == 0:
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)  # unless it was there before
+            stopped = False
         else:
-            return TrainedRun(folder, checkpoints, stopped=run_loop(loop, settings, description))
-    return TrainedRun(folder, checkpoints)
+            stopped = run_loop(loop, settings, description)
+    if settings.train.dry_run and distributed.get_rank() == 0:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # unless it was there before
+    return TrainedRun(folder, checkpoints, stopped)
+
+
+def _claim(until_end: contextlib.ExitStack, *folders: str) -> None:
+    """Make the folders this run's alone until its end."""
+    for folder in dict.fromkeys(folders):
+        files.make_dirs(folder)
+        until_end.enter_context(files.lock(folder))
+        files.remove_leftovers(folder)
 
 
 # Where it starts
@@ -79,11 +92,9 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
 def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
     """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
 
-    Claims the run's folder. `resume_checkpoint` becomes the file to continue from. Options that were not given come
+    `resume_checkpoint` becomes the file to continue from. Options that were not given come
     from it, or, those of the model, from --init_checkpoint. Collective.
     """
-    if not settings.train.dry_run:
-        distributed.from_rank0(_claim, logger.get_dir(), get_blob_logdir())
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
     resumed = distributed.from_rank0(find_resume, settings.train, given)
@@ -107,13 +118,6 @@ def _continued(settings: Training, resumed: str) -> dict[str, Any]:
     if not resumed:
         return {"resume": "", "resume_checkpoint": ""}
     return {"resume": resumed if settings.train.resume else "", "resume_checkpoint": resumed, "init_checkpoint": ""}
-
-
-def _claim(*folders: str) -> None:
-    for folder in dict.fromkeys(folders):
-        files.make_dirs(folder)
-        files.lock(folder)
-        files.remove_leftovers(folder)
 
 
 def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
@@ -267,10 +271,9 @@ def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]
     except Stopped:
         return True
     finally:
-        if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
-            if distributed.get_rank() == 0 and loop.step:
-                _draw_curves(logger.get_dir())
-            logger.reset()  # the trackers' last rows leave before the ranks part, or are ended
+        interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if distributed.get_rank() == 0 and loop.step and not interrupted:
+            _draw_curves(logger.get_dir())
 
 
 def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None:

@@ -37,6 +37,8 @@ class Stopped(SystemExit):
 
 def catch_early_warning() -> None:
     """From now on keep a SIGUSR1 for StopSignals: MPI libraries ignore it, and a scheduler warns only once."""
+    global _early
+    _early = 0  # an earlier run of this process may have had one
     if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, _note_early)
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..config import comma_list
-from ..fp16_util import LossScale, make_master_params, master_params_to_model_params
+from ..fp16_util import make_master_params, master_params_to_model_params
 from ..logs import logger
 from ..resample import LossAwareSampler
 from . import objective
@@ -67,7 +67,7 @@ class TrainStep:
     ) -> None:
         """Make the master parameters, the optimizer, the moving averages, and DDP's wrapper of the model."""
         self.master_params: list[Any] = self.model_params
-        self.loss_scale = LossScale(self.device, self.fp16_scale_growth)
+        self.loss_scale = precision_util.LossScale(self.device, self.fp16_scale_growth)
         if self.sixteen_bits:
             self._setup_fp16()
         self.opt: th.optim.Optimizer = th.optim.AdamW(

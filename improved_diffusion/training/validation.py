@@ -18,7 +18,6 @@ from ..data.low_res import downsample
 from ..logs import logger
 from ..sampling.noise import SeededNoise
 from .hooks import TrainingView
-from .metrics import sum_dtype
 
 EVALUATIONS = 8  # of the network for each image's bits/dim; the loss needs one more
 SEED = 20210218  # of timesteps and noise: not an option, so that the numbers of different runs can be compared
@@ -181,7 +180,7 @@ class Validation(HeldOutImages):
         bound = self.diffusion.calc_bpd_loop(
             model, batch, clip_denoised=True, model_kwargs=model_kwargs, noise_fn=draw,
             timesteps=th.from_numpy(self.bound_t[numbers]).to(batch.device),
-            weights=th.from_numpy(self.weights[numbers]).to(sum_dtype(batch.device)).to(batch.device),
+            weights=distributed.to_device(th.from_numpy(self.weights[numbers]), batch.device),
         )  # fmt: skip
         return losses["loss"], bound["total_bpd"]
 

@@ -38,6 +38,12 @@ def join(directory: str | os.PathLike, name: str) -> str:
     return str(directory).rstrip("/") + "/" + name if is_url(directory) else os.path.join(directory, name)
 
 
+def folder_of(path: str | os.PathLike) -> str:
+    """The folder that a file is in; "." for a bare name."""
+    folder = str(path).rpartition("/")[0] if is_url(path) else os.path.dirname(path)
+    return str(folder) or "."
+
+
 def same(path: str | os.PathLike, other: str | os.PathLike) -> bool:
     """Whether two paths, or two URLs, name the same folder or file."""
     if is_url(path) or is_url(other):

@@ -497,7 +497,7 @@ def test_an_estimate_from_some_timesteps_is_the_same_to_the_last_digit_on_two_ra
     two = run(
         "mpiexec", 2, "image_nll", *args, "--batch_size", 1, "--timesteps_per_pass", 4, "--out_dir", "two", cwd=tmp_path
     ).succeed()
-    assert "6 evaluations each" in one.out and len(digits_of(one)) == 2
+    assert "6 network evaluations for each" in one.out and len(digits_of(one)) == 2
     assert digits_of(one) == digits_of(two)
     files = [np.load(tmp_path / name / "per_image.npz", allow_pickle=False) for name in ("one", "two")]
     np.testing.assert_array_equal(files[0]["timesteps"], files[1]["timesteps"])

@@ -295,8 +295,8 @@ def test_no_samples(place, tmp_path):
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (21, "--nll_timesteps 21 is more than the 20 timesteps that there are: give at most 20, or 0"),
-        (1, "--nll_timesteps 1 of 20: the last step, always evaluated, cannot stand for the others: give at least 2"),
+        (21, "--nll_timesteps 21 is more than the 20 timesteps"),
+        (1, "--nll_timesteps 1 of 20"),
         (-1, "--nll_timesteps -1 must not be negative"),
     ],
 )

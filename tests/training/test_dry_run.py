@@ -57,9 +57,9 @@ def test_a_disk_that_is_too_small_is_told_of(monkeypatch):
 def test_the_largest_microbatch_follows_from_the_memory_of_one_image(monkeypatch):
     loop = make_loop(model=small_unet())
     batch, cond = next(loop.data)
-    monkeypatch.setattr("improved_diffusion.training.dry_run.memory_info", lambda device: (2**24, 2**24))
+    monkeypatch.setattr("improved_diffusion.distributed.memory_info", lambda device: (2**24, 2**24))
     some = _largest_microbatch(loop, batch, cond)
-    monkeypatch.setattr("improved_diffusion.training.dry_run.memory_info", lambda device: (2**26, 2**26))
+    monkeypatch.setattr("improved_diffusion.distributed.memory_info", lambda device: (2**26, 2**26))
     assert 1 < some < 64 and _largest_microbatch(loop, batch, cond) == pytest.approx(4 * some, abs=4)
 
 

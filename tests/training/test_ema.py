@@ -1,5 +1,7 @@
 """Moving averages of the parameters."""
 
+import math
+
 import numpy as np
 import pytest
 import torch as th
@@ -13,7 +15,6 @@ from improved_diffusion.training.ema import (
     posthoc_weights,
     profile_error,
     profile_products,
-    sigma_rel_of,
 )
 
 ONE, ZERO = th.tensor(1.0), th.tensor(0.0)
@@ -157,9 +158,11 @@ def test_exponents_are_those_of_the_paper(sigma_rel, gamma):
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-3, 0.01, 0.05, 0.1, 0.2, 0.28, 0.2886])
-def test_width_and_exponent_are_inverse(sigma_rel):
-    assert gamma_of(sigma_rel) >= 0
-    assert sigma_rel_of(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-10)
+def test_the_exponents_profile_has_the_width(sigma_rel):
+    """The standard deviation of the profile tau^gamma on [0, 1] (EDM2 sec. 3.1)."""
+    gamma = gamma_of(sigma_rel)
+    assert gamma >= 0
+    assert math.sqrt(gamma + 1) / (gamma + 2) / math.sqrt(gamma + 3) == pytest.approx(sigma_rel, rel=1e-10)
 
 
 @pytest.mark.parametrize("sigma_rel", [0, -0.1, 12**-0.5, 0.5])

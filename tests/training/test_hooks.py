@@ -254,8 +254,8 @@ def test_a_loop_is_what_hooks_are_promised():
 def test_limits_of_time_are_arguments(monkeypatch):
     limits = {}
     monkeypatch.setattr(loop_module.distributed, "working", working := Working(limits))
-    finished(max_steps=1, hooks=[(1, lambda loop: None)], batch_timeout=1.0, hook_timeout=2.0, save_timeout=3.0)
-    assert sorted(set(working.limits.values())) == [1.0, 2.0, 3.0]
+    finished(max_steps=1, hooks=[(1, lambda loop: None)], hook_timeout=2.0, save_timeout=3.0)
+    assert {2.0, 3.0} <= set(working.limits.values())
 
 
 class Working:

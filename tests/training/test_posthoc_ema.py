@@ -1,7 +1,5 @@
 """Averages of other lengths from the snapshots in a run's folder, and the script that makes them."""
 
-import argparse
-import dataclasses
 import os
 
 import pytest
@@ -9,18 +7,19 @@ import torch as th
 from script_helpers import call, contents
 
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.checkpoints.loading import build, load_model
-from improved_diffusion.config import DiffusionConfig, ModelConfig
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.config.settings import ImageModel
+from improved_diffusion.models.build import build_model_and_diffusion
 from improved_diffusion.training.ema import PowerEMA
 
 ONE = th.tensor(1.0)
 WIDTHS = (0.05, 0.1)
 STEPS, EVERY = 97, 8
-CONFIG = {
-    **dataclasses.asdict(ModelConfig()), **dataclasses.asdict(DiffusionConfig()), "image_size": 8, "num_channels": 32,
-    "num_res_blocks": 1, "num_heads": 1, "channel_mult": "1,1", "attention_resolutions": "4", "diffusion_steps": 20,
-    "noise_schedule": "cosine",
-}  # fmt: skip
+SETTINGS = ImageModel.of({
+    "image_size": 8, "num_channels": 32, "num_res_blocks": 1, "num_heads": 1, "channel_mult": "1,1",
+    "attention_resolutions": "4", "diffusion_steps": 20, "noise_schedule": "cosine",
+})  # fmt: skip
+CONFIG = SETTINGS.values()
 
 
 def save(folder, ema, model, number, **changes):
@@ -37,7 +36,7 @@ def trained(tmp_path_factory):
     """A folder as a run with --ema_sigma_rel leaves it, and averages of other widths tracked all along."""
     folder = tmp_path_factory.mktemp("run")
     th.manual_seed(0)
-    model, _ = build(argparse.Namespace(**CONFIG))
+    model, _ = build_model_and_diffusion(SETTINGS.model, SETTINGS.diffusion)
     params = list(model.parameters())
     stored = [PowerEMA(width, params) for width in WIDTHS]
     tracked = [PowerEMA(width, params) for width in (0.08, 0.15)]
@@ -123,11 +122,10 @@ def test_the_sampler_loads_the_result(run_dir):
         checkpoint.save_state_dict(state_dict, str(path), metadata)
     result = posthoc(run_dir, widths="0.15").succeed()
     path = run_dir / "ema_posthoc_sigma_rel0.15_000096.pt"
-    assert f"image_sample.py --model_path {path}" in result.out
-    defaults = {**dataclasses.asdict(ModelConfig()), **dataclasses.asdict(DiffusionConfig())}
-    model, _, metadata = load_model(argparse.Namespace(**defaults, model_path=str(path), given=set(), flags=set()))
-    assert metadata["posthoc"]
-    made = th.cat([p.detach().flatten() for p in model.parameters()])
+    assert f"sample --model_path {path}" in result.out
+    loaded = load_model(ImageModel.of({}), (), str(path))
+    assert loaded.metadata["posthoc"]
+    made = th.cat([p.detach().flatten() for p in loaded.model.parameters()])
     th.testing.assert_close(made, flat_of(path)[0], rtol=0, atol=0)
 
 

@@ -10,7 +10,14 @@ from script_helpers import run
 from train_helpers import make_loop, small_model, small_unet
 
 from improved_diffusion import distributed
-from improved_diffusion.training.precision import average_gradients, collect_gradients, params_of, state_dict_of
+from improved_diffusion.training.precision import (
+    INITIAL_LOG_LOSS_SCALE,
+    LossScale,
+    average_gradients,
+    collect_gradients,
+    params_of,
+    state_dict_of,
+)
 
 pytestmark = pytest.mark.usefixtures("out_dir")
 
@@ -105,3 +112,33 @@ def test_two_ranks_in_bf16_add_up_one_float32_gradient_a_step(tmp_path):
     exact, _ = six_steps(tmp_path / "exact")
     error = (alone.float() - exact).norm()
     assert (ranks[0]["parameters"] - alone.float()).norm() < 1.5 * error
+
+
+# The loss scale
+
+
+def test_loss_scale_starts_at_two_to_the_twenty():
+    assert INITIAL_LOG_LOSS_SCALE == 20
+    assert LossScale("cpu", 1e-3).scale.item() == 2.0**20
+
+
+def test_a_good_step_adds_the_growth_and_an_overflow_takes_one():
+    scale = LossScale("cpu", growth=1e-3)
+    for overflow in (0.0, 0.0, 1.0, 0.0):
+        scale.update(th.tensor(overflow))
+    assert scale.lg.item() == pytest.approx(19.003, abs=1e-12)
+    assert scale.scale.dtype == th.float32 and scale.scale.item() == pytest.approx(2**19.003)
+
+
+def test_a_thousand_good_steps_double_the_scale():
+    scale = LossScale("cpu", growth=1e-3)
+    for _ in range(1000):
+        scale.update(th.tensor(0.0))
+    assert scale.scale.item() == pytest.approx(2.0**21, rel=1e-6)
+
+
+def test_loss_scale_survives_a_round_trip():
+    scale, other = LossScale("cpu", 0.5), LossScale("cpu", 0.5)
+    scale.update(th.tensor(1.0))
+    other.load_state_dict(scale.state_dict())
+    assert other.lg == scale.lg

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ from script_helpers import TINY_IMAGE, call, run, write_images
 from watch_worker import IMAGES, Images, Loop, make_diffusion, validated
 
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.config import UserError
 from improved_diffusion.data.dataset import selection
 from improved_diffusion.data.low_res import downsample
 from improved_diffusion.logs import logger
 from improved_diffusion.sampling.noise import SeededNoise
 from improved_diffusion.training import validation
-from improved_diffusion.training.validation import SEED, Validation, build_validation
+from improved_diffusion.training.validation import SEED, Validation
 
 KEYS = {
     f"val_{what}{ema}{se}"
@@ -61,7 +59,7 @@ def test_the_numbers_are_the_same_at_every_evaluation_and_in_every_run():
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_batch_size_changes_the_rounding_at_most(batch_size):
     expected = validated(Loop(), batch_size=2)
-    assert validated(Loop(), batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
+    assert validated(Loop(), batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_loss_is_that_of_training_at_the_images_own_timesteps_and_noise():
@@ -245,55 +243,6 @@ def test_the_best_on_other_images_does_not_count(hook, tmp_path):
     other.load_state_dict(hook.state_dict())
     assert scored(other, loop, 20, of=(0.1, 0.9, 0.8))[2]["best"]["val_loss"] == 0.8
     assert "validation on other images than before: best.pt starts afresh" in log_of(tmp_path)
-
-
-# --val_dir
-
-
-def options_for(folder, **changes):
-    defaults = dict(
-        val_dir=str(folder), val_interval=7, val_images=512, class_cond=True, labels="prefix", data_dir="train",
-        image_size=8, channels=3, batch_size=6, microbatch=-1,
-    )  # fmt: skip
-    return SimpleNamespace(**{**defaults, **changes})
-
-
-def test_without_val_dir_there_is_no_validation():
-    assert build_validation(options_for(""), make_diffusion(), None) == []
-
-
-def test_classes_have_the_training_images_numbers(tmp_path):
-    folder = write_images(tmp_path / "val", 4, classes=("cat", "dog"))
-    [(interval, hook)] = build_validation(options_for(folder), make_diffusion(), ["ant", "cat", "cow", "dog"])
-    assert interval == 7 and hook.batch_size == 6 and hook.small_size is None
-    assert [int(hook.dataset[i][1]["y"]) for i in range(4)] == [1, 1, 3, 3]  # the files' order is by name
-    assert hook.dataset[0][0].shape == (3, 8, 8)
-
-
-def test_a_super_resolution_run_validates_on_its_large_size(tmp_path):
-    folder = write_images(tmp_path / "val", 2)
-    changes = dict(large_size=(16, 8), small_size=(8, 4), class_cond=False, microbatch=2)
-    [(_, hook)] = build_validation(options_for(folder, **changes), make_diffusion(), None)
-    assert hook.batch_size == 2 and hook.small_size == (8, 4)
-    array, kwargs = hook.dataset[0]
-    assert array.shape == (3, 16, 8) and kwargs == {}
-
-
-def test_what_cannot_be_validated_on_is_refused_before_training(tmp_path):
-    folder = write_images(tmp_path / "val", 4, classes=("cat", "dog"))
-    with pytest.raises(UserError, match=r"--val_dir .*val has the class dog, .*train.* ant, cat\)"):
-        build_validation(options_for(folder), make_diffusion(), ["ant", "cat"])
-    with pytest.raises(UserError, match=r"--val_dir .*nowhere does not exist"):
-        build_validation(options_for(tmp_path / "nowhere"), make_diffusion(), ["cat"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--val_dir .*empty holds no images"):
-        build_validation(options_for(tmp_path / "empty"), make_diffusion(), ["cat"])
-    with pytest.raises(UserError, match="--val_images 0 of 2 images: validation needs at least one"):
-        Validation(make_diffusion(), Images(2), num_images=0, batch_size=1)
-    broken = folder / "dog_03.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"dog_03.png is not a readable image: .* repair or remove it"):
-        build_validation(options_for(folder), make_diffusion(), ["cat", "dog"])
 
 
 def test_a_run_that_was_interrupted_finds_the_same_best(tmp_path):

@@ -82,6 +82,12 @@ def test_urls_go_through_blobfile(monkeypatch):
         files.read_bytes("gs://bucket/other")
 
 
+def test_the_folder_of_a_file(tmp_path):
+    assert files.folder_of("gs://bucket/run/model000000.pt") == "gs://bucket/run"
+    assert files.folder_of(tmp_path / "model000000.pt") == str(tmp_path)
+    assert files.folder_of("model000000.pt") == "."
+
+
 def test_without_blobfile_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "blobfile", None)
     for use in (files.exists, files.read_bytes, files.list_dir):
