@@ -45,7 +45,7 @@ demo: $(VENV)/.demo
 	@echo "look at $(RUN)/samples.png, $(RUN)/report/report.md, and $(RUN)/previews for its progress"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
