@@ -97,11 +97,6 @@ def extra(default: Any, help: str, **kwargs: Any) -> Any:
     return option(default, help, published=False, **kwargs)
 
 
-def default_of(cls: type, name: str) -> Any:
-    """The default of the option `name` of the config `cls`."""
-    return next(f.default for f in fields(cls) if f.name == name)
-
-
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the config `cls` from a mapping; a name it does not have raises with the nearest one."""
     known = {f.name for f in fields(cls)}

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch as th
 import torch.distributed as dist
 
-from ..config import RunConfig, UserError, default_of
+from ..config import RunConfig, UserError
 from . import launchers, watchdog
 from .collectives import all_gather_object, barrier, get_rank, get_world_size
 from .devices import check_devices, choose_device, dev, device_name
@@ -28,9 +28,9 @@ _self_test = ""
 
 def setup_dist(
     *,
-    start_timeout: float = default_of(RunConfig, "start_timeout"),
-    collective_timeout: float = default_of(RunConfig, "collective_timeout"),
-    hang_timeout: float = default_of(RunConfig, "hang_timeout"),
+    start_timeout: float = RunConfig.start_timeout,
+    collective_timeout: float = RunConfig.collective_timeout,
+    hang_timeout: float = RunConfig.hang_timeout,
 ) -> None:
     """Join the other ranks: gloo on CPUs, nccl between GPUs. A process started alone is rank 0 of 1.
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
-from ..config import RunConfig, default_of
+from ..config import RunConfig
 
 INTERVAL = 5.0  # seconds between checks
 SILENCE = 30.0  # seconds that a check waits for a rank before it counts as lost
@@ -37,7 +37,7 @@ class _Process:
         self.who = ""  # the prefix of its messages, such as "rank 1 on node7: "
         self.abort: Callable[[int], None] | None = None  # ends the job's other ranks
         self.work: working | None = None
-        self.limit_s: float = default_of(RunConfig, "hang_timeout")  # for this rank's work, and for one step of all
+        self.limit_s: float = RunConfig.hang_timeout  # for this rank's work, and for one step of all
         self.step = 0  # the training step of the main thread, from 1; 0: not training
         self.watch: Watchdog | None = None
 

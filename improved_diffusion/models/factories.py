@@ -15,7 +15,6 @@ from ..config import (
     height_width,
     parse_size,
 )
-from ..config.base import default_of
 from ..gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from ..respace import SpacedDiffusion, space_timesteps
 from ..schedules import shift_schedule
@@ -24,16 +23,16 @@ from ..unet import SuperResModel, UNetModel
 from .classifier import NoisyClassifier
 
 # Defaults of arguments that the published factories do not have, or have without a default.
-_CHANNELS = default_of(ModelConfig, "channels")
-_NUM_CLASSES = default_of(ModelConfig, "num_classes")
-_CHANNEL_MULT = default_of(ModelConfig, "channel_mult")
-_DROPOUT = default_of(ClassifierConfig, "dropout")
-_USE_CHECKPOINT = default_of(ClassifierConfig, "use_checkpoint")
-_SIGMA_SMALL = default_of(DiffusionConfig, "sigma_small")
-_PREDICT_V = default_of(DiffusionConfig, "predict_v")
-_SCHEDULE_SHIFT = default_of(DiffusionConfig, "schedule_shift")
-_ZERO_TERMINAL_SNR = default_of(DiffusionConfig, "zero_terminal_snr")
-_MIN_SNR_GAMMA = default_of(DiffusionConfig, "min_snr_gamma")
+_CHANNELS = ModelConfig.channels
+_NUM_CLASSES = ModelConfig.num_classes
+_CHANNEL_MULT = ModelConfig.channel_mult
+_DROPOUT = ClassifierConfig.dropout
+_USE_CHECKPOINT = ClassifierConfig.use_checkpoint
+_SIGMA_SMALL = DiffusionConfig.sigma_small
+_PREDICT_V = DiffusionConfig.predict_v
+_SCHEDULE_SHIFT = DiffusionConfig.schedule_shift
+_ZERO_TERMINAL_SNR = DiffusionConfig.zero_terminal_snr
+_MIN_SNR_GAMMA = DiffusionConfig.min_snr_gamma
 
 
 def create_model_and_diffusion(
