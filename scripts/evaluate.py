@@ -3,4 +3,5 @@
 from improved_diffusion.cli.command import run
 from improved_diffusion.cli.evaluate import COMMAND
 
-run(COMMAND)
+if __name__ == "__main__":
+    run(COMMAND)

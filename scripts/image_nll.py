@@ -3,4 +3,5 @@
 from improved_diffusion.cli.command import run
 from improved_diffusion.cli.image_nll import COMMAND
 
-run(COMMAND)
+if __name__ == "__main__":
+    run(COMMAND)

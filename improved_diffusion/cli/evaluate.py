@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from .. import distributed
 from ..checkpoints.loading import load_model
-from ..config import SWEEP_OPTIONS, EvaluationConfig, FeaturesConfig, UserError, comma_list
+from ..config import SWEEP_OPTIONS, EvaluationConfig, FeaturesConfig, RunConfig, UserError, comma_list
 from ..config.settings import Comparison, ReferenceStatistics, Scoring, Sweeping
 from ..evaluation.comparison import comparison, name_reports, report_dir, write_comparison
 from ..evaluation.evaluator import Inputs, prepare_like_training
@@ -61,8 +61,8 @@ def check_source(parsed: Parsed[Scoring]) -> None:
     samples = settings.evaluation.samples
     if bool(samples) == bool(settings.sample.model_path):
         raise UserError("give --samples, to evaluate those, or --model_path, to draw them first: one of the two")
-    groups = (EvaluationConfig, FeaturesConfig)
-    of_evaluation = {f.name for group in groups for f in fields(group)} | {"num_samples", "out_dir"}
+    groups = (EvaluationConfig, FeaturesConfig, RunConfig)
+    of_evaluation = {f.name for group in groups for f in fields(group)} - {"seed"} | {"num_samples"}
     others = (["preset"] if parsed.preset else []) + sorted(parsed.given - of_evaluation)
     if samples and others:
         raise UserError(f"--{others[0]} is for drawing samples, but --samples {samples} are given: leave it out")

@@ -126,7 +126,7 @@ class TrainConfig(Config):
         if self.keep_every and not self.keep_last:
             raise UserError(f"--keep_every {self.keep_every} needs --keep_last: without it every checkpoint is kept")
         if self.init_checkpoint and self.resume_checkpoint:
-            raise UserError("--init_checkpoint starts at step 0 and --resume_checkpoint goes on: give one of them")
+            raise UserError("--init_checkpoint starts at step 0, --resume_checkpoint continues a run: give one of them")
         if self.lr_schedule in ("linear", "cosine", "one-cycle") and not (self.lr_anneal_steps or self.max_steps):
             raise UserError(f"--lr_schedule {self.lr_schedule} needs an end: give --max_steps or --lr_anneal_steps")
 

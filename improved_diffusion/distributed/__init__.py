@@ -14,7 +14,6 @@ from .collectives import (
 )
 from .devices import (
     dev,
-    device_name,
     empty_cache,
     is_out_of_memory,
     memory_info,
@@ -25,13 +24,12 @@ from .devices import (
     to_device,
 )
 from .errors import STOPPED, run_script
-from .launchers import detect_launcher
 from .process_group import describe_ranks, join_ranks, setup_dist
 from .watchdog import end_process, heartbeat, working
 
 __all__ = [
-    "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "describe_ranks", "detect_launcher", "dev",
-    "device_name", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat",
-    "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes",
-    "run_script", "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
+    "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "describe_ranks", "dev", "empty_cache",
+    "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat", "is_out_of_memory", "join_ranks",
+    "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script", "setup_dist",
+    "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
 ]  # fmt: skip

@@ -226,7 +226,7 @@ def _prepare(out_dir: str, numbers: Sequence[int], request: Mapping[str, Any]) -
     # part of the time that `_finish` needs to decode them.
     damaged = {i for i, png in existing.items() if not images.is_whole_png(files.read_bytes(png))}
     if damaged:
-        logger.log(f"samples that are damaged are made again: {len(damaged)}, {existing[min(damaged)]} for one")
+        logger.log(f"drawing {len(damaged)} damaged samples again, such as {existing[min(damaged)]}")
     return [i for i in numbers if i not in existing or i in damaged]
 
 

@@ -103,7 +103,7 @@ class TrainLoop(CheckpointedStep):
     # The loop
 
     def run_loop(self) -> None:
-        """Train until max_steps, max_hours or for ever, logging and saving on the way and at the end.
+        """Train until max_steps or max_hours, or without end, logging and saving on the way and at the end.
 
         SIGTERM, SIGUSR1 or SIGINT on any rank ends it after the same step on all, with a checkpoint; then Stopped is
         raised. A second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are not handled.

@@ -27,7 +27,7 @@ def find_resume(config: TrainConfig, given: frozenset[str]) -> str:
         return _find_published(config.resume_checkpoint)
     if _holds_a_run(folder) and not config.dry_run:
         raise UserError(
-            f"{folder} holds checkpoints of an earlier run: give --resume auto to go on, or another --out_dir"
+            f"{folder} holds checkpoints of an earlier run: give --resume auto to continue it, or another --out_dir"
         )
     return ""
 
@@ -95,7 +95,7 @@ def _holds_a_run(folder: str) -> bool:
 
 
 class _WantedLabels:
-    """The labels of the averages to resume: as given, else those that the run which wrote a folder keeps."""
+    """The labels of the averages to resume: those given, else those of the run that wrote the folder."""
 
     def __init__(self, config: TrainConfig, given: frozenset[str]):
         self.config = config

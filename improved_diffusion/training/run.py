@@ -213,7 +213,7 @@ def _log_epochs(settings: Training, num_images: int, names: list[str] | None) ->
 
 
 def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, dict[str, Any]]:
-    """(the loop, resumed if it is to go on; the description that its checkpoints carry). Collective."""
+    """(the loop, resumed where `resume_checkpoint` is set; the description in its checkpoints). Collective."""
     settings = task.settings
     train = settings.train
     th.manual_seed(settings.run.seed)

@@ -20,11 +20,12 @@ from ..data.stream import BatchStream
 from ..logs import logger
 from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
 from .classifier import ClassifierObjective, ClassifierValidation
+from .hooks import Hook
 from .preview import PREVIEWS, PreviewGrid, preview_diffusion
 from .validation import HeldOutImages, Validation
 
 S = TypeVar("S", bound=Training)
-Hooks = list[tuple[int, Any]]  # (interval in steps, hook)
+Hooks = list[tuple[int, Hook]]  # (interval in steps, hook)
 
 
 class Task(Generic[S]):
@@ -88,7 +89,8 @@ class ImageTask(Task[ImageTraining]):
         return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
-        model, found = self.settings.model, []
+        model = self.settings.model
+        found: Hooks = []
         if self.settings.watch.sample_interval:
             labels = {"y": th.arange(PREVIEWS) % model.num_classes} if model.class_cond else {}
             found = self._previews(objective, PREVIEWS, labels)
@@ -109,7 +111,8 @@ class SuperResTask(Task[SuperResTraining]):
         return WithLowRes(data, self.settings.model.small_size)
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
-        small, found = self.settings.model.small_size, []
+        small = self.settings.model.small_size
+        found: Hooks = []
         if self.settings.watch.sample_interval:
             usable = data.stream.usable
             chosen = usable[selection(len(usable), PREVIEWS)]

@@ -147,7 +147,7 @@ def test_damaged_pngs_are_made_again(tmp_path, damage, capsys):
     assert artist.drawn == [1, 4]
     check(tmp_path, 6, LABELS)
     said = capsys.readouterr().out
-    assert f"samples that are damaged are made again: 2, {pngs[1]} for one" in said
+    assert f"2 damaged samples again, such as {pngs[1]}" in said
     assert "4 of 6 samples are in" in said
 
 
