@@ -256,7 +256,7 @@ class Model:
         :param frames: how many images, at least 2.
         """
         asked = {"frames": frames, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
-        if isinstance(first, int) and isinstance(last, int):
+        if isinstance(first, (int, np.integer)) and isinstance(last, (int, np.integer)):
             prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": f"{first},{last}", **asked}))
             return self._draw(Interpolate(prepared), batch_size, progress)
         prepared = Interpolate.prepare(self._with(Interpolation, asked))

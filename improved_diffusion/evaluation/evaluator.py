@@ -297,7 +297,7 @@ def prepare_like_training(settings: Scoring, model_path: str, num_samples: int) 
     """
     features, model = settings.features, settings.model
     if settings.sampler.print_steps:
-        raise UserError("--print_steps draws no samples to evaluate: give it to image_sample.py")
+        raise UserError("--print_steps draws no samples to evaluate: give it to the sample command")
     if model.channels == 4:
         raise UserError(
             f"{model_path} draws an alpha channel (--channels 4), which feature networks do not take: it cannot be "

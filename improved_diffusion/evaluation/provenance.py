@@ -48,7 +48,7 @@ def implied_by(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def samples_dir(path: str) -> str:
-    """The folder of images in a folder that image_sample.py wrote; any other path as it is."""
+    """The folder of images in a folder of samples; any other path as it is."""
     is_run = files.is_dir(path) and files.exists(files.join(path, REQUEST_FILE))
     return files.join(path, PNG_DIR) if is_run else path  # beside which there are other pictures
 

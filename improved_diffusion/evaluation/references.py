@@ -94,7 +94,9 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
         if not isinstance(about.get("count", 0), int) or not isinstance(about.get("features_sha256", ""), str):
             raise ValueError
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{what} has a damaged description: write it again with evaluate.py reference") from None
+        raise UserError(
+            f"{what} has a damaged description: write it again with the command evaluate reference"
+        ) from None
     about["file_sha256"] = distributed.from_rank0(files.sha256, path)
     features: list[np.ndarray] = []  # they may be large and stay on rank 0, which does the comparison
     if "features" in members:
@@ -126,7 +128,9 @@ def _read_features(path: str, of_all: Moments, what: str) -> np.ndarray:
     # Of a selection of the images, the mean is off by a few standard errors.
     deviation = np.sqrt(np.diag(of_all.sigma).clip(min=0)) * 10 / np.sqrt(len(features))
     if (np.abs(features.mean(axis=0, dtype=np.float64) - of_all.mu) > deviation + ROUNDING * np.abs(of_all.mu)).any():
-        raise UserError(f"{what} has features that are not those of its mu: write it again with evaluate.py reference")
+        raise UserError(
+            f"{what} has features that are not those of its mu: write it again with the command evaluate reference"
+        )
     return features
 
 
@@ -169,7 +173,7 @@ def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, An
         ),
     ):
         if key in their and about[key] != their[key]:
-            remedy += ", and write the reference again with evaluate.py reference" if written else ""
+            remedy += ", and write the reference again with the command evaluate reference" if written else ""
             raise UserError(f"{name} has {has}, {other} {their[key]}: {remedy}")
 
 

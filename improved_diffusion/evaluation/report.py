@@ -274,13 +274,13 @@ class Report:
         path = files.join(path, JSON_FILE) if files.is_dir(path) else path
         if not files.exists(path):
             raise UserError(
-                f"{path} does not exist: name a folder in which evaluate.py has written a report, or its report.json"
+                f"{path} does not exist: name a folder with a report of the evaluate command, or its report.json"
             )
         try:
             report = cls.from_dict(json.loads(files.read_bytes(path)))
             report.markdown()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path} is not a report of evaluate.py, or damaged: write it again") from None
+            raise UserError(f"{path} is not a report of the evaluate command, or is damaged: write it again") from None
         return report
 
 

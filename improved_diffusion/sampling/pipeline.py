@@ -110,7 +110,7 @@ class SuperResPipeline(SamplingPipeline):
             "--base_samples", path, "--small_size", settings.model.small_size, settings.model.channels, names,
             exact_npz=True,
         )  # fmt: skip
-        source = f"--base_samples {path}"
+        source = f"--base_samples {path}" if path else "the base images"
         return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, source)
 
     @property
