@@ -184,7 +184,7 @@ def test_images_of_another_form_than_the_reference(place, evaluate):
             "convert one of them, or give --colour True to treat grey images as RGB",
         )
     result = evaluate(*place.given, "--reference", place.large_reference)
-    refused(result, "images of 8x8", "12x12", "and write the reference again with evaluate.py reference")
+    refused(result, "images of 8x8", "12x12", "and write the reference again with the command evaluate reference")
 
 
 def test_a_corrupt_image_is_named(place, tmp_path):
@@ -326,7 +326,7 @@ def test_a_model_of_another_kind(place, evaluate, tmp_path):
 
 def test_printing_the_steps_draws_no_samples_to_evaluate(place, evaluate):
     result = evaluate(*place.drawing, "--print_steps")
-    refused(result, "--print_steps draws no samples to evaluate: give it to image_sample.py")
+    refused(result, "--print_steps draws no samples to evaluate: give it to the sample command")
 
 
 # Sweeps
@@ -381,7 +381,7 @@ def test_reports_that_are_missing_or_damaged(place, evaluate, tmp_path):
     for wrong in ("{", "[]", json.dumps({"metrics": {}}), json.dumps({**report, "metrics": {"fid": 3}}), "\udcff"):
         (tmp_path / "b/report.json").write_bytes(wrong.encode(errors="surrogateescape"))
         result = evaluate("compare", "a", "b", "--out_dir", "c")
-        refused(result, "b/report.json is not a report of evaluate.py, or damaged: write it again")
+        refused(result, "b/report.json is not a report of the evaluate command, or is damaged")
     (tmp_path / "b/report.json").write_text(json.dumps(report))
     cut(tmp_path / "b/report_samples.png")
     result = evaluate("compare", "a", "b", "--out_dir", "c")

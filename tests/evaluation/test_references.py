@@ -130,7 +130,7 @@ def test_images_are_no_statistics(tmp_path):
     (published(features=numbers(6)), "has features of (6,) beside mu of 6"),
     (published(features=np.full((3, 6), np.nan)), "has features of (3, 6) beside mu of 6, or not finite: write it"),
     (published(features=np.array([["a"] * 6] * 3)), "has features of (3, 6) beside mu of 6, or not finite"),
-    (published(about=np.array("{")), "has a damaged description: write it again with evaluate.py reference"),
+    (published(about=np.array("{")), "has a damaged description: write it again with the command evaluate reference"),
     (published(about=np.array("[1]")), "has a damaged description"),
     (published(about=np.array('"text"')), "has a damaged description"),
     (published(about=np.zeros(3)), "has a damaged description"),
@@ -172,7 +172,7 @@ def test_images_of_another_form_cannot_be_compared(changed, message, written):
     with pytest.raises(UserError) as caught:
         check_form(("ours", IMAGES), ("theirs", {**IMAGES, **changed}), written)
     assert str(caught.value).startswith(message)
-    assert ("write the reference again with evaluate.py reference" in str(caught.value)) == written
+    assert ("write the reference again with the command evaluate reference" in str(caught.value)) == written
 
 
 def test_images_of_one_form_can_be_compared_and_what_is_unknown_is_not():

@@ -200,7 +200,7 @@ def test_reading_takes_the_file_or_its_folder(tmp_path):
 )  # fmt: skip
 def test_what_is_no_report_is_named(wrong, tmp_path):
     (tmp_path / "report.json").write_bytes(wrong)
-    with pytest.raises(UserError, match=r"report\.json is not a report of evaluate.py, or damaged: write it again"):
+    with pytest.raises(UserError, match=r"report\.json is not a report of the evaluate command, or is damaged"):
         Report.read(str(tmp_path))
 
 
