@@ -69,6 +69,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
         loop, description = build_loop(task, data, stream)
         if settings.train.dry_run:
             dry_run(loop)
+            distributed.barrier()  # before the folder goes, every rank has looked at its disk
             stopped = False
         else:
             stopped = run_loop(loop, settings, description)

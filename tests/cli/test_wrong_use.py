@@ -546,8 +546,9 @@ def test_disk_full_before_the_run_starts(place, tmp_path):
     args = [*place.training, "--max_steps", 1, "--out_dir", "run"]
     result = python("image_train", *args, cwd=tmp_path, prefix=limited(150))
     assert result.code == 1 and "Traceback" not in result.err
-    warning, error = result.err.splitlines()
+    warning, lost, error = result.err.splitlines()
     assert warning.startswith(f"warning: cannot write {tmp_path / 'run/log.txt'}") and "free some space" in warning
+    assert "entries of" in lost and "run/log.txt" in lost  # the log ends with the run, and says what it lacks
     assert error.startswith(f"error: cannot write {tmp_path / 'run/config.json'}") and "free some space" in error
 
 

@@ -32,7 +32,13 @@ def agrees(check, published, ours):
         return not set(ours) - set(published) - INCIDENTAL
     if " reaches " in check and published is False:
         return ours in (True, False)  # a method that is replaced is used at least as often as there
+    if check == "an own run_loop logs":  # which quartiles are there is up to the timesteps drawn
+        return _without_quartiles(ours) == _without_quartiles(published)
     return ours == published
+
+
+def _without_quartiles(keys):
+    return [key for key in keys if "_q" not in key]
 
 
 def test_the_checks_are_the_published_ones(ours):
