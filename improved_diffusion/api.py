@@ -66,6 +66,8 @@ from .sampling.writer import last_images
 from .training import run
 from .utils import files
 
+_OF_COMMANDS = {"model_path", "out_dir", "save_steps", "print_steps"}
+
 
 class Model:
     """A trained model: `load` and `train` give one.
@@ -166,6 +168,8 @@ class Model:
     ) -> SamplingPipeline:
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: use upscale(images)")
+        if "num_samples" in options:
+            raise UserError("num_samples: sample takes the number of images as n")
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         return SamplingPipeline(self._with(ImageSampling, asked))
 
@@ -173,6 +177,8 @@ class Model:
         """The model with the settings of a command, by name."""
         for name in options.keys() & fixed_names():
             raise UserError(f"{name}: training decided it, {self.path} has {self.settings.values()[name]}")
+        for name in options.keys() & _OF_COMMANDS:
+            raise UserError(f"{name} is for the command only: in Python, the result is returned")
         settings: Any = kind.of({**self.settings.values(), **options})
         return replace(
             self._loaded,
@@ -347,6 +353,7 @@ class Model:
         """
         config = {**self.settings.values(), **self._loaded.metadata.get("config", {})}
         metadata = {**self._loaded.metadata, "config": config}
+        files.make_dirs(files.folder_of(os.fspath(path)))
         checkpoint.save_state_dict(self.network.state_dict(), os.fspath(path), metadata)
 
 

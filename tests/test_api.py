@@ -90,8 +90,8 @@ def test_a_file_without_a_description_takes_options(model, tmp_path):
 
 
 def test_a_saved_model_loads_again_with_its_classes(model, tmp_path):
-    model.save(tmp_path / "mine.pt")
-    again = idf.load(tmp_path / "mine.pt")
+    model.save(tmp_path / "new/mine.pt")
+    again = idf.load(tmp_path / "new/mine.pt")
     assert again.class_names == model.class_names and again.step == 3
     assert np.array_equal(again.sample(2, progress=False).array, model.sample(2, progress=False).array)
 
@@ -150,6 +150,8 @@ def test_another_precision_leaves_the_model_as_it_is(model):
         ({"classes": ["unicorn"]}, "unicorn"),
         ({"num_channels": 64}, "num_channels"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"model_path": "other.pt"}, "model_path"),
+        ({"num_samples": 4}, "num_samples"),
     ],
 )
 def test_a_mistake_is_an_exception_that_names_it(options, culprit, model):
