@@ -375,7 +375,7 @@ def test_reports_that_are_missing_or_damaged(place, evaluate, tmp_path):
         path.unlink()
     refused(evaluate("compare"), "name two reports or more")
     refused(evaluate("compare", "a"), "name two reports or more")
-    refused(evaluate("compare", "a", "nowhere"), "nowhere does not exist: name a folder in which evaluate.py")
+    refused(evaluate("compare", "a", "nowhere"), "nowhere does not exist: name a folder with a report")
     refused(evaluate("compare", "a", place.samples), f"{place.samples}/report.json does not exist")
     report = json.loads((tmp_path / "b/report.json").read_text())
     for wrong in ("{", "[]", json.dumps({"metrics": {}}), json.dumps({**report, "metrics": {"fid": 3}}), "\udcff"):

@@ -227,6 +227,12 @@ def write_bytes(path, data, durable=True):
     original(path, data, durable)
 
 
+def say(text):
+    # A line at once: what two ranks print in parts comes out mixed.
+    sys.stdout.flush()
+    os.write(1, f"{text}\\n".encode())
+
+
 def main():
     if task == "elsewhere" and rank == 1:
         folder.append("other")
@@ -240,8 +246,8 @@ original, files.write_bytes, written = files.write_bytes, write_bytes, []
 try:
     main()
 except UserError as error:
-    print(f"rank {rank}: {error}")
-print(f"rank {rank} wrote {len(written)}")
+    say(f"rank {rank}: {error}")
+say(f"rank {rank} wrote {len(written)}")
 distributed.barrier()
 """
 
