@@ -11,6 +11,7 @@ import numpy as np
 import torch as th
 from PIL import Image
 
+from ..config import UserError
 from ..utils import files, images
 from .writer import PNG_DIR, SHOWN
 
@@ -49,14 +50,19 @@ class Images:
         return [images.to_image(array) for array in self.array]
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """All images in one PIL.Image, as near to a square as can be unless `columns` are given."""
+        """All images in one PIL.Image, as near to a square as can be unless `columns` are given.
+
+        Raises UserError where there are no images.
+        """
+        self._require_images()
         return images.to_image(images.grid(self.array, columns, min_side=images.SHOWN_SIDE))
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write PNGs, a grid and an npz of all (arr_0, and the labels as arr_1), as the command does.
 
-        Returns the npz's path. Raises UserError where the folder cannot be written.
+        Returns the npz's path. Raises UserError where the folder cannot be written, and where there are no images.
         """
+        self._require_images()
         folder = os.fspath(folder)
         png_dir = files.join(folder, PNG_DIR)
         files.make_dirs(png_dir)
@@ -68,6 +74,10 @@ class Images:
         images.save_npz(path, self.array, *([] if self.labels is None else [self.labels]))
         images.save_grid(files.join(folder, "samples.png"), self.array[:SHOWN], 10 if len(self) >= SHOWN // 2 else None)
         return path
+
+    def _require_images(self) -> None:
+        if not len(self):
+            raise UserError("there are no images to show or save: the batch is empty")
 
     def _class_name(self, index: int) -> str | None:
         if self.labels is None:

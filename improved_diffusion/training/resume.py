@@ -66,6 +66,12 @@ def _find_published(wanted: str) -> str:
         raise UserError(
             f"--resume_checkpoint {wanted}: {problem}; --resume {folder} takes the newest complete checkpoint"
         )
+    if step is not None and not files.same(wanted, model := files.join(folder, checkpoint.model_name(step))):
+        # The published code tells steps by model files' names alone: another file would start at step 0 unnoticed.
+        raise UserError(
+            f"--resume_checkpoint {wanted} is not a model's file: give {model} to continue, or use "
+            "--init_checkpoint to start at step 0 from these weights"
+        )
     return wanted
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from improved_diffusion import Images
+from improved_diffusion.config import UserError
 
 THREE = Images(np.arange(3, dtype=np.uint8).repeat(12).reshape(3, 2, 2, 3), np.array([5, 6, 7]), None, [10, 11, 12])
 
@@ -27,3 +28,11 @@ def test_an_index_beyond_the_last_is_an_error(index):
 
 def test_a_loop_over_images_ends():
     assert [image.numbers for image in THREE] == [[10], [11], [12]]
+
+
+def test_no_images_are_neither_shown_nor_saved(tmp_path):
+    with pytest.raises(UserError, match="empty"):
+        THREE[3:].grid()
+    with pytest.raises(UserError, match="empty"):
+        THREE[3:].save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -68,3 +68,10 @@ def test_a_running_run_holds_its_folder(photos, tmp_path, monkeypatch):
 def test_a_warning_to_an_earlier_run_does_not_stop_the_next(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "_early", signals.SIGNALS[-1])
     assert idf.train(photos, out_dir=str(tmp_path / "run"), **{**TINY, "max_steps": 3}).step == 3
+
+
+def test_a_moving_average_is_not_taken_for_a_model_that_starts_at_step_0(photos, tmp_path):
+    idf.train(photos, out_dir=str(tmp_path / "run"), **TINY)
+    average = str(tmp_path / "run/ema_0.9999_000000.pt")
+    with pytest.raises(UserError, match=r"ema_0\.9999_000000\.pt .*model000000\.pt"):
+        idf.train(photos, out_dir=str(tmp_path / "new"), resume_checkpoint=average, **{**TINY, "max_steps": 2})
