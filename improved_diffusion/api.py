@@ -425,7 +425,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     With large_size and small_size it is a super-resolution model. Ctrl-C saves a checkpoint, ends the training and
     returns the model as it is; resume="auto" continues from there.
     :param preset: a published recipe, whose options apply where none are given.
-    Raises UserError for what cannot work, before anything is written. Collective where there are several ranks.
+    Raises UserError for what cannot work, before training starts. Collective where there are several ranks.
     """
     superres = bool({"large_size", "small_size"} & options.keys())
     kind: type[Settings] = SuperResTraining if superres else ImageTraining

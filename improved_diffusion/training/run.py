@@ -52,7 +52,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
 
     :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
     :param default_name: of the folder below ./runs, where --out_dir does not say.
-    Raises UserError for what cannot work, before anything is written. However it ends, the log is then closed and the
+    Raises UserError for what cannot work, before training starts. However it ends, the log is then closed and the
     folder free for another run.
     """
     catch_early_warning()
