@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from ..config import UserError
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
+MAX_TEXT_BYTES = 2**26  # of a JSON, YAML or CSV file that is read whole
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
 
@@ -93,15 +97,51 @@ def make_dirs(path: str | os.PathLike) -> None:
 
 
 def open_read(path: str | os.PathLike) -> IO[bytes]:
-    """Open a file for reading bytes. Raises UserError if it does not exist."""
+    """Open a plain file for reading bytes. Raises UserError if it does not exist, or is a folder, a pipe or a device,
+    which may have no end."""
     with _storage("read", path):
-        return _blobfile().BlobFile(str(path), "rb", streaming=False) if is_url(path) else open(path, "rb")
+        if is_url(path):
+            return _blobfile().BlobFile(str(path), "rb", streaming=False)
+        kind = os.stat(path).st_mode
+        if not stat.S_ISREG(kind):
+            raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}, not a file")
+        return open(path, "rb")
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """The contents of a file. Raises UserError if it cannot be read."""
+def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
+    """The contents of a file. Raises UserError if it cannot be read, or has more than `limit` bytes."""
     with _storage("read", path), open_read(path) as f:
-        return f.read()
+        data = f.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(data) > limit:
+        raise UserError(f"{path} has more than {limit:,} bytes: it is not the file that is expected here")
+    return data
+
+
+def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> Any:
+    """The value in a JSON file. Raises UserError as `read_bytes` and `parse_json` do."""
+    return parse_json(read_bytes(path, limit), str(path))
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """The value of a JSON text of `name`. Raises UserError for text that is not JSON, for numbers that are not finite,
+    and for strings that are not Unicode, which could not be written again."""
+    try:
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+    except RecursionError:
+        raise UserError(f"{name} is not readable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{name} is not readable JSON: {error}") from None
+    return value
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _not_finite(digits)
+
+
+def _not_finite(number: str) -> NoReturn:
+    raise ValueError(f"{number} is not a finite number")
 
 
 def sha256(path: str | os.PathLike) -> str:

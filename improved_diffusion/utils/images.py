@@ -7,6 +7,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,6 +18,11 @@ from PIL import Image
 from ..config import UserError
 from . import files
 
+# What Pillow decodes by itself, recognised by content. PostScript and WMF, which start other programs, are not here.
+FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 SHOWN_SIDE = 48  # small images are enlarged to this side for viewing
@@ -233,6 +239,13 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
             f"{path} has arr_1 of {labels.dtype} {labels.shape}: expected an integer for each of {len(images)} images"
         )
     return arrays
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that the installed Pillow decodes: the `formats` of every Image.open."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def is_image_name(name: str) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -64,7 +65,7 @@ class StubBlobfile:
             def write(self, data):
                 stub.blobs[path] = data
 
-            def read(self):
+            def read(self, size=-1):
                 return stub.blobs[path]
 
         if mode == "rb" and path not in self.blobs:
@@ -214,3 +215,25 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/"):
         files.lock(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "NaN", "[1e999]", "-Infinity", '"\\ud800"', "{", "", b"\xff\xfe", "9" * 5000]
+)
+def test_text_that_is_not_json_is_a_users_error(text):
+    with pytest.raises(UserError, match=r"a\.json"):
+        files.parse_json(text, "a.json")
+
+
+def test_a_pipe_or_a_folder_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(UserError, match=str(path)):
+            files.read_bytes(path)
+
+
+def test_a_file_is_read_up_to_a_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert files.read_bytes(tmp_path / "a", limit=5) == b"12345"
+    with pytest.raises(UserError, match="4 bytes"):
+        files.read_bytes(tmp_path / "a", limit=4)
