@@ -13,6 +13,7 @@ from ..config import (
     ClassifierConfig,
     DiffusionConfig,
     ModelConfig,
+    ReadingConfig,
     SuperResModelConfig,
     UserError,
     fixed_names,
@@ -33,6 +34,7 @@ S = TypeVar("S", bound=Settings)
 _MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
 ]
+_READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
     if not path:
         raise UserError("--model_path is missing: name a checkpoint, such as runs/NAME/ema_0.9999_010000.pt")
     state_dict, metadata = checkpoint.load(path)
-    settings = take_options(settings, given, path, state_dict, metadata)
+    settings = take_options(settings, given, path, state_dict, metadata, [*_MODEL_OPTIONS, *_READING_OPTIONS])
     model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
