@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..config import NUM_CLASSES, UserError, height_width
+from ..config import UserError, height_width
 from ..logs import logger
 from ..utils.images import convert, resize_crop, to_image
 from .dataset import ImageDataset
-from .sources import ArrayImages, open_pictures, read_classes, stem
+from .sources import ArrayImages, open_pictures, stem
 
 
 class GivenImages(NamedTuple):
     """Images to start from."""
 
     arrays: np.ndarray  # uint8 [N, H, W, C]
-    labels: list[int] | None  # their classes, where the images tell
+    labels: Any  # their classes, an integer for each, where the images tell; of an npz, not yet checked
     names: list[str]  # of the files, without what stands after the dot
 
 
@@ -55,9 +55,9 @@ def read_images(
             )
         logger.log(f"{flag}: images of {other} are resized and centre-cropped to {size_flag} {wanted}")
     array = np.stack([_uint8(dataset[i][0]) for i in range(len(dataset))])
-    labels = None
+    labels: Any = None
     if isinstance(source, ArrayImages):
-        labels = None if source.labels is None else [int(y) for y in source.labels]
+        labels = source.labels
     elif class_names:
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
         if set(prefixes) <= set(class_names):
@@ -67,27 +67,6 @@ def read_images(
 
 def _uint8(image: Any) -> Any:
     return np.rint((image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0)  # exact: the way back from x / 127.5 - 1
-
-
-def class_indices(
-    source: Any, labels: str, data_dir: str, class_names: Sequence[str] | None, num_classes: int, model_path: str
-) -> list[int]:
-    """Each image's class in a checkpoint's numbering.
-
-    :param labels: where the classes come from, see `read_classes`.
-    :param class_names: the checkpoint's; None where it has none.
-    :param num_classes: the checkpoint's; 0: NUM_CLASSES.
-    Raises UserError for a class that the checkpoint does not have.
-    """
-    found, names = read_classes(source, labels, data_dir)
-    trained = list(class_names or names)
-    unknown = sorted({names[i] for i in found} - set(trained))
-    if unknown:
-        raise UserError(f"{data_dir} has the class {unknown[0]}, which {model_path} was not trained on")
-    indices = [trained.index(names[i]) for i in found]
-    if max(indices) >= (num_classes or NUM_CLASSES):
-        raise UserError(f"{data_dir} has class {max(indices)}; {model_path} has {num_classes} classes")
-    return indices
 
 
 def as_pixels(
