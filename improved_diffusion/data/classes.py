@@ -97,6 +97,11 @@ def _by_number(found: Sequence[Any], where: str, num_classes: int) -> list[str]:
         missing = num_classes - len(numbers)
         logger.warn(f"{where} has no images of {missing:,} of the {num_classes:,} classes: they will not be learned")
         return [str(i) for i in range(numbers[-1] + 1)]
+    if num_classes > len(numbers):
+        raise UserError(
+            f"the labels in {where} go up to {numbers[-1]}, but --num_classes {num_classes} was given: leave it out, "
+            "and the classes that have images are numbered"
+        )
     logger.warn(
         f"the labels in {where} are {_shown(numbers)}, not 0 to {len(numbers) - 1}: the model gets these "
         f"{len(numbers):,} classes, which keep their numbers as names"

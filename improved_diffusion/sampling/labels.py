@@ -24,7 +24,8 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
         elif word.isdecimal() and not numbered and int(word) < num_classes:
             indices.append(int(word))
         else:
-            raise UserError(f"--classes {word}: the model has {num_classes} classes{_listed(class_names)}")
+            known = f"{_listed(class_names)[2:]}" if numbered else f"0..{num_classes - 1}{_listed(class_names)}"
+            raise UserError(f"--classes {word}: the model has the classes {known}")
     return indices
 
 

@@ -182,7 +182,8 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     before = metadata.get("num_images", data.num_images)
     if settings.train.resume_checkpoint and before != data.num_images:
         logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
-    _log_epochs(settings, data.num_images, names)
+    seen = [names[i] for i in data.seen_classes] if names is not None else None
+    _log_epochs(settings, data.num_images, seen)
     return data, settings
 
 
