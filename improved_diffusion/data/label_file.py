@@ -32,7 +32,7 @@ class LabelFile:
         self.path = path
         _check_label_file(path)
         suffix = os.path.splitext(path)[1].lower()
-        pairs = _table(path, "," if suffix == ".csv" else "\t") if suffix in (".csv", ".tsv") else _json_pairs(path)
+        pairs = _table(path) if suffix in (".csv", ".tsv") else _json_pairs(path)
         self.labels: dict[str, Label] = {_plain(name): self._checked(name, label) for name, label in pairs}
 
     def _checked(self, name: str, label: Any) -> Label:
@@ -97,14 +97,8 @@ def _is_pair(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
 
 
-def _table(path: str, delimiter: str) -> Iterable[tuple[str, Any]]:
-    text = files.read_bytes(path, files.MAX_TEXT_BYTES)
-    try:
-        rows = [
-            row for row in csv.reader(io.StringIO(text.decode("utf-8-sig"), newline=""), delimiter=delimiter) if row
-        ]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"--labels {path} is not a readable table: {error}") from None
+def _table(path: str) -> list[tuple[str, Any]]:
+    rows = _rows(path)
     heading = [cell.strip().lower() for cell in rows[0]] if rows else []
     file, label = (next((i for i, cell in enumerate(heading) if cell in names), -1) for names in _COLUMNS)
     if min(file, label) >= 0:
@@ -120,3 +114,15 @@ def _table(path: str, delimiter: str) -> Iterable[tuple[str, Any]]:
     found = [(row[file].strip(), row[label].strip()) for row in rows]
     whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", label) for _, label in found)
     return [(name, int(label)) for name, label in found] if whole else found
+
+
+def _rows(path: str) -> list[list[str]]:
+    """The rows of a table that are not empty. Its first line shows what separates the cells."""
+    data = files.read_bytes(path, files.MAX_TEXT_BYTES)
+    try:
+        text = data.decode("utf-8-sig")
+        heading = text.partition("\n")[0]
+        delimiter = next((mark for mark in "\t,;" if mark in heading), ",")
+        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"--labels {path} is not a readable table: {error}") from None

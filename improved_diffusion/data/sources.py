@@ -86,15 +86,15 @@ class ZipImages:
         return image
 
     def _bytes(self, i: int) -> bytes:
-        """The member's content. Raises OSError where it is damaged or too long, whatever its header says."""
+        """The member's content. Raises OSError where it is damaged or too long."""
+        archive = self._archive()
+        # No member is read beyond the size that it states.
+        if archive.getinfo(self.members[i]).file_size > MAX_MEMBER_BYTES:
+            raise OSError(f"it unpacks to more than {MAX_MEMBER_BYTES / 2**30:g} GiB")
         try:
-            with self._archive().open(self.members[i]) as f:
-                data = f.read(MAX_MEMBER_BYTES + 1)
+            return archive.read(self.members[i])
         except Exception as error:  # zipfile and its decoders raise many kinds for damaged members
             raise OSError(error or type(error).__name__) from None
-        if len(data) > MAX_MEMBER_BYTES:
-            raise OSError(f"it unpacks to more than {MAX_MEMBER_BYTES / 2**30:g} GiB")
-        return data
 
 
 def _version(path: str) -> tuple[int, ...]:

@@ -188,6 +188,7 @@ def test_entries_are_found_by_path_with_or_without_suffix(here):
         ("l.csv", "\ufeffLabel,x,Filename\r\ncat,0,1.png\r\ndog,0,2.png\r\n", ["cat", "dog"]),
         ("l.csv", '1.png,"cat, black"\n2.png,dog\n', ["cat, black", "dog"]),
         ("l.tsv", "image_id\tclass\n1\t10\n2\t9\n", [10, 9]),
+        ("l.csv", "file;label\n1.png;a,b\n2.png;c\n", ["a,b", "c"]),
         ("l.CSV", "1.png, 3\n\n2.png, x\n", ["3", "x"]),
         ("l.csv", "1.png,01\n2.png,1\n", ["01", "1"]),
         ("l.json", '{"1.png": 3.0, "2.png": 4}', [3, 4]),
