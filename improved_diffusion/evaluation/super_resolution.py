@@ -66,7 +66,7 @@ def write_comparison(reference: str, out_dir: str, samples: str, base: np.ndarra
 
     :param reference: the path of the true images.
     """
-    result = compare(images.load_npz(samples)["arr_0"], base, truth)
+    result = compare(images.load_npz(samples), base, truth)
     for line in describe(result):
         logger.log(line)
     path = files.join(out_dir, RESULT_FILE)

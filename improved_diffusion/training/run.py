@@ -18,8 +18,9 @@ from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list
 from ..config.settings import ClassifierTraining, Training
+from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
-from ..data.sources import open_images, read_classes
+from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
@@ -168,7 +169,9 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
     source = open_images(data_options.data_dir)
-    classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
+    classes, names = None, None
+    if needs_classes:
+        classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
     data = BatchStream(
         ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
@@ -188,7 +191,8 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     before = metadata.get("num_images", data.num_images)
     if settings.train.resume_checkpoint and before != data.num_images:
         logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
-    _log_epochs(settings, data.num_images, names)
+    seen = [names[i] for i in data.seen_classes] if names is not None else None
+    _log_epochs(settings, data.num_images, seen)
     return data, settings
 
 
@@ -238,6 +242,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
+        "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(

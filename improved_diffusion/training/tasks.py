@@ -12,9 +12,10 @@ from .. import distributed
 from ..checkpoints.loading import kind_of, read, refuse_contradictions
 from ..config import KINDS, ProcessConfig, UserError, height_width
 from ..config.settings import ClassifierTraining, ImageTraining, SuperResTraining, Training
+from ..data.classes import classes_not_in, read_labels
 from ..data.dataset import ImageDataset, selection
 from ..data.low_res import WithLowRes, downsample
-from ..data.sources import open_images, read_classes
+from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
@@ -93,7 +94,8 @@ class ImageTask(Task[ImageTraining]):
         model = self.settings.model
         found: Hooks = []
         if self.settings.watch.sample_interval:
-            labels = {"y": th.arange(PREVIEWS) % model.num_classes} if model.class_cond else {}
+            seen = th.tensor(data.seen_classes)
+            labels = {"y": seen[th.arange(PREVIEWS) % len(seen)]} if model.class_cond else {}
             found = self._previews(objective, PREVIEWS, labels)
         return found + self._validation(Validation, objective, data)
 
@@ -148,15 +150,15 @@ def task_of(settings: Training) -> Task:
 def _validation_classes(settings: Any, source: Any, trained: Sequence[str]) -> list[int]:
     """The class of each image of --val_dir, in the numbering of the training images."""
     val_dir, data = settings.watch.val_dir, settings.data
-    found, names = read_classes(source, data.labels, val_dir, few=True)
-    unknown = sorted({names[i] for i in found} - set(trained))
+    found = read_labels(source, data.labels, val_dir, few=True)
+    unknown = classes_not_in(found, trained)
     if unknown:
         raise UserError(
             f"--val_dir {val_dir} has the class {unknown[0]}, which {data.data_dir} does not have (it has "
             f"{', '.join(trained[:10])}{', ...' if len(trained) > 10 else ''}): remove its images"
         )
     index = {name: i for i, name in enumerate(trained)}
-    return [index[names[i]] for i in found]
+    return [index[str(label)] for label in found]
 
 
 def take_guided_process(

@@ -332,7 +332,7 @@ def test_labels_out_of_range_in_json(place, tmp_path):
     refused(result, "labels.json", "must not be negative, found -1")
     (tmp_path / "labels.json").write_text(json.dumps({path.name: 7 for path in place.data.iterdir()}))
     args = [*place.training, "--labels", "labels.json", "--num_classes", 5]
-    refused(call("image_train", *args, cwd=tmp_path), "has 8 classes, more than --num_classes 5")
+    refused(call("image_train", *args, cwd=tmp_path), "go up to 7, but --num_classes 5 was given")
 
 
 def test_a_class_that_the_model_does_not_know(place, tmp_path):
@@ -630,10 +630,3 @@ def test_unknown_log_format(prepared, tmp_path):
     environment = {"OPENAI_LOG_FORMAT": "stdout,xml"}
     result = call("image_train", *prepared.training, "--out_dir", "run", cwd=tmp_path, env=environment)
     refused(result, "OPENAI_LOG_FORMAT", "'xml'", "csv")
-
-
-def test_integer_labels_out_of_all_proportion(prepared, tmp_path):
-    names = sorted(path.name for path in prepared.data.iterdir())
-    (tmp_path / "labels.json").write_text(json.dumps({name: 10**9 + i % 2 for i, name in enumerate(names)}))
-    result = call("image_train", *prepared.training, "--labels", "labels.json", cwd=tmp_path)
-    refused(result, "labels.json", "1000000001", "from 0")
