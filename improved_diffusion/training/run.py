@@ -59,6 +59,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
     with contextlib.ExitStack() as until_end:
         folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(_claim, until_end, folder, checkpoints)
