@@ -12,6 +12,7 @@ from PIL import Image
 from ..config import NUM_CLASSES, UserError, height_width
 from ..logs import logger
 from ..utils.images import convert, resize_crop, to_image
+from ..utils.text import class_index, one_line
 from .dataset import ImageDataset
 from .sources import ArrayImages, open_pictures, read_classes, stem
 
@@ -60,8 +61,9 @@ def read_images(
         labels = None if source.labels is None else [int(y) for y in source.labels]
     elif class_names:
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
-        if set(prefixes) <= set(class_names):
-            labels = [list(class_names).index(prefix) for prefix in prefixes]
+        index = class_index(class_names)
+        if set(prefixes) <= index.keys():
+            labels = [index[prefix] for prefix in prefixes]
     return GivenImages(array, labels, [stem(source.name(i)) for i in range(len(source))])
 
 
@@ -80,11 +82,11 @@ def class_indices(
     Raises UserError for a class that the checkpoint does not have.
     """
     found, names = read_classes(source, labels, data_dir)
-    trained = list(class_names or names)
-    unknown = sorted({names[i] for i in found} - set(trained))
+    trained = class_index(class_names or names)
+    unknown = sorted({names[i] for i in found} - trained.keys())
     if unknown:
-        raise UserError(f"{data_dir} has the class {unknown[0]}, which {model_path} was not trained on")
-    indices = [trained.index(names[i]) for i in found]
+        raise UserError(f"{data_dir} has the class {one_line(unknown[0])}, which {model_path} was not trained on")
+    indices = [trained[names[i]] for i in found]
     if max(indices) >= (num_classes or NUM_CLASSES):
         raise UserError(f"{data_dir} has class {max(indices)}; {model_path} has {num_classes} classes")
     return indices

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..config import UserError
 from ..utils import files, images
+from ..utils.text import one_line
 
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would make an embedding of that many rows
 
@@ -35,7 +36,7 @@ class FolderImages:
 
     def describe(self, i: int) -> str:
         """The image's full name, for messages."""
-        return self.paths[i]
+        return one_line(self.paths[i])
 
     def read(self, i: int) -> Image.Image:
         """The decoded image."""
@@ -68,7 +69,7 @@ class ZipImages:
         return self.members[i]
 
     def describe(self, i: int) -> str:
-        return f"{self.path}:{self.members[i]}"
+        return f"{self.path}:{one_line(self.members[i])}"
 
     def read(self, i: int) -> Image.Image:
         image = Image.open(io.BytesIO(self._archive().read(self.members[i])))

@@ -29,7 +29,7 @@ from .watchdog import end_process, heartbeat, working
 
 __all__ = [
     "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "describe_error", "describe_ranks", "dev",
-    "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat", "is_out_of_memory", "join_ranks",
-    "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script", "setup_dist",
-    "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
+    "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat", "is_out_of_memory",
+    "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script",
+    "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "working",
 ]  # fmt: skip

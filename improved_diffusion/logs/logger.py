@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import distributed
 from ..utils import files
+from ..utils.text import as_one
 from .outputs import CSVOutputFormat, HumanOutputFormat, make_output_format
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
@@ -274,12 +275,16 @@ def info(*args: Any) -> None:
 
 def warn(*args: Any) -> None:
     """A message of level WARN."""
-    log("warning:", *args, level=WARN)
+    log("warning:", *_as_one(args), level=WARN)
 
 
 def error(*args: Any) -> None:
     """A message of level ERROR."""
-    log("error:", *args, level=ERROR)
+    log("error:", *_as_one(args), level=ERROR)
+
+
+def _as_one(args: Iterable[Any]) -> list[str]:
+    return [as_one(str(arg)) for arg in args]
 
 
 def log_error(error: BaseException | None) -> None:

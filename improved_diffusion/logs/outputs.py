@@ -194,10 +194,11 @@ class HumanOutputFormat(KVWriter, SeqWriter):
             self.lines.close()
 
 
+_IN_LINE = {"loss": "loss {:.4g}", "lr": "lr {:.3g}", "images_per_second": "{:.4g} images/s"}
+
+
 class LineOutputFormat(HumanOutputFormat):
     """Messages, and a line for each row: the values that tell how training goes. For a terminal."""
-
-    SHOWN = {"loss": "loss {:.4g}", "lr": "lr {:.3g}", "images_per_second": "{:.4g} images/s"}
 
     def __init__(self, target: str | Any):
         super().__init__(target)
@@ -212,11 +213,13 @@ class LineOutputFormat(HumanOutputFormat):
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         values = {key: float(value) for key, value in kvs.items() if hasattr(value, "__float__")}
         step = values.pop("step", None)
-        keys = [key for key in self.SHOWN if key in values]
-        # Of a row of other values, all are shown.
-        keys += [key for key in sorted(values.keys() - self.SHOWN.keys()) if not keys or self._matters(key, values[key])]
+        usual = [key for key in _IN_LINE if key in values]
+        others = sorted(values.keys() - _IN_LINE.keys())
+        if usual:  # else it is a row of something else than training
+            others = [key for key in others if self._matters(key, values[key])]
         parts = [] if step is None else [f"step {int(step):,}"]
-        parts += [self.SHOWN[key].format(values[key]) if key in self.SHOWN else f"{key} {values[key]:.4g}" for key in keys]
+        parts += [_IN_LINE[key].format(values[key]) for key in usual]
+        parts += [f"{key} {values[key]:.4g}" for key in others]
         if self.total and step is not None:
             parts.append(self._time_left(int(step) + 1))
         if parts:
