@@ -13,6 +13,7 @@ from ..config import ReadingConfig, UserError, height_width
 from ..logs import logger
 from ..utils.images import as_shown, to_array, to_image, with_channels
 from ..utils.resizing import PREPARED, resize
+from ..utils.text import class_index
 from .dataset import ImageDataset
 from .sources import ArrayImages, open_pictures, stem
 
@@ -65,8 +66,9 @@ def read_images(
         labels = source.labels
     elif class_names:
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
-        if set(prefixes) <= set(class_names):
-            labels = [list(class_names).index(prefix) for prefix in prefixes]
+        index = class_index(class_names)
+        if set(prefixes) <= index.keys():
+            labels = [index[prefix] for prefix in prefixes]
     return GivenImages(array, labels, [stem(source.name(i)) for i in range(len(source))])
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from ..config import MAX_IMAGE_PIXELS, UserError
 from ..logs import logger
 from ..utils import files, images
+from ..utils.text import one_line
 from .listing import HEAD_BYTES, LeftOut, is_image_head, list_folder, list_zip, parts_of
 
 MAX_MEMBER_BYTES = 2**30  # of an image in a zip, which is unpacked in memory
@@ -40,7 +41,7 @@ class FolderImages:
 
     def describe(self, i: int) -> str:
         """The image's full name, for messages."""
-        return self.paths[i]
+        return one_line(self.paths[i])
 
     def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         """The decoded image, as it is stored."""
@@ -76,7 +77,7 @@ class ZipImages:
         return "/".join(parts_of(self.members[i]))
 
     def describe(self, i: int) -> str:
-        return f"{self.path}:{self.members[i]}"
+        return f"{self.path}:{one_line(self.members[i])}"
 
     def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         return images.load(io.BytesIO(self._bytes(i)), max_pixels)

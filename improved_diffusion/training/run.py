@@ -29,6 +29,7 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
+from ..utils.text import listed, one_line
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
@@ -62,6 +63,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
     with contextlib.ExitStack() as until_end:
         folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(_claim, until_end, folder, checkpoints)
@@ -131,7 +133,7 @@ def _continued(settings: Training, resumed: str) -> dict[str, Any]:
 def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
     now = settings.values()
     changes = [
-        f"--{name} {before[name]} -> {now[name]}"
+        f"--{name} {one_line(before[name])} -> {now[name]}"
         for name in sorted(before.keys() & given - _NOT_KEPT)
         if before[name] != now[name]
     ]
@@ -211,7 +213,7 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
     text = f"{settings.data.data_dir}: {num_images} images"
     if names is not None:
-        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        text += f" of {len(names)} classes ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images

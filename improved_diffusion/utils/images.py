@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from PIL import Image, ImageChops, ImageColor
 
 from ..config import MAX_IMAGE_PIXELS, ReadingConfig, UserError
 from . import files
+from .captions import captioned
 
 # What Pillow decodes by itself, recognised by content. PostScript and WMF, which start other programs, are not here.
 FORMATS = (
@@ -286,12 +286,21 @@ def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_side: int = 0) -> np.ndarray:
+def grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    border: int = 2,
+    min_side: int = 0,
+    captions: Sequence[str] | None = None,
+) -> np.ndarray:
     """uint8 [N, H, W, C] -> one image [H', W', C], row by row, as square as possible.
 
     :param min_side: enlarge small images until their shorter side is at least this.
+    :param captions: what to write below each image.
     """
     images = enlarge(images, min_side)
+    if captions:
+        images = captioned(images, captions)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -302,9 +311,9 @@ def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_si
     return canvas
 
 
-def save_grid(path: str, images: np.ndarray, columns: int | None = None) -> None:
+def save_grid(path: str, images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> None:
     """Write the `grid` of uint8 [N, H, W, C] as a PNG; small images are enlarged."""
-    files.write_bytes(path, encode_png(grid(images, columns, min_side=SHOWN_SIDE)))
+    files.write_bytes(path, encode_png(grid(images, columns, min_side=SHOWN_SIDE, captions=captions)))
 
 
 def save_strip(path: str, rows: np.ndarray) -> None:
@@ -321,13 +330,6 @@ def save_gif(path: str, frames: np.ndarray, milliseconds: int = 100) -> None:
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     files.write_bytes(path, buffer.getvalue())
-
-
-def sample_name(index: int, class_name: str | None) -> str:
-    """The file name of sample number `index`: the class comes first, as `--labels prefix` reads it."""
-    if class_name is None:
-        return f"{index:06d}.png"
-    return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', class_name)}_{index:06d}.png"
 
 
 class Rows(NamedTuple):

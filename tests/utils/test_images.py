@@ -189,13 +189,6 @@ def test_an_npz_without_images_and_damaged_ones_are_named(tmp_path):
             images.load_npz(str(path))
 
 
-def test_sample_names_hold_the_class_where_labels_are_read():
-    assert images.sample_name(7, None) == "000007.png"
-    assert images.sample_name(7, "cat") == "cat_000007.png"
-    assert images.sample_name(1234567, "tabby cat/old_one") == "tabby-cat-old-one_1234567.png"
-    assert images.sample_name(3, "big_cat").split("_")[0] == "big-cat"
-
-
 def test_image_names():
     for name in ("a.jpg", "A.JPEG", "x/y.png", "b.GIF"):
         assert images.is_image_name(name)
