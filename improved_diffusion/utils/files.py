@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from ..config import UserError
+from ..config import UserError, repeated, shown
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -123,16 +123,26 @@ def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text of `name`. Raises UserError for text that is not JSON, for numbers that are not finite,
-    and for strings that are not Unicode, which could not be written again."""
+    """The value of a JSON text of `name`.
+
+    Raises UserError for text that is not JSON, for numbers that are not finite, for a name that stands twice in an
+    object, and for strings that are not Unicode, which could not be written again.
+    """
     try:
-        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=_no_name_twice)
         json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except RecursionError:
         raise UserError(f"{name} is not readable JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{name} is not readable JSON: {error}") from None
     return value
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError(f"{shown(repeated(name for name, _ in pairs))} stands there twice")
+    return named
 
 
 def _finite(digits: str) -> float:
