@@ -33,19 +33,6 @@ def help_text(program: str) -> str:
     )
 
 
-def commands_with(option: str) -> list[str]:
-    """The commands that have an option of this name."""
-    from .command import CommandGroup
-
-    found = []
-    for name, (module, _) in COMMANDS.items():
-        command = import_module(f".{module}", __package__).COMMAND
-        parts = command.commands.values() if isinstance(command, CommandGroup) else [command]
-        if any(option in part.settings.options() for part in parts):
-            found.append(name)
-    return found
-
-
 def dispatch(argv: Sequence[str]) -> None:
     """Run the command that the first word names. Raises UserError where there is none of that name."""
     program = program_name()

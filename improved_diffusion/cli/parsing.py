@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from ..config import UserError, path_argument, repeated, shown, str2bool, unknown_name
 from ..config.presets import PRESETS, preset_options
-from ..config.settings import Settings, merge_options
+from ..config.settings import Settings, commands_with, merge_options
 from ..utils import files
 
 MAX_YAML_BYTES = 2**20  # of a --config; reading more takes long
@@ -183,8 +183,6 @@ def _unknown_option(what: str, word: str, name: str, known: Iterable[str]) -> Us
 
     :param what: it is, for the message, :param word: as the user wrote it, :param name: without dashes.
     """
-    from .main import commands_with  # which imports all commands
-
     if others := commands_with(name):
         return UserError(f"unknown {what} {word!r}: it is an option of {', '.join(others)}, not of this command")
     dashes = word[: len(word) - len(name)]

@@ -18,7 +18,7 @@ from PIL import Image
 from .. import distributed
 from ..config import FeaturesConfig, UserError
 from ..utils import files
-from .downloads import fetch
+from .downloads import ZIP_MAGIC, fetch
 from .trust import INCEPTION_SHA256, check_trusted
 
 # The Inception network of the published scores (Szegedy et al. 2015) with the TensorFlow weights of 2015-12-05, as
@@ -28,7 +28,6 @@ INCEPTION_SIDE = 299
 RESIZERS = 4  # threads
 LARGEST = 1e12  # the largest feature; float32 holds its square, and the inverse of that
 MAX_SPATIAL = 4096  # the time of the Frechet distance grows with the cube
-ZIP_MAGIC = b"PK"  # both kinds of program are zip archives
 OLDER_PROGRAM = "serialized_exported_program.json"  # the graph in exported programs of torch up to 2.7
 
 

@@ -19,6 +19,7 @@ from ..config import UserError, repeated, shown
 if TYPE_CHECKING:
     from filelock import FileLock
 
+URL_SCHEMES = ("gs", "az", "https")  # of blobfile: Google Cloud Storage, and two spellings of Azure's
 MAX_TEXT_BYTES = 2**26  # of a JSON, YAML or CSV file that is read whole
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
@@ -29,7 +30,14 @@ def is_url(path: str | os.PathLike) -> bool:
     return "://" in str(path)
 
 
-def _blobfile():
+def _blobfile(path: str | os.PathLike) -> Any:
+    """The package that reads and writes URLs. Raises UserError for a URL that it does not know."""
+    scheme = str(path).partition("://")[0]
+    if scheme not in URL_SCHEMES:
+        raise UserError(
+            f"{path} begins with {scheme}://, which is not known: give a local path, without any ://, or a URL of "
+            f"{'://, '.join(URL_SCHEMES)}://"
+        )
     try:
         import blobfile
     except ImportError:
@@ -62,12 +70,14 @@ def full_path(path: str | os.PathLike) -> str:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether the file or folder exists."""
-    return _blobfile().exists(str(path)) if is_url(path) else os.path.exists(path)
+    with _storage("read", path):
+        return _blobfile(path).exists(str(path)) if is_url(path) else os.path.exists(path)
 
 
 def is_dir(path: str | os.PathLike) -> bool:
     """Whether the path is an existing folder."""
-    return _blobfile().isdir(str(path)) if is_url(path) else os.path.isdir(path)
+    with _storage("read", path):
+        return _blobfile(path).isdir(str(path)) if is_url(path) else os.path.isdir(path)
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
     except OSError as error:
         raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
     except Exception as error:
-        if is_url(path) and isinstance(error, getattr(_blobfile(), "Error", ())):
+        if is_url(path) and isinstance(error, getattr(_blobfile(path), "Error", ())):
             raise UserError(f"cannot {what} {path}: {error}{advice}") from None
         raise
 
@@ -86,14 +96,14 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
 def list_dir(path: str | os.PathLike) -> list[str]:
     """The sorted names in a folder. Raises UserError if it cannot be read."""
     with _storage("read", path):
-        names = _blobfile().listdir(str(path)) if is_url(path) else os.listdir(path)
+        names = _blobfile(path).listdir(str(path)) if is_url(path) else os.listdir(path)
         return sorted(name.rstrip("/") for name in names)
 
 
 def make_dirs(path: str | os.PathLike) -> None:
     """Create a folder and its parents. Raises UserError if that fails."""
     with _storage("make the folder", path, ": choose another --out_dir"):
-        _blobfile().makedirs(str(path)) if is_url(path) else os.makedirs(path, exist_ok=True)
+        _blobfile(path).makedirs(str(path)) if is_url(path) else os.makedirs(path, exist_ok=True)
 
 
 def open_read(path: str | os.PathLike) -> IO[bytes]:
@@ -101,7 +111,7 @@ def open_read(path: str | os.PathLike) -> IO[bytes]:
     which may have no end."""
     with _storage("read", path):
         if is_url(path):
-            return _blobfile().BlobFile(str(path), "rb", streaming=False)
+            return _blobfile(path).BlobFile(str(path), "rb", streaming=False)
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind):
             raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}, not a file")
@@ -166,15 +176,15 @@ def sha256(path: str | os.PathLike) -> str:
 def remove(path: str | os.PathLike) -> None:
     """Remove a file if it exists. Raises UserError if that fails."""
     with _storage("remove", path), suppress(FileNotFoundError):
-        _blobfile().remove(str(path)) if is_url(path) else os.unlink(path)
+        _blobfile(path).remove(str(path)) if is_url(path) else os.unlink(path)
 
 
 def rename(path: str | os.PathLike, new_path: str | os.PathLike) -> None:
     """Rename a file within its folder. Raises UserError if that fails."""
     with _storage("rename", path):
         if is_url(path):
-            _blobfile().copy(str(path), str(new_path), overwrite=True)
-            _blobfile().remove(str(path))
+            _blobfile(path).copy(str(path), str(new_path), overwrite=True)
+            _blobfile(path).remove(str(path))
         else:
             os.replace(path, new_path)
 
@@ -198,7 +208,7 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
         for path, data in contents:
             with _storage("write", path, _ADVICE):
                 if is_url(path):
-                    with _blobfile().BlobFile(str(path), "wb", streaming=False) as f:  # visible once complete
+                    with _blobfile(path).BlobFile(str(path), "wb", streaming=False) as f:  # visible once complete
                         f.write(data)
                 else:
                     target = Path(path)
