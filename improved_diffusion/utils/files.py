@@ -148,6 +148,25 @@ def parse_json(text: str | bytes, name: str) -> Any:
     return value
 
 
+def read_record(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file: plain values by name, see `is_plain`.
+
+    Raises UserError, with the remedy, where the file holds anything else.
+    """
+    text = read_bytes(path, MAX_TEXT_BYTES)
+    with suppress(UserError):
+        content = parse_json(text, str(path))
+        if isinstance(content, dict) and all(map(is_plain, content.values())):
+            return content
+    raise UserError(f"{path} is damaged: {remedy}")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a JSON value is a text, a number, true, false or null, or a list of those."""
+    items = value if isinstance(value, list) else [value]
+    return all(item is None or isinstance(item, (str, int, float)) for item in items)
+
+
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     named = dict(pairs)
     if len(named) < len(pairs):
