@@ -59,7 +59,7 @@ def read_step_options(path: str) -> dict[str, Any]:
         raise UserError(f"--latents {path} does not exist: encode writes it")
     found = images.read_npz(path, ("way",))
     try:
-        options = json.loads(str(found["way"])) if "way" in found else {}
+        options = files.parse_json(str(found["way"]), path) if "way" in found else {}
         wrong_type = any(type(value) is not STEP_OPTIONS[name] for name, value in options.items())
         if wrong_type or options.get("sampler", "auto") not in SAMPLERS:
             raise ValueError

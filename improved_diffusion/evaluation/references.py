@@ -17,6 +17,7 @@ from ..utils import files, images
 from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, extract
 from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
+from .report import checked_about
 
 PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
 ROUNDING = 1e-2  # of statistics in 16 bits
@@ -89,11 +90,10 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
     own = _moments_of(arrays, "", what)
     spatial = _moments_of(arrays, "_s", what) if {"mu_s", "sigma_s"} & arrays.keys() else None
     try:
-        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
-        about = {"images": files.full_path(path), **about, "file": files.full_path(path)}
-        if not isinstance(about.get("count", 0), int) or not isinstance(about.get("features_sha256", ""), str):
-            raise ValueError
-    except (ValueError, TypeError, RecursionError):
+        about = files.parse_json(str(arrays["about"]), what) if "about" in arrays else {}
+        about = checked_about({"images": files.full_path(path), **about})
+        about = {**about, "file": files.full_path(path)}
+    except (ValueError, TypeError):
         raise UserError(
             f"{what} has a damaged description: write it again with the command evaluate reference"
         ) from None
@@ -142,7 +142,7 @@ def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moment
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise UserError(f"{what} has a {name} that is not of finite real numbers: use another file")
     mu, sigma = (arrays[name].astype(np.float64) for name in names)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D]")
     largest = np.abs(sigma).max()
     if not 0 < largest < LARGEST**2 or np.abs(mu).max() > LARGEST:

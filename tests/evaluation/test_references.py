@@ -134,6 +134,13 @@ def test_images_are_no_statistics(tmp_path):
     (published(about=np.array("[1]")), "has a damaged description"),
     (published(about=np.array('"text"')), "has a damaged description"),
     (published(about=np.zeros(3)), "has a damaged description"),
+    *((published(about=np.array(about)), "has a damaged description") for about in (
+        '{"count": NaN}', '{"count": 1.5}', '{"count": true}', '{"count": -1}', '{"count": 0}', '{"name": 3}',
+        "[" * 200_000,
+        '{"name": {"a": 1}}', '{"name": "\\ud800"}', '{"images": null}', '{"features": []}', '{"size": [[1]]}',
+        '{"features_sha256": 1}', '{"count": ' + "9" * 5000 + "}",
+    )),
+    (published(mu=np.zeros(0), sigma=np.zeros((0, 0))), "has mu of (0,)"),
     ({"features": numbers(10, 6)}, "has neither mu and sigma, of features, nor arr_0, of images"),
 ])  # fmt: skip
 def test_a_damaged_reference_is_named(tmp_path, arrays, culprit):
