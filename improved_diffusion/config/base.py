@@ -115,7 +115,7 @@ class Config:
             value = getattr(self, f.name)
             try:
                 value = f.metadata["parse"](value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise UserError(f"--{f.name} {value!r}: {error}") from None
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{f.name} {value} must be a finite number")
@@ -131,3 +131,8 @@ class Config:
     def require(self, condition: bool, name: str, must: str) -> None:
         if not condition:
             raise UserError(f"--{name} {getattr(self, name)} {must}")
+
+    def require_most(self, **largest: int) -> None:
+        """Raise UserError where an option is larger than the given value."""
+        for name, value in largest.items():
+            self.require(getattr(self, name) <= value, name, f"must be at most {value}")
