@@ -262,8 +262,9 @@ def problem_of(directory: str, step: int) -> str | None:
     """What is wrong with the files of a set, by its manifest; None if nothing is, or if there is no manifest."""
     manifest = read_manifest(directory, step)
     if manifest is None:
-        path = files.join(directory, manifest_name(step))
-        return f"{path} is damaged" if files.exists(path) else None
+        name = manifest_name(step)
+        is_there = files.is_dir(directory) and name in files.list_dir(directory)
+        return f"{files.join(directory, name)} is damaged" if is_there else None
     problems = (_problem_of_file(files.join(directory, name), entry) for name, entry in manifest["files"].items())
     return next((problem for problem in problems if problem), None)
 
