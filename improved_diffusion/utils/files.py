@@ -183,6 +183,12 @@ def _not_finite(number: str) -> NoReturn:
     raise ValueError(f"{number} is not a finite number")
 
 
+def size(path: str | os.PathLike) -> int:
+    """The size of a file in bytes. Raises UserError as `open_read` does."""
+    with _storage("read", path), open_read(path) as f:
+        return f.seek(0, os.SEEK_END)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()

@@ -241,7 +241,15 @@ def test_published_statistics_that_do_not_say_how_they_were_made_are_doubted():
     (dict(mu=np.full(6, 1e200)), "numbers that are out of range"),
     (dict(features=np.zeros((9, 6), np.float32)), "has the features of 9 images: at least 40"),
     (dict(features=np.full((50, 6), 9, np.float32)), "features that are not those of its mu"),
-    (dict(about=np.array('{"count": null}')), "has a damaged description"),
+    (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "has mu of (0,) and sigma of (0, 0): expected [D] and [D, D]"),
+    (dict(mu_s=np.zeros(0), sigma_s=np.zeros((0, 0))), "has mu_s of (0,) and sigma_s of (0, 0)"),
+    *(
+        (dict(about=np.array(about)), "has a damaged description")
+        for about in (
+            '{"count": null}', '{"count": -1}', '{"count": true}', '{"count": NaN}', '{"x": 1e999}', "[" * 10**5,
+            '{"name": 5}', '{"images": []}', '{"features": {}}', '{"features_sha256": 1}', '{"name": "\\ud800"}', "5",
+        )
+    ),
 ])  # fmt: skip
 def test_statistics_that_cannot_be_are_refused(tmp_path, changed, culprit):
     with pytest.raises(UserError) as caught:
