@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,12 @@ def full_path(path: str | os.PathLike) -> str:
 def exists(path: str | os.PathLike) -> bool:
     """Whether the file or folder exists."""
     return _blobfile().exists(str(path)) if is_url(path) else os.path.exists(path)
+
+
+def unused(path: str | os.PathLike) -> str:
+    """The path with the first of -2, -3, ... at its end that does not exist."""
+    candidates = (f"{str(path).rstrip('/')}-{number}" for number in itertools.count(2))
+    return next(candidate for candidate in candidates if not exists(candidate))
 
 
 def is_dir(path: str | os.PathLike) -> bool:
@@ -286,6 +293,8 @@ def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
     path = os.path.join(os.path.realpath(directory), name)
     held = _locks.setdefault(path, FileLock(path, timeout=0, thread_local=False))
     with _storage("write", path, ": choose another --out_dir"):
+        if held.is_locked and not os.path.exists(path):
+            held.release(force=True)  # somebody has removed the folder, and with it this process's earlier claims
         try:
             held.acquire()
         except Timeout:

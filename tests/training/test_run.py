@@ -9,7 +9,6 @@ from script_helpers import write_images
 import improved_diffusion as idf
 from improved_diffusion.config import UserError
 from improved_diffusion.logs import logger
-from improved_diffusion.training import signals
 from improved_diffusion.training.loop import TrainLoop
 
 TINY = dict(
@@ -63,11 +62,6 @@ def test_a_running_run_holds_its_folder(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no complete checkpoint"):
         idf.train(photos, out_dir=str(tmp_path / "run"), **TINY)
     assert seen == [False]
-
-
-def test_a_warning_to_an_earlier_run_does_not_stop_the_next(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(signals, "_early", signals.SIGNALS[-1])
-    assert idf.train(photos, out_dir=str(tmp_path / "run"), **{**TINY, "max_steps": 3}).step == 3
 
 
 def test_a_moving_average_is_not_taken_for_a_model_that_starts_at_step_0(photos, tmp_path):

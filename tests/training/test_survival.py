@@ -325,7 +325,7 @@ def test_bad_steps_for_ever_end_all_ranks_with_one_message(launcher, ranks, tmp_
     assert result.code != 0
     message = (
         "4 steps in a row had no finite loss and gradient (--max_bad_steps 4), the first at step 3: resume from the "
-        f"last good checkpoint, {tmp_path}/run/model000003.pt"
+        f"last good checkpoint, {tmp_path}/run/model000000.pt"
     )
     assert result.err.count(message) == 1 and "train_util.py" not in result.err  # torchrun has a traceback of its own
 
