@@ -13,8 +13,10 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
     """What a training command runs; the run is called by its preset, or by `default_name`."""
 
     def run(parsed: Parsed[Training]) -> None:
-        stopped = train(parsed.settings, parsed.given, parsed.preset or default_name).stopped
-        ignore_until_exit()
+        try:
+            stopped = train(parsed.settings, parsed.given, parsed.preset or default_name).stopped
+        finally:
+            ignore_until_exit()
         if stopped:
             raise SystemExit(STOPPED)
 

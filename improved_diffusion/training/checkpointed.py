@@ -13,6 +13,7 @@ from ..config import UserError
 from ..logs import logger
 from .checkpointer import Checkpointer, ResumedSet, Weights
 from .hooks import Hook
+from .signals import LastSave
 from .step import TrainStep
 from .train_state import TrainState
 
@@ -23,6 +24,7 @@ class CheckpointedStep(TrainStep):
     """A TrainStep that can be saved and resumed."""
 
     checkpointer: Checkpointer
+    last_save: LastSave
     resumed: ResumedSet | None  # what the run has been resumed from
     hooks: list[tuple[int, Hook]]
     _saved_after = -1  # the steps done when the loop last saved
@@ -66,23 +68,28 @@ class CheckpointedStep(TrainStep):
 
     def _save_after_error(self) -> None:
         """Save the last whole step, by rank 0 alone: the other ranks may not have come here. A failure is a warning."""
-        if distributed.get_rank() != 0:
-            return
-        done = self.steps_done
         try:
-            if self._made and self._whole and self._saved_after != done and not self.checkpointer.writer.has_given_up:
-                self.step = done - self.resume_step  # the step is done, whatever should have followed it
-                distributed.empty_cache(self.device)
-                if problem := self._problem():
-                    raise UserError(problem)
-                if distributed.get_world_size() > 1:
-                    self._start_saving(alone=True)
-                else:
-                    self._call_save()
-                self._saved_after = done
-            self.checkpointer.finish(prune=False)
+            if distributed.get_rank() == 0:
+                with self.last_save:
+                    self._save_alone()
+            else:
+                self.last_save.wait(self.checkpointer.timeout)
         except Exception as error:
             logger.warn(f"no checkpoint of the last steps before the error: {error}")
+
+    def _save_alone(self) -> None:
+        done = self.steps_done
+        if self._made and self._whole and self._saved_after != done and not self.checkpointer.writer.has_given_up:
+            self.step = done - self.resume_step  # the step is done, whatever should have followed it
+            distributed.empty_cache(self.device)
+            if problem := self._problem():
+                raise UserError(problem)
+            if distributed.get_world_size() > 1:
+                self._start_saving(alone=True)
+            else:
+                self._call_save()
+            self._saved_after = done
+        self.checkpointer.finish(prune=False)
 
     # What is fit for a checkpoint
 

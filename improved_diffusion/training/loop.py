@@ -17,7 +17,7 @@ from .checkpointer import Checkpointer, Diverged, ResumedSet, find_ema_checkpoin
 from .hooks import Hook
 from .lr_schedule import LRSchedule
 from .run_log import RunLog, log_loss_dict
-from .signals import TIME_IS_UP, Agreement, Stopped, StopSignals, TimeLimit
+from .signals import TIME_IS_UP, Agreement, LastSave, Stopped, StopSignals, TimeLimit
 
 __all__ = [
     "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict",
@@ -93,6 +93,7 @@ class TrainLoop(CheckpointedStep):
         self.run_log = RunLog(self.device, self.global_batch, max_bad_steps)
         self.checkpointer = Checkpointer(metadata or {}, keep_last, keep_every, save_timeout)
         self.checkpointer.resumed_from = self.resume_checkpoint
+        self.last_save = LastSave()
 
         self._load_and_sync_parameters()
         self.run_log.first_row = self.resume_step

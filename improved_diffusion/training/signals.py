@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from .. import distributed
 
 EXIT_RESUME = distributed.STOPPED
 GRACE = 2.0  # seconds
+WAIT_FOR_RANK_0 = 5.0  # seconds
 # SIGUSR1 is how SLURM's --signal=USR1@120 warns. Windows has none.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 TIME_IS_UP = 1000  # a reason to stop that is not the number of a signal
@@ -151,3 +153,46 @@ class Agreement:
             self.work.wait()
             self.work = None
         return int(self.largest)
+
+
+class LastSave:
+    """Lets the other ranks, if they end by an error too, wait until rank 0 has saved.
+
+    It goes by the process group's store: the ranks may be anywhere, so that no collective would come back. Making one
+    is collective.
+    """
+
+    numbers = itertools.count()
+    POLL = 0.1  # seconds
+
+    def __init__(self) -> None:
+        number = next(self.numbers)
+        self.begun, self.ended = f"last save {number} begun", f"last save {number} ended"
+
+    def __enter__(self) -> LastSave:
+        self._tell(self.begun)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._tell(self.ended)
+
+    def wait(self, limit_s: float) -> None:
+        """On another rank: wait a moment for rank 0 to begin, and then for its end."""
+        if self._wait(self.begun, WAIT_FOR_RANK_0):
+            self._wait(self.ended, limit_s)
+
+    def _tell(self, key: str) -> None:
+        if distributed.get_world_size() > 1:
+            _store().set(key, "")
+
+    def _wait(self, key: str, limit_s: float) -> bool:
+        deadline = time.monotonic() + limit_s
+        while not _store().check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(self.POLL)
+        return True
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
