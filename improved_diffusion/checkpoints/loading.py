@@ -29,6 +29,7 @@ from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
 from ..utils import files
 from . import checkpoint, sets
+from .averages import warn_of_initial_weights
 from .dialects import foreign_feature
 
 S = TypeVar("S", bound=Settings)
@@ -67,6 +68,7 @@ def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
     settings = take_options(settings, given, path, state_dict, metadata)
     model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
+    warn_of_initial_weights(path, metadata)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
 
 
@@ -86,8 +88,8 @@ def read(path: str, flag: str = "--model_path") -> tuple[str, dict[str, th.Tenso
 def find_file(path: str, average: str | float | None = None, flag: str = "") -> str:
     """The file of a checkpoint; of a folder, the newest one in it.
 
-    :param average: of a folder, which moving average: its rate, or "raw" for the weights themselves; the run's first
-        average unless given.
+    :param average: of a folder, which moving average: its rate, or "raw" for the weights themselves; unless given,
+        the run's first average that is not the initial weights in part, else "raw".
     Raises UserError where there is none.
     """
     if not files.exists(path):
@@ -280,4 +282,5 @@ def load_classifier(path: str) -> LoadedClassifier:
     config = from_dict(ClassifierConfig, {name: stored[name] for name in names if name in stored})
     classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
+    warn_of_initial_weights(path, metadata)
     return LoadedClassifier(path, classifier.eval(), stored, metadata.get("class_names"))

@@ -13,6 +13,7 @@ from ..logs import logger
 from ..resample import UniformSampler
 from .checkpointed import CheckpointedStep
 from .checkpointer import Checkpointer, ResumedSet, find_ema_checkpoint, get_blob_logdir
+from .ema import warn_of_slow_averages
 from .hooks import Hook
 from .lr_schedule import LRSchedule
 from .run_log import RunLog, log_loss_dict
@@ -114,6 +115,7 @@ class TrainLoop(CheckpointedStep):
         if self.resumed:
             self.run_log.discard_later_rows()
             self.checkpointer.rename_newer(self.resume_checkpoint)
+        warn_of_slow_averages(self.emas, self.max_steps)
         self.run_log.start(self.max_steps, self.resume_step)
         try:
             with StopSignals() as signals:
