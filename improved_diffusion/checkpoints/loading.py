@@ -88,8 +88,8 @@ def read(path: str, flag: str = "--model_path") -> tuple[str, dict[str, th.Tenso
 def find_file(path: str, average: str | float | None = None, flag: str = "") -> str:
     """The file of a checkpoint; of a folder, the newest one in it.
 
-    :param average: of a folder, which moving average: its rate, or "raw" for the weights themselves; unless given,
-        the run's first average that is not the initial weights in part, else "raw".
+    :param average: of a folder, which moving average: its rate, or "raw" for the weights themselves; the run's first
+        average unless given.
     Raises UserError where there is none.
     """
     if not files.exists(path):

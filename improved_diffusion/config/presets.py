@@ -1,4 +1,4 @@
-"""The published recipes: what each sets beyond the defaults, and what it reproduces.
+"""The published runs: what each sets beyond the defaults, and what it reproduces. `recipes` has those for own images.
 
 Scores are the papers' (Nichol & Dhariwal 2021, Ho et al. 2020), quoted from memory; NLL in bits/dim. A public
 retraining of CIFAR-10 reported FID 6.7 at 100 steps with the flags of cifar10-hybrid, and 4.0 with a linear schedule
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import unknown_name
+from .recipes import AUTO, RECIPES, Recipe
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,13 @@ PRESETS = {
 
 
 def preset_options(name: str) -> dict[str, Any]:
-    """The options that `--preset name` sets; an unknown name raises UserError with the nearest one."""
-    if name not in PRESETS:
-        raise unknown_name("--preset", name, PRESETS)
-    return dict(PRESETS[name].options)
+    """The options that `--preset name` sets; an unknown name raises UserError with the nearest one.
+
+    `auto` sets none here: training chooses them when it has seen the images.
+    """
+    if name == AUTO:
+        return {}
+    known: dict[str, Preset | Recipe] = {**RECIPES, **PRESETS}
+    if name not in known:
+        raise unknown_name("--preset", name, [AUTO, *known])
+    return dict(known[name].options)
