@@ -14,6 +14,7 @@ from ..config import (
     ClassifierConfig,
     DiffusionConfig,
     ModelConfig,
+    ReadingConfig,
     SuperResModelConfig,
     UserError,
     fixed_names,
@@ -37,6 +38,7 @@ S = TypeVar("S", bound=Settings)
 MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
 ]
+_READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
     path, state_dict, metadata = read(path)
-    settings = take_options(settings, given, path, state_dict, metadata)
+    settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
     model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
     warn_of_initial_weights(path, metadata)

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..config import UserError
+from ..config import MAX_IMAGE_PIXELS, UserError
 from ..utils import files, images
 
 MAX_CLASSES = 100_000  # a larger label is a mistake, and would make an embedding of that many rows
@@ -37,12 +37,10 @@ class FolderImages:
         """The image's full name, for messages."""
         return self.paths[i]
 
-    def read(self, i: int) -> Image.Image:
-        """The decoded image."""
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+        """The decoded image, as it is stored."""
         with files.open_read(self.paths[i]) as f:
-            image = Image.open(f)
-            image.load()
-        return image
+            return images.load(f, max_pixels)
 
 
 class ZipImages:
@@ -70,10 +68,8 @@ class ZipImages:
     def describe(self, i: int) -> str:
         return f"{self.path}:{self.members[i]}"
 
-    def read(self, i: int) -> Image.Image:
-        image = Image.open(io.BytesIO(self._archive().read(self.members[i])))
-        image.load()
-        return image
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+        return images.load(io.BytesIO(self._archive().read(self.members[i])), max_pixels)
 
 
 @lru_cache(maxsize=4)
@@ -106,7 +102,7 @@ class ArrayImages:
     def describe(self, i: int) -> str:
         return f"{self.path}[{i}]"
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         return images.to_image(self.arrays[i])
 
 

@@ -38,7 +38,15 @@ def _read_matching(settings: SuperResSampling, base: GivenImages) -> np.ndarray:
         raise UserError(str(error)) from None
     reference, size = settings.base.reference, settings.model.large_size
     truth = read_images(
-        "--reference", reference, "--large_size", size, settings.model.channels, None, exact_npz=True, enlarge=False
+        "--reference",
+        reference,
+        "--large_size",
+        size,
+        settings.model.channels,
+        None,
+        settings.reading,
+        exact_npz=True,
+        enlarge=False,
     )
     if len(truth.arrays) != len(base.arrays):
         raise UserError(

@@ -90,7 +90,7 @@ def run_sweep(points: Sequence[Point]) -> str:
         pipeline = SamplingPipeline(point.load())
         features = prepare_like_training(pipeline.loaded.settings, pipeline.loaded.path, len(pipeline.numbers))
         requests.append(describe_request(pipeline.loaded, pipeline.sampler))
-    inputs = Inputs.of(settings.evaluation, features)
+    inputs = Inputs.of(settings.evaluation, features, pipeline.loaded.settings.reading)
     inputs.check_model(settings.sample.model_path, len(pipeline.numbers))
     name = f"{model_name(settings.sample.model_path)}_sweep_seed{settings.run.seed}"
     folder = run_folder(settings.run, name)

@@ -33,6 +33,7 @@ from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
 from .signals import Stopped, catch_early_warning
 from .tasks import Task, take_guided_process, task_of
+from .train_images import write_train_images
 
 # Options of one start of a run rather than of the run itself.
 _NOT_KEPT = {"out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
@@ -73,6 +74,8 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
             distributed.barrier()  # before the folder goes, every rank has looked at its disk
             stopped = False
         else:
+            if distributed.get_rank() == 0:
+                write_train_images(data, logger.get_dir())
             stopped = run_loop(loop, settings, description)
     if settings.train.dry_run and distributed.get_rank() == 0:
         with contextlib.suppress(OSError):
@@ -167,7 +170,7 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     source = open_images(data_options.data_dir)
     classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
     data = BatchStream(
-        ImageDataset(model.size, source, classes, channels=model.channels),
+        ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
         class_names=names,
         seed=settings.run.seed,
@@ -177,6 +180,9 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     )
     for name in data.skipped_names():
         logger.warn(f"{name} is unreadable and left out")
+    if data.checked.done:
+        part = f" (of {data.checked.num_read:,} read)" if data.checked.num_read < data.num_images else ""
+        logger.log(f"{data_options.data_dir}: {data.checked.describe()}{part}")
     if names is not None:
         settings = _count_classes(settings, names, metadata)
     before = metadata.get("num_images", data.num_images)

@@ -60,7 +60,9 @@ class Task(Generic[S]):
         classes = _validation_classes(settings, source, data.class_names or []) if self.needs_classes else None
         validation = kind(
             objective,
-            ImageDataset(settings.model.size, source, classes, channels=settings.model.channels),
+            ImageDataset(
+                settings.model.size, source, classes, channels=settings.model.channels, reading=settings.reading
+            ),
             num_images=watch.val_images,
             batch_size=train.microbatch if train.microbatch > 0 else train.batch_size,
             **more,
