@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from . import unknown_name
+from .base import UserError, unknown_name
 from .recipes import AUTO, RECIPES, Recipe
+from .settings import ImageTraining, Settings
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,21 @@ PRESETS = {
         "FID 3.17",
     ),
 }
+
+
+def options_for(name: str, kind: type[Settings]) -> dict[str, Any]:
+    """The options that `--preset name` sets in a command's settings; those of other commands are left out.
+
+    Raises UserError for an unknown name, and for a preset of another kind of model.
+    """
+    known = kind.options()
+    options = preset_options(name)
+    if name == AUTO and kind is not ImageTraining:
+        raise UserError("--preset auto chooses options for training an image model: name another preset")
+    if name != AUTO and ("large_size" in known) != ("large_size" in options):
+        other = "super-resolution" if "large_size" in options else "image"
+        raise UserError(f"--preset {name} is for the {other} commands: choose a preset of the other kind")
+    return {key: value for key, value in options.items() if key in known}
 
 
 def preset_options(name: str) -> dict[str, Any]:
