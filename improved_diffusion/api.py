@@ -395,9 +395,13 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    file = distributed.from_rank0(find_file, os.path.expanduser(os.fspath(path)), average)
+    return _load(os.path.expanduser(os.fspath(path)), average, options)
+
+
+def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
+    file = distributed.from_rank0(find_file, path, average)
     kind = read_kind(file)
-    return Model(load_model(kind.of(options), frozenset(options), file))
+    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
@@ -418,7 +422,8 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     if settings.train.dry_run:
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
     default = "super_res_train" if superres else "image_train"
-    return load(run.train(settings, frozenset(asked), default, preset).checkpoints)
+    trained = run.train(settings, frozenset(asked), default, preset)
+    return _load(trained.checkpoints, None, {}, warn=False)  # training has warned at its start
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:

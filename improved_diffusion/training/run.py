@@ -19,8 +19,9 @@ from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list
 from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
+from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
-from ..data.sources import open_images, read_classes, stem
+from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
@@ -29,6 +30,7 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
+from ..utils.text import listed, one_line
 from .auto import take_recipe
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
@@ -65,6 +67,7 @@ def train(settings: Training, given: frozenset[str], default_name: str, preset: 
     with contextlib.ExitStack() as until_end:
         folder = open_run(settings.run, _run_name(settings, default_name, preset), print_only=settings.train.dry_run)
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(_claim, until_end, folder, checkpoints)
@@ -144,7 +147,7 @@ def _continued(settings: Training, resumed: str) -> dict[str, Any]:
 def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
     now = settings.values()
     changes = [
-        f"--{name} {before[name]} -> {now[name]}"
+        f"--{name} {one_line(before[name])} -> {now[name]}"
         for name in sorted(before.keys() & given - _NOT_KEPT)
         if before[name] != now[name]
     ]
@@ -182,7 +185,9 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
-    classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
+    classes, names = None, None
+    if needs_classes:
+        classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
     data = BatchStream(
         ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
@@ -202,7 +207,8 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     before = metadata.get("num_images", data.num_images)
     if settings.train.resume_checkpoint and before != data.num_images:
         logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
-    _log_epochs(settings, data.num_images, names)
+    seen = [names[i] for i in data.seen_classes] if names is not None else None
+    _log_epochs(settings, data.num_images, seen)
     return data, settings
 
 
@@ -221,7 +227,7 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
     text = f"{settings.data.data_dir}: {num_images} images"
     if names is not None:
-        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        text += f" of {len(names)} classes ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images
@@ -252,6 +258,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
+        "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(
