@@ -10,11 +10,11 @@ from .parsing import Parsed
 
 
 def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
-    """What a training command runs; the run is called by its preset, or by `default_name`."""
+    """What a training command runs; see training.run.train for the run's name."""
 
     def run(parsed: Parsed[Training]) -> None:
         try:
-            stopped = train(parsed.settings, parsed.given, parsed.preset or default_name).stopped
+            stopped = train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped
         finally:
             ignore_until_exit()
         if stopped:

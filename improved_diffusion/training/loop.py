@@ -14,6 +14,7 @@ from ..logs import logger
 from ..resample import UniformSampler
 from .checkpointed import CheckpointedStep
 from .checkpointer import Checkpointer, Diverged, ResumedSet, find_ema_checkpoint, get_blob_logdir
+from .ema import warn_of_slow_averages
 from .hooks import Hook
 from .lr_schedule import LRSchedule
 from .run_log import RunLog, log_loss_dict
@@ -121,6 +122,7 @@ class TrainLoop(CheckpointedStep):
         if self.resumed:
             self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
+        warn_of_slow_averages(self.emas, self.max_steps)
         self.run_log.start(self.max_steps, self.resume_step)
         with nullcontext(self.signals) if self.signals else StopSignals() as signals:
             signals.begin()
