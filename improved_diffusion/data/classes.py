@@ -65,12 +65,6 @@ def classes_not_in(found: Iterable[Label], names: Sequence[str]) -> list[str]:
     return sorted({str(label) for label in found} - set(names))
 
 
-def unseen_classes(classes: Iterable[int], names: Sequence[str]) -> list[str]:
-    """The names of the classes without an image."""
-    seen = set(classes)
-    return [name for i, name in enumerate(names) if i not in seen]
-
-
 def _has_names(found: Sequence[Label]) -> bool:
     return any(isinstance(label, str) for label in found)
 
@@ -99,8 +93,8 @@ def _by_number(found: Sequence[Any], where: str, num_classes: int) -> list[str]:
         return [str(i) for i in range(numbers[-1] + 1)]
     if num_classes > len(numbers):
         raise UserError(
-            f"the labels in {where} go up to {numbers[-1]}, but --num_classes {num_classes} was given: leave it out, "
-            "and the classes that have images are numbered"
+            f"the labels in {where} are {_shown(numbers)}, which does not fit the {num_classes} classes of "
+            f"--num_classes or of the checkpoint: number them from 0 to {num_classes - 1}"
         )
     logger.warn(
         f"the labels in {where} are {_shown(numbers)}, not 0 to {len(numbers) - 1}: the model gets these "
