@@ -39,6 +39,7 @@ from .model import (
     UNetConfig,
     fixed_names,
 )
+from .reading import MAX_IMAGE_PIXELS, RESIZE_MODES, ReadingConfig
 from .run import RunConfig
 from .sampling import SAMPLERS, BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
 from .training import (
@@ -55,8 +56,10 @@ from .training import (
 __all__ = [
     "KINDS",
     "LR_SCHEDULES",
+    "MAX_IMAGE_PIXELS",
     "NUM_CLASSES",
     "PRECISIONS",
+    "RESIZE_MODES",
     "SAMPLERS",
     "SWEEP_OPTIONS",
     "TRACKERS",
@@ -82,6 +85,7 @@ __all__ = [
     "PosthocConfig",
     "ProcessConfig",
     "ProgressConfig",
+    "ReadingConfig",
     "ReferenceConfig",
     "RunConfig",
     "SampleConfig",

@@ -135,6 +135,11 @@ class BaseSamplesConfig(Config):
     base_samples: str = option(
         "", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image"
     )
+    any_size: bool = extra(
+        False,
+        "enlarge images of any one size that the network's levels divide, rather than resize them to small_size; "
+        "results are best near the size in training",
+    )
     reference: str = extra(
         "", "true images of --large_size, in the order of --base_samples: PSNR and SSIM are measured against them"
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..config import NUM_CLASSES, UserError
 from ..logs import logger
+from ..utils.text import class_index, listed, one_line
 from .label_file import KEYWORDS, Label, LabelFile
 from .sources import ArrayImages
 
@@ -51,8 +52,8 @@ def class_indices(
         names = list(class_names or _by_name(found, data_dir))
         unknown = classes_not_in(found, names)
         if unknown:
-            raise UserError(f"{data_dir} has the class {unknown[0]}, which {model_path} was not trained on")
-        index = {name: i for i, name in enumerate(names)}
+            raise UserError(f"{data_dir} has the class {one_line(unknown[0])}, which {model_path} was not trained on")
+        index = class_index(names)
         indices = [index[str(label)] for label in found]
     wrong = [i for i in indices if not 0 <= i < count]
     if wrong:
@@ -62,7 +63,7 @@ def class_indices(
 
 def classes_not_in(found: Iterable[Label], names: Sequence[str]) -> list[str]:
     """The labels that are none of the classes, each once, sorted."""
-    return sorted({str(label) for label in found} - set(names))
+    return sorted({str(label) for label in found} - class_index(names).keys())
 
 
 def _has_names(found: Sequence[Label]) -> bool:
@@ -97,14 +98,10 @@ def _by_number(found: Sequence[Any], where: str, num_classes: int) -> list[str]:
             f"--num_classes or of the checkpoint: number them from 0 to {num_classes - 1}"
         )
     logger.warn(
-        f"the labels in {where} are {_shown(numbers)}, not 0 to {len(numbers) - 1}: the model gets these "
+        f"the labels in {where} are {listed(numbers, 8)}, not 0 to {len(numbers) - 1}: the model gets these "
         f"{len(numbers):,} classes, which keep their numbers as names"
     )
     return list(map(str, numbers))
-
-
-def _shown(values: Sequence[Any]) -> str:
-    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
 
 
 # Labels

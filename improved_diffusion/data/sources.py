@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import UserError
+from ..config import MAX_IMAGE_PIXELS, UserError
 from ..logs import logger
 from ..utils import files, images
+from ..utils.text import one_line
 from .listing import HEAD_BYTES, LeftOut, is_image_head, list_folder, list_zip, parts_of
 
 MAX_MEMBER_BYTES = 2**30  # of an image in a zip, which is unpacked in memory
@@ -40,14 +41,12 @@ class FolderImages:
 
     def describe(self, i: int) -> str:
         """The image's full name, for messages."""
-        return self.paths[i]
+        return one_line(self.paths[i])
 
-    def read(self, i: int) -> Image.Image:
-        """The decoded image."""
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+        """The decoded image, as it is stored."""
         with files.open_read(self.paths[i]) as f:
-            image = Image.open(f)
-            image.load()
-        return image
+            return images.load(f, max_pixels)
 
 
 class ZipImages:
@@ -78,12 +77,10 @@ class ZipImages:
         return "/".join(parts_of(self.members[i]))
 
     def describe(self, i: int) -> str:
-        return f"{self.path}:{self.members[i]}"
+        return f"{self.path}:{one_line(self.members[i])}"
 
-    def read(self, i: int) -> Image.Image:
-        image = Image.open(io.BytesIO(self._bytes(i)))
-        image.load()
-        return image
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+        return images.load(io.BytesIO(self._bytes(i)), max_pixels)
 
     def _bytes(self, i: int) -> bytes:
         """The member's content. Raises OSError where it is damaged or too long."""
@@ -139,7 +136,7 @@ class ArrayImages:
     def describe(self, i: int) -> str:
         return f"{self.path}[{i}]"
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         return images.to_image(self.arrays[i])
 
 

@@ -120,7 +120,7 @@ def open_dataset(loaded: LoadedModel[Likelihood]) -> ImageDataset:
     if model.class_cond:
         names = loaded.metadata.get("class_names")
         classes = class_indices(source, settings.source.labels, data_dir, names, model.num_classes, loaded.path)
-    return ImageDataset(model.size, source, classes, channels=model.channels)
+    return ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading)
 
 
 def results_name(loaded: LoadedModel[Likelihood]) -> str:

@@ -14,7 +14,7 @@ from ..config import UserError
 from ..config.settings import ReferenceStatistics
 from ..logs import logger
 from ..utils import files, images
-from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, extract
+from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, extract
 from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
 
@@ -36,7 +36,7 @@ def write_reference(settings: ReferenceStatistics) -> None:
     network = FeatureNetwork.of(settings.features)
     if not path:
         raise UserError("--images is missing: name real images, a folder, a zip or an npz")
-    image_set = ImageSet(path, "--images", settings.features.resize, settings.features.colour)
+    image_set = ImageSet(path, "--images", settings.features.resize, settings.features.colour, reading=settings.reading)
     network.check(image_set.size, image_set.channels)  # fails early
     distributed.from_rank0(_check_writable, out)
     found = extract(image_set, network, settings.features.feature_batch, "features")
@@ -220,7 +220,7 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             "native)"
         )
         return doubts
-    if ours.get("prepared") != "as they are" and theirs.get("prepared") == "as they are":
+    if ours.get("prepared") != AS_THEY_ARE and theirs.get("prepared") == AS_THEY_ARE:
         doubts.append(
             "the samples were resized to the size of the reference, and the reference's images were not resized"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import distributed
 from ..checkpoints import checkpoint
-from ..checkpoints.loading import LoadedModel, load_model
+from ..checkpoints.loading import LoadedModel, find_file, load_model
 from ..config import SWEEP_OPTIONS, UserError
 from ..config.settings import Sweeping
 from ..logs import logger
@@ -90,7 +90,7 @@ def run_sweep(points: Sequence[Point]) -> str:
         pipeline = SamplingPipeline(point.load())
         features = prepare_like_training(pipeline.loaded.settings, pipeline.loaded.path, len(pipeline.numbers))
         requests.append(describe_request(pipeline.loaded, pipeline.sampler))
-    inputs = Inputs.of(settings.evaluation, features)
+    inputs = Inputs.of(settings.evaluation, features, pipeline.loaded.settings.reading)
     inputs.check_model(settings.sample.model_path, len(pipeline.numbers))
     name = f"{model_name(settings.sample.model_path)}_sweep_seed{settings.run.seed}"
     folder = run_folder(settings.run, name)
@@ -174,6 +174,8 @@ def find_checkpoint(model_path: str, ema: str) -> str:
     """
     if ema in ("", "none"):
         return model_path
+    if files.is_dir(model_path):
+        return find_file(model_path, ema)
     folder, name = os.path.split(model_path)
     number = re.search(r"(\d+)\.pt$", name)
     if not number:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch as th
@@ -11,6 +12,8 @@ from .. import distributed
 from ..checkpoints.loading import LoadedModel
 from ..config import NUM_CLASSES, UserError
 from ..data.classes import integer_labels
+from ..utils.captions import caption
+from ..utils.text import class_parts, listed, one_line
 from .noise import image_generator
 
 
@@ -24,13 +27,10 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
         elif word.isdecimal() and not numbered and int(word) < num_classes:
             indices.append(int(word))
         else:
-            known = f"{_listed(class_names)[2:]}" if numbered else f"0..{num_classes - 1}{_listed(class_names)}"
-            raise UserError(f"--classes {word}: the model has the classes {known}")
+            names = listed(class_names or (), 20)
+            known = names if numbered else f"0..{num_classes - 1}" + (names and f": {names}")
+            raise UserError(f"--classes {one_line(word)}: the model has the classes {known}")
     return indices
-
-
-def _listed(names: Sequence[str] | None) -> str:
-    return f": {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ""
 
 
 class Labels:
@@ -54,8 +54,29 @@ class Labels:
 
     def name(self, i: int) -> str:
         """The class's name, or its index where it has none."""
-        label = self.index(i)
-        return self.class_names[label] if self.class_names and label < len(self.class_names) else str(label)
+        return class_name(self.class_names, self.index(i))
+
+    def file_part(self, i: int) -> str:
+        """What stands for the class in file names."""
+        return class_name(self._file_parts, self.index(i))
+
+    def caption(self, i: int) -> str:
+        """What is written below the sample in a grid."""
+        return caption_of(self.class_names, self.index(i))
+
+    @cached_property
+    def _file_parts(self) -> Sequence[str] | None:
+        return class_parts(self.class_names) if self.class_names else None
+
+
+def class_name(names: Sequence[str] | None, label: int) -> str:
+    """The name of a class, or its index where it has none."""
+    return names[label] if names and label < len(names) else str(label)
+
+
+def caption_of(names: Sequence[str] | None, label: int) -> str:
+    """What is written below an image of a class: its name, or its index where the name cannot be drawn."""
+    return caption(class_name(names, label), f"class {label}")
 
 
 class Classes(NamedTuple):
@@ -109,7 +130,7 @@ def image_labels(
     if labels is None or wanted:
         return labels
     if found is None:
-        known = f" among {', '.join(classes.names[:10])}" if classes and classes.names else ""
+        known = f" among {listed(classes.names, 10)}" if classes and classes.names else ""
         raise UserError(f"{source} has no classes{known}, which {model_path} needs: give --classes")
     found = integer_labels(found, len(found), f"{source} has labels")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
