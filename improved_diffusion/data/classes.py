@@ -94,7 +94,7 @@ def _by_number(found: Sequence[Any], where: str, num_classes: int) -> list[str]:
         return [str(i) for i in range(numbers[-1] + 1)]
     if num_classes > len(numbers):
         raise UserError(
-            f"the labels in {where} are {_shown(numbers)}, which does not fit the {num_classes} classes of "
+            f"the labels in {where} are {listed(numbers, 8)}, which does not fit the {num_classes} classes of "
             f"--num_classes or of the checkpoint: number them from 0 to {num_classes - 1}"
         )
     logger.warn(
@@ -141,7 +141,10 @@ def integer_labels(labels: Any, count: int, what: str) -> list[int]:
 
     :param what: begins the message, such as "d.npz has arr_1". Raises UserError for anything else.
     """
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except ValueError:  # of two files, in different forms
+        array = np.array(labels, dtype=object)
     flat = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if flat.shape != (count,) or flat.dtype.kind not in "iuf" or not _is_whole(flat):
         raise UserError(f"{what} of {array.dtype} {array.shape}: expected an integer for each of {count} images")
