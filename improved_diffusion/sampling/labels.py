@@ -138,7 +138,7 @@ def image_labels(
         names = listed(labels.class_names or (), 20)
         raise UserError(
             f"{source} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}"
-            f"{names and f' ({names})'}: give an npz with those, or --classes"
+            f"{names and f': {names}'}. Give an npz with those, or --classes"
         )
     return Labels(labels.num_classes, seed, found, labels.class_names)
 

@@ -186,6 +186,9 @@ def take_guided_process(
         raise UserError(f"--model_path {path} is {KINDS[kind_of(stored)][0]}: a classifier guides an image model")
     stored = {**{f.name: f.default for f in fields(ProcessConfig)}, **stored}  # an older file lacks newer options
     refuse_contradictions(settings.values(), given, path, stored, names)
-    settings = settings.replace(**{name: stored[name] for name in names})
+    try:
+        settings = settings.replace(**{name: stored[name] for name in names})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     logger.log(f"to guide {path}: {', '.join(f'{name}={stored[name]}' for name in names)}")
     return settings, given | set(names)
