@@ -118,9 +118,9 @@ def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: s
 
 
 def image_labels(
-    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Any, source: str
+    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Any, count: int, source: str
 ) -> Labels | None:
-    """The labels of given images: the wanted classes, else `found` with the images; None without classes.
+    """The labels of `count` given images: the wanted classes, else `found` with the images; None without classes.
 
     :param found: an integer for each image, or None.
     :param source: where the images come from, such as "--images photos", for messages.
@@ -132,7 +132,7 @@ def image_labels(
     if found is None:
         known = f" among {listed(classes.names, 10)}" if classes and classes.names else ""
         raise UserError(f"{source} has no classes{known}, which {model_path} needs: give --classes")
-    found = integer_labels(found, len(found), f"{source} has labels")
+    found = integer_labels(found, count, f"{source} has labels")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
         names = listed(labels.class_names or (), 20)

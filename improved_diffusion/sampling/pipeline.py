@@ -120,7 +120,8 @@ class SuperResPipeline(SamplingPipeline):
             settings.reading, exact_npz=True,
         )  # fmt: skip
         source = f"--base_samples {path}" if path else "the base images"
-        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, source)
+        found, count = self.base.labels, len(self.base.arrays)
+        return image_labels(self.classes, wanted, self.seed, self.loaded.path, found, count, source)
 
     @property
     def numbers(self) -> Sequence[int]:
