@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError
+from ..config import NUM_CLASSES, UserError, shorten
 from .noise import image_generator
 
 
@@ -19,11 +20,11 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
     for word in (part.strip() for part in text.split(",") if part.strip()):
         if class_names and word in class_names:
             indices.append(list(class_names).index(word))
-        elif word.isdigit() and int(word) < num_classes:
+        elif re.fullmatch("[0-9]{1,18}", word) and int(word) < num_classes:
             indices.append(int(word))
         else:
             names = f": {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}" if class_names else ""
-            raise UserError(f"--classes {word}: the model has the classes 0..{num_classes - 1}{names}")
+            raise UserError(f"--classes {shorten(word)}: the model has the classes 0..{num_classes - 1}{names}")
     return indices
 
 

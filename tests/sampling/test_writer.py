@@ -261,8 +261,10 @@ def sample_on_two_ranks(folder, task):
 
 
 @pytest.mark.parametrize("damage", [
-    b"", b"{", b"[1]", b"null", b"5", b'"x"', b"[" * 200_000, b'{"seed":' * 200_000, b'{"seed": NaN}',
-    b'{"seed": {"a": 1}}', b'{"seed": "\\ud800"}', b"\xff\xfe", b'{"seed": 3, "seed": 3}', b'{"seed": ' + b"9" * 10_000 + b"}",
+    b"", b"{", b"[1]", b"null", b"5", b'"x"', b"[" * 200_000, b'{"seed":' * 200_000,
+    b'{"seed": NaN}',
+    b'{"seed": {"a": 1}}', b'{"seed": "\\ud800"}', b"\xff\xfe", b'{"seed": 3, "seed": 3}',
+    b'{"seed": ' + b"9" * 10_000 + b"}",
 ], ids=range(14))  # fmt: skip
 def test_a_damaged_request_is_named_and_nothing_is_lost(tmp_path, damage):
     write(tmp_path, 2)
