@@ -387,7 +387,7 @@ def _masks(mask: Any, size: Sequence[int], count: int) -> np.ndarray:
 def _plain(name: str, given: Any) -> Any:
     """Images as an array, paths with ~ expanded; anything else as it is."""
     if isinstance(given, (list, tuple)):
-        return [_plain(name, each) for each in given]
+        return [path_argument(name, each) if isinstance(each, (str, os.PathLike)) else each for each in given]
     if isinstance(given, (str, os.PathLike)):
         return path_argument(name, given)
     return given.array if isinstance(given, Images) else given
