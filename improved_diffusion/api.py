@@ -26,7 +26,7 @@ from . import distributed
 from .bound import BoundSummary
 from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
-from .config import ReadingConfig, UserError, VariationsConfig, fixed_names
+from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument
 from .config.presets import preset_options
 from .config.settings import (
     Decoding,
@@ -248,7 +248,7 @@ class Model:
         :param n: images to make, from the latents in turn; 0: one from each.
         """
         if not isinstance(latents, Latents):
-            latents = read_latents(os.fspath(latents))
+            latents = read_latents(path_argument("latents", latents))
         asked = {"num_samples": n, "batch_size": batch_size, **_classes(classes), **options}
         model = Decode.prepare(self._with(Decoding, asked), latents.step_options)
         return self._draw(Decode(model, latents), batch_size, progress)
@@ -395,7 +395,7 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    file = distributed.from_rank0(find_file, os.path.expanduser(os.fspath(path)), average)
+    file = distributed.from_rank0(find_file, path_argument("path", path), average)
     kind = read_kind(file)
     return Model(load_model(kind.of(options), frozenset(options), file))
 

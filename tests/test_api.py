@@ -330,3 +330,9 @@ def test_evaluating_arrays_gives_the_numbers_as_attributes(tmp_path):
     same = idf.evaluate(real, real, features=program)
     assert report.fid.value > same.fid.value and report.kid.error > 0
     assert (tmp_path / "out/report.md").exists()
+
+
+@pytest.mark.parametrize("path", [None, 5, ["a"], b"a", "a\0b"])
+def test_what_is_no_path_is_one_error(path):
+    with pytest.raises(UserError, match="path"):
+        idf.load(path)
