@@ -20,7 +20,7 @@ def enlarge(parsed: Parsed[SuperResSampling]) -> None:
         distributed.from_rank0(show, build_sampler(loaded.settings, loaded.diffusion).table())
         return
     pipeline = SuperResPipeline(loaded)
-    truth = read_reference(loaded.settings, pipeline.base)
+    truth = read_reference(pipeline.loaded.settings, pipeline.base)
     out_dir = open_run(parsed.settings.run, pipeline.name)
     samples = pipeline.write(out_dir)
     if parsed.settings.base.reference:
@@ -33,7 +33,7 @@ COMMAND = Command(
     SuperResSampling,
     enlarge,
     first=(
-        "model_path", "base_samples", "num_samples", "batch_size", "classes", "sampler", "steps", "reference", "seed",
-        "out_dir",
+        "model_path", "base_samples", "any_size", "num_samples", "batch_size", "classes", "sampler", "steps",
+        "reference", "seed", "out_dir",
     ),
 )  # fmt: skip

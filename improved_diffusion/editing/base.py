@@ -121,7 +121,7 @@ class ImageEdit(Edit):
 
     def __init__(self, model: EditingModel, images: np.ndarray, labels: Sequence[int] | None = None):
         self.images = model.check_images(images)
-        super().__init__(model, model.labels(labels, source_name(model.settings)))
+        super().__init__(model, model.labels(labels, len(images), source_name(model.settings)))
 
     @classmethod
     def read(cls: type[E], model: EditingModel) -> E:
@@ -148,18 +148,19 @@ class ImageEdit(Edit):
 # Given images
 
 
-def read_given(model: EditingModel) -> GivenImages:
+def read_given(prepared: EditingModel) -> GivenImages:
     """The images of --images, resized for the model. Collective.
 
     Raises UserError where --out_dir is inside of --images: the same command would read its own output next time.
     """
-    settings = model.settings
+    settings = prepared.settings
     path, out_dir = settings.images.images, settings.run.out_dir
     folder = os.path.realpath(path)
     if out_dir and os.path.isdir(folder) and os.path.commonpath([folder, os.path.realpath(out_dir)]) == folder:
         raise UserError(f"--out_dir {out_dir} is inside of --images {path}: choose a folder outside of it")
-    names = model.classes.names if model.classes else None
-    return read_images("--images", path, "--image_size", settings.model.size, settings.model.channels, names)
+    names = prepared.classes.names if prepared.classes else None
+    model = settings.model
+    return read_images("--images", path, "--image_size", model.size, model.channels, names, settings.reading)
 
 
 def names_of(model: EditingModel, given: GivenImages) -> Sequence[str] | None:

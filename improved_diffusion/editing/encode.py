@@ -89,7 +89,7 @@ def psnr(images_a: np.ndarray, images_b: np.ndarray) -> np.ndarray:
 
 
 def _log_psnr(path: str, originals: np.ndarray) -> None:
-    decibels = psnr(image_files.load_npz(path)["arr_0"], originals)
+    decibels = psnr(image_files.load_npz(path), originals)
     worst = int(decibels.argmin())
     logger.log(
         f"{len(decibels)} images encoded and decoded: mean PSNR {decibels.mean():.1f} dB, lowest "

@@ -48,7 +48,9 @@ class Inpaint(ImageEdit):
     @classmethod
     def read(cls, model: EditingModel) -> Inpaint:
         given = read_given(model)
-        masks = read_masks(model.settings.inpaint.mask, height_width(model.settings.model.size), given.names)
+        settings = model.settings
+        size = height_width(settings.model.size)
+        masks = read_masks(settings.inpaint.mask, size, given.names, settings.reading)
         edit = cls(model, given.arrays, masks, given.labels)
         edit.sources = names_of(model, given)
         return edit

@@ -39,7 +39,15 @@ def _read_matching(settings: SuperResSampling, base: GivenImages) -> np.ndarray:
         raise UserError(str(error)) from None
     reference, size = settings.base.reference, settings.model.large_size
     truth = read_images(
-        "--reference", reference, "--large_size", size, settings.model.channels, None, exact_npz=True, enlarge=False
+        "--reference",
+        reference,
+        "--large_size",
+        size,
+        settings.model.channels,
+        None,
+        settings.reading,
+        exact_npz=True,
+        enlarge=False,
     )
     if len(truth.arrays) != len(base.arrays):
         raise UserError(
@@ -60,7 +68,7 @@ def write_comparison(reference: str, out_dir: str, samples: str, base: np.ndarra
 
     :param reference: the path of the true images.
     """
-    result = compare(images.load_npz(samples)["arr_0"], base, truth)
+    result = compare(images.load_npz(samples), base, truth)
     for line in describe(result):
         logger.log(line)
     path = files.join(out_dir, RESULT_FILE)

@@ -13,7 +13,7 @@ from script_helpers import call, contents, pixels, refused, run, save_mask, writ
 from improved_diffusion.config.settings import SuperResModel
 from improved_diffusion.editing.encode import Encode, psnr
 from improved_diffusion.editing.masks import GREY
-from improved_diffusion.utils import images
+from improved_diffusion.utils.resizing import resize_crop
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def made(folder):
 def originals(place):
     """The images in the folder's order, as the network sees them."""
     paths = sorted((place / "data").iterdir())
-    return np.stack([np.asarray(images.resize_crop(Image.open(path), (8, 8))) for path in paths])
+    return np.stack([np.asarray(resize_crop(Image.open(path), (8, 8))) for path in paths])
 
 
 @pytest.fixture(scope="module")
