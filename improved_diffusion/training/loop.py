@@ -16,6 +16,7 @@ from .checkpointer import Checkpointer, ResumedSet, find_ema_checkpoint, get_blo
 from .ema import warn_of_slow_averages
 from .hooks import Hook
 from .lr_schedule import LRSchedule
+from .patience import first_step
 from .run_log import RunLog, log_loss_dict
 from .signals import TIME_IS_UP, Agreement, Stopped, StopSignals, TimeLimit
 
@@ -140,7 +141,8 @@ class TrainLoop(CheckpointedStep):
             distributed.heartbeat(self.absolute_step + 1)
             with self.run_log.clock.waiting(), distributed.working("the next batch of images"):
                 batch, cond = next(self.data)
-            self.run_step(batch, cond)
+            with first_step(self):
+                self.run_step(batch, cond)
             self._call_hooks()
             if self.absolute_step % self.log_interval == 0:
                 self._write_row()
