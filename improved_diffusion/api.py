@@ -24,8 +24,8 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints import checkpoint, sets
-from .checkpoints.loading import LoadedModel, load_model, read_kind
+from .checkpoints import checkpoint
+from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names
 from .config.presets import preset_options
 from .config.settings import (
@@ -55,7 +55,6 @@ from .editing.variations import Vary
 from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation
 from .evaluation.report import Report
-from .logs import logger
 from .logs.progress import Progress
 from .models.build import build_diffusion
 from .respace import SpacedDiffusion
@@ -396,29 +395,9 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    path = os.path.expanduser(os.fspath(path))
-    if not files.exists(path):
-        raise UserError(f"{path} does not exist: name a run's folder or a checkpoint such as ema_0.9999_010000.pt")
-    if files.is_dir(path):
-        path = _newest(path, average)
-    elif average is not None:
-        raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")
-    kind = read_kind(path)
-    return Model(load_model(kind.of(options), frozenset(options), path))
-
-
-def _newest(folder: str, average: str | float | None) -> str:
-    """The file of the newest complete checkpoint in a run's folder."""
-    step = sets.newest_whole_set(folder, [], logger.warn)
-    if step is None:
-        raise UserError(f"{folder} holds no complete checkpoint (modelNNNNNN.pt and the files beside it)")
-    labels = sets.average_labels(folder, step)
-    if average == "raw" or (average is None and not labels):
-        return files.join(folder, checkpoint.model_name(step))
-    label = labels[0] if average is None else str(average)
-    if label not in labels:
-        raise UserError(f"{folder} has no average {label} at step {step}, choose from: {', '.join([*labels, 'raw'])}")
-    return files.join(folder, checkpoint.ema_name(label, step))
+    file = distributed.from_rank0(find_file, os.path.expanduser(os.fspath(path)), average)
+    kind = read_kind(file)
+    return Model(load_model(kind.of(options), frozenset(options), file))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:

@@ -17,7 +17,9 @@ import torch as th
 
 from .. import distributed
 from ..config import UserError
+from ..logs import logger
 from ..utils import files
+from .dialects import unwrap
 
 METADATA_KEY = "improved_diffusion"
 
@@ -50,11 +52,12 @@ def save(obj: Any, path: str) -> None:
 def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """(state dict on the CPU, its description, {} for a foreign file). Collective.
 
-    Nothing in the file is executed. Raises UserError for a missing, damaged or unsafe file, and for other contents.
+    Weights in a wrapper, or under the longer names of wrapped modules, are found, and a line says so. Nothing in the
+    file is executed. Raises UserError for a missing, damaged or unsafe file, and for other contents.
     """
-    state_dict = distributed.load_state_dict(path, map_location="cpu")
-    if not isinstance(state_dict, dict) or not all(isinstance(value, th.Tensor) for value in state_dict.values()):
-        raise UserError(f"{path} is not a model's state dict: give a modelNNNNNN.pt or an ema_*.pt")
+    state_dict, note = unwrap(distributed.load_state_dict(path, map_location="cpu"), path)
+    if note:
+        logger.log(note)
     entry = getattr(state_dict, "_metadata", {}).get(METADATA_KEY, {})
     try:
         metadata = json.loads(entry.get("json", "{}"))

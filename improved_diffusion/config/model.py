@@ -14,6 +14,7 @@ class NetworkConfig(Config):
     """Every network."""
 
     kind: ClassVar[str]  # which of KINDS such a network is
+    attention_option: ClassVar[str] = "attention_resolutions"
 
     dropout: float = option(0.0, "dropout probability in the residual blocks, in training")
     use_checkpoint: bool = option(
@@ -56,7 +57,11 @@ class UNetConfig(NetworkConfig):
     num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
     num_heads: int = option(4, "attention heads", fixed=True)
     num_heads_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads", fixed=True)
-    attention_resolutions: str = option("16,8", "resolutions in pixels with attention, comma-separated", fixed=True)
+    attention_resolutions: str = option(
+        "16,8",
+        "sides in pixels of the levels with attention, comma-separated; the default takes the levels nearest to these",
+        fixed=True,
+    )
     class_cond: bool = option(False, "class-conditional model", fixed=True)
     label_drop: float = extra(
         0.0, "probability of hiding an image's class in training, 0.1 for classifier-free guidance (Ho & Salimans 2022)"
@@ -119,6 +124,7 @@ class ClassifierConfig(NetworkConfig):
     """Classifier."""
 
     kind = "classifier"
+    attention_option = "classifier_attention_resolutions"
 
     image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
 

@@ -74,7 +74,9 @@ class TrainConfig(Config):
     resume: str = extra(
         "", "auto: continue from the newest complete checkpoint in out_dir, if any; or a checkpoint file or folder"
     )
-    init_checkpoint: str = extra("", "start at step 0 from these weights")
+    init_checkpoint: str = extra(
+        "", "start at step 0 from the weights of this checkpoint, or of a run's folder, as far as they fit"
+    )
     keep_last: int = extra(0, "newest checkpoints to keep; 0: all")
     keep_every: int = extra(0, "with keep_last, also keep checkpoints at multiples of this many steps; 0: none")
     max_bad_steps: int = extra(100, "stop after this many steps in a row without a finite gradient")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import distributed
 from ..checkpoints import checkpoint
-from ..checkpoints.loading import LoadedModel, load_model
+from ..checkpoints.loading import LoadedModel, find_file, load_model
 from ..config import SWEEP_OPTIONS, UserError
 from ..config.settings import Sweeping
 from ..logs import logger
@@ -174,6 +174,8 @@ def find_checkpoint(model_path: str, ema: str) -> str:
     """
     if ema in ("", "none"):
         return model_path
+    if files.is_dir(model_path):
+        return find_file(model_path, ema)
     folder, name = os.path.split(model_path)
     number = re.search(r"(\d+)\.pt$", name)
     if not number:

@@ -82,9 +82,9 @@ def _check_null_class(loaded: LoadedModel) -> None:
         )
     if not loaded.metadata.get("config", {}).get("label_drop"):
         raise UserError(
-            f"{flag}: {loaded.path} was never trained with its class hidden. Train with --label_drop 0.1, starting "
-            f"from --init_checkpoint {loaded.path} for example, or guide by an unconditional checkpoint with "
-            "--guide_path"
+            f"{flag}: {loaded.path} was never trained with its class hidden. Train with --class_cond True "
+            f"--label_drop 0.1, starting from --init_checkpoint {loaded.path} for example, or guide by an "
+            "unconditional checkpoint with --guide_path"
         )
 
 

@@ -14,7 +14,8 @@ import torch as th
 
 from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
-from ..checkpoints.loading import take_options
+from ..checkpoints.loading import read, take_options
+from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list
 from ..config.settings import ClassifierTraining, Training
 from ..data.dataset import ImageDataset
@@ -24,7 +25,7 @@ from ..logs import logger
 from ..logs.curves import write_curves
 from ..logs.run_folder import open_run
 from ..logs.trackers import make_trackers
-from ..models.build import with_channel_mult
+from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
 from .dry_run import dry_run, warn_of_small_disk
@@ -96,21 +97,23 @@ def _claim(until_end: contextlib.ExitStack, *folders: str) -> None:
 def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
     """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
 
-    `resume_checkpoint` becomes the file to continue from. Options that were not given come
-    from it, or, those of the model, from --init_checkpoint. Collective.
+    `resume_checkpoint` becomes the file to continue from. Options that were not given come from it, or, those of the
+    model, from --init_checkpoint. Collective.
     """
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
     resumed = distributed.from_rank0(find_resume, settings.train, given)
-    source = resumed or settings.train.init_checkpoint
     metadata: dict[str, Any] = {}
-    if source:
-        state_dict, metadata = checkpoint.load(source)
+    if resumed:
+        state_dict, metadata = checkpoint.load(resumed)
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
-        names = settings.options().keys() - left_out if resumed else None
-        settings = take_options(settings, given, source, state_dict, metadata, names)
+        settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
+    elif settings.train.init_checkpoint:
+        path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint")
+        settings = take_network(settings.replace(init_checkpoint=path), given, path, state_dict, metadata)
     settings = settings.replace(**_continued(settings, resumed))
-    settings = settings.replace(channel_mult=with_channel_mult(settings.model).channel_mult)
+    model = with_levels(settings.model, given, new=not (resumed or settings.train.init_checkpoint))
+    settings = settings.replace(**{name: getattr(model, name) for name in ("channel_mult", model.attention_option)})
     settings = _share_batch(settings, given)
     if resumed:
         _log_changes(settings, given, metadata.get("config", {}))
@@ -226,9 +229,8 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     th.manual_seed(settings.run.seed)
     model, objective = task.build()
     if train.init_checkpoint:
-        state_dict, _ = checkpoint.load(train.init_checkpoint)
-        checkpoint.load_into(model, state_dict, train.init_checkpoint)
-        logger.log(f"weights of {train.init_checkpoint}, from step 0")
+        state_dict, other = checkpoint.load(train.init_checkpoint)
+        load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
     precision = "fp16" if train.use_fp16 else train.precision
     settings = settings.replace(precision=precision, use_fp16=False)

@@ -9,8 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch as th
 
 from .. import distributed
-from ..checkpoints import checkpoint
-from ..checkpoints.loading import kind_of, refuse_contradictions
+from ..checkpoints.loading import kind_of, read, refuse_contradictions
 from ..config import KINDS, ProcessConfig, UserError, height_width
 from ..config.settings import ClassifierTraining, ImageTraining, SuperResTraining, Training
 from ..data.dataset import ImageDataset, selection
@@ -170,7 +169,7 @@ def take_guided_process(
     path = settings.guided.model_path
     if not path:
         return settings, given
-    _, metadata = checkpoint.load(path)
+    path, _, metadata = read(path)
     stored = metadata.get("config", {})
     process = [f.name for f in fields(ProcessConfig)]
     names = sorted({"image_size", "channels", *process})
