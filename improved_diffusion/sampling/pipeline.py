@@ -16,7 +16,7 @@ from ..config import UserError, comma_list, height_width, number_list
 from ..config.settings import SuperResSampling
 from ..data.given import GivenImages, read_images
 from ..logs import logger
-from ..models.build import with_channel_mult
+from ..models.build import with_levels
 from ..utils.images import from_uint8
 from .guided import guide, prepare_model
 from .labels import Labels, choose_labels, image_labels, label_kwargs
@@ -146,7 +146,7 @@ def at_size(settings: SuperResSampling, size: tuple[int, int]) -> SuperResSampli
 
     Raises UserError where the levels of the network do not divide the enlarged size.
     """
-    model = with_channel_mult(settings.model)
+    model = with_levels(settings.model)
     factor = height_width(model.large_size)[0] // height_width(model.small_size)[0]
     large = (factor * size[0], factor * size[1])
     halvings = len(comma_list(model.channel_mult, float)) - 1
