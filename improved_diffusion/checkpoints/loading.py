@@ -268,6 +268,7 @@ class LoadedClassifier:
     classifier: NoisyClassifier
     config: Mapping[str, Any]
     class_names: list[str] | None
+    seen_classes: Any = None  # indices of those that had images in training, where not all had; not checked
 
 
 def load_classifier(path: str) -> LoadedClassifier:
@@ -282,4 +283,4 @@ def load_classifier(path: str) -> LoadedClassifier:
     config = from_dict(ClassifierConfig, {name: stored[name] for name in names if name in stored})
     classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
-    return LoadedClassifier(path, classifier.eval(), stored, metadata.get("class_names"))
+    return LoadedClassifier(path, classifier.eval(), stored, metadata.get("class_names"), metadata.get("seen_classes"))

@@ -17,6 +17,7 @@ from ..evaluation.report import Report
 from ..evaluation.sweep import Point, run_sweep
 from ..logs.run_folder import open_run, run_folder
 from ..sampling.pipeline import SamplingPipeline
+from ..utils.terminal import show
 from .command import Command, CommandGroup
 from .parsing import Parsed
 
@@ -92,10 +93,10 @@ def show_comparison(settings: Comparison) -> None:
     if len(paths) < 2:
         raise UserError("name two reports or more: evaluate compare FOLDER FOLDER")
     reports, names = [Report.read(path) for path in paths], name_reports(paths)
-    print(comparison(reports, names).replace("±", "+-"), end="")
+    show(comparison(reports, names).rstrip("\n"))
     if settings.compare.out_dir:
         folders = [report_dir(path) for path in paths]
-        print(f"wrote {write_comparison(settings.compare.out_dir, reports, names, folders)}")
+        show(f"wrote {write_comparison(settings.compare.out_dir, reports, names, folders)}")
 
 
 FIRST = ("reference", "held_out", "train_dir", "features", "trust_features", "resize")

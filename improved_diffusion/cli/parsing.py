@@ -15,6 +15,7 @@ from ..config import UserError, str2bool, unknown_name
 from ..config.presets import PRESETS, preset_options
 from ..config.settings import Settings, merge_options
 from ..utils import files
+from ..utils.terminal import show
 
 S = TypeVar("S", bound=Settings)
 
@@ -39,7 +40,7 @@ class _Help(argparse.Action):
     """--help: the options that matter first; --help-all: every option."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        print(parser.format_help(), end="")
+        show(parser.format_help().rstrip("\n"))
         raise SystemExit(0)
 
 

@@ -13,7 +13,9 @@ class SourceConfig(Config):
     """Images."""
 
     data_dir: str = option("", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads")
-    labels: str = extra("prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file")
+    labels: str = extra(
+        "prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON, CSV or TSV file"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

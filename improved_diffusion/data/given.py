@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..config import NUM_CLASSES, ReadingConfig, UserError, height_width
+from ..config import ReadingConfig, UserError, height_width
 from ..logs import logger
 from ..utils.images import as_shown, to_array, to_image, with_channels
 from ..utils.resizing import PREPARED, resize
+from ..utils.text import class_index
 from .dataset import ImageDataset
-from .sources import ArrayImages, open_pictures, read_classes, stem
+from .sources import ArrayImages, open_pictures, stem
 
 _DEFAULT_READING = ReadingConfig()
 
@@ -23,7 +24,7 @@ class GivenImages(NamedTuple):
     """Images to start from."""
 
     arrays: np.ndarray  # uint8 [N, H, W, C]
-    labels: list[int] | None  # their classes, where the images tell
+    labels: Any  # their classes, an integer for each, where the images tell; of an npz, not yet checked
     names: list[str]  # of the files, without what stands after the dot
 
 
@@ -60,35 +61,15 @@ def read_images(
             )
         logger.log(f"{flag}: images of {other} are {PREPARED[reading.resize_mode]} to {size_flag} {wanted}")
     array = np.stack([dataset.pixels(i) for i in range(len(dataset))])
-    labels = None
+    labels: Any = None
     if isinstance(source, ArrayImages):
-        labels = None if source.labels is None else [int(y) for y in source.labels]
+        labels = source.labels
     elif class_names:
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
-        if set(prefixes) <= set(class_names):
-            labels = [list(class_names).index(prefix) for prefix in prefixes]
+        index = class_index(class_names)
+        if set(prefixes) <= index.keys():
+            labels = [index[prefix] for prefix in prefixes]
     return GivenImages(array, labels, [stem(source.name(i)) for i in range(len(source))])
-
-
-def class_indices(
-    source: Any, labels: str, data_dir: str, class_names: Sequence[str] | None, num_classes: int, model_path: str
-) -> list[int]:
-    """Each image's class in a checkpoint's numbering.
-
-    :param labels: where the classes come from, see `read_classes`.
-    :param class_names: the checkpoint's; None where it has none.
-    :param num_classes: the checkpoint's; 0: NUM_CLASSES.
-    Raises UserError for a class that the checkpoint does not have.
-    """
-    found, names = read_classes(source, labels, data_dir)
-    trained = list(class_names or names)
-    unknown = sorted({names[i] for i in found} - set(trained))
-    if unknown:
-        raise UserError(f"{data_dir} has the class {unknown[0]}, which {model_path} was not trained on")
-    indices = [trained.index(names[i]) for i in found]
-    if max(indices) >= (num_classes or NUM_CLASSES):
-        raise UserError(f"{data_dir} has class {max(indices)}; {model_path} has {num_classes} classes")
-    return indices
 
 
 def as_pixels(

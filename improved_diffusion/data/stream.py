@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from .. import distributed
 from ..config import ReadingConfig, UserError
 from ..nn import NULL_LABEL
+from .classes import read_classes
 from .dataset import Check, ImageDataset, UnreadableImage, check_images, max_unreadable
-from .sources import open_images, read_classes
+from .sources import open_images
 
 
 class _Stream(Dataset):
@@ -149,6 +150,11 @@ class BatchStream:
         if isinstance(batch, UserError):
             raise batch
         return batch
+
+    @property
+    def seen_classes(self) -> list[int]:
+        """The indices of the classes that have images, sorted; [] where there are no classes."""
+        return sorted(set(self.stream.dataset.local_classes or ()))
 
     def skipped_names(self) -> list[str]:
         """The names of the unreadable images that are skipped."""

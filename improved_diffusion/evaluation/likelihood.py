@@ -14,8 +14,8 @@ from ..bound import BoundSummary, stratified_timesteps, summarize_bound
 from ..checkpoints.loading import LoadedModel
 from ..config import NLLConfig, UserError
 from ..config.settings import Likelihood
+from ..data.classes import class_indices
 from ..data.dataset import ImageDataset, selection
-from ..data.given import class_indices
 from ..data.sources import open_images
 from ..logs import logger
 from ..logs.progress import Progress

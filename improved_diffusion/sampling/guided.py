@@ -16,7 +16,7 @@ from ..logs import logger
 from ..respace import SpacedDiffusion
 from ..schedules import sigma_at, timestep_of_sigma
 from .guidance import EVERYWHERE, Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
-from .labels import Classes, classes_of
+from .labels import Classes, checked_seen, classes_of
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
@@ -124,9 +124,11 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
                 f"classifier for it with classifier-train --model_path {loaded.path}"
             )
     names = theirs.class_names
-    their_classes = Classes(len(names) if names else theirs.config["num_classes"], names)
+    num = len(names) if names else theirs.config["num_classes"]
+    their_classes = Classes(num, names, checked_seen(theirs.seen_classes, num, theirs.path))
     if classes is not None:
         _compare_classes(flag, their_classes, loaded.path, classes)
+        their_classes = their_classes._replace(seen=classes.seen or their_classes.seen)
     logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
     # A published checkpoint has no class names; the classifier's are used.
     return prepare_model(loaded.settings.sampler, theirs.classifier), their_classes

@@ -112,7 +112,7 @@ class TrainLoop(CheckpointedStep):
             logger.log(f"nothing to do: {self.resume_step} of --max_steps {self.max_steps} steps are done")
             return
         if self.resumed:
-            self.run_log.discard_later_rows()
+            self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
         self.run_log.start(self.max_steps, self.resume_step)
         try:

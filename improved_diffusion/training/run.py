@@ -18,8 +18,9 @@ from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list
 from ..config.settings import ClassifierTraining, Training
+from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
-from ..data.sources import open_images, read_classes
+from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
@@ -28,6 +29,7 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
+from ..utils.text import listed, one_line
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
@@ -61,6 +63,7 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
     with contextlib.ExitStack() as until_end:
         folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(_claim, until_end, folder, checkpoints)
@@ -130,7 +133,7 @@ def _continued(settings: Training, resumed: str) -> dict[str, Any]:
 def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
     now = settings.values()
     changes = [
-        f"--{name} {before[name]} -> {now[name]}"
+        f"--{name} {one_line(before[name])} -> {now[name]}"
         for name in sorted(before.keys() & given - _NOT_KEPT)
         if before[name] != now[name]
     ]
@@ -168,7 +171,9 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
     source = open_images(data_options.data_dir)
-    classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
+    classes, names = None, None
+    if needs_classes:
+        classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
     data = BatchStream(
         ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
@@ -188,7 +193,8 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     before = metadata.get("num_images", data.num_images)
     if settings.train.resume_checkpoint and before != data.num_images:
         logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
-    _log_epochs(settings, data.num_images, names)
+    seen = [names[i] for i in data.seen_classes] if names is not None else None
+    _log_epochs(settings, data.num_images, seen)
     return data, settings
 
 
@@ -207,7 +213,7 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
     text = f"{settings.data.data_dir}: {num_images} images"
     if names is not None:
-        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        text += f" of {len(names)} classes ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images
@@ -238,6 +244,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
+        "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(

@@ -19,6 +19,8 @@ from ..config import UserError
 if TYPE_CHECKING:
     from filelock import FileLock
 
+_SCHEMES = ("gs://", "az://", "https://ACCOUNT.blob.core.windows.net/")  # that blobfile reads
+_KNOWN_URL = re.compile(r"gs://|az://|https://\w+\.blob\.core\.windows\.net/")
 MAX_TEXT_BYTES = 2**26  # of a JSON, YAML or CSV file that is read whole
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
@@ -61,13 +63,19 @@ def full_path(path: str | os.PathLike) -> str:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Whether the file or folder exists."""
-    return _blobfile().exists(str(path)) if is_url(path) else os.path.exists(path)
+    """Whether the file or folder exists. Raises UserError for a URL that cannot be read."""
+    if not is_url(path):
+        return os.path.exists(path)
+    with _storage("read", path):
+        return _blobfile().exists(str(path))
 
 
 def is_dir(path: str | os.PathLike) -> bool:
-    """Whether the path is an existing folder."""
-    return _blobfile().isdir(str(path)) if is_url(path) else os.path.isdir(path)
+    """Whether the path is an existing folder. Raises UserError for a URL that cannot be read."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    with _storage("read", path):
+        return _blobfile().isdir(str(path))
 
 
 @contextmanager
@@ -79,6 +87,8 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
         raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
     except Exception as error:
         if is_url(path) and isinstance(error, getattr(_blobfile(), "Error", ())):
+            if not _KNOWN_URL.match(str(path)):
+                advice = f": URLs that can be read begin with {' or '.join(_SCHEMES)}"
             raise UserError(f"cannot {what} {path}: {error}{advice}") from None
         raise
 

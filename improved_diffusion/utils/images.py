@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import re
+import os
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -19,13 +18,13 @@ from PIL import Image, ImageChops, ImageColor
 
 from ..config import MAX_IMAGE_PIXELS, ReadingConfig, UserError
 from . import files
+from .captions import captioned
 
 # What Pillow decodes by itself, recognised by content. PostScript and WMF, which start other programs, are not here.
 FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA",
     "TIFF", "WEBP",
 )  # fmt: skip
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 SHOWN_SIDE = 48  # small images are enlarged to this side for viewing
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -39,6 +38,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _LIMIT_LOCK = threading.Lock()
 _DEFAULT_READING = ReadingConfig()
+_ARRAY_MAGIC = b"\x93NUMPY"
 
 
 def to_uint8(x: th.Tensor) -> np.ndarray:
@@ -286,12 +286,21 @@ def enlarge(images: np.ndarray, min_side: int) -> np.ndarray:
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_side: int = 0) -> np.ndarray:
+def grid(
+    images: np.ndarray,
+    columns: int | None = None,
+    border: int = 2,
+    min_side: int = 0,
+    captions: Sequence[str] | None = None,
+) -> np.ndarray:
     """uint8 [N, H, W, C] -> one image [H', W', C], row by row, as square as possible.
 
     :param min_side: enlarge small images until their shorter side is at least this.
+    :param captions: what to write below each image.
     """
     images = enlarge(images, min_side)
+    if captions:
+        images = captioned(images, captions)
     n, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -302,9 +311,9 @@ def grid(images: np.ndarray, columns: int | None = None, border: int = 2, min_si
     return canvas
 
 
-def save_grid(path: str, images: np.ndarray, columns: int | None = None) -> None:
+def save_grid(path: str, images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> None:
     """Write the `grid` of uint8 [N, H, W, C] as a PNG; small images are enlarged."""
-    files.write_bytes(path, encode_png(grid(images, columns, min_side=SHOWN_SIDE)))
+    files.write_bytes(path, encode_png(grid(images, columns, min_side=SHOWN_SIDE, captions=captions)))
 
 
 def save_strip(path: str, rows: np.ndarray) -> None:
@@ -321,13 +330,6 @@ def save_gif(path: str, frames: np.ndarray, milliseconds: int = 100) -> None:
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     files.write_bytes(path, buffer.getvalue())
-
-
-def sample_name(index: int, class_name: str | None) -> str:
-    """The file name of sample number `index`: the class comes first, as `--labels prefix` reads it."""
-    if class_name is None:
-        return f"{index:06d}.png"
-    return f"{re.sub(r'[^A-Za-z0-9.+-]+', '-', class_name)}_{index:06d}.png"
 
 
 class Rows(NamedTuple):
@@ -365,61 +367,109 @@ def _write_rows(f: IO[bytes], array: Rows) -> None:
 
 def npz_names(path: str) -> list[str]:
     """The names of the arrays in an npz, without reading them. Raises UserError for a damaged file."""
-    try:
-        with files.open_read(path) as f, zipfile.ZipFile(f) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable npz: {error}") from None
+    with _open_npz(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_npz(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named arrays that are in an npz.
 
-    Raises UserError for a damaged file and for objects, which could run code.
+    Raises UserError for a damaged file, for objects, which could run code, and for arrays that the memory cannot hold.
     """
+    with _open_npz(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        return {name: _read_array(archive, members[name], name) for name in names if name in members}
+
+
+@contextmanager
+def _open_npz(path: str) -> Iterator[zipfile.ZipFile]:
+    """The archive that an npz is; what is wrong with it or in it becomes UserError."""
     try:
         with files.open_read(path) as f:
-            data = np.load(f, allow_pickle=False)
-            if not isinstance(data, np.lib.npyio.NpzFile):
+            if f.read(len(_ARRAY_MAGIC)) == _ARRAY_MAGIC:
                 raise UserError(f"{path} is a single array, not an npz: save it with np.savez")
-            with data:
-                found = {name: data[name] for name in names if name in data}
+            f.seek(0)
+            with zipfile.ZipFile(f) as archive:
+                yield archive
+    except _WrongArray as error:
+        raise UserError(f"{path} {error}") from None
     except UserError:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds for damaged files
-        if "Object arrays" in str(error) or "pickled" in str(error):
-            raise UserError(
-                f"{path} holds Python objects, which could run code when loaded: save it again as numbers"
-            ) from None
         raise UserError(f"{path} is not a readable npz: {error or type(error).__name__}") from None
-    for name, array in found.items():
-        if not isinstance(array, np.ndarray):
-            raise UserError(f"{path} is not a readable npz: {name} is not an array")
-    return found
 
 
-def load_npz(path: str) -> dict[str, np.ndarray]:
-    """The arrays of an npz of images: `arr_0` uint8 [N, H, W, C] and perhaps `arr_1` integers [N].
+class _WrongArray(ValueError):
+    """An array that is not read, for a reason that follows the file's name."""
+
+
+def _read_array(archive: zipfile.ZipFile, member: str, name: str) -> np.ndarray:
+    info = archive.getinfo(member)
+    with archive.open(info) as f:
+        shape, dtype, start = _read_header(f, name)
+    if dtype.hasobject:
+        raise _WrongArray("holds Python objects, which could run code when loaded: save it again as numbers")
+    size = math.prod(shape) * dtype.itemsize
+    # Before memory is allocated. A compressed member is at most about 1030 times as long as it is in the file.
+    if size != info.file_size - start or info.file_size > 2000 * info.compress_size:
+        raise _WrongArray(f"is not a readable npz: {name} is not {dtype} of shape {shape}, as it says")
+    if size > _memory_bytes():
+        raise _WrongArray(f"needs {size / 2**30:,.0f} GiB of memory for {name}, more than this machine has: split it")
+    with archive.open(info) as f:
+        return np.lib.format.read_array(f, allow_pickle=False)
+
+
+def _read_header(f: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, length of the header) of an array in an npz."""
+    if f.read(len(_ARRAY_MAGIC)) != _ARRAY_MAGIC:
+        raise _WrongArray(f"is not a readable npz: {name} is not an array")
+    version = f.read(2)
+    read = {b"\1\0": np.lib.format.read_array_header_1_0, b"\2\0": np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise _WrongArray(f"is not a readable npz: {name} is in version {list(version)} of numpy's format")
+    shape, _, dtype = read(f)
+    return shape, dtype, f.tell()
+
+
+def _memory_bytes() -> float:
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def load_npz(path: str) -> np.ndarray:
+    """The images of an npz, its `arr_0`, as uint8 [N, H, W, C]; [N, H, W] are grey.
 
     Raises UserError for a damaged file, for objects, which could run code, and for other shapes or types.
     """
-    arrays = read_npz(path, ("arr_0", "arr_1"))
-    images = arrays.get("arr_0")
+    images = read_npz(path, ("arr_0",)).get("arr_0")
     if images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-        found = "no arr_0" if images is None else f"arr_0 of {images.dtype} {images.shape}"
-        raise UserError(f"{path} has {found}: expected arr_0 of uint8 [N, height, width, channels]")
-    if images.ndim == 3:
-        arrays["arr_0"] = images = images[..., None]
-    if images.shape[-1] not in MODES:
-        raise UserError(f"{path} has arr_0 of shape {images.shape}: the last number must be 1 to 4 channels")
-    labels = arrays.get("arr_1")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        found = f"no arr_0 but {_listed(npz_names(path))}"
+        if images is not None:
+            found = f"arr_0 of {images.dtype} {images.shape}"
         raise UserError(
-            f"{path} has arr_1 of {labels.dtype} {labels.shape}: expected an integer for each of {len(images)} images"
+            f"{path} has {found}: expected arr_0 of uint8 [N, height, width, channels], as np.savez(path, images) "
+            "writes it"
         )
-    return arrays
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[-1] not in MODES:
+        advice = ": transpose it, images.transpose(0, 2, 3, 1)" if images.shape[1] in MODES else ""
+        raise UserError(f"{path} has arr_0 of shape {images.shape}: the last number must be 1 to 4 channels{advice}")
+    return images
+
+
+def _listed(names: Sequence[str]) -> str:
+    return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "nothing"
+
+
+@lru_cache(maxsize=1)
+def extensions() -> frozenset[str]:
+    """The suffixes of `formats`, such as ".jpg", in lower case."""
+    formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def is_image_name(name: str) -> bool:
-    """Whether the file name has the ending of a supported image format."""
-    return Path(name).suffix.lower() in EXTENSIONS
+    """Whether the file name has the suffix of a supported image format."""
+    return os.path.splitext(name)[1].lower() in extensions()

@@ -117,7 +117,10 @@ def test_two_ranks_share_the_work(place, encoded):
 
 def test_other_images_are_not_mixed_in(place, encoded):
     result = edit(place, "encode", "--images", "data/cat_00.png", "--sampler", "heun", "--out_dir", "encoded")
-    assert result.code == 1 and f"made with images {place}/data, not {place}/data/cat_00.png" in result.err
+    assert (
+        result.code == 1
+        and f"of --images {place}/data, but this command has --images {place}/data/cat_00.png" in result.err
+    )
 
 
 def test_latents_are_decoded_by_the_steps_that_made_them(place, encoded):

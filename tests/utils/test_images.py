@@ -67,12 +67,10 @@ def test_npz_is_the_published_form(tmp_path):
     images.save_npz(path, samples, labels)
     with np.load(path) as data:
         assert data.files == ["arr_0", "arr_1"]
-    arrays = images.load_npz(path)
-    np.testing.assert_array_equal(arrays["arr_0"], samples)
-    np.testing.assert_array_equal(arrays["arr_1"], labels)
+    np.testing.assert_array_equal(images.load_npz(path), samples)
+    np.testing.assert_array_equal(images.read_npz(path, ["arr_1"])["arr_1"], labels)
     images.save_npz(path, samples[..., 0])
-    arrays = images.load_npz(path)
-    assert arrays["arr_0"].shape == (3, 4, 5, 1) and "arr_1" not in arrays
+    assert images.load_npz(path).shape == (3, 4, 5, 1)
     assert os.listdir(tmp_path) == ["samples.npz"]
 
 
@@ -120,7 +118,7 @@ def test_rows_that_are_not_of_the_array_leave_the_older_file(tmp_path, rows):
     images.save_npz(path, older)
     with pytest.raises(ValueError, match="row"):
         images.save_npz(path, images.Rows((3, 4, 4, 3), rows))
-    np.testing.assert_array_equal(images.load_npz(path)["arr_0"], older)
+    np.testing.assert_array_equal(images.load_npz(path), older)
     assert os.listdir(tmp_path) == ["x.npz"]
 
 
@@ -130,7 +128,7 @@ def test_an_npz_on_a_full_disk_leaves_the_older_file_and_no_rubbish():
         images.save_npz(path, older)
         with pytest.raises(UserError, match=r"cannot write .*x\.npz: No space left on device: free some space"):
             images.save_npz(path, images.Rows((100, 32, 32, 3), random_uint8(100, 32, 32, 3)))
-        np.testing.assert_array_equal(images.load_npz(path)["arr_0"], older)
+        np.testing.assert_array_equal(images.load_npz(path), older)
         assert os.listdir(disk) == ["x.npz"]
 
 
@@ -166,8 +164,7 @@ def test_a_png_is_decoded_to_what_was_encoded(channels):
         ([np.zeros((4, 4), np.uint8)], ["(4, 4)", "uint8 [N, height, width, channels]"]),
         ([np.zeros((0, 4, 4, 3), np.uint8)], ["(0, 4, 4, 3)"]),
         ([np.zeros((2, 4, 4, 5), np.uint8)], ["(2, 4, 4, 5)", "1 to 4 channels"]),
-        ([np.zeros((2, 4, 4, 3), np.uint8), np.array([1])], ["arr_1", "(1,)", "2 images"]),
-        ([np.zeros((2, 4, 4, 3), np.uint8), np.array([1.0, 2.0])], ["arr_1", "float64"]),
+        ([np.zeros((2, 3, 8, 8), np.uint8)], ["(2, 3, 8, 8)", "transpose(0, 2, 3, 1)"]),
         ([np.array([{"a": 1}], dtype=object)], ["could run code"]),
     ],
 )
@@ -183,20 +180,13 @@ def test_an_npz_of_another_form_is_named(tmp_path, arrays, culprits):
 def test_an_npz_without_images_and_damaged_ones_are_named(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, images=np.zeros((2, 4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match=r"x\.npz has no arr_0"):
+    with pytest.raises(UserError, match=r"x\.npz has no arr_0 but images"):
         images.load_npz(str(path))
     data = path.read_bytes()
     for damaged in (b"", b"text", data[: len(data) // 2], data[:-10]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"x\.npz"):
             images.load_npz(str(path))
-
-
-def test_sample_names_hold_the_class_where_labels_are_read():
-    assert images.sample_name(7, None) == "000007.png"
-    assert images.sample_name(7, "cat") == "cat_000007.png"
-    assert images.sample_name(1234567, "tabby cat/old_one") == "tabby-cat-old-one_1234567.png"
-    assert images.sample_name(3, "big_cat").split("_")[0] == "big-cat"
 
 
 def test_image_names():
