@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -11,20 +12,23 @@ import torch as th
 from .. import distributed
 from ..config import (
     KINDS,
+    NUM_CLASSES,
     ClassifierConfig,
+    Config,
     DiffusionConfig,
     ModelConfig,
+    NetworkConfig,
+    ProcessConfig,
     ReadingConfig,
     SuperResModelConfig,
     UserError,
     fixed_names,
-    from_dict,
     height_width,
 )
 from ..config.settings import ImageModel, Settings, SuperResModel
 from ..logs import logger
 from ..models.architecture import read_architecture
-from ..models.build import build_classifier, build_model_and_diffusion
+from ..models.build import build_classifier, build_model, build_model_and_diffusion
 from ..models.classifier import NoisyClassifier
 from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
@@ -67,7 +71,8 @@ def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
     """
     path, state_dict, metadata = read(path)
     settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
-    model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
+    with _naming(path):
+        model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
 
@@ -167,8 +172,41 @@ def take_options(
         for name in (MODEL_OPTIONS if names is None else names)
         if name in stored and name in known and (name in fixed or name not in given)
     }
+    with _naming(path):
+        settings = settings.replace(**taken)
+    model, learn_sigma = settings.model, settings.values().get("learn_sigma", False)  # type: ignore[attr-defined]
+    _check_network(model, learn_sigma, path, state_dict, metadata.get("class_names"))
+    return settings
+
+
+def _validated(settings: Settings, path: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a description says, in which the options of the model have passed the checks of flags."""
+    names = stored.keys() & settings.options().keys() & set(MODEL_OPTIONS)
+    with _naming(path):
+        values = settings.replace(**{name: stored[name] for name in names}).values()
+    return {**stored, **{name: values[name] for name in names}}
+
+
+def _check_network(
+    model: NetworkConfig, learn_sigma: bool, path: str, state_dict: Mapping[str, th.Tensor], names: Sequence[str] | None
+) -> None:
+    """Raise UserError unless the network of these options has the tensors of the file. It takes no memory.
+
+    :param names: of the classes.
+    """
+    with _naming(path), th.device("meta"):
+        is_classifier = isinstance(model, ClassifierConfig)
+        network = build_classifier(model) if is_classifier else build_model(model, learn_sigma)  # type: ignore[arg-type]
+    checkpoint.check_fits(network, state_dict, path)
+    if names and len(names) > (model.num_classes or NUM_CLASSES):
+        raise UserError(f"{path} names {len(names)} classes, more than its num_classes {model.num_classes}")
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the file in errors about options that come from it."""
     try:
-        return settings.replace(**taken)
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -189,6 +227,7 @@ def stored_options(
     if stored:
         if kind_of(stored) != settings.model.kind:  # type: ignore[attr-defined]
             raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
+        stored = _validated(settings, path, stored)
         # An older file lacks newer options, which did not exist when it was trained.
         newer = [f for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]]
         return {**{f.name: f.default for f in newer if f.name in known}, **stored}
@@ -260,6 +299,10 @@ def _options_from_shapes(
     return stored
 
 
+def _names(group: type[Config]) -> set[str]:
+    return {f.name for f in fields(group)}
+
+
 @dataclass(frozen=True)
 class LoadedClassifier:
     """A classifier from a checkpoint: in eval mode on the CPU, its run's options, and its classes' names."""
@@ -279,8 +322,14 @@ def load_classifier(path: str) -> LoadedClassifier:
         raise UserError(f"{path} has no description: a classifier is a file that classifier-train wrote")
     if kind_of(stored) != "classifier":
         raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier-train makes one")
-    names = [f.name for f in fields(ClassifierConfig)]
-    config = from_dict(ClassifierConfig, {name: stored[name] for name in names if name in stored})
+    with _naming(path):
+        config = ClassifierConfig(**{name: stored[name] for name in _names(ClassifierConfig) & stored.keys()})
+        process = ProcessConfig(**{name: stored[name] for name in _names(ProcessConfig) & stored.keys()})
+    _check_network(config, False, path, state_dict, metadata.get("class_names"))
     classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
-    return LoadedClassifier(path, classifier.eval(), stored, metadata.get("class_names"), metadata.get("seen_classes"))
+    options = {
+        name: getattr(group, name) for group in (config, process) for name in _names(type(group)) & stored.keys()
+    }
+    names, seen = metadata.get("class_names"), metadata.get("seen_classes")
+    return LoadedClassifier(path, classifier.eval(), {**stored, **options}, names, seen)

@@ -1,7 +1,7 @@
 """Every option of every command, written once: name, type, default, help, choices.
 
 From the fields of these dataclasses come the flags, `--help`, the JSON inside each checkpoint and the factories'
-arguments. Standard library only.
+arguments. Standard library only, but for the names of colours.
 """
 
 from .base import (
@@ -13,9 +13,15 @@ from .base import (
     from_dict,
     height_width,
     number_list,
+    one_line,
     parse_size,
+    path_argument,
+    repeated,
+    shorten,
+    shown,
     str2bool,
     unknown_name,
+    whole_number,
 )
 from .editing import (
     CopiesConfig,
@@ -103,7 +109,13 @@ __all__ = [
     "from_dict",
     "height_width",
     "number_list",
+    "one_line",
     "parse_size",
+    "path_argument",
+    "repeated",
+    "shorten",
+    "shown",
     "str2bool",
     "unknown_name",
+    "whole_number",
 ]  # fmt: skip

@@ -318,3 +318,22 @@ class Comparison(Settings):
     """Reports side by side."""
 
     compare: CompareConfig
+
+
+# The settings of each command, by the command's name.
+_COMMANDS: dict[str, tuple[type[Settings], ...]] = {
+    "train": (ImageTraining,),
+    "sample": (ImageSampling,),
+    "edit": (Encoding, Decoding, Interpolation, Inpainting, Variations),
+    "nll": (Likelihood,),
+    "evaluate": (Scoring, Sweeping, ReferenceStatistics, Comparison),
+    "super-res-train": (SuperResTraining,),
+    "super-res-sample": (SuperResSampling,),
+    "classifier-train": (ClassifierTraining,),
+    "posthoc-ema": (PosthocEMA,),
+}
+
+
+def commands_with(option: str) -> list[str]:
+    """The commands that have an option of this name."""
+    return [name for name, kinds in _COMMANDS.items() if any(option in kind.options() for kind in kinds)]

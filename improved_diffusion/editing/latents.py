@@ -46,6 +46,8 @@ def read_latents(path: str) -> Latents:
         raise UserError(f"--latents {path} has arr_1 of {labels.dtype} {labels.shape}: expected {len(arrays)} integers")
     if names is not None and (names.shape != arrays.shape[:1] or names.dtype.kind != "U"):
         raise UserError(f"--latents {path} has names of {names.dtype} {names.shape}: expected {len(arrays)} texts")
+    if not np.isfinite(arrays).all():
+        raise UserError(f"--latents {path} has numbers that are not finite: encode again")
     classes = None if labels is None else [int(y) for y in labels]
     kept = None if names is None else [str(name) for name in names]
     return Latents(arrays, classes, step_options, str(found.get("model", "")), kept)
@@ -59,7 +61,7 @@ def read_step_options(path: str) -> dict[str, Any]:
         raise UserError(f"--latents {path} does not exist: encode writes it")
     found = images.read_npz(path, ("way",))
     try:
-        options = json.loads(str(found["way"])) if "way" in found else {}
+        options = files.parse_json(str(found["way"]), path) if "way" in found else {}
         wrong_type = any(type(value) is not STEP_OPTIONS[name] for name, value in options.items())
         if wrong_type or options.get("sampler", "auto") not in SAMPLERS:
             raise ValueError
@@ -135,8 +137,9 @@ def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
 
     def whole(i: int) -> bool:
         try:
-            return _load(_part(parts, i)).shape == shape
-        except (UserError, ValueError, EOFError):
+            latent = _load(_part(parts, i))
+            return latent.shape == shape and latent.dtype == np.float32 and bool(np.isfinite(latent).all())
+        except (UserError, ValueError, EOFError, MemoryError):
             return False
 
     missing = [i for i in range(count) if not whole(i)]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import quote
 
 from .. import distributed
 from ..checkpoints import checkpoint
@@ -151,9 +152,10 @@ def _check_folders(out_dir: str, points: Sequence[Point], requests: Sequence[Map
     """Raise UserError where the folder holds a sweep of other options, or samples of other requests."""
     path, axes = files.join(out_dir, JSON_FILE), list(points[0].chosen)
     if files.exists(path):
+        text = files.read_bytes(path, files.MAX_TEXT_BYTES)
         try:
-            before = list(json.loads(files.read_bytes(path))[0]["chosen"])
-        except (ValueError, LookupError, TypeError, RecursionError):
+            before = [str(axis) for axis in dict(files.parse_json(text, path)[0]["chosen"])]
+        except (ValueError, LookupError, TypeError):
             raise UserError(f"{path} is damaged: remove it, or choose another --out_dir") from None
         if before != axes:
             raise UserError(
@@ -201,12 +203,12 @@ def table(rows: Sequence[Row], last: Report) -> str:
     """The text of sweep.md. :param last: one of the reports."""
     names = _metrics_of(rows)
     head = [*rows[0].chosen, "evaluations", *map(report.title, names)]
-    model = (last.samples["made_by"] or {}).get("model_path")
+    model = (last.samples.get("made_by") or {}).get("model_path")
     reference = last.reference.get("name") or last.reference["images"]
     lines = [
         "# Sweep", "",
         f"{last.samples['count']:,} samples a row, from {report.escape(model)} or an EMA of it,",
-        f"against {report.escape(reference)}, in the features {report.escape(last.samples['features'])}.",
+        f"against {report.escape(reference)}, in the features {report.escape(last.samples.get('features'))}.",
     ]  # fmt: skip
     for warning in last.warnings:
         lines += ["", f"**Warning:** {report.escape(warning)}."]
@@ -219,7 +221,7 @@ def table(rows: Sequence[Row], last: Report) -> str:
         "", f"![the metrics against the swept options]({PLOT_FILE})", "",
         "The report of each row is in its folder:", "",
     ]  # fmt: skip
-    lines += [f"- [{row.folder}]({row.folder}/{report.TEXT_FILE})" for row in rows]
+    lines += [f"- [{report.escape(row.folder)}]({quote(row.folder)}/{report.TEXT_FILE})" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -135,9 +135,10 @@ def image_labels(
     found = integer_labels(found, len(found), f"{source} has labels")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
+        names = listed(labels.class_names or (), 20)
         raise UserError(
             f"{source} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}"
-            f"{_listed(labels.class_names)}. Give an npz with those, or --classes"
+            f"{names and f': {names}'}. Give an npz with those, or --classes"
         )
     return Labels(labels.num_classes, seed, found, labels.class_names)
 

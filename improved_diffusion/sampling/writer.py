@@ -177,10 +177,7 @@ def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
     """Raise UserError where a folder holds samples of another request, or of an unknown one."""
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
     if files.exists(path):
-        try:
-            before = json.loads(files.read_bytes(path))
-        except ValueError:
-            raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
+        before = files.read_record(path, f"remove it and {png_dir}, or choose another --out_dir")
         request = json.loads(json.dumps(dict(request)))
         # In this order, the first difference is the most important one: the command, the model, the sampler.
         for name in [*request, *(before.keys() - request.keys())]:

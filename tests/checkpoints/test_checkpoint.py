@@ -101,7 +101,7 @@ def test_a_truncated_file_is_one_error(saved, share):
     path, _ = saved
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    assert "damaged" in one_message(path)
+    assert ("damaged" if share else "empty") in one_message(path)
 
 
 @pytest.mark.parametrize("cut", [1, 22, 100])

@@ -136,10 +136,10 @@ def test_the_check_counts_what_was_done(odd):
     found = check_images(dataset)
     assert found.unreadable == [] and found.num_read == 8
     # A TIFF is turned by Pillow itself.
-    assert found.done == {"of 16 bits": 1, "rotated by EXIF": 2, "transparent, on white": 2}
-    assert found.describe() == "1 of 16 bits, 2 rotated by EXIF, 2 transparent, on white"
+    assert found.done == {"16-bit": 1, "rotated by EXIF": 2, "transparent on white": 2}
+    assert found.describe() == "2 rotated by EXIF, 2 transparent on white, 1 16-bit"
     grey = check_images(ImageDataset(16, [str(odd / "6_deep.png")], channels=1))
-    assert grey.done == {"of 16 bits": 1}
+    assert grey.done == {"16-bit": 1}
 
 
 def test_pixels_beyond_the_limit_are_an_unreadable_image(odd):
@@ -170,20 +170,11 @@ def test_published_decoding_is_that_of_the_published_code(odd):
 
 @pytest.mark.parametrize("options", [
     {"published_decoding": True, "background": "black"}, {"published_decoding": True, "resize_mode": "pad"},
-    {"resize_mode": "zoom"}, {"max_image_pixels": 0},
+    {"resize_mode": "zoom"}, {"max_image_pixels": 0}, {"background": "whyte"}, {"background": "#12"}, {"background": 3},
 ])  # fmt: skip
 def test_options_that_cannot_be_are_named(options):
     with pytest.raises(UserError, match="--" + list(options)[-1]):
         ReadingConfig(**options)
-
-
-def test_a_background_that_is_no_colour_is_named_before_anything_is_read(odd):
-    for read in (
-        lambda reading: load_data(data_dir=str(odd), batch_size=1, image_size=16, reading=reading),
-        lambda reading: read_images("--images", str(odd), "s", 16, 3, None, reading),
-    ):
-        with pytest.raises(UserError, match="--background 'whyte'"):
-            read(ReadingConfig(background="whyte"))
 
 
 # Random crops

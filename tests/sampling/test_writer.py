@@ -262,6 +262,35 @@ def sample_on_two_ranks(folder, task):
     return run("mpiexec", 2, script, folder / "out", task, tests, cwd=folder, timeout=60).succeed().out.splitlines()
 
 
+@pytest.mark.parametrize("damage", [
+    b"", b"{", b"[1]", b"null", b"5", b'"x"', b"[" * 200_000, b'{"seed":' * 200_000, b'{"seed": NaN}',
+    b'{"seed": {"a": 1}}', b'{"seed": "\\ud800"}', b"\xff\xfe", b'{"seed": 3, "seed": 3}',
+    b'{"seed": ' + b"9" * 10_000 + b"}",
+], ids=range(14))  # fmt: skip
+def test_a_damaged_request_is_named_and_nothing_is_lost(tmp_path, damage):
+    write(tmp_path, 2)
+    (tmp_path / "samples.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"samples\.json is damaged: remove it"):
+        write(tmp_path, 2)
+    assert (tmp_path / "samples.json").read_bytes() == damage and len(list((tmp_path / "samples").iterdir())) == 2
+
+
+@pytest.mark.parametrize("held", [{"seed": None}, {"seed": "3"}, {}, {"other": "x" * 100}])
+def test_a_request_of_other_values_is_another_one(tmp_path, held):
+    write(tmp_path, 2)
+    (tmp_path / "samples.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match="holds samples made"):
+        write(tmp_path, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_request(tmp_path):
+    (tmp_path / "samples").mkdir()
+    os.mkfifo(tmp_path / "samples.json")
+    with pytest.raises(UserError, match=r"samples\.json is a pipe"):
+        write(tmp_path, 2)
+
+
 def test_each_rank_writes_its_own_images(tmp_path):
     lines = sample_on_two_ranks(tmp_path, "all")
     assert "rank 0 wrote 6" in lines and "rank 1 wrote 5" in lines
