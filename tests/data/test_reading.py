@@ -5,14 +5,34 @@ import zipfile
 
 import numpy as np
 import pytest
+from feature_helpers import write_script
+from model_helpers import save_checkpoint, tiny_settings
 from PIL import Image, PngImagePlugin
 
+from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.config import ReadingConfig, UserError
+from improved_diffusion.config.settings import (
+    Encoding,
+    ImageTraining,
+    Inpainting,
+    Interpolation,
+    Likelihood,
+    ReferenceStatistics,
+    Scoring,
+    Sweeping,
+    Variations,
+)
 from improved_diffusion.data.dataset import ImageDataset, check_images
 from improved_diffusion.data.given import as_pixels, read_images
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.data.stream import BatchStream, load_data
+from improved_diffusion.evaluation.evaluator import Inputs
 from improved_diffusion.evaluation.feature_sets import ImageSet
+from improved_diffusion.evaluation.likelihood import open_dataset
+from improved_diffusion.evaluation.references import write_reference
+from improved_diffusion.training.run import open_data
+from improved_diffusion.training.tasks import ImageTask
+from improved_diffusion.training.validation import Validation
 from improved_diffusion.utils import images
 
 RNG = np.random.default_rng(5)
@@ -240,3 +260,65 @@ def test_resize_modes_reach_training_and_given_images(tmp_path, mode, corner):
     assert seen[0, 0, 0] == corner and seen[8, 8, 0] == 90
     given = read_images("--images", str(tmp_path), "s", 16, 3, None, reading).arrays[0]
     np.testing.assert_array_equal(seen, given)
+
+
+# Commands that take a model's own way of reading
+
+
+@pytest.mark.parametrize("kind", [Encoding, Interpolation, Inpainting, Variations, Likelihood, Scoring, Sweeping])
+def test_a_command_reads_as_the_model_was_trained_unless_told_otherwise(tmp_path, kind):
+    path = save_checkpoint(tmp_path / "model.pt", tiny_settings(resize_mode="pad", background="#102030"))
+    reading = load_model(kind.of({}), frozenset(), str(path)).settings.reading
+    assert (reading.resize_mode, reading.background) == ("pad", "#102030")
+    given = {"background": "red"}
+    reading = load_model(kind.of(given), frozenset(given), str(path)).settings.reading
+    assert (reading.resize_mode, reading.background) == ("pad", "red")
+
+
+def test_the_bound_is_of_the_images_as_they_are_shown(odd, tmp_path):
+    path = save_checkpoint(tmp_path / "model.pt", tiny_settings(image_size=16, background="black"))
+    loaded = load_model(Likelihood.of({"data_dir": str(odd)}), frozenset({"data_dir"}), str(path))
+    dataset = open_dataset(loaded)
+    np.testing.assert_array_equal(np.stack([dataset.pixels(i) for i in range(8)]), expected(0))
+
+
+def test_held_out_images_are_read_like_training_images(odd):
+    settings = ImageTraining.of({
+        "data_dir": str(odd), "val_dir": str(odd), "image_size": 16, "background": "black", "batch_size": 4,
+        "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "num_workers": 0,
+    })  # fmt: skip
+    task = ImageTask(settings)
+    data, _ = open_data(settings.replace(total_batch_size=4), {})
+    ((_, validation),) = task._validation(Validation, task.build()[1], data)
+    np.testing.assert_array_equal(data.stream.dataset.pixels(4), expected(0)[4])
+    assert validation.dataset.reading == settings.reading
+
+
+def test_references_of_a_command_are_prepared_as_the_model_was_trained(odd, tmp_path):
+    for number in range(5):
+        for path in list(odd.iterdir())[:8]:
+            (odd / f"x{number}{path.name}").write_bytes(path.read_bytes())
+    settings = Scoring.of({
+        "features": write_script(tmp_path / "f.pt"), "reference": str(odd), "resize": "8x24", "resize_mode": "pad",
+        "background": "black",
+    })  # fmt: skip
+    inputs = Inputs.of(settings.evaluation, settings.features, settings.reading)
+    taken = inputs.sets["reference"].take([0])
+    assert (taken[0][:, :8] == 0).all() and (taken[0][:, 16:] == 0).all() and taken[0][:, 8:16].any()
+
+
+@pytest.mark.parametrize("mode, warned", [("crop", True), ("pad", False)])
+def test_a_reference_prepared_in_another_way_is_a_warning(odd, tmp_path, mode, warned, capsys):
+    for number in range(5):
+        for path in list(odd.iterdir())[:8]:
+            (odd / f"x{number}{path.name}").write_bytes(path.read_bytes())
+    made = {"images": str(odd), "out": str(tmp_path / "r.npz"), "resize": "8", "resize_mode": "pad", "colour": True}
+    features = {"features": write_script(tmp_path / "f.pt"), "trust_features": True}
+    write_reference(ReferenceStatistics.of({**made, **features}))
+    settings = Scoring.of({
+        **features, "reference": str(tmp_path / "r.npz"), "resize": "8", "resize_mode": mode, "colour": True,
+    })  # fmt: skip
+    inputs = Inputs.of(settings.evaluation, settings.features, settings.reading)
+    capsys.readouterr()
+    inputs.check_model("model.pt", 40)
+    assert ("were resized and padded" in "".join(capsys.readouterr())) == warned
