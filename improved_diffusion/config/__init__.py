@@ -1,7 +1,7 @@
 """Every option of every command, written once: name, type, default, help, choices.
 
 From the fields of these dataclasses come the flags, `--help`, the JSON inside each checkpoint and the factories'
-arguments. Standard library only.
+arguments. Standard library only, but for the names of colours.
 """
 
 from .base import (

@@ -73,8 +73,8 @@ class InpaintConfig(Config):
 
     mask: str = extra(
         "",
-        "an image, white where to paint and black where to keep the image; or a folder, a zip or an npz with one for "
-        "each image, by name or in order",
+        "an image, white where to paint and black where to keep the image, or on a transparent layer any paint where "
+        "there is no white; or a folder, a zip or an npz with one for each image, by name or in order",
         parse=path_of,
     )
     jump_length: int = extra(10, "steps that RePaint goes back at a time", low=1)
