@@ -27,7 +27,7 @@ from .bound import BoundSummary
 from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names
-from .config.presets import preset_options
+from .config.presets import options_for
 from .config.settings import (
     Decoding,
     Encoding,
@@ -395,9 +395,13 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    file = distributed.from_rank0(find_file, os.path.expanduser(os.fspath(path)), average)
+    return _load(os.path.expanduser(os.fspath(path)), average, options)
+
+
+def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
+    file = distributed.from_rank0(find_file, path, average)
     kind = read_kind(file)
-    return Model(load_model(kind.of(options), frozenset(options), file))
+    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
@@ -405,19 +409,21 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
 
     With large_size and small_size it is a super-resolution model. Ctrl-C saves a checkpoint, ends the training and
     returns the model as it is; resume="auto" continues from there.
-    :param preset: a published recipe, whose options apply where none are given.
+    :param preset: a published model's options, or a recipe's, which apply where none are given; "auto" chooses a recipe
+        by the images and the hardware.
     Raises UserError for what cannot work, before training starts. Collective where there are several ranks.
     """
     superres = bool({"large_size", "small_size"} & options.keys())
     kind: type[Settings] = SuperResTraining if superres else ImageTraining
     asked = {"data_dir": os.fspath(data_dir), **options}
     if preset:
-        asked = merge_options([{k: v for k, v in preset_options(preset).items() if k in kind.options()}, asked])
+        asked = merge_options([options_for(preset, kind), asked])
     settings: Any = kind.of(asked)
     if settings.train.dry_run:
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
-    default = preset or ("super_res_train" if superres else "image_train")
-    return load(run.train(settings, frozenset(asked), default).checkpoints)
+    default = "super_res_train" if superres else "image_train"
+    trained = run.train(settings, frozenset(asked), default, preset)
+    return _load(trained.checkpoints, None, {}, warn=False)  # training has warned at its start
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:
