@@ -11,6 +11,7 @@ from .base import Config, UserError, comma_list, extra, height_width, option, pa
 # Bounds, beyond all real use: a value from a damaged file must not take all memory.
 MAX_SIDE = 2**13
 MAX_CLASSES = 10**6
+MAX_CLASS_NAME = 1000  # characters
 MAX_LEVELS = 12
 MAX_MULT = 64
 MAX_WIDTH = 2**13
