@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Config, UserError, extra
+from .base import Config, extra
+from .messages import UserError
 
 RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
 MAX_IMAGE_PIXELS = 300_000_000  # admits scans and phone photographs of 200 megapixels; 1.2 GB when decoded
