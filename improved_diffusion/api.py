@@ -404,6 +404,8 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
+    if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
+        raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
     return _load(path_argument("path", path), average, options)
 
 

@@ -368,6 +368,12 @@ def test_what_is_no_path_is_one_error(wrong, model):
             use()
 
 
+@pytest.mark.parametrize("wrong", [True, [1], {}, b"raw", np.zeros(3), 0.7, "0.90"], ids=repr)
+def test_an_average_that_is_not_there_is_one_error(wrong, run_folder):
+    with pytest.raises(UserError, match="average"):
+        idf.load(run_folder, average=wrong)
+
+
 @pytest.mark.parametrize(("options", "culprit"), [
     (dict(n=0), "num_samples 0"), (dict(n=-1), "num_samples -1"), (dict(n=2.5), "num_samples 2.5"),
     (dict(n="two"), "num_samples 'two'"), (dict(n=10**12), "num_samples"), (dict(n=True), "num_samples True"),

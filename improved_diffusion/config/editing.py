@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import MOST_SAMPLES, Config, UserError, comma_list, extra, number_list, path_of, paths_of
+from .base import MOST_SAMPLES, Config, extra
+from .messages import UserError
+from .values import comma_list, number_list, path_of, paths_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from .base import Config, UserError, comma_list, extra, height_width, option, parse_size, shown
+from .base import Config, extra, option
+from .messages import UserError, shown
+from .values import comma_list, height_width, parse_size
 
 # Bounds, beyond all real use: a value from a damaged file must not take all memory.
 MAX_SIDE = 2**13

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Config, UserError, extra, plain_text
+from .base import Config, extra, plain_text
+from .messages import UserError
 
 RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
 MAX_IMAGE_PIXELS = 300_000_000  # admits scans and phone photographs of 200 megapixels; 1.2 GB when decoded
