@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Config, extra, plain_text
+from .base import Config, extra
 from .messages import UserError
+from .values import plain_text
 
 RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
 MAX_IMAGE_PIXELS = 300_000_000  # admits scans and phone photographs of 200 megapixels; 1.2 GB when decoded
