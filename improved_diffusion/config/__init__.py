@@ -7,6 +7,7 @@ arguments. Standard library only.
 from .base import (
     NUM_CLASSES,
     PRECISIONS,
+    UNSEEN,
     Config,
     UserError,
     comma_list,
@@ -69,6 +70,7 @@ __all__ = [
     "SAMPLERS",
     "SWEEP_OPTIONS",
     "TRACKERS",
+    "UNSEEN",
     "BaseSamplesConfig",
     "ClassifierConfig",
     "CompareConfig",

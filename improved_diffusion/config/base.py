@@ -22,6 +22,10 @@ MOST_SAMPLES = 10**7  # in one command
 LONGEST_WAIT = 1e8  # seconds; more overflows timers
 LONGEST_SHOWN = 80  # of a value in a message, in characters
 MOST_NUMBERS = 10**6  # in a list of image numbers
+# What moves the cursor, sets colours and titles, or changes the order of what is shown: control characters (C0, DEL,
+# C1), line and paragraph separators, bidirectional overrides; and halves of surrogate pairs, which stand for bytes that
+# are not UTF-8.
+UNSEEN = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 NUM_CLASSES = 1000  # of a class-conditional model, where nothing says otherwise
 
 
@@ -32,12 +36,12 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: object):
-        super().__init__(one_line(str(message)))
+        super().__init__(one_line(message))
 
 
-def one_line(text: str) -> str:
-    """A text with escapes such as \\n and \\x1b for the characters that cannot be printed."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def one_line(text: object) -> str:
+    """A text, such as a name, with escapes such as \\n and \\x1b for `UNSEEN` characters."""
+    return re.sub(f"[{UNSEEN}]", lambda match: repr(match[0])[1:-1], str(text))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

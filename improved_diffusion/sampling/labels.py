@@ -10,10 +10,10 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError
+from ..config import NUM_CLASSES, UserError, one_line
 from ..data.classes import integer_labels
 from ..utils.captions import caption
-from ..utils.text import class_parts, listed, one_line
+from ..utils.text import class_parts, listed
 from .noise import image_generator
 
 
