@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError, one_line
+from ..config import NUM_CLASSES, UserError, one_line, shorten
 from ..data.classes import integer_labels
 from ..utils.captions import caption
 from ..utils.text import class_parts, listed
@@ -24,12 +25,12 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
     for word in (part.strip() for part in text.split(",") if part.strip()):
         if class_names and word in class_names:
             indices.append(list(class_names).index(word))
-        elif word.isdecimal() and not numbered and int(word) < num_classes:
+        elif not numbered and re.fullmatch("[0-9]{1,18}", word) and int(word) < num_classes:
             indices.append(int(word))
         else:
             names = listed(class_names or (), 20)
             known = names if numbered else f"0..{num_classes - 1}" + (names and f": {names}")
-            raise UserError(f"--classes {one_line(word)}: the model has the classes {known}")
+            raise UserError(f"--classes {one_line(shorten(word))}: the model has the classes {known}")
     return indices
 
 

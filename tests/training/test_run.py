@@ -272,3 +272,37 @@ def test_curves_that_cannot_be_drawn_do_not_fail_a_run(photos, tmp_path, monkeyp
     monkeypatch.setattr(run, "write_curves", fail)
     assert idf.train(photos, out_dir=str(tmp_path / "run"), **{**TINY, "max_steps": 3}).step == 3
     assert f"no curves.png: {error}" in (tmp_path / "run/log.txt").read_text()
+
+
+# Options of a resumed run
+
+
+@pytest.fixture(scope="module")
+def resumable(tmp_path_factory):
+    """A finished run, and its images."""
+    place = tmp_path_factory.mktemp("resumable")
+    photos = write_images(place / "photos", 4)
+    idf.train(photos, out_dir=str(place / "run"), **{**TINY, "class_cond": True, "batch_size": 1})
+    return place
+
+
+ACCEPTED = dict(lr=1e-3, seed=3, label_drop=0.1, batch_size=2, data_dir="moved", dropout=0.1, keep_last=1)
+REFUSED = dict(
+    num_channels=64, image_size=16, noise_schedule="linear", learn_sigma=True, class_cond=False, ema_rate="0.5",
+    precision="bf16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [*ACCEPTED.items(), *REFUSED.items()])
+def test_what_a_resumed_run_may_change_is_said_and_the_rest_refused(name, value, resumable, tmp_path, capsys):
+    shutil.copytree(resumable / "run", tmp_path / "run")
+    photos = resumable / "photos"
+    if name == "data_dir":
+        value = shutil.copytree(photos, tmp_path / "moved")
+    asked = {"data_dir": photos, "resume": "auto", "out_dir": str(tmp_path / "run"), "max_steps": 2, name: value}
+    if name in REFUSED:
+        with pytest.raises(UserError, match=f"--{name}|ema_{value}"):
+            idf.train(**asked)
+    else:
+        assert idf.train(**asked).step == 2
+        assert f"--{name} " in capsys.readouterr().out.split("changed since the checkpoint was written: ")[1]
