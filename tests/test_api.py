@@ -284,6 +284,19 @@ def test_inpainting_is_the_commands_and_keeps_the_known_pixels(model, originals,
     assert np.array_equal(model.inpaint(originals, tmp_path / "mask.png", **options).array, command)
 
 
+def test_edited_images_keep_the_names_of_files(model, photos, tmp_path):
+    paths = sorted(photos.glob("*.png"))[:2]
+    options = {"steps": 2, "progress": False}
+    varied = model.variations([str(path) for path in paths], 4, **options)
+    assert list(varied.names) == [f"{path.stem}_{k}" for k in (1, 2) for path in paths]
+    varied.save(tmp_path / "out")
+    assert sorted(path.stem for path in (tmp_path / "out/samples").iterdir()) == sorted(varied.names)
+    assert list(model.variations(varied[:1], **options).names) == [varied.names[0]]
+    latents = model.encode([str(path) for path in paths], steps=2)
+    assert list(model.decode(latents, progress=False).names) == [path.stem for path in paths]
+    assert model.variations(varied.array, classes=[0], **options).names is None
+
+
 def test_variations_are_the_commands(model, originals, tmp_path):
     np.savez(tmp_path / "images.npz", originals)
     args = ["--images", "images.npz", "--num_samples", 3, "--strength", 0.3, "--classes", "1", "--seed", 5]

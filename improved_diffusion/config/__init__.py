@@ -15,7 +15,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import SWEEP_OPTIONS, CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
-from .messages import UserError, one_line, shorten, shown, unknown_name
+from .messages import UNSEEN, UserError, one_line, shorten, shown, unknown_name
 from .model import (
     KINDS,
     ClassifierConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "SAMPLERS",
     "SWEEP_OPTIONS",
     "TRACKERS",
+    "UNSEEN",
     "BaseSamplesConfig",
     "ClassifierConfig",
     "CompareConfig",

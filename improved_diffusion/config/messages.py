@@ -26,7 +26,7 @@ class UserError(ValueError):
         super().__init__(one_line(str(message)))
 
 
-def escape(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     """What stands for a character that must not be shown."""
     code = ord(match[0])
     return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(match[0], f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
@@ -34,7 +34,7 @@ def escape(match: re.Match[str]) -> str:
 
 def one_line(text: Any) -> str:
     """A text in one line that any terminal can show: control characters and new lines are escaped."""
-    return re.sub(f"[{UNSEEN}]", escape, str(text))
+    return re.sub(f"[{UNSEEN}]", _escape, str(text))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

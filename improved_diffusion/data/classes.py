@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import NUM_CLASSES, UserError
+from ..config import NUM_CLASSES, UserError, one_line
 from ..config.model import MAX_CLASS_NAME
 from ..logs import logger
-from ..utils.text import class_index, listed, one_line
+from ..utils.text import class_index, listed
 from .label_file import KEYWORDS, Label, LabelFile
 from .sources import ArrayImages
 

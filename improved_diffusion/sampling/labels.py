@@ -11,10 +11,10 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError, shorten
+from ..config import NUM_CLASSES, UserError, one_line, shorten
 from ..data.classes import integer_labels
 from ..utils.captions import caption
-from ..utils.text import class_parts, listed, one_line
+from ..utils.text import class_parts, listed
 from .noise import image_generator
 
 

@@ -10,7 +10,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import kind_of, read, refuse_contradictions
-from ..config import KINDS, ProcessConfig, ReadingConfig, UserError, height_width
+from ..config import KINDS, ProcessConfig, ReadingConfig, UserError, height_width, one_line
 from ..config.settings import ClassifierTraining, ImageTraining, SuperResTraining, Training
 from ..data.classes import classes_not_in, read_labels
 from ..data.dataset import ImageDataset, selection
@@ -20,7 +20,7 @@ from ..data.stream import BatchStream
 from ..logs import logger
 from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
 from ..sampling.labels import caption_of
-from ..utils.text import class_index, listed, one_line
+from ..utils.text import class_index, listed
 from .classifier import ClassifierObjective, ClassifierValidation
 from .hooks import Hook
 from .preview import PREVIEWS, PreviewGrid, preview_diffusion

@@ -7,17 +7,16 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from ..config.messages import UNSEEN, escape, one_line
+from ..config import UNSEEN, one_line
 
-_HARMFUL = re.compile(f"(?![\\n\\t])[{UNSEEN}]")
 _REFUSED = re.compile(f'[{UNSEEN}/\\\\:*?"<>|]+')  # in a file name, by Windows, macOS or Linux
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)
 NAME_BYTES = 100  # of a class in a file name
 
 
 def printable(text: Any) -> str:
-    """The text as a terminal or a log may show it: control characters are escaped, but for new lines and tabs."""
-    return _HARMFUL.sub(escape, str(text))
+    """The text as a terminal or a log may show it: `one_line` for each of its lines; tabs stay."""
+    return re.sub(r"[^\n\t]+", lambda match: one_line(match[0]), str(text))
 
 
 def as_one(text: str) -> str:
