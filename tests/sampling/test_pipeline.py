@@ -10,6 +10,7 @@ from script_helpers import contents
 from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageSampling
+from improved_diffusion.logs import logger
 from improved_diffusion.sampling.noise import SEED_SCHEME
 from improved_diffusion.sampling.pipeline import SamplingPipeline
 from improved_diffusion.sampling.request import describe_request
@@ -63,3 +64,12 @@ def test_the_steps_are_shown_where_that_is_asked(model, tmp_path):
 def test_options_that_cannot_work_are_refused_before_anything_is_drawn(model, options, culprit):
     with pytest.raises(UserError, match=culprit):
         pipeline(model, **options)
+
+
+@pytest.mark.parametrize("given, told", [({"steps"}, True), ({"steps", "num_samples"}, False), ({"seeds"}, False)])
+def test_a_number_of_samples_that_was_not_given_is_said_aloud(model, tmp_path, given, told):
+    logger.configure(str(tmp_path), format_strs=["log"])
+    options = dict(num_samples=3, steps=2, seeds="0-2" if "seeds" in given else "")
+    SamplingPipeline(load_model(ImageSampling.of(options), given, str(model))).write(str(tmp_path))
+    text = (tmp_path / "log.txt").read_text()
+    assert ("drawing 3 images" in text and "--num_samples 16" in text) == told
