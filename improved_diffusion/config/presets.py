@@ -127,6 +127,12 @@ def options_for(name: str, kind: type[Settings]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in known}
 
 
+def until_chosen(name: str | None) -> dict[str, Any]:
+    """With `--preset auto`, options that stand in for those that training will choose, so that the ones given with them
+    can be checked before; {} for other presets."""
+    return dict(next(iter(RECIPES.values())).options) if name == AUTO else {}
+
+
 def preset_options(name: str) -> dict[str, Any]:
     """The options that `--preset name` sets; an unknown name raises UserError with the nearest one.
 

@@ -11,6 +11,7 @@ from script_helpers import contents, write_images
 from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageSampling, SuperResModel, SuperResSampling
+from improved_diffusion.logs import logger
 from improved_diffusion.sampling.noise import SEED_SCHEME
 from improved_diffusion.sampling.pipeline import SamplingPipeline, SuperResPipeline
 from improved_diffusion.sampling.request import describe_request
@@ -127,3 +128,12 @@ def test_base_images_are_resized_as_the_model_was_trained_unless_told_otherwise(
     assert enlarging(upscaler, tmp_path / "wide.png", resize_mode="stretch").base.arrays.min(axis=(0, 1, 2))[0] == 255
     request = describe_request(padded.loaded, padded.sampler)
     assert request["resize_mode"] == "pad" and request["background"] == "black" and "published_decoding" not in request
+
+
+@pytest.mark.parametrize("given, told", [({"steps"}, True), ({"steps", "num_samples"}, False), ({"seeds"}, False)])
+def test_a_number_of_samples_that_was_not_given_is_said_aloud(model, tmp_path, given, told):
+    logger.configure(str(tmp_path), format_strs=["log"])
+    options = dict(num_samples=3, steps=2, seeds="0-2" if "seeds" in given else "")
+    SamplingPipeline(load_model(ImageSampling.of(options), given, str(model))).write(str(tmp_path))
+    text = (tmp_path / "log.txt").read_text()
+    assert ("drawing 3 images" in text and "--num_samples 16" in text) == told
