@@ -24,9 +24,9 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints import checkpoint, sets
-from .checkpoints.loading import LoadedModel, load_model, read_kind
-from .config import UserError, VariationsConfig, fixed_names
+from .checkpoints import checkpoint
+from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
+from .config import ReadingConfig, UserError, VariationsConfig, fixed_names
 from .config.presets import preset_options
 from .config.settings import (
     Decoding,
@@ -55,13 +55,12 @@ from .editing.variations import Vary
 from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation
 from .evaluation.report import Report
-from .logs import logger
 from .logs.progress import Progress
 from .models.build import build_diffusion
 from .respace import SpacedDiffusion
 from .sampling.images import Images, SamplingStep
 from .sampling.labels import Labels
-from .sampling.pipeline import SamplingPipeline, SuperResPipeline
+from .sampling.pipeline import SamplingPipeline, SuperResPipeline, base_size
 from .sampling.writer import last_images
 from .training import run
 from .utils import files
@@ -154,13 +153,14 @@ class Model:
     ) -> Images:  # fmt: skip
         """Enlarge images with a super-resolution model.
 
-        :param base: a path, PIL images, Images, or uint8 [N, h, w, C]; resized to the model's small_size.
+        :param base: a path, PIL images, Images, or uint8 [N, h, w, C]; resized to the model's small_size unless
+            any_size=True is among the options.
         Other arguments as in `sample`.
         """
         if not self.is_super_resolution:
             raise UserError(f"{self.path} is an image model: upscale needs a super-resolution model")
         loaded = self._with(SuperResSampling, {"seed": seed, "batch_size": batch_size, **_classes(classes), **options})
-        given = self._given(base, "base", loaded.settings.model.small_size)
+        given = self._given(base, "base", base_size(loaded.settings), loaded.settings.reading)
         return self._collect(SuperResPipeline(loaded, given), batch_size, progress, on_step)
 
     def _pipeline(
@@ -179,7 +179,8 @@ class Model:
             raise UserError(f"{name}: training decided it, {self.path} has {self.settings.values()[name]}")
         for name in options.keys() & _OF_COMMANDS:
             raise UserError(f"{name} is for the command only: in Python, the result is returned")
-        settings: Any = kind.of({**self.settings.values(), **options})
+        own = {name: value for name, value in self.settings.values().items() if name in kind.options()}
+        settings: Any = kind.of({**own, **options})
         return replace(
             self._loaded,
             settings=settings,
@@ -285,9 +286,8 @@ class Model:
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         prepared = Inpaint.prepare(self._with(Inpainting, asked))
         pixels, labels = self._pixels(images, prepared)
-        return self._draw(
-            Inpaint(prepared, pixels, _masks(mask, prepared.shape[1:], len(pixels)), labels), batch_size, progress
-        )
+        masks = _masks(mask, prepared.shape[1:], len(pixels), prepared.settings.reading)
+        return self._draw(Inpaint(prepared, pixels, masks, labels), batch_size, progress)
 
     def variations(
         self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
@@ -309,12 +309,13 @@ class Model:
     def _pixels(self, given: Any, prepared: EditingModel) -> tuple[np.ndarray, list[int] | None]:
         """(uint8 [N, H, W, C] of the model's size, the classes that came with the images)."""
         _, height, width = prepared.shape
-        found = self._given(given, "images", f"{height}x{width}")
+        found = self._given(given, "images", f"{height}x{width}", prepared.settings.reading)
         return found.arrays, found.labels
 
-    def _given(self, given: Any, what: str, size: Any) -> GivenImages:
+    def _given(self, given: Any, what: str, size: Any, reading: ReadingConfig) -> GivenImages:
         """Images that were given, resized, with the classes that come with them: of Images, an npz or file names."""
-        found = as_pixels(_plain(given), what, size, self._loaded.settings.model.channels, self.class_names)
+        channels = self._loaded.settings.model.channels
+        found = as_pixels(_plain(given), what, size, channels, self.class_names, reading)
         if isinstance(given, Images) and given.labels is not None:
             found = found._replace(labels=given.labels.tolist())
         return found
@@ -373,10 +374,10 @@ def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray |
     return np.array([labels.index(i) for i in numbers], np.int64), labels.class_names
 
 
-def _masks(mask: Any, size: Sequence[int], count: int) -> np.ndarray:
+def _masks(mask: Any, size: Sequence[int], count: int, reading: ReadingConfig) -> np.ndarray:
     """Masks as bool [1 or N, H, W]. Raises UserError for anything else."""
     if isinstance(mask, (str, os.PathLike)):
-        return read_masks(os.fspath(mask), (size[0], size[1]), [f"{i:06d}" for i in range(count)])
+        return read_masks(os.fspath(mask), (size[0], size[1]), [f"{i:06d}" for i in range(count)], reading)
     if not isinstance(mask, np.ndarray) or mask.dtype != bool:
         raise UserError("mask: expected the path of an image, or a bool array, true where to paint")
     return mask[None] if mask.ndim == 2 else mask
@@ -394,29 +395,9 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    path = os.path.expanduser(os.fspath(path))
-    if not files.exists(path):
-        raise UserError(f"{path} does not exist: name a run's folder or a checkpoint such as ema_0.9999_010000.pt")
-    if files.is_dir(path):
-        path = _newest(path, average)
-    elif average is not None:
-        raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")
-    kind = read_kind(path)
-    return Model(load_model(kind.of(options), frozenset(options), path))
-
-
-def _newest(folder: str, average: str | float | None) -> str:
-    """The file of the newest complete checkpoint in a run's folder."""
-    step = sets.newest_whole_set(folder, [], logger.warn)
-    if step is None:
-        raise UserError(f"{folder} holds no complete checkpoint (modelNNNNNN.pt and the files beside it)")
-    labels = sets.average_labels(folder, step)
-    if average == "raw" or (average is None and not labels):
-        return files.join(folder, checkpoint.model_name(step))
-    label = labels[0] if average is None else str(average)
-    if label not in labels:
-        raise UserError(f"{folder} has no average {label} at step {step}, choose from: {', '.join([*labels, 'raw'])}")
-    return files.join(folder, checkpoint.ema_name(label, step))
+    file = distributed.from_rank0(find_file, os.path.expanduser(os.fspath(path)), average)
+    kind = read_kind(file)
+    return Model(load_model(kind.of(options), frozenset(options), file))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:

@@ -76,7 +76,7 @@ def test_an_average_that_is_not_there_lists_those_that_are(run_folder):
 def test_what_is_no_model_is_one_error(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         idf.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         idf.load(tmp_path)
 
 

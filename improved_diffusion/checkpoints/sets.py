@@ -21,8 +21,11 @@ from . import checkpoint
 CONFIG_FILE = "config.json"  # the options of the run, beside its checkpoints
 FAILURES_ALLOWED = 2  # saves in a row that may fail before the run stops
 
-_PARTS = re.compile(r"(model|opt|ema_.+_)(\d{6,})\.pt")
-_MANIFEST = re.compile(r"manifest(\d{6,})\.json")
+MAX_WARNED = 5  # skipped checkpoints that each get a line
+
+_PARTS = re.compile(r"(model|opt|ema_[^/\\]+_)(\d{6,15})\.pt")
+_MANIFEST = re.compile(r"manifest(\d{6,15})\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SNAPSHOT = "ema_sigma_rel"  # of a power-function average; all are needed to compute averages of other lengths
 
 
@@ -272,14 +275,31 @@ class SetWriter:
 
 
 def read_manifest(directory: str, step: int) -> dict[str, Any] | None:
-    """The manifest of a step; None if it is missing or damaged."""
-    path = files.join(directory, manifest_name(step))
+    """The manifest of a step; None if it is missing or damaged, such as one that lists files of another step."""
     try:
-        content = json.loads(files.read_bytes(path))
-        int(content["step"])
-        return content if all({"bytes", "sha256"} <= entry.keys() for entry in content["files"].values()) else None
-    except (UserError, ValueError, TypeError, KeyError, AttributeError):
+        content = files.read_json(files.join(directory, manifest_name(step)))
+    except UserError:
         return None
+    if not isinstance(content, dict) or not _is_count(content.get("step")):
+        return None
+    table = content.get("files")
+    return content if isinstance(table, dict) and all(_is_entry(step, *item) for item in table.items()) else None
+
+
+def _is_entry(step: int, name: str, entry: Any) -> bool:
+    """Whether a manifest may list this: a plain file name of the step's set, its size and its checksum."""
+    return (
+        _PARTS.fullmatch(name) is not None
+        and step_of(name) == step
+        and isinstance(entry, dict)
+        and _is_count(entry.get("bytes"))
+        and isinstance(entry.get("sha256"), str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**60
 
 
 def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
@@ -287,68 +307,94 @@ def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
 
     From the first manifest on, each set needs one: a set without it is incomplete.
     """
+    return [step for step, missing in _missing_parts(directory, labels) if not missing]
+
+
+def _missing_parts(directory: str, labels: Iterable[str]) -> list[tuple[int, list[str]]]:
+    """Each step with a model or a manifest, in ascending order, and the names of the files that its set lacks."""
     if not files.is_dir(directory):
         return []
-    names = set(files.list_dir(directory))
-    wanted = list(labels)
-    first_manifest = min(_manifest_steps(names), default=math.inf)
-    steps = []
-    for step in checkpoint.model_steps(directory):
-        required = {checkpoint.optimizer_name(step), *(checkpoint.ema_name(label, step) for label in wanted)}
-        if step >= first_manifest:
-            required.add(manifest_name(step))
-        if required <= names:
-            steps.append(step)
-    return steps
+    names, wanted = set(files.list_dir(directory)), list(labels)
+    described = _manifest_steps(names)
+    first = min(described, default=math.inf)
+
+    def required(step: int) -> list[str]:
+        averages = [checkpoint.ema_name(label, step) for label in wanted]
+        parts = [checkpoint.model_name(step), *averages, checkpoint.optimizer_name(step)]
+        return [*parts, manifest_name(step)] if step >= first else parts
+
+    steps = sorted({*checkpoint.model_steps(directory), *described})
+    return [(step, [name for name in required(step) if name not in names]) for step in steps]
 
 
 def problem_of(directory: str, step: int) -> str | None:
     """What is wrong with the files of a set, by its manifest; None if nothing is, or if there is no manifest."""
     manifest = read_manifest(directory, step)
     if manifest is None:
-        path = files.join(directory, manifest_name(step))
-        return f"{path} is damaged" if files.exists(path) else None
-    return next((problem for problem in map(_checker(directory), manifest["files"].items()) if problem), None)
+        name = manifest_name(step)
+        is_there = files.is_dir(directory) and name in files.list_dir(directory)
+        return f"{files.join(directory, name)} is damaged" if is_there else None
+    problems = (_problem_of_file(files.join(directory, name), entry) for name, entry in manifest["files"].items())
+    return next((problem for problem in problems if problem), None)
 
 
-def _checker(directory: str) -> Callable[[tuple[str, Mapping[str, Any]]], str | None]:
-    def check(item: tuple[str, Mapping[str, Any]]) -> str | None:
-        name, entry = item
-        path = files.join(directory, name)
-        if not files.exists(path):
-            return f"{path} is missing"
-        try:
-            data = files.read_bytes(path)
-        except UserError as error:
-            return str(error)
-        if len(data) != entry["bytes"]:
-            return f"{path} has {len(data)} bytes, not the {entry['bytes']} that were written"
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+def _problem_of_file(path: str, entry: Mapping[str, Any]) -> str | None:
+    if not files.exists(path):
+        return f"{path} is missing"
+    try:
+        size = files.size(path)
+        if size != entry["bytes"]:
+            return f"{path} has {size} bytes, not the {entry['bytes']} that were written"
+        if files.sha256(path) != entry["sha256"]:
             return f"{path} has changed since it was written (its checksum differs)"
-        return None
-
-    return check
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def newest_whole_set(directory: str, labels: Sequence[str], warn: Callable[[str], None]) -> int | None:
-    """The step of the newest set with unchanged files. Warns of each newer set that is damaged."""
-    for step in reversed(complete_sets(directory, labels)):
-        problem = problem_of(directory, step)
-        if problem is None:
-            return step
-        warn(f"skipped the damaged checkpoint of step {step}: {problem}")
-    return None
+    """The step of the newest set with unchanged files. Warns of each newer set that is damaged or incomplete."""
+    skipped, found = [], None
+    for step, missing in reversed(_missing_parts(directory, labels)):
+        if missing:
+            gaps = ", ".join(f"{files.join(directory, name)} is missing" for name in missing)
+            skipped.append(f"the incomplete checkpoint of step {step}: {gaps}")
+        elif problem := problem_of(directory, step):
+            skipped.append(f"the damaged checkpoint of step {step}: {problem}")
+        else:
+            found = step
+            break
+    for text in skipped[:MAX_WARNED]:
+        warn(f"skipped {text}")
+    if len(skipped) > MAX_WARNED:
+        warn(f"skipped {len(skipped) - MAX_WARNED} more checkpoints before those, damaged or incomplete")
+    return found
 
 
 def average_labels(directory: str, step: int) -> list[str]:
     """The labels of the moving averages of a step, in the order of the run's options."""
     pattern = re.compile(rf"ema_(.+)_{step:06d}\.pt")
     found = [match.group(1) for match in map(pattern.fullmatch, files.list_dir(directory)) if match]
-    path = files.join(directory, CONFIG_FILE)
-    order: list[str] = []
-    if files.exists(path):
-        try:
-            order = [str(rate) for rate in comma_list(json.loads(files.read_bytes(path))["config"]["ema_rate"], float)]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it, or name a checkpoint's file") from None
+    order = labels_of_run(directory)
     return sorted(found, key=lambda label: (order.index(label) if label in order else len(order), label))
+
+
+def labels_of_run(directory: str) -> list[str]:
+    """The labels of the moving averages of the run that wrote a folder, by its config.json; none where it has none.
+
+    Raises UserError for a damaged config.json.
+    """
+    path = files.join(directory, CONFIG_FILE)
+    if not files.exists(path):
+        return []
+    try:
+        config = files.read_json(path)["config"]
+        return ema_labels(config["ema_rate"], config.get("ema_sigma_rel", ""))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f": {error}" if isinstance(error, UserError) else ""
+        raise UserError(f"{path} is damaged{reason}: remove it, or name a checkpoint's file") from None
+
+
+def ema_labels(rates: str, widths: str) -> list[str]:
+    """The labels of the averages of --ema_rate and --ema_sigma_rel."""
+    return [*map(str, comma_list(rates, float)), *(f"sigma_rel{width}" for width in comma_list(widths, float))]

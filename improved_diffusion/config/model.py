@@ -8,12 +8,23 @@ from typing import Any, ClassVar
 
 from .base import Config, UserError, comma_list, extra, height_width, option, parse_size
 
+# Bounds, beyond all real use: a value from a damaged file must not take all memory.
+MAX_SIDE = 2**13
+MAX_CLASSES = 10**6
+MAX_LEVELS = 12
+MAX_MULT = 64
+MAX_WIDTH = 2**13
+MAX_BLOCKS = 100
+MAX_LISTED = 32
+MAX_DIFFUSION_STEPS = 100_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Config):
     """Every network."""
 
     kind: ClassVar[str]  # which of KINDS such a network is
+    attention_option: ClassVar[str] = "attention_resolutions"
 
     dropout: float = option(0.0, "dropout probability in the residual blocks, in training")
     use_checkpoint: bool = option(
@@ -36,16 +47,23 @@ class NetworkConfig(Config):
         self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         self.require(1 <= self.channels <= 4, "channels", "must be 1 to 4")
         self.require(self.num_classes >= 0, "num_classes", "must not be negative")
-        self.require_numbers("channel_mult", float)
+        self.require_most(num_classes=MAX_CLASSES)
+        self.require_numbers("channel_mult", float, MAX_LEVELS, MAX_MULT)
+        if max(height_width(self.size)) > MAX_SIDE:
+            name = "large_size" if self.kind == "super_res" else "image_size"
+            raise UserError(f"--{name} {self.size} is too large: a side must be at most {MAX_SIDE} pixels")
 
-    def require_numbers(self, name: str, kind: Callable[[str], Any]) -> None:
-        """Raise UserError where an option is not a list of positive numbers."""
+    def require_numbers(self, name: str, kind: Callable[[str], Any], most: int, largest: float) -> None:
+        """Raise UserError where an option is not a list of at most `most` positive numbers up to `largest`."""
+        text = getattr(self, name)
         try:
-            numbers = comma_list(getattr(self, name), kind)
+            numbers = comma_list(text, kind)
         except ValueError:
-            raise UserError(f"--{name} {getattr(self, name)!r}: expected numbers such as 16,8") from None
-        if any(number <= 0 for number in numbers):
-            raise UserError(f"--{name} {getattr(self, name)!r}: every number must be positive")
+            raise UserError(f"--{name} {text[:80]!r}: expected numbers such as 16,8") from None
+        if not all(number > 0 for number in numbers):
+            raise UserError(f"--{name} {text[:80]!r}: every number must be positive")
+        if len(numbers) > most or any(number > largest for number in numbers):
+            raise UserError(f"--{name} {text[:80]!r}: expected up to {most} numbers of at most {largest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +74,11 @@ class UNetConfig(NetworkConfig):
     num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
     num_heads: int = option(4, "attention heads", fixed=True)
     num_heads_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads", fixed=True)
-    attention_resolutions: str = option("16,8", "resolutions in pixels with attention, comma-separated", fixed=True)
+    attention_resolutions: str = option(
+        "16,8",
+        "sides in pixels of the levels with attention, comma-separated; the default takes the levels nearest to these",
+        fixed=True,
+    )
     class_cond: bool = option(False, "class-conditional model", fixed=True)
     label_drop: float = extra(
         0.0, "probability of hiding an image's class in training, 0.1 for classifier-free guidance (Ho & Salimans 2022)"
@@ -76,7 +98,9 @@ class UNetConfig(NetworkConfig):
             "num_heads_upsample",
             "must be -1 or positive",
         )
-        self.require_numbers("attention_resolutions", int)
+        self.require_most(num_channels=MAX_WIDTH, num_res_blocks=MAX_BLOCKS)
+        self.require_most(num_heads=MAX_WIDTH, num_heads_upsample=MAX_WIDTH)
+        self.require_numbers("attention_resolutions", int, MAX_LISTED, MAX_SIDE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +143,7 @@ class ClassifierConfig(NetworkConfig):
     """Classifier."""
 
     kind = "classifier"
+    attention_option = "classifier_attention_resolutions"
 
     image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
 
@@ -137,7 +162,8 @@ class ClassifierConfig(NetworkConfig):
         width = self.classifier_width
         self.require(width > 0 and width % 32 == 0, "classifier_width", "must be a multiple of 32")
         self.require(self.classifier_depth >= 1, "classifier_depth", "must be at least 1")
-        self.require_numbers("classifier_attention_resolutions", int)
+        self.require_most(classifier_width=MAX_WIDTH, classifier_depth=MAX_BLOCKS)
+        self.require_numbers("classifier_attention_resolutions", int, MAX_LISTED, MAX_SIDE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +194,7 @@ class ProcessConfig(Config):
 
     def validate(self) -> None:
         self.require(self.diffusion_steps >= 1, "diffusion_steps", "must be at least 1")
+        self.require_most(diffusion_steps=MAX_DIFFUSION_STEPS)
         self.require(0.01 <= self.schedule_shift <= 100, "schedule_shift", "must be in [0.01, 100]")
         if self.zero_terminal_snr and self.diffusion_steps < 2:
             raise UserError(f"--zero_terminal_snr needs more than --diffusion_steps {self.diffusion_steps}")

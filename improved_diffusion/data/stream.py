@@ -12,10 +12,11 @@ import torch as th
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .. import distributed
-from ..config import UserError
+from ..config import ReadingConfig, UserError
 from ..nn import NULL_LABEL
-from .dataset import MAX_UNREADABLE, ImageDataset, UnreadableImage, check_images
-from .sources import open_images, read_classes
+from .classes import read_classes
+from .dataset import Check, ImageDataset, UnreadableImage, check_images, max_unreadable
+from .sources import open_images
 
 
 class _Stream(Dataset):
@@ -35,7 +36,7 @@ class _Stream(Dataset):
         if self.shuffle and epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.usable)
         try:
-            array, out = self._readable(place)
+            array, out = self._readable(place, key=(self.seed, epoch, place, 2))
         except UserError as error:
             return error  # raised in a worker, it would be wrapped in the worker's traceback
         if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
@@ -44,16 +45,16 @@ class _Stream(Dataset):
             out = {**out, "y": np.array(NULL_LABEL, dtype=np.int64)}
         return array, out
 
-    def _readable(self, place: int):
-        """The image at a place of the order; the next one if it is unreadable, for up to 1% of the images."""
+    def _readable(self, place: int, key: Sequence[int]):
+        """The image at a place of the order; the next one if it is unreadable, for a few of the images."""
         while True:
             i = int(self.order[place % len(self.order)])
             try:
-                return self.dataset[i]
+                return self.dataset.sample(i, key)
             except UnreadableImage as error:
                 known = i in self.unreadable
                 self.unreadable.add(i)
-                if len(self.unreadable) > MAX_UNREADABLE * len(self.dataset):
+                if len(self.unreadable) > max_unreadable(len(self.dataset)):
                     raise
                 if not known:
                     warnings.warn(f"{error}; another image is used instead", stacklevel=1)
@@ -112,8 +113,8 @@ class BatchStream:
                 f"--batch_size {batch_size} is more than the {share} images that each of {self.world_size} ranks gets "
                 f"of {len(dataset)}: lower it" + (", or run fewer ranks" if self.world_size > 1 else "")
             )
-        self.skipped = distributed.from_rank0(check_images, dataset) if check else []
-        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.skipped)
+        self.checked: Check = distributed.from_rank0(check_images, dataset) if check else Check([], {}, 0)
+        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable)
         self.num_images = len(self.stream.usable)
         self.batches: Iterator[Any] | None = None
         self.first_step = 0
@@ -150,9 +151,14 @@ class BatchStream:
             raise batch
         return batch
 
+    @property
+    def seen_classes(self) -> list[int]:
+        """The indices of the classes that have images, sorted; [] where there are no classes."""
+        return sorted(set(self.stream.dataset.local_classes or ()))
+
     def skipped_names(self) -> list[str]:
         """The names of the unreadable images that are skipped."""
-        return [self.stream.dataset.source.describe(i) for i in self.skipped]
+        return [self.stream.dataset.name(i) for i in self.checked.unreadable]
 
 
 def _start_worker(worker: int) -> None:
@@ -164,7 +170,7 @@ def _start_worker(worker: int) -> None:
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, channels=3, labels="prefix",
-              random_flip=False, num_workers=1, seed=0):  # fmt: skip
+              random_flip=False, num_workers=1, seed=0, reading=None):  # fmt: skip
     """An endless stream of (images, kwargs) batches of this rank's share; see BatchStream.
 
     :param data_dir: a folder, a .zip or an .npz; a local path or a URL that blobfile reads.
@@ -172,9 +178,10 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     :param image_size: the side in pixels, or (height, width), that images are resized and cropped to.
     :param class_cond: put the classes' indices under "y".
     :param deterministic: keep the order on disk instead of shuffling.
+    :param reading: how image files become pixels, a ReadingConfig.
     """
     source = open_images(data_dir)
     classes, class_names = read_classes(source, labels, data_dir) if class_cond else (None, None)
-    dataset = ImageDataset(image_size, source, classes, channels=channels)
+    dataset = ImageDataset(image_size, source, classes, channels=channels, reading=reading or ReadingConfig())
     return BatchStream(dataset, batch_size, class_names=class_names, seed=seed, shuffle=not deterministic,
                        random_flip=random_flip, num_workers=num_workers)  # fmt: skip

@@ -36,7 +36,7 @@ class Decode(Edit):
                 f"{model.shape} (channels, height, width): use the model that encoded them"
             )
         super().__init__(model, model.labels(latents.labels, source))
-        self.latents = latents
+        self.latents, self.sources = latents, latents.names
 
     @classmethod
     def prepare(cls, loaded: LoadedModel[Any], step_options: Mapping[str, Any] | None = None) -> EditingModel:

@@ -120,7 +120,7 @@ def _weights(frames: int) -> list[float]:
 
 def _write_animation(out_dir: str, path: str) -> None:
     """The frames side by side, and as an animation to the other end and back."""
-    frames = image_files.load_npz(path)["arr_0"]
+    frames = image_files.load_npz(path)
     strip, gif = files.join(out_dir, "interpolation.png"), files.join(out_dir, "interpolation.gif")
     image_files.save_strip(strip, frames[None])
     image_files.save_gif(gif, np.concatenate([frames, frames[-2:0:-1]]))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
-from typing import Any
 
 from .. import distributed
 from ..config import RunConfig, UserError
 from ..utils import files
 from . import logger
-from .outputs import make_output_format
 
 LOCK = ".lock"
 
@@ -21,31 +18,21 @@ def run_folder(config: RunConfig, default_name: str) -> str:
     return config.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
 
 
+def _formats() -> list[str] | None:
+    """The outputs of the log; None for those that the logger chooses."""
+    chosen = distributed.get_rank() > 0 or "OPENAI_LOG_FORMAT" in os.environ
+    return None if chosen else ["line", "log", "csv", "jsonl"]
+
+
 def open_run(config: RunConfig, default_name: str) -> str:
     """Join the other ranks and log into the run's folder.
 
     Returns the folder's absolute path, which is logged, as are the ranks. Collective.
     """
     distributed.join_ranks(config)
-    logger.configure(dir=run_folder(config, default_name))
+    logger.configure(dir=run_folder(config, default_name), format_strs=_formats())
     logger.log(distributed.describe_ranks())
     return logger.get_dir()
-
-
-class _Held:
-    """Messages for the log of a folder that does not exist yet."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[Any, ...]] = []
-
-    def writeseq(self, seq: Iterable[Any]) -> None:
-        self.messages.append(tuple(seq))
-
-    def writekvs(self, kvs: Any) -> None:
-        """Rows are logged in a folder only."""
-
-    def close(self) -> None:
-        """There is nothing to close."""
 
 
 class RunFolder:
@@ -58,19 +45,12 @@ class RunFolder:
         distributed.join_ranks(config)
         self.path = os.path.abspath(os.path.expanduser(run_folder(config, default_name)))
         _check_place(self.path)
-        self.held = _Held()
-        prints = "stdout" in os.environ.get("OPENAI_LOG_FORMAT", "stdout").split(",") and distributed.get_rank() == 0
-        outputs = [make_output_format("stdout", self.path)] if prints else []
-        logger.Logger.CURRENT = logger.Logger(self.path, [*outputs, self.held])
+        self.held = logger.hold(self.path, _formats())
         logger.log(distributed.describe_ranks())
 
     def open(self) -> None:
         """Make the folder, and log into it from now on."""
-        logger.configure(dir=self.path)
-        for output in logger.get_current().output_formats:
-            if hasattr(output, "writeseq") and getattr(output, "file", None) is not sys.stdout:
-                for message in self.held.messages:
-                    output.writeseq(message)
+        logger.configure(self.path, _formats(), held=self.held)
 
 
 def _check_place(folder: str) -> None:

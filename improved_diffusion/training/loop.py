@@ -119,7 +119,7 @@ class TrainLoop(CheckpointedStep):
             return
         self.checkpointer.take_folder()
         if self.resumed:
-            self.run_log.discard_later_rows()
+            self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
         self.run_log.start(self.max_steps, self.resume_step)
         with nullcontext(self.signals) if self.signals else StopSignals() as signals:

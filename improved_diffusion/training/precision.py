@@ -18,6 +18,7 @@ from .. import distributed
 from ..fp16_util import unflatten_master_params
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+MAX_LOG_LOSS_SCALE = 129.0  # beyond, float32 cannot hold it, and every step lowers it
 MIN_LOG_LOSS_SCALE = -20.0  # below, float16 cannot hold this model's gradients at all
 
 
@@ -116,5 +117,7 @@ class LossScale:
         return {"lg": self.lg.cpu().double()}
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; anything else raises ValueError."""
+        if state["lg"].ndim or not MIN_LOG_LOSS_SCALE <= float(state["lg"]) <= MAX_LOG_LOSS_SCALE:
+            raise ValueError(f"log2 of the loss scale is {state['lg'].tolist()}")
         self.lg.copy_(state["lg"])

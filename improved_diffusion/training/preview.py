@@ -30,13 +30,15 @@ class PreviewGrid:
     :param shape: (C, H, W).
     :param model_kwargs: of the given number of images, on the device; a "low_res" is shown beside each sample.
     :param seed: image i follows from (seed, i), whatever the number of ranks.
+    :param captions: what to write below each image, such as its class.
     """
 
     def __init__(
-        self, diffusion: Any, shape: Sequence[int], count: int, model_kwargs: Mapping[str, Any], out_dir: str, seed: int
-    ):
+        self, diffusion: Any, shape: Sequence[int], count: int, model_kwargs: Mapping[str, Any], out_dir: str,
+        seed: int, captions: Sequence[str] = (),
+    ):  # fmt: skip
         self.diffusion, self.shape, self.count, self.seed = diffusion, shape, count, seed
-        self.model_kwargs, self.out_dir = model_kwargs, out_dir
+        self.model_kwargs, self.out_dir, self.captions = model_kwargs, out_dir, captions
 
     def __call__(self, view: TrainingView, /) -> None:
         """Draw the grids. Collective."""
@@ -51,11 +53,12 @@ class PreviewGrid:
             samples = self._draw(view)
         if distributed.get_rank() != 0:
             return
-        columns = None
+        columns, captions = None, self.captions
         if "low_res" in self.model_kwargs:
             samples = pairs(images.to_uint8(self.model_kwargs["low_res"]), samples)
             columns = 2 * math.isqrt(self.count)
-        grid = images.grid(samples, columns, min_side=48)
+            captions = [text for caption in captions for text in ("", caption)]
+        grid = images.grid(samples, columns, min_side=48, captions=captions)
         logger.log_image(name, grid, view.absolute_step)
         directory = files.join(self.out_dir, "previews")
         try:

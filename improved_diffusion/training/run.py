@@ -14,24 +14,28 @@ import torch as th
 
 from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
-from ..checkpoints.loading import take_options
+from ..checkpoints.loading import read, take_options
+from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list
 from ..config.settings import ClassifierTraining, Training
+from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
-from ..data.sources import open_images, read_classes
+from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
 from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
-from ..models.build import with_channel_mult
+from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
+from ..utils.text import listed, one_line
 from .dry_run import dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
 from .signals import EXIT_RESUME, Stopped, StopSignals
 from .tasks import Task, take_guided_process, task_of
+from .train_images import write_train_images
 
 # Options of one start of a run rather than of the run itself.
 _NOT_KEPT = {"out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
@@ -70,6 +74,7 @@ def _train(settings: Training, given: frozenset[str], default_name: str, signals
         claims = until_end.enter_context(Claims())
         folder = RunFolder(settings.run, default_name)
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
@@ -84,6 +89,8 @@ def _train(settings: Training, given: frozenset[str], default_name: str, signals
             return TrainedRun(folder.path, checkpoints)
         distributed.from_rank0(claims.claim, [folder.path, checkpoints])
         folder.open()
+        if distributed.get_rank() == 0:
+            write_train_images(data, folder.path)
         return TrainedRun(folder.path, checkpoints, run_loop(loop, settings, description, claims))
 
 
@@ -93,21 +100,23 @@ def _train(settings: Training, given: frozenset[str], default_name: str, signals
 def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
     """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
 
-    `resume_checkpoint` becomes the file to continue from. Options that were not given come
-    from it, or, those of the model, from --init_checkpoint. Collective.
+    `resume_checkpoint` becomes the file to continue from. Options that were not given come from it, or, those of the
+    model, from --init_checkpoint. Collective.
     """
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
     resumed = distributed.from_rank0(find_resume, settings.train, given)
-    source = resumed or settings.train.init_checkpoint
     metadata: dict[str, Any] = {}
-    if source:
-        state_dict, metadata = checkpoint.load(source)
+    if resumed:
+        state_dict, metadata = checkpoint.load(resumed)
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
-        names = settings.options().keys() - left_out if resumed else None
-        settings = take_options(settings, given, source, state_dict, metadata, names)
+        settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
+    elif settings.train.init_checkpoint:
+        path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint")
+        settings = take_network(settings.replace(init_checkpoint=path), given, path, state_dict, metadata)
     settings = settings.replace(**_continued(settings, resumed))
-    settings = settings.replace(channel_mult=with_channel_mult(settings.model).channel_mult)
+    model = with_levels(settings.model, given, new=not (resumed or settings.train.init_checkpoint))
+    settings = settings.replace(**{name: getattr(model, name) for name in ("channel_mult", model.attention_option)})
     settings = _share_batch(settings, given)
     if resumed:
         _log_changes(settings, given, metadata.get("config", {}))
@@ -124,7 +133,7 @@ def _continued(settings: Training, resumed: str) -> dict[str, Any]:
 def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
     now = settings.values()
     changes = [
-        f"--{name} {before[name]} -> {now[name]}"
+        f"--{name} {one_line(before[name])} -> {now[name]}"
         for name in sorted(before.keys() & given - _NOT_KEPT)
         if before[name] != now[name]
     ]
@@ -162,9 +171,11 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
     source = open_images(data_options.data_dir)
-    classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
+    classes, names = None, None
+    if needs_classes:
+        classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
     data = BatchStream(
-        ImageDataset(model.size, source, classes, channels=model.channels),
+        ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
         class_names=names,
         seed=settings.run.seed,
@@ -174,12 +185,16 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     )
     for name in data.skipped_names():
         logger.warn(f"{name} is unreadable and left out")
+    if data.checked.done:
+        part = f" (of {data.checked.num_read:,} read)" if data.checked.num_read < data.num_images else ""
+        logger.log(f"{data_options.data_dir}: {data.checked.describe()}{part}")
     if names is not None:
         settings = _count_classes(settings, names, metadata)
     before = metadata.get("num_images", data.num_images)
     if settings.train.resume_checkpoint and before != data.num_images:
         logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
-    _log_epochs(settings, data.num_images, names)
+    seen = [names[i] for i in data.seen_classes] if names is not None else None
+    _log_epochs(settings, data.num_images, seen)
     return data, settings
 
 
@@ -198,7 +213,7 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
     text = f"{settings.data.data_dir}: {num_images} images"
     if names is not None:
-        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        text += f" of {len(names)} classes ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images
@@ -220,9 +235,8 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     th.manual_seed(settings.run.seed)
     model, objective = task.build()
     if train.init_checkpoint:
-        state_dict, _ = checkpoint.load(train.init_checkpoint)
-        checkpoint.load_into(model, state_dict, train.init_checkpoint)
-        logger.log(f"weights of {train.init_checkpoint}, from step 0")
+        state_dict, other = checkpoint.load(train.init_checkpoint)
+        load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
     precision = "fp16" if train.use_fp16 else train.precision
     settings = settings.replace(precision=precision, use_fp16=False)
@@ -230,6 +244,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
+        "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(

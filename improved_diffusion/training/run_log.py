@@ -68,6 +68,7 @@ class RunLog:
         """Show progress from here on, and measure speed. A `total_steps` of 0: not known."""
         self.bar = Progress("training", total_steps or None, "step", initial=done)
         self.clock.restart()
+        logger.expect(done, total_steps)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -88,6 +89,8 @@ class RunLog:
         logger.logkvs({**means, **speed, "lr": lr})
         row = logger.dumpkvs()
         self.first_row = steps_done
+        if self.bar is not None:
+            self.bar.postpone()
         self.shown = {
             "loss": f"{row.get('loss', means.get('loss', math.nan)):.4g}",
             "images": f"{speed['images_per_second']:.4g}/s",
@@ -105,11 +108,16 @@ class RunLog:
         row = BadRow(*self.bad_steps.counts[:2].tolist())
         return row if row.length else None
 
-    def discard_later_rows(self) -> None:
-        """Remove the rows of `first_row` and later, which a resumed run writes again."""
-        dropped = logger.drop_rows(self.first_row)
-        if dropped:
-            logger.log(f"discarded {dropped} rows of the log that are newer than the checkpoint")
+    def discard_later_rows(self, steps_done: int) -> None:
+        """Remove the rows of `first_row` and later, which a resumed run writes again.
+
+        :param steps_done: of the checkpoint: rows of later steps are lost; that of the steps just before it is
+            written again with the same steps in it.
+        """
+        lost = logger.drop_rows(steps_done)
+        if lost:
+            logger.log(f"discarded {lost} row{'s' * (lost > 1)} of the log that are newer than the checkpoint")
+        logger.drop_rows(self.first_row)
 
 
 def log_loss_dict(diffusion, ts, losses) -> None:

@@ -12,7 +12,7 @@ from script_helpers import call, contents, pixels, refused, run, save_mask, writ
 from improved_diffusion.config.settings import SuperResModel
 from improved_diffusion.editing.encode import Encode, psnr
 from improved_diffusion.editing.masks import GREY
-from improved_diffusion.utils import images
+from improved_diffusion.utils.resizing import resize_crop
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def made(folder):
 def originals(place):
     """The images in the folder's order, as the network sees them."""
     paths = sorted((place / "data").iterdir())
-    return np.stack([np.asarray(images.resize_crop(Image.open(path), (8, 8))) for path in paths])
+    return np.stack([np.asarray(resize_crop(Image.open(path), (8, 8))) for path in paths])
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,10 @@ def test_two_ranks_share_the_work(place, encoded):
 
 def test_other_images_are_not_mixed_in(place, encoded):
     result = edit(place, "encode", "--images", "data/cat_00.png", "--sampler", "heun", "--out_dir", "encoded")
-    assert result.code == 1 and f"made with images {place}/data, not {place}/data/cat_00.png" in result.err
+    assert (
+        result.code == 1
+        and f"of --images {place}/data, but this command has --images {place}/data/cat_00.png" in result.err
+    )
 
 
 def test_latents_are_decoded_by_the_steps_that_made_them(place, encoded):

@@ -33,7 +33,7 @@ from script_helpers import (
     write_images,
 )
 
-from improved_diffusion.utils.images import resize_crop
+from improved_diffusion.utils.resizing import resize_crop
 
 LAUNCHERS = ("mpiexec", "torchrun", "srun")
 SCRIPTS = ("image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample")

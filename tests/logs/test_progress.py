@@ -95,7 +95,7 @@ def test_progress_is_a_bar_on_a_terminal_and_its_final_state_is_logged(monkeypat
     clock.now += 1
     bar.update(2, loss="0.5")
     assert "2/4" in terminal.shown() and "loss 0.5" in terminal.shown() and full in terminal.shown()
-    assert ("sämpling" if encoding == "utf-8" else "s?mpling") in terminal.shown()
+    assert ("sämpling" if encoding == "utf-8" else "s\\xe4mpling") in terminal.shown()
     bar.update(2)
     bar.close()
     assert "4/4" in capsys.readouterr().out

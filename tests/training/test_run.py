@@ -65,7 +65,7 @@ def test_the_folder_is_free_after_a_mistake_before_the_loop(photos, tmp_path):
 def test_a_running_run_holds_its_folder(photos, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(TrainLoop, "run_loop", lambda loop: seen.append(is_free(logger.get_dir())))
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         idf.train(photos, out_dir=str(tmp_path / "run"), **TINY)
     assert seen == [False]
 
