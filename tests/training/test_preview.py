@@ -55,6 +55,23 @@ def test_without_averages_there_is_the_models_grid_alone(tmp_path):
     assert [path.name for path in (tmp_path / "previews").iterdir()] == ["step_000005_raw.png"]
 
 
+@pytest.mark.parametrize(
+    "shares, shown",
+    [((0.0, 0.0), "0.9"), ((0.5, 0.001), "0.99"), ((0.5, 0.2), ""), ((1.0, 1.0), "")],
+)
+def test_the_average_shown_has_forgotten_the_initial_weights_else_the_model_is(tmp_path, shares, shown):
+    loop = Loop(shares=shares)
+    grids = previewed(loop, tmp_path)
+    expected = previewed(Loop(labels=()), tmp_path / "raw")["samples_raw"]
+    if shown:
+        own = loop.parameter_sets[shown]
+        loop.parameter_sets, loop.initial_shares = {"": own}, {}
+        expected = previewed(loop, tmp_path / "average")["samples_raw"]
+    np.testing.assert_array_equal(grids["samples_ema"], expected)
+    text = (tmp_path / "log" / "log.txt").read_text()
+    assert (f"step_000005.png (average {shown})" if shown else "step_000005.png (the model's own weights") in text
+
+
 def test_two_ranks_draw_what_one_does(tmp_path):
     run("torchrun", 2, Path(watch_worker.__file__), tmp_path, cwd=tmp_path).succeed()
     alone = previewed(Loop(), tmp_path / "alone")

@@ -147,6 +147,22 @@ def test_two_runs_may_not_write_into_one_folder(training, tmp_path):
     assert_stopped(wait(process), folder, signal.SIGTERM, 75)
 
 
+# Errors
+
+
+@pytest.mark.parametrize("launcher, place, ranks", [("mpiexec", "hook", "01"), ("torchrun", "data", "0")])
+def test_an_error_of_rank_0_ends_several_ranks_with_a_checkpoint(launcher, place, ranks, tmp_path):
+    result = run(launcher, 2, WORKER, tmp_path / "run", place, ranks, cwd=tmp_path, env=with_tests())
+    assert result.code != 0 and "an odd image" in result.err
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0, 5], result.out
+
+
+def test_an_error_of_another_rank_alone_ends_all_in_time(tmp_path):
+    result = run("mpiexec", 2, WORKER, tmp_path / "run", "data", "1", cwd=tmp_path, env=with_tests())
+    assert result.code != 0 and "an odd image" in result.err
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0]
+
+
 # Kills
 
 
@@ -325,7 +341,7 @@ def test_bad_steps_for_ever_end_all_ranks_with_one_message(launcher, ranks, tmp_
     assert result.code != 0
     message = (
         "4 steps in a row had no finite loss and gradient (--max_bad_steps 4), the first at step 3: resume from the "
-        f"last good checkpoint, {tmp_path}/run/model000003.pt"
+        f"last good checkpoint, {tmp_path}/run/model000000.pt"
     )
     assert result.err.count(message) == 1 and "train_util.py" not in result.err  # torchrun has a traceback of its own
 
