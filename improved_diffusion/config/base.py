@@ -287,11 +287,6 @@ class Config:
         if not condition:
             raise UserError(f"--{name} {shorten(str(getattr(self, name)))} {must}")
 
-    def require_most(self, **largest: int) -> None:
-        """Raise UserError where an option is larger than the given value."""
-        for name, value in largest.items():
-            self.require(getattr(self, name) <= value, name, f"must be at most {value}")
-
     def numbers(self, name: str, example: str) -> list[float]:
         """The numbers of an option that is a list of them. Raises UserError for anything else, and for one given twice.
 

@@ -17,6 +17,7 @@ from .checkpointer import Checkpointer, Diverged, ResumedSet, find_ema_checkpoin
 from .ema import warn_of_slow_averages
 from .hooks import Hook
 from .lr_schedule import LRSchedule
+from .patience import first_step
 from .run_log import RunLog, log_loss_dict
 from .signals import TIME_IS_UP, Agreement, LastSave, Stopped, StopSignals, TimeLimit
 
@@ -158,7 +159,8 @@ class TrainLoop(CheckpointedStep):
             distributed.heartbeat(self.absolute_step + 1)
             with self.run_log.clock.waiting(), distributed.working("the next batch of images"):
                 batch, cond = next(self.data)
-            self.run_step(batch, cond)
+            with first_step(self):
+                self.run_step(batch, cond)
             self._call_hooks()
             if self.absolute_step % self.log_interval == 0:
                 self._write_row()

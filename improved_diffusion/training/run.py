@@ -32,7 +32,7 @@ from ..resample import create_named_schedule_sampler
 from ..utils import files
 from ..utils.text import listed, one_line
 from .auto import take_recipe
-from .dry_run import dry_run, warn_of_small_disk
+from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
 from .signals import EXIT_RESUME, Stopped, StopSignals
@@ -249,12 +249,13 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     settings = task.settings
     train = settings.train
     th.manual_seed(settings.run.seed)
+    precision = "fp16" if train.use_fp16 else train.precision
+    check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:
         state_dict, other = checkpoint.load(train.init_checkpoint)
         load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
-    precision = "fp16" if train.use_fp16 else train.precision
     settings = settings.replace(precision=precision, use_fp16=False)
     _log_model(settings, model)
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
