@@ -288,7 +288,7 @@ def test_held_out_images_are_read_like_training_images(odd):
         "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,1", "num_workers": 0,
     })  # fmt: skip
     task = ImageTask(settings)
-    data, _ = open_data(settings.replace(total_batch_size=4), {})
+    data, _ = open_data(settings.replace(total_batch_size=4), {}, open_images(str(odd)))
     ((_, validation),) = task._validation(Validation, task.build()[1], data)
     np.testing.assert_array_equal(data.stream.dataset.pixels(4), expected(0)[4])
     assert validation.dataset.reading == settings.reading
