@@ -13,8 +13,9 @@ from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.cli.parsing import parse
 from improved_diffusion.config.presets import preset_options
 from improved_diffusion.config.settings import ImageModel, ImageSampling
+from improved_diffusion.data.classes import read_classes
 from improved_diffusion.data.dataset import ImageDataset
-from improved_diffusion.data.sources import open_images, read_classes
+from improved_diffusion.data.sources import open_images
 from improved_diffusion.logs.progress import Progress
 from improved_diffusion.sampling.pipeline import SamplingPipeline
 from improved_diffusion.utils.images import from_uint8, to_uint8

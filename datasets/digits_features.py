@@ -23,7 +23,7 @@ from improved_diffusion.distributed import run_script
 from improved_diffusion.evaluation.trust import trust
 from improved_diffusion.logs.progress import Progress
 from improved_diffusion.utils import files
-from improved_diffusion.utils.images import resize_crop
+from improved_diffusion.utils.resizing import resize_crop
 
 SIDE = 16  # the size that `make demo` samples
 CLASSES = 10

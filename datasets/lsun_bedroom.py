@@ -17,6 +17,7 @@ from PIL import Image
 
 from improved_diffusion.config import UserError
 from improved_diffusion.distributed import run_script
+from improved_diffusion.utils import images
 
 
 def open_lmdb(path: str):
@@ -38,7 +39,7 @@ def to_square(source: tuple, image_size: int) -> np.ndarray:
     """(key, encoded image) -> uint8 [image_size, image_size, 3]"""
     key, encoded = source
     try:
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        image = images.load(io.BytesIO(encoded)).convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"the image {bytes(key)!r} is not readable ({error}): unpack the archive again") from None
     side = min(image.size)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +24,10 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints import checkpoint, sets
-from .checkpoints.loading import LoadedModel, load_model, read_kind
-from .config import UserError, VariationsConfig, fixed_names
-from .config.presets import preset_options
+from .checkpoints import checkpoint
+from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
+from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
+from .config.presets import options_for
 from .config.settings import (
     Decoding,
     Encoding,
@@ -55,13 +55,12 @@ from .editing.variations import Vary
 from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation
 from .evaluation.report import Report
-from .logs import logger
 from .logs.progress import Progress
 from .models.build import build_diffusion
 from .respace import SpacedDiffusion
 from .sampling.images import Images, SamplingStep
 from .sampling.labels import Labels
-from .sampling.pipeline import SamplingPipeline, SuperResPipeline
+from .sampling.pipeline import SamplingPipeline, SuperResPipeline, base_size
 from .sampling.writer import last_images
 from .training import run
 from .utils import files
@@ -125,12 +124,12 @@ class Model:
     # Sampling
 
     def sample(
-        self, n: int = 1, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
+        self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
         on_step: Callable[[SamplingStep], None] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Draw images; image i of a seed is always the same, whatever n and the batch size.
 
-        :param n: how many; or give seeds="17,40-47", numbers of images, among the options.
+        :param n: how many, 1 unless given; or give seeds="17,40-47", numbers of images, among the options.
         :param classes: names or labels, taken in turn, as a list or comma-separated; random ones unless given.
         :param batch_size: images at once: more is faster, and needs more memory.
         :param progress: show a progress bar.
@@ -138,14 +137,14 @@ class Model:
         Raises UserError for options that contradict each other or the model.
         """
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
-        return self._collect(pipeline, batch_size, progress, on_step)
+        return self._collect(pipeline, progress, on_step)
 
     def sample_steps(
-        self, n: int = 1, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
+        self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
     ) -> Iterator[SamplingStep]:
         """Like `sample`, yielding a SamplingStep after each step of each batch."""
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
-        for _, step in self._steps(pipeline, batch_size):
+        for _, step in self._steps(pipeline):
             yield step
 
     def upscale(
@@ -154,23 +153,27 @@ class Model:
     ) -> Images:  # fmt: skip
         """Enlarge images with a super-resolution model.
 
-        :param base: a path, PIL images, Images, or uint8 [N, h, w, C]; resized to the model's small_size.
+        :param base: a path, PIL images, Images, or uint8 [N, h, w, C]; resized to the model's small_size unless
+            any_size=True is among the options.
         Other arguments as in `sample`.
         """
         if not self.is_super_resolution:
             raise UserError(f"{self.path} is an image model: upscale needs a super-resolution model")
         loaded = self._with(SuperResSampling, {"seed": seed, "batch_size": batch_size, **_classes(classes), **options})
-        given = self._given(base, "base", loaded.settings.model.small_size)
-        return self._collect(SuperResPipeline(loaded, given), batch_size, progress, on_step)
+        given = self._given(base, "base", base_size(loaded.settings), loaded.settings.reading)
+        return self._collect(SuperResPipeline(loaded, given), progress, on_step)
 
     def _pipeline(
-        self, n: int, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
+        self, n: int | None, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
     ) -> SamplingPipeline:
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: use upscale(images)")
         if "num_samples" in options:
             raise UserError("num_samples: sample takes the number of images as n")
-        asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
+        if n is None and not str(options.get("seeds", "")).strip():
+            n = 1
+        count = {} if n is None else {"num_samples": n}
+        asked = {**count, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         return SamplingPipeline(self._with(ImageSampling, asked))
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
@@ -179,7 +182,8 @@ class Model:
             raise UserError(f"{name}: training decided it, {self.path} has {self.settings.values()[name]}")
         for name in options.keys() & _OF_COMMANDS:
             raise UserError(f"{name} is for the command only: in Python, the result is returned")
-        settings: Any = kind.of({**self.settings.values(), **options})
+        own = {name: value for name, value in self.settings.values().items() if name in kind.options()}
+        settings: Any = kind.of({**own, **options})
         return replace(
             self._loaded,
             settings=settings,
@@ -197,9 +201,10 @@ class Model:
             self._prepared = {key: copy.deepcopy(self.network)}  # one, so that memory does not grow
         return self._prepared[key]
 
-    def _steps(self, pipeline: SamplingPipeline, batch_size: int) -> Iterator[tuple[bool, SamplingStep]]:
+    def _steps(self, pipeline: SamplingPipeline) -> Iterator[tuple[bool, SamplingStep]]:
         """(whether it is the batch's last, step) for each step of each batch."""
         numbers, steps = list(pipeline.numbers), pipeline.sampler.steps
+        batch_size = pipeline.loaded.settings.sample.batch_size
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             predictions = (out for out in pipeline.trajectory(batch) if out["pred_xstart"] is not None)
@@ -210,13 +215,12 @@ class Model:
                 )
 
     def _collect(
-        self, pipeline: SamplingPipeline, batch_size: int, progress: bool,
-        on_step: Callable[[SamplingStep], None] | None,
-    ) -> Images:  # fmt: skip
+        self, pipeline: SamplingPipeline, progress: bool, on_step: Callable[[SamplingStep], None] | None
+    ) -> Images:
         numbers, done = list(pipeline.numbers), []
         bar = Progress("sampling", len(numbers) * pipeline.sampler.steps, "step") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
-            for last, step in self._steps(pipeline, batch_size):
+            for last, step in self._steps(pipeline):
                 if on_step is not None:
                     on_step(step)
                 if last:
@@ -247,10 +251,10 @@ class Model:
         :param n: images to make, from the latents in turn; 0: one from each.
         """
         if not isinstance(latents, Latents):
-            latents = read_latents(os.fspath(latents))
+            latents = read_latents(path_argument("latents", latents))
         asked = {"num_samples": n, "batch_size": batch_size, **_classes(classes), **options}
         model = Decode.prepare(self._with(Decoding, asked), latents.step_options)
-        return self._draw(Decode(model, latents), batch_size, progress)
+        return self._draw(Decode(model, latents), progress)
 
     def interpolate(
         self, first: Any, last: Any, frames: int = 9, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
@@ -263,15 +267,15 @@ class Model:
         """
         asked = {"frames": frames, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         if isinstance(first, (int, np.integer)) and isinstance(last, (int, np.integer)):
-            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": f"{first},{last}", **asked}))
-            return self._draw(Interpolate(prepared), batch_size, progress)
+            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": [first, last], **asked}))
+            return self._draw(Interpolate(prepared), progress)
         prepared = Interpolate.prepare(self._with(Interpolation, asked))
         ends = [self._pixels(given, prepared) for given in (first, last)]
         arrays, labels = (
             np.concatenate([array for array, _ in ends]),
             [label for _, found in ends for label in found or ()],
         )
-        return self._draw(Interpolate(prepared, arrays, labels or None), batch_size, progress)
+        return self._draw(Interpolate(prepared, arrays, labels or None), progress)
 
     def inpaint(
         self, images: Any, mask: Any, n: int = 0, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
@@ -285,9 +289,8 @@ class Model:
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         prepared = Inpaint.prepare(self._with(Inpainting, asked))
         pixels, labels = self._pixels(images, prepared)
-        return self._draw(
-            Inpaint(prepared, pixels, _masks(mask, prepared.shape[1:], len(pixels)), labels), batch_size, progress
-        )
+        masks = _masks(mask, prepared.shape[1:], len(pixels), prepared.settings.reading)
+        return self._draw(Inpaint(prepared, pixels, masks, labels), progress)
 
     def variations(
         self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
@@ -300,7 +303,7 @@ class Model:
         """
         asked = {"num_samples": n, "strength": strength, "seed": seed, "batch_size": batch_size}
         edit = self._edit_images(Vary, Variations, images, {**asked, **_classes(classes), **options})
-        return self._draw(edit, batch_size, progress)
+        return self._draw(edit, progress)
 
     def _edit_images(self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any]) -> Any:
         prepared = edit.prepare(self._with(kind, asked))
@@ -309,18 +312,19 @@ class Model:
     def _pixels(self, given: Any, prepared: EditingModel) -> tuple[np.ndarray, list[int] | None]:
         """(uint8 [N, H, W, C] of the model's size, the classes that came with the images)."""
         _, height, width = prepared.shape
-        found = self._given(given, "images", f"{height}x{width}")
+        found = self._given(given, "images", f"{height}x{width}", prepared.settings.reading)
         return found.arrays, found.labels
 
-    def _given(self, given: Any, what: str, size: Any) -> GivenImages:
+    def _given(self, given: Any, what: str, size: Any, reading: ReadingConfig) -> GivenImages:
         """Images that were given, resized, with the classes that come with them: of Images, an npz or file names."""
-        found = as_pixels(_plain(given), what, size, self._loaded.settings.model.channels, self.class_names)
+        channels = self._loaded.settings.model.channels
+        found = as_pixels(_plain(what, given), what, size, channels, self.class_names, reading)
         if isinstance(given, Images) and given.labels is not None:
             found = found._replace(labels=given.labels.tolist())
         return found
 
-    def _draw(self, edit: Edit, batch_size: int, progress: bool) -> Images:
-        numbers, done = range(edit.count), []
+    def _draw(self, edit: Edit, progress: bool) -> Images:
+        numbers, done, batch_size = range(edit.count), [], edit.model.settings.edit.batch_size
         bar = Progress(edit.command, edit.count, "image") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
             for start in range(0, edit.count, batch_size):
@@ -341,7 +345,7 @@ class Model:
         """
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: bits_per_dim is for image models")
-        loaded = self._with(Likelihood, {"data_dir": os.fspath(data_dir), **options})
+        loaded = self._with(Likelihood, {"data_dir": data_dir, **options})
         return BoundEvaluation.of(loaded).run(loaded.model.to(distributed.dev()))
 
     # Files
@@ -353,17 +357,17 @@ class Model:
         """
         config = {**self.settings.values(), **self._loaded.metadata.get("config", {})}
         metadata = {**self._loaded.metadata, "config": config}
-        files.make_dirs(files.folder_of(os.fspath(path)))
-        checkpoint.save_state_dict(self.network.state_dict(), os.fspath(path), metadata)
+        path = path_argument("path", path)
+        files.make_dirs(files.folder_of(path))
+        checkpoint.save_state_dict(self.network.state_dict(), path, metadata)
 
 
-def _classes(classes: Any) -> dict[str, str]:
+def _classes(classes: Any) -> dict[str, Any]:
     """The option `classes`, from a name, a label, or several."""
     if classes is None:
         return {}
-    if isinstance(classes, (str, int)):
-        classes = [classes]
-    return {"classes": ",".join(map(str, classes))}
+    several = isinstance(classes, Iterable) and not isinstance(classes, str)
+    return {"classes": list(classes) if several else classes}
 
 
 def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray | None, Sequence[str] | None]:
@@ -373,16 +377,22 @@ def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray |
     return np.array([labels.index(i) for i in numbers], np.int64), labels.class_names
 
 
-def _masks(mask: Any, size: Sequence[int], count: int) -> np.ndarray:
+def _masks(mask: Any, size: Sequence[int], count: int, reading: ReadingConfig) -> np.ndarray:
     """Masks as bool [1 or N, H, W]. Raises UserError for anything else."""
     if isinstance(mask, (str, os.PathLike)):
-        return read_masks(os.fspath(mask), (size[0], size[1]), [f"{i:06d}" for i in range(count)])
+        masked = [f"{i:06d}" for i in range(count)]
+        return read_masks(path_argument("mask", mask), (size[0], size[1]), masked, reading)
     if not isinstance(mask, np.ndarray) or mask.dtype != bool:
         raise UserError("mask: expected the path of an image, or a bool array, true where to paint")
     return mask[None] if mask.ndim == 2 else mask
 
 
-def _plain(given: Any) -> Any:
+def _plain(name: str, given: Any) -> Any:
+    """Images as an array, paths with ~ expanded; anything else as it is."""
+    if isinstance(given, (list, tuple)):
+        return [path_argument(name, each) if isinstance(each, (str, os.PathLike)) else each for each in given]
+    if isinstance(given, (str, os.PathLike)):
+        return path_argument(name, given)
     return given.array if isinstance(given, Images) else given
 
 
@@ -394,29 +404,13 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    path = os.path.expanduser(os.fspath(path))
-    if not files.exists(path):
-        raise UserError(f"{path} does not exist: name a run's folder or a checkpoint such as ema_0.9999_010000.pt")
-    if files.is_dir(path):
-        path = _newest(path, average)
-    elif average is not None:
-        raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")
-    kind = read_kind(path)
-    return Model(load_model(kind.of(options), frozenset(options), path))
+    return _load(path_argument("path", path), average, options)
 
 
-def _newest(folder: str, average: str | float | None) -> str:
-    """The file of the newest complete checkpoint in a run's folder."""
-    step = sets.newest_whole_set(folder, [], logger.warn)
-    if step is None:
-        raise UserError(f"{folder} holds no complete checkpoint (modelNNNNNN.pt and the files beside it)")
-    labels = sets.average_labels(folder, step)
-    if average == "raw" or (average is None and not labels):
-        return files.join(folder, checkpoint.model_name(step))
-    label = labels[0] if average is None else str(average)
-    if label not in labels:
-        raise UserError(f"{folder} has no average {label} at step {step}, choose from: {', '.join([*labels, 'raw'])}")
-    return files.join(folder, checkpoint.ema_name(label, step))
+def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
+    file = distributed.from_rank0(find_file, path, average)
+    kind = read_kind(file)
+    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
@@ -424,19 +418,23 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
 
     With large_size and small_size it is a super-resolution model. Ctrl-C saves a checkpoint, ends the training and
     returns the model as it is; resume="auto" continues from there.
-    :param preset: a published recipe, whose options apply where none are given.
+    :param preset: a published model's options, or a recipe's, which apply where none are given; "auto" chooses a recipe
+        by the images and the hardware.
     Raises UserError for what cannot work, before training starts. Collective where there are several ranks.
     """
     superres = bool({"large_size", "small_size"} & options.keys())
     kind: type[Settings] = SuperResTraining if superres else ImageTraining
-    asked = {"data_dir": os.fspath(data_dir), **options}
+    asked = {"data_dir": data_dir, **options}
+    if not isinstance(preset, str):
+        raise UserError(f"preset {shown(preset)}: expected a name")
     if preset:
-        asked = merge_options([{k: v for k, v in preset_options(preset).items() if k in kind.options()}, asked])
+        asked = merge_options([options_for(preset, kind), asked])
     settings: Any = kind.of(asked)
     if settings.train.dry_run:
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
-    default = preset or ("super_res_train" if superres else "image_train")
-    return load(run.train(settings, frozenset(asked), default).checkpoints)
+    default = "super_res_train" if superres else "image_train"
+    trained = run.train(settings, frozenset(asked), default, preset)
+    return _load(trained.checkpoints, None, {}, warn=False)  # training has warned at its start
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:
@@ -447,5 +445,5 @@ def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> 
     :param options: held_out, train_dir and out_dir, and those of `improved-diffusion evaluate`, such as
         trust_features=True and resize=64.
     """
-    given = {name: _plain(value) for name, value in options.items()}
-    return evaluator.evaluate(_plain(samples), _plain(reference), features=features, **given)
+    given = {name: _plain(name, value) for name, value in options.items()}
+    return evaluator.evaluate(_plain("samples", samples), _plain("reference", reference), features=features, **given)

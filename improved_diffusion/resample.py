@@ -106,10 +106,11 @@ class LossSecondMomentResampler(LossAwareSampler):
         return {"loss_history": th.from_numpy(self._loss_history), "loss_counts": th.from_numpy(self._loss_counts)}
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
-        """Restore what `state_dict` gave; another T or history length raises ValueError."""
-        if tuple(state["loss_history"].shape) != self._loss_history.shape:
-            raise ValueError(
-                f"the sampler's history is {tuple(state['loss_history'].shape)}, expected {self._loss_history.shape}"
-            )
-        self._loss_history = state["loss_history"].numpy().copy()
-        self._loss_counts = state["loss_counts"].numpy().copy()
+        """Restore what `state_dict` gave; another T or history length, and losses that are none, raise ValueError."""
+        history, counts = state["loss_history"].numpy(), state["loss_counts"].numpy()
+        if history.shape != self._loss_history.shape or counts.shape != self._loss_counts.shape:
+            raise ValueError(f"the sampler's history is {history.shape}, expected {self._loss_history.shape}")
+        in_range = counts.dtype == np.int64 and counts.min() >= 0 and counts.max() <= self.history_per_term
+        if history.dtype != np.float64 or not np.isfinite(history).all() or not in_range:
+            raise ValueError("the sampler's history holds other things than losses and their numbers")
+        self._loss_history, self._loss_counts = history.copy(), counts.copy()

@@ -17,7 +17,10 @@ import torch as th
 
 from .. import distributed
 from ..config import UserError
-from ..utils import files
+from ..logs import logger
+from ..utils import files, torch_files
+from .description import read_description
+from .dialects import unwrap
 
 METADATA_KEY = "improved_diffusion"
 
@@ -50,18 +53,43 @@ def save(obj: Any, path: str) -> None:
 def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """(state dict on the CPU, its description, {} for a foreign file). Collective.
 
-    Nothing in the file is executed. Raises UserError for a missing, damaged or unsafe file, and for other contents.
+    Weights in a wrapper, or under the longer names of wrapped modules, are found, and a line says so. Nothing in the
+    file is executed. Raises UserError for a missing, damaged or unsafe file, for other contents, for a description that
+    no run writes, and for weights that are not finite numbers.
     """
-    state_dict = distributed.load_state_dict(path, map_location="cpu")
-    if not isinstance(state_dict, dict) or not all(isinstance(value, th.Tensor) for value in state_dict.values()):
-        raise UserError(f"{path} is not a model's state dict: give a modelNNNNNN.pt or an ema_*.pt")
-    entry = getattr(state_dict, "_metadata", {}).get(METADATA_KEY, {})
-    try:
-        metadata = json.loads(entry.get("json", "{}"))
-        dict(metadata.get("config", {}))
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} holds a damaged description of its model: use another file") from None
-    return state_dict, metadata
+    state_dict, note = unwrap(distributed.load_state_dict(path, map_location="cpu"), path)
+    if note:
+        logger.log(note)
+    check_finite(state_dict, path)
+    return state_dict, _description(state_dict, path)
+
+
+def read_outline(path: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """(the shape of each tensor, description) of a checkpoint; the tensors of a local file are not read. Collective.
+
+    Raises UserError as `load` does, but not for numbers that are not finite.
+    """
+    if files.is_url(path):
+        state_dict, _ = unwrap(distributed.load_state_dict(path, map_location="cpu"), path)
+    else:
+        state_dict, _ = unwrap(torch_files.load_mapped(path), path)
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, _description(state_dict, path)
+
+
+def _description(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, Any]:
+    kept = getattr(state_dict, "_metadata", {})
+    entry = kept.get(METADATA_KEY, {"json": "{}"}) if isinstance(kept, dict) else None
+    return read_description(entry.get("json") if isinstance(entry, dict) else None, path)
+
+
+def check_finite(tensors: Mapping[str, th.Tensor], path: str) -> None:
+    """Raise UserError for a tensor with NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{path} has numbers in {name!a} that are not finite, so that it is damaged, or its training diverged: "
+                "use an earlier checkpoint"
+            )
 
 
 def check_fits(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:
@@ -76,6 +104,8 @@ def check_fits(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: s
                 f"{path} does not fit the model: {name} is {tuple(state_dict[name].shape)} there and "
                 f"{tuple(own[name].shape)} in the model: check the model's flags"
             )
+        if own[name].is_floating_point() != state_dict[name].is_floating_point():
+            raise UserError(f"{path} does not fit the model: {name} is of {state_dict[name].dtype}: use another file")
 
 
 def load_into(model: th.nn.Module, state_dict: Mapping[str, th.Tensor], path: str) -> None:

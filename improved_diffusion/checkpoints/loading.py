@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 import torch as th
 
+from .. import distributed
 from ..config import (
     KINDS,
+    NUM_CLASSES,
     ClassifierConfig,
+    Config,
     DiffusionConfig,
     ModelConfig,
+    NetworkConfig,
+    ProcessConfig,
+    ReadingConfig,
     SuperResModelConfig,
     UserError,
     fixed_names,
-    from_dict,
     height_width,
 )
 from ..config.settings import ImageModel, Settings, SuperResModel
 from ..logs import logger
 from ..models.architecture import read_architecture
-from ..models.build import build_classifier, build_model_and_diffusion
+from ..models.build import build_classifier, build_model, build_model_and_diffusion
 from ..models.classifier import NoisyClassifier
 from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
-from . import checkpoint
+from ..utils import files
+from . import checkpoint, sets
+from .averages import warn_of_initial_weights
+from .dialects import foreign_feature
 
 S = TypeVar("S", bound=Settings)
 
-_MODEL_OPTIONS = [
+MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
 ]
+_READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -53,20 +63,70 @@ class LoadedModel(Generic[S]):
     metadata: Mapping[str, Any]
 
 
-def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
+def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = True) -> LoadedModel[S]:
     """The model of a checkpoint. What training fixed need not be given. Collective.
 
     :param settings: a command's, with groups `model` and `diffusion`.
     :param given: the options that the user gave.
+    :param warn: of an average that is still the initial weights in part.
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
-    if not path:
-        raise UserError("--model_path is missing: name a checkpoint, such as runs/NAME/ema_0.9999_010000.pt")
-    state_dict, metadata = checkpoint.load(path)
-    settings = take_options(settings, given, path, state_dict, metadata)
-    model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
+    path, state_dict, metadata = read(path)
+    settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
+    with _naming(path):
+        model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
+    if warn:
+        warn_of_initial_weights(path, metadata)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
+
+
+def read(path: str, flag: str = "--model_path") -> tuple[str, dict[str, th.Tensor], dict[str, Any]]:
+    """(file, state dict, description) of a checkpoint; of a folder, the newest moving average in it. Collective.
+
+    Raises UserError where there is none, and for a file that is not a checkpoint.
+    """
+    if not path:
+        raise UserError(f"{flag} is missing: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
+    found = distributed.from_rank0(find_file, path, None, flag)
+    if found != path:
+        logger.log(f"{flag} {path}: loading {found}")
+    return found, *checkpoint.load(found)
+
+
+def find_file(path: str, average: str | float | None = None, flag: str = "") -> str:
+    """The file of a checkpoint; of a folder, the newest one in it.
+
+    :param average: of a folder, which moving average: its rate, or "raw" for the weights themselves; the run's first
+        average unless given.
+    Raises UserError where there is none.
+    """
+    if not files.exists(path):
+        named = f"{flag} {path}".lstrip()
+        raise UserError(f"{named} does not exist: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
+    if files.is_dir(path):
+        return _newest(path, average)
+    if average is not None:
+        raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")
+    return path
+
+
+def _newest(folder: str, average: str | float | None) -> str:
+    """The file of the newest checkpoint in a folder: a complete one, else the newest by name."""
+    names = files.list_dir(folder)
+    step = sets.newest_whole_set(folder, [], logger.warn)
+    if step is None:
+        models = [name for name in names if name.startswith(("model", "ema_"))]
+        step = max((n for n in map(sets.step_of, models) if n is not None), default=None)
+    if step is None:
+        raise UserError(f"{folder} holds no checkpoint (modelNNNNNN.pt or ema_RATE_NNNNNN.pt)")
+    found = {label: checkpoint.ema_name(label, step) for label in sets.average_labels(folder, step)}
+    if checkpoint.model_name(step) in names:
+        found["raw"] = checkpoint.model_name(step)
+    label = next(iter(found)) if average is None else str(average)
+    if label not in found:
+        raise UserError(f"{folder} has no average {label} at step {step}, choose from: {', '.join(found)}")
+    return files.join(folder, found[label])
 
 
 def read_kind(path: str) -> type[ImageModel] | type[SuperResModel]:
@@ -74,7 +134,7 @@ def read_kind(path: str) -> type[ImageModel] | type[SuperResModel]:
 
     Raises UserError for a classifier, which makes no images, and for a file of something else.
     """
-    state_dict, metadata = checkpoint.load(path)
+    path, state_dict, metadata = read(path)
     stored = metadata.get("config", {})
     if stored:
         kind = kind_of(stored)
@@ -106,31 +166,79 @@ def take_options(
     :param names: the options that may be taken; those of the model and the diffusion unless given.
     Raises UserError for an option that contradicts what training fixed, naming both values.
     """
-    stored = dict(metadata.get("config", {}))
-    known, values, given = settings.options(), settings.values(), frozenset(given)
-    if stored:
-        if kind_of(stored) != settings.model.kind:  # type: ignore[attr-defined]
-            raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
-        # An older file lacks newer options, which did not exist when it was trained.
-        newer = [f for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]]
-        stored = {**{f.name: f.default for f in newer if f.name in known}, **stored}
-    else:
-        stored = _options_from_shapes(settings, given, path, state_dict)
-        by_flag = {name: values[name] for name in sorted(fixed_names() & known.keys() - stored.keys())}
-        logger.log(
-            f"{path} has no description. From its shapes: {_shown(stored)}. By flag or default: {_shown(by_flag)}"
-        )
+    given = frozenset(given)
+    known, values = settings.options(), settings.values()
+    stored = stored_options(settings, given, path, state_dict, metadata)
     fixed = fixed_names()
     refuse_contradictions(values, given, path, stored, fixed)
     taken = {
         name: stored[name]
-        for name in (_MODEL_OPTIONS if names is None else names)
+        for name in (MODEL_OPTIONS if names is None else names)
         if name in stored and name in known and (name in fixed or name not in given)
     }
+    with _naming(path):
+        settings = settings.replace(**taken)
+    model, learn_sigma = settings.model, settings.values().get("learn_sigma", False)  # type: ignore[attr-defined]
+    _check_network(model, learn_sigma, path, state_dict, metadata.get("class_names"))
+    return settings
+
+
+def _validated(settings: Settings, path: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a description says, in which the options of the model have passed the checks of flags."""
+    names = stored.keys() & settings.options().keys() & set(MODEL_OPTIONS)
+    with _naming(path):
+        values = settings.replace(**{name: stored[name] for name in names}).values()
+    return {**stored, **{name: values[name] for name in names}}
+
+
+def _check_network(
+    model: NetworkConfig, learn_sigma: bool, path: str, state_dict: Mapping[str, th.Tensor], names: Sequence[str] | None
+) -> None:
+    """Raise UserError unless the network of these options has the tensors of the file. It takes no memory.
+
+    :param names: of the classes.
+    """
+    with _naming(path), th.device("meta"):
+        is_classifier = isinstance(model, ClassifierConfig)
+        network = build_classifier(model) if is_classifier else build_model(model, learn_sigma)  # type: ignore[arg-type]
+    checkpoint.check_fits(network, state_dict, path)
+    if names and len(names) > (model.num_classes or NUM_CLASSES):
+        raise UserError(f"{path} names {len(names)} classes, more than its num_classes {model.num_classes}")
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the file in errors about options that come from it."""
     try:
-        return settings.replace(**taken)
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def stored_options(
+    settings: Settings,
+    given: Iterable[str],
+    path: str,
+    state_dict: Mapping[str, th.Tensor],
+    metadata: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint says of its options: its description, else what its shapes show, which is logged.
+
+    Raises UserError for a model of another kind than the settings'.
+    """
+    stored = dict(metadata.get("config", {}))
+    known, values = settings.options(), settings.values()
+    if stored:
+        if kind_of(stored) != settings.model.kind:  # type: ignore[attr-defined]
+            raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
+        stored = _validated(settings, path, stored)
+        # An older file lacks newer options, which did not exist when it was trained.
+        newer = [f for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]]
+        return {**{f.name: f.default for f in newer if f.name in known}, **stored}
+    stored = _options_from_shapes(settings, given, path, state_dict)
+    by_flag = {name: values[name] for name in sorted(fixed_names() & known.keys() - stored.keys())}
+    logger.log(f"{path} has no description. From its shapes: {_shown(stored)}. By flag or default: {_shown(by_flag)}")
+    return stored
 
 
 def _shown(options: Mapping[str, Any]) -> str:
@@ -152,6 +260,9 @@ def refuse_contradictions(
 
 
 def _read_architecture(path: str, state_dict: Mapping[str, th.Tensor]) -> dict[str, Any]:
+    foreign = foreign_feature(state_dict)
+    if foreign:
+        raise UserError(f"{path} has {foreign}, which this package's networks do not have: it cannot be loaded")
     try:
         return read_architecture(state_dict)
     except (KeyError, IndexError, ValueError):
@@ -192,6 +303,10 @@ def _options_from_shapes(
     return stored
 
 
+def _names(group: type[Config]) -> set[str]:
+    return {f.name for f in fields(group)}
+
+
 @dataclass(frozen=True)
 class LoadedClassifier:
     """A classifier from a checkpoint: in eval mode on the CPU, its run's options, and its classes' names."""
@@ -200,18 +315,26 @@ class LoadedClassifier:
     classifier: NoisyClassifier
     config: Mapping[str, Any]
     class_names: list[str] | None
+    seen_classes: Any = None  # indices of those that had images in training, where not all had; not checked
 
 
 def load_classifier(path: str) -> LoadedClassifier:
     """The classifier of a checkpoint. Collective. Raises UserError for a file that is not a classifier's."""
-    state_dict, metadata = checkpoint.load(path)
+    path, state_dict, metadata = read(path, "--classifier_path")
     stored = metadata.get("config", {})
     if not stored:
         raise UserError(f"{path} has no description: a classifier is a file that classifier-train wrote")
     if kind_of(stored) != "classifier":
         raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier-train makes one")
-    names = [f.name for f in fields(ClassifierConfig)]
-    config = from_dict(ClassifierConfig, {name: stored[name] for name in names if name in stored})
+    with _naming(path):
+        config = ClassifierConfig(**{name: stored[name] for name in _names(ClassifierConfig) & stored.keys()})
+        process = ProcessConfig(**{name: stored[name] for name in _names(ProcessConfig) & stored.keys()})
+    _check_network(config, False, path, state_dict, metadata.get("class_names"))
     classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
-    return LoadedClassifier(path, classifier.eval(), stored, metadata.get("class_names"))
+    warn_of_initial_weights(path, metadata)
+    options = {
+        name: getattr(group, name) for group in (config, process) for name in _names(type(group)) & stored.keys()
+    }
+    names, seen = metadata.get("class_names"), metadata.get("seen_classes")
+    return LoadedClassifier(path, classifier.eval(), {**stored, **options}, names, seen)

@@ -21,8 +21,11 @@ from . import checkpoint
 CONFIG_FILE = "config.json"  # the options of the run, beside its checkpoints
 FAILURES_ALLOWED = 2  # saves in a row that may fail before the run stops
 
-_PARTS = re.compile(r"(model|opt|ema_.+_)(\d{6,})\.pt")
-_MANIFEST = re.compile(r"manifest(\d{6,})\.json")
+MAX_WARNED = 5  # skipped checkpoints that each get a line
+
+_PARTS = re.compile(r"(model|opt|ema_[^/\\]+_)(\d{6,15})\.pt")
+_MANIFEST = re.compile(r"manifest(\d{6,15})\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SNAPSHOT = "ema_sigma_rel"  # of a power-function average; all are needed to compute averages of other lengths
 
 
@@ -118,22 +121,36 @@ class SetWriter:
     ):
         self.directory, self.log, self.warn = directory, log, warn
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.last_saved: str | None = None  # the model file of the newest set
+        self.prepare: Callable[[], str] = lambda: ""  # called before each save; returns a warning, or ""
+        self.saved: list[tuple[int, str]] = []  # (steps done, model file) of the two newest sets
         self.failures = 0
         self.beside: dict[str, Any] = {}  # file name -> content, written before the next set
         self.taken: dict[str, Any] = {}  # the ones being written now
+        self.partial: set[str] = set()  # the files of sets that could not be completed
+        self.abandoned = False
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
-        self.remark: str | None = None  # a problem that did not prevent the save
+        self.remarks: dict[str, None] = {}  # problems that did not prevent the save
+
+    @property
+    def last_saved(self) -> str | None:
+        """The model file of the newest set."""
+        return self.saved[-1][1] if self.saved else None
+
+    def last_before(self, steps: int) -> str | None:
+        """The model file of the newest set with fewer steps done; older sets than the last two do not count."""
+        return next((path for done, path in reversed(self.saved) if done < steps), None)
 
     def submit(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
         """Start to write a set, after the previous one is written."""
         self.wait()
         # Taken at once, so that `write_beside` may add newer files meanwhile; unwritten files are put back.
         self.taken, self.beside = self.beside, {}
+        self.abandoned = False
 
         def run() -> None:
-            self.failure = self.remark = None
+            self.failure = None
+            self.remarks.clear()
             try:
                 self._write(step, done, parts)
             except BaseException as error:  # raised by the main thread
@@ -147,15 +164,48 @@ class SetWriter:
         self.beside[name] = part
 
     def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
+        self._remark(self.prepare())
         files.make_dirs(self.directory)
         for name, part in self.taken.items():
             checkpoint.save(part, files.join(self.directory, name))
-        write_set(self.directory, step, done, parts)
-        self.last_saved = files.join(self.directory, checkpoint.model_name(step))
+        # The newest set's weights are proven by the steps after it: until then the set before it stays.
+        self._prune(step, self.keep_last)
+        mine = {name for name, _ in parts}
+        self.partial.update(name for name in mine if not files.exists(files.join(self.directory, name)))
+        write_set(self.directory, step, done, self._unless_abandoned(parts))
+        self.partial -= mine
+        path = files.join(self.directory, checkpoint.model_name(step))
+        self.saved = [*(entry for entry in self.saved[-1:] if entry[1] != path), (done, path)]
+        self._prune(step, max(self.keep_last, 2))
+        self._remove_partial()
+
+    def _unless_abandoned(self, parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for part in parts:
+            if self.abandoned:
+                raise UserError("the save was abandoned")
+            yield part
+
+    def _prune(self, newest: int, keep_last: int) -> None:
+        if not self.keep_last:
+            return
         try:
-            prune(self.directory, step, self.keep_last, self.keep_every)
+            prune(self.directory, newest, keep_last, self.keep_every)
         except UserError as error:
-            self.remark = f"old checkpoints were not removed: {error}"
+            self._remark(f"old checkpoints were not removed: {error}")
+
+    def _remove_partial(self) -> None:
+        """Remove what failed saves have left, unless a set of the same step is there."""
+        try:
+            for name in sorted(self.partial):
+                if not files.exists(files.join(self.directory, manifest_name(step_of(name) or 0))):
+                    files.remove(files.join(self.directory, name))
+            self.partial.clear()
+        except UserError as error:
+            self._remark(f"files of a failed save were not removed: {error}")
+
+    def _remark(self, text: str) -> None:
+        if text:
+            self.remarks[text] = None
 
     def collect(self) -> None:
         """Report the saves that have ended since the last call.
@@ -165,7 +215,7 @@ class SetWriter:
         if self.thread is None or self.thread.is_alive():
             return
         failure = self._result()
-        if failure and self.failures > FAILURES_ALLOWED:
+        if failure and self.has_given_up:
             raise UserError(f"{self.failures} saves in a row have failed: {failure}")
         if failure:
             self.warn(f"saving failed and will be retried at the next interval: {failure}")
@@ -176,10 +226,28 @@ class SetWriter:
             self.thread.join()
         self.collect()
 
-    def finish(self) -> None:
-        """Wait for the last save. Raises UserError if it failed."""
+    @property
+    def has_given_up(self) -> bool:
+        """Whether too many saves in a row have failed."""
+        return self.failures > FAILURES_ALLOWED
+
+    def finish(self, prune: bool = True) -> None:
+        """Wait for the last save. Raises UserError if it failed.
+
+        :param prune: the run has ended well: only the sets to keep are left.
+        """
         if self.thread is not None and (failure := self._result()):
             raise UserError(failure)
+        if prune and self.saved and (step := step_of(self.saved[-1][1])) is not None:
+            self._prune(step, self.keep_last)
+            self._warn_of_remarks()
+
+    def close(self) -> None:
+        """Give up the save in progress, if there is one: after this nothing writes into the folder."""
+        self.abandoned = True
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
 
     def _result(self) -> str | None:
         """Wait for the save in progress. Returns why it failed, or None."""
@@ -194,23 +262,44 @@ class SetWriter:
             raise self.failure
         self.failures = 0
         self.log(f"saved {self.last_saved}")
-        if self.remark:
-            self.warn(self.remark)
+        self._warn_of_remarks()
         return None
+
+    def _warn_of_remarks(self) -> None:
+        for text in self.remarks:
+            self.warn(text)
+        self.remarks.clear()
 
 
 # Finding
 
 
 def read_manifest(directory: str, step: int) -> dict[str, Any] | None:
-    """The manifest of a step; None if it is missing or damaged."""
-    path = files.join(directory, manifest_name(step))
+    """The manifest of a step; None if it is missing or damaged, such as one that lists files of another step."""
     try:
-        content = json.loads(files.read_bytes(path))
-        int(content["step"])
-        return content if all({"bytes", "sha256"} <= entry.keys() for entry in content["files"].values()) else None
-    except (UserError, ValueError, TypeError, KeyError, AttributeError):
+        content = files.read_json(files.join(directory, manifest_name(step)))
+    except UserError:
         return None
+    if not isinstance(content, dict) or not _is_count(content.get("step")):
+        return None
+    table = content.get("files")
+    return content if isinstance(table, dict) and all(_is_entry(step, *item) for item in table.items()) else None
+
+
+def _is_entry(step: int, name: str, entry: Any) -> bool:
+    """Whether a manifest may list this: a plain file name of the step's set, its size and its checksum."""
+    return (
+        _PARTS.fullmatch(name) is not None
+        and step_of(name) == step
+        and isinstance(entry, dict)
+        and _is_count(entry.get("bytes"))
+        and isinstance(entry.get("sha256"), str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**60
 
 
 def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
@@ -218,68 +307,94 @@ def complete_sets(directory: str, labels: Iterable[str]) -> list[int]:
 
     From the first manifest on, each set needs one: a set without it is incomplete.
     """
+    return [step for step, missing in _missing_parts(directory, labels) if not missing]
+
+
+def _missing_parts(directory: str, labels: Iterable[str]) -> list[tuple[int, list[str]]]:
+    """Each step with a model or a manifest, in ascending order, and the names of the files that its set lacks."""
     if not files.is_dir(directory):
         return []
-    names = set(files.list_dir(directory))
-    wanted = list(labels)
-    first_manifest = min(_manifest_steps(names), default=math.inf)
-    steps = []
-    for step in checkpoint.model_steps(directory):
-        required = {checkpoint.optimizer_name(step), *(checkpoint.ema_name(label, step) for label in wanted)}
-        if step >= first_manifest:
-            required.add(manifest_name(step))
-        if required <= names:
-            steps.append(step)
-    return steps
+    names, wanted = set(files.list_dir(directory)), list(labels)
+    described = _manifest_steps(names)
+    first = min(described, default=math.inf)
+
+    def required(step: int) -> list[str]:
+        averages = [checkpoint.ema_name(label, step) for label in wanted]
+        parts = [checkpoint.model_name(step), *averages, checkpoint.optimizer_name(step)]
+        return [*parts, manifest_name(step)] if step >= first else parts
+
+    steps = sorted({*checkpoint.model_steps(directory), *described})
+    return [(step, [name for name in required(step) if name not in names]) for step in steps]
 
 
 def problem_of(directory: str, step: int) -> str | None:
     """What is wrong with the files of a set, by its manifest; None if nothing is, or if there is no manifest."""
     manifest = read_manifest(directory, step)
     if manifest is None:
-        path = files.join(directory, manifest_name(step))
-        return f"{path} is damaged" if files.exists(path) else None
-    return next((problem for problem in map(_checker(directory), manifest["files"].items()) if problem), None)
+        name = manifest_name(step)
+        is_there = files.is_dir(directory) and name in files.list_dir(directory)
+        return f"{files.join(directory, name)} is damaged" if is_there else None
+    problems = (_problem_of_file(files.join(directory, name), entry) for name, entry in manifest["files"].items())
+    return next((problem for problem in problems if problem), None)
 
 
-def _checker(directory: str) -> Callable[[tuple[str, Mapping[str, Any]]], str | None]:
-    def check(item: tuple[str, Mapping[str, Any]]) -> str | None:
-        name, entry = item
-        path = files.join(directory, name)
-        if not files.exists(path):
-            return f"{path} is missing"
-        try:
-            data = files.read_bytes(path)
-        except UserError as error:
-            return str(error)
-        if len(data) != entry["bytes"]:
-            return f"{path} has {len(data)} bytes, not the {entry['bytes']} that were written"
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+def _problem_of_file(path: str, entry: Mapping[str, Any]) -> str | None:
+    if not files.exists(path):
+        return f"{path} is missing"
+    try:
+        size = files.size(path)
+        if size != entry["bytes"]:
+            return f"{path} has {size} bytes, not the {entry['bytes']} that were written"
+        if files.sha256(path) != entry["sha256"]:
             return f"{path} has changed since it was written (its checksum differs)"
-        return None
-
-    return check
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def newest_whole_set(directory: str, labels: Sequence[str], warn: Callable[[str], None]) -> int | None:
-    """The step of the newest set with unchanged files. Warns of each newer set that is damaged."""
-    for step in reversed(complete_sets(directory, labels)):
-        problem = problem_of(directory, step)
-        if problem is None:
-            return step
-        warn(f"skipped the damaged checkpoint of step {step}: {problem}")
-    return None
+    """The step of the newest set with unchanged files. Warns of each newer set that is damaged or incomplete."""
+    skipped, found = [], None
+    for step, missing in reversed(_missing_parts(directory, labels)):
+        if missing:
+            gaps = ", ".join(f"{files.join(directory, name)} is missing" for name in missing)
+            skipped.append(f"the incomplete checkpoint of step {step}: {gaps}")
+        elif problem := problem_of(directory, step):
+            skipped.append(f"the damaged checkpoint of step {step}: {problem}")
+        else:
+            found = step
+            break
+    for text in skipped[:MAX_WARNED]:
+        warn(f"skipped {text}")
+    if len(skipped) > MAX_WARNED:
+        warn(f"skipped {len(skipped) - MAX_WARNED} more checkpoints before those, damaged or incomplete")
+    return found
 
 
 def average_labels(directory: str, step: int) -> list[str]:
     """The labels of the moving averages of a step, in the order of the run's options."""
     pattern = re.compile(rf"ema_(.+)_{step:06d}\.pt")
     found = [match.group(1) for match in map(pattern.fullmatch, files.list_dir(directory)) if match]
-    path = files.join(directory, CONFIG_FILE)
-    order: list[str] = []
-    if files.exists(path):
-        try:
-            order = [str(rate) for rate in comma_list(json.loads(files.read_bytes(path))["config"]["ema_rate"], float)]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it, or name a checkpoint's file") from None
+    order = labels_of_run(directory)
     return sorted(found, key=lambda label: (order.index(label) if label in order else len(order), label))
+
+
+def labels_of_run(directory: str) -> list[str]:
+    """The labels of the moving averages of the run that wrote a folder, by its config.json; none where it has none.
+
+    Raises UserError for a damaged config.json.
+    """
+    path = files.join(directory, CONFIG_FILE)
+    if not files.exists(path):
+        return []
+    try:
+        config = files.read_json(path)["config"]
+        return ema_labels(config["ema_rate"], config.get("ema_sigma_rel", ""))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f": {error}" if isinstance(error, UserError) else ""
+        raise UserError(f"{path} is damaged{reason}: remove it, or name a checkpoint's file") from None
+
+
+def ema_labels(rates: str, widths: str) -> list[str]:
+    """The labels of the averages of --ema_rate and --ema_sigma_rel."""
+    return [*map(str, comma_list(rates, float)), *(f"sigma_rel{width}" for width in comma_list(widths, float))]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..config import UserError, unknown_name
 from ..config.settings import Settings
 from ..distributed import run_script
+from ..logs import logger
+from ..utils.terminal import show
 from .parsing import Parsed, parse, program_name, split_lists
 
 
@@ -60,7 +63,7 @@ class CommandGroup:
         """Run the command that the first word names. Raises UserError where there is none of that name."""
         words = list(argv)
         if words[:1] in (["--help"], ["-h"]):
-            print(self.help(program))
+            show(self.help(program))
             return
         if self.default and words and words[0].startswith("-"):
             words = [self.default, *words]
@@ -83,4 +86,17 @@ class CommandGroup:
 
 def run(command: Command | CommandGroup) -> None:
     """Run a command with this process's arguments; a user's mistake ends in one message and exit code 1."""
-    run_script(lambda: command.main(sys.argv[1:], program_name()))
+    run_logged(lambda: command.main(sys.argv[1:], program_name()))
+
+
+def run_logged(main: Callable[[], None]) -> None:
+    """Run a command; the error that ends it is in its log, where it has one."""
+    run_script(partial(_logging_errors, main))
+
+
+def _logging_errors(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except BaseException as error:
+        logger.log_error(error)
+        raise

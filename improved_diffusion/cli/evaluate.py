@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from .. import distributed
 from ..checkpoints.loading import load_model
-from ..config import SWEEP_OPTIONS, EvaluationConfig, FeaturesConfig, RunConfig, UserError, comma_list
+from ..config import SWEEP_OPTIONS, EvaluationConfig, FeaturesConfig, ReadingConfig, RunConfig, UserError, comma_list
 from ..config.settings import Comparison, ReferenceStatistics, Scoring, Sweeping
 from ..evaluation.comparison import comparison, name_reports, report_dir, write_comparison
 from ..evaluation.evaluator import Inputs, prepare_like_training
@@ -17,6 +17,7 @@ from ..evaluation.report import Report
 from ..evaluation.sweep import Point, run_sweep
 from ..logs.run_folder import open_run, run_folder
 from ..sampling.pipeline import SamplingPipeline
+from ..utils.terminal import show
 from .command import Command, CommandGroup
 from .parsing import Parsed
 
@@ -34,7 +35,7 @@ def score(parsed: Parsed[Scoring]) -> None:
 def score_given(parsed: Parsed[Scoring]) -> None:
     """Evaluate the samples of --samples."""
     settings, path = parsed.settings, parsed.settings.evaluation.samples
-    inputs = Inputs.of(settings.evaluation, settings.features)
+    inputs = Inputs.of(settings.evaluation, settings.features, settings.reading)
     samples = inputs.open_samples(path, settings.sample.num_samples if "num_samples" in parsed.given else 0)
     run = replace(settings.run, out_dir=settings.run.out_dir or report_folder(path))
     inputs.check_out_dir(run.out_dir, samples.path)
@@ -47,7 +48,7 @@ def score_drawn(parsed: Parsed[Scoring]) -> None:
     pipeline = SamplingPipeline(load_model(parsed.settings, parsed.given, parsed.settings.sample.model_path))
     settings, count = pipeline.loaded.settings, len(pipeline.numbers)
     features = prepare_like_training(settings, pipeline.loaded.path, count)
-    inputs = Inputs.of(settings.evaluation, features)
+    inputs = Inputs.of(settings.evaluation, features, settings.reading)
     inputs.check_model(pipeline.loaded.path, count)
     inputs.check_out_dir(run_folder(settings.run, pipeline.name))
     out_dir = open_run(settings.run, pipeline.name)
@@ -61,7 +62,7 @@ def check_source(parsed: Parsed[Scoring]) -> None:
     samples = settings.evaluation.samples
     if bool(samples) == bool(settings.sample.model_path):
         raise UserError("give --samples, to evaluate those, or --model_path, to draw them first: one of the two")
-    groups = (EvaluationConfig, FeaturesConfig, RunConfig)
+    groups = (EvaluationConfig, FeaturesConfig, ReadingConfig, RunConfig)
     of_evaluation = {f.name for group in groups for f in fields(group)} - {"seed"} | {"num_samples"}
     others = (["preset"] if parsed.preset else []) + sorted(parsed.given - of_evaluation)
     if samples and others:
@@ -92,10 +93,10 @@ def show_comparison(settings: Comparison) -> None:
     if len(paths) < 2:
         raise UserError("name two reports or more: evaluate compare FOLDER FOLDER")
     reports, names = [Report.read(path) for path in paths], name_reports(paths)
-    print(comparison(reports, names).replace("±", "+-"), end="")
+    show(comparison(reports, names).rstrip("\n"))
     if settings.compare.out_dir:
         folders = [report_dir(path) for path in paths]
-        print(f"wrote {write_comparison(settings.compare.out_dir, reports, names, folders)}")
+        show(f"wrote {write_comparison(settings.compare.out_dir, reports, names, folders)}")
 
 
 FIRST = ("reference", "held_out", "train_dir", "features", "trust_features", "resize")

@@ -13,6 +13,7 @@ from ..editing.inpaint import Inpaint
 from ..editing.interpolate import Interpolate
 from ..editing.variations import Vary
 from ..logs.run_folder import open_run
+from ..utils.terminal import show
 from .command import Command, CommandGroup
 from .parsing import Parsed
 
@@ -23,7 +24,7 @@ def edit(kind: type[Edit], parsed: Parsed[Any]) -> None:
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.edit.model_path)
     model = kind.prepare(loaded)
     if parsed.settings.sampler.print_steps:
-        distributed.from_rank0(print, model.sampler.table())
+        distributed.from_rank0(show, model.sampler.table())
         return
     command = kind.read(model)
     command.write(open_run(parsed.settings.run, command.name))

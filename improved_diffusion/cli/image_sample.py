@@ -6,6 +6,7 @@ from ..config.settings import ImageSampling
 from ..logs.run_folder import open_run
 from ..sampling.pipeline import SamplingPipeline
 from ..sampling.sampler import build_sampler
+from ..utils.terminal import show
 from .command import Command
 from .parsing import Parsed
 
@@ -15,7 +16,7 @@ def sample(parsed: Parsed[ImageSampling]) -> None:
     distributed.join_ranks(parsed.settings.run)
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.sample.model_path)
     if parsed.settings.sampler.print_steps:
-        distributed.from_rank0(print, build_sampler(loaded.settings, loaded.diffusion).table())
+        distributed.from_rank0(show, build_sampler(loaded.settings, loaded.diffusion).table())
         return
     pipeline = SamplingPipeline(loaded)
     pipeline.write(open_run(parsed.settings.run, pipeline.name))

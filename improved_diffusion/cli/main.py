@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ..config import UserError, unknown_name
+from ..utils.terminal import show
 from .parsing import program_name
 
 # Name: (module, what it does). A module is imported when its command runs, so that --help answers at once.
@@ -37,23 +38,24 @@ def dispatch(argv: Sequence[str]) -> None:
     """Run the command that the first word names. Raises UserError where there is none of that name."""
     program = program_name()
     if not argv or argv[0] in ("-h", "--help"):
-        print(help_text(program))
+        show(help_text(program))
         return
     if argv[0] == "--version":
         from .. import __version__
 
-        print(__version__)
+        show(__version__)
         return
     if argv[0].startswith("-"):
         raise UserError(f"the command comes first, before {argv[0]}: one of {', '.join(COMMANDS)}")
     if argv[0] not in COMMANDS:
         raise unknown_name("command", argv[0], COMMANDS)
     module = import_module(f".{COMMANDS[argv[0]][0]}", __package__)
-    module.COMMAND.main(argv[1:], f"{program} {argv[0]}")
+    words = module.with_recipe(argv[1:]) if argv[0] == "train" else argv[1:]
+    module.COMMAND.main(words, f"{program} {argv[0]}")
 
 
 def main() -> None:
     """The entry point."""
-    from ..distributed import run_script
+    from .command import run_logged
 
-    run_script(lambda: dispatch(sys.argv[1:]))
+    run_logged(lambda: dispatch(sys.argv[1:]))

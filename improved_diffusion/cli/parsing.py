@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
-from ..config import UserError, str2bool, unknown_name
-from ..config.presets import PRESETS, preset_options
-from ..config.settings import Settings, merge_options
+from ..config import UserError, path_argument, repeated, shown, str2bool, unknown_name
+from ..config.presets import PRESETS, options_for
+from ..config.recipes import AUTO, RECIPES
+from ..config.settings import Settings, commands_with, merge_options
 from ..utils import files
+from ..utils.terminal import show
+
+MAX_YAML_BYTES = 2**20  # of a --config; reading more takes long
 
 S = TypeVar("S", bound=Settings)
 
@@ -39,7 +42,7 @@ class _Help(argparse.Action):
     """--help: the options that matter first; --help-all: every option."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        print(parser.format_help(), end="")
+        show(parser.format_help().rstrip("\n"))
         raise SystemExit(0)
 
 
@@ -69,13 +72,14 @@ def parse(
     flags, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
-            raise unknown_name("flag", word.split("=")[0], [f"--{name}" for name in (*known, "preset", "config")])
-        raise UserError(f"unexpected argument {word!r}: every option is a flag, such as --batch_size 4")
+            flag = word.split("=")[0]
+            raise _unknown_option("flag", flag, flag.removeprefix("--"), (*known, "preset", "config"))
+        raise UserError(f"unexpected argument {shown(word)}: every option is a flag, such as --batch_size 4")
     values = vars(flags)
     preset, config = values.pop("preset", None), values.pop("config", None)
     sources = [
-        _from_preset(preset, kind) if preset else {},
-        _from_file(config, known) if config else {},
+        options_for(preset, kind) if preset else {},
+        _from_file(path_argument("--config", config), kind) if config else {},
         values,
     ]
     given = merge_options(sources)
@@ -94,11 +98,14 @@ def _build_parser(kind: type[Settings], program: str, description: str, first: S
     )
     parser.add_argument("-h", "--help", "--help-all", action=_Help, nargs=0, help=argparse.SUPPRESS)
     common = {
-        "preset": f"options of a published model: {', '.join(PRESETS)}",
+        "preset": (
+            f"options for your own images: {AUTO} (by the images and the hardware), {', '.join(RECIPES)}; or of a "
+            f"published model: {', '.join(PRESETS)}"
+        ),
         "config": "YAML or JSON file of options, such as a run's config.json",
     }
     for name, text in common.items():
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS if first else text)
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS if first and name not in first else text)
     added: set[str] = set()
     for group in kind.groups().values():
         section = parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
@@ -118,44 +125,65 @@ def _add_option(section: Any, f: Any, hidden: bool) -> None:
     section.add_argument(f"--{f.name}", help=argparse.SUPPRESS if hidden else text, **extra)
 
 
-def _from_preset(name: str, kind: type[Settings]) -> dict[str, Any]:
-    options, known = preset_options(name), kind.options()
-    if ("large_size" in known) != ("large_size" in options):
-        other = "super-resolution" if "large_size" in options else "image"
-        raise UserError(f"--preset {name} is for the {other} commands: choose a preset of the other kind")
-    return {key: value for key, value in options.items() if key in known}  # a recipe has options of other commands too
-
-
-def _from_file(path: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    text = files.read_bytes(path).decode("utf-8", errors="replace")
-    content = _parse_yaml(text, path) if path.endswith((".yaml", ".yml")) else _parse_json(text, path)
+def _from_file(path: str, kind: type[Settings]) -> dict[str, Any]:
+    """The options in a file, or in a run's config.json, whose options of other commands are left out."""
+    known = kind.options()
+    is_yaml = path.lower().endswith((".yaml", ".yml"))
+    content = _read_yaml(path) if is_yaml else files.read_json(path)
     if isinstance(content, dict) and isinstance(content.get("config"), dict):
-        content = content["config"]  # a run's config.json
-        return {key: value for key, value in content.items() if key in known}
+        return {key: value for key, value in content["config"].items() if key in known}
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold names and values, such as lr: 0.0001")
     for key in content:
         if key not in known:
-            raise unknown_name(f"option in {path}", key, known)
+            raise _unknown_option(f"option in {path}", str(key), str(key), known)
     return content
 
 
-def _parse_yaml(text: str, path: str) -> Any:
+def _read_yaml(path: str) -> Any:
+    """The content of a YAML file, of whose values each is the text that a flag would have, or a list of them."""
     try:
         import yaml
     except ImportError:
         raise UserError("--config with YAML needs the package pyyaml: pip install pyyaml, or write JSON") from None
+
+    class TextLoader(yaml.BaseLoader):
+        """Leaves values as they are spelt: yes, 1e-4, 48x64 and 2024-01-01 are read as on the command line."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not supported: write the value itself")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if (name := repeated(names)) is not None:
+                raise yaml.YAMLError(f"{shown(name)} stands there twice")
+            return super().construct_mapping(node, deep)
+
+        def construct_scalar(self, node: Any) -> Any:
+            is_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+            return None if is_null else super().construct_scalar(node)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(files.read_bytes(path, MAX_YAML_BYTES).decode("utf-8-sig"), Loader=TextLoader)
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} cannot be read: it is not UTF-8 text") from None
+    except RecursionError:
+        raise UserError(f"--config {path} cannot be read: it is nested too deeply") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
+        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _parse_json(text: str, path: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from None
+def _unknown_option(what: str, word: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for an option that a command does not have; it may be one of other commands.
+
+    :param what: it is, for the message, :param word: as the user wrote it, :param name: without dashes.
+    """
+    if others := commands_with(name):
+        return UserError(f"unknown {what} {word!r}: it is an option of {', '.join(others)}, not of this command")
+    dashes = word[: len(word) - len(name)]
+    return unknown_name(what, word, [f"{dashes}{option}" for option in known])
 
 
 def split_lists(argv: Sequence[str], lists: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:

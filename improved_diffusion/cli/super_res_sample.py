@@ -7,6 +7,7 @@ from ..evaluation.super_resolution import read_reference, write_comparison
 from ..logs.run_folder import open_run
 from ..sampling.pipeline import SuperResPipeline
 from ..sampling.sampler import build_sampler
+from ..utils.terminal import show
 from .command import Command
 from .parsing import Parsed
 
@@ -16,10 +17,10 @@ def enlarge(parsed: Parsed[SuperResSampling]) -> None:
     distributed.join_ranks(parsed.settings.run)
     loaded = load_model(parsed.settings, parsed.given, parsed.settings.sample.model_path)
     if parsed.settings.sampler.print_steps:
-        distributed.from_rank0(print, build_sampler(loaded.settings, loaded.diffusion).table())
+        distributed.from_rank0(show, build_sampler(loaded.settings, loaded.diffusion).table())
         return
     pipeline = SuperResPipeline(loaded)
-    truth = read_reference(loaded.settings, pipeline.base)
+    truth = read_reference(pipeline.loaded.settings, pipeline.base)
     out_dir = open_run(parsed.settings.run, pipeline.name)
     samples = pipeline.write(out_dir)
     if parsed.settings.base.reference:
@@ -32,7 +33,7 @@ COMMAND = Command(
     SuperResSampling,
     enlarge,
     first=(
-        "model_path", "base_samples", "num_samples", "batch_size", "classes", "sampler", "steps", "reference", "seed",
-        "out_dir",
+        "model_path", "base_samples", "any_size", "num_samples", "batch_size", "classes", "sampler", "steps",
+        "reference", "seed", "out_dir",
     ),
 )  # fmt: skip

@@ -13,9 +13,15 @@ from .base import (
     from_dict,
     height_width,
     number_list,
+    one_line,
     parse_size,
+    path_argument,
+    repeated,
+    shorten,
+    shown,
     str2bool,
     unknown_name,
+    whole_number,
 )
 from .editing import (
     CopiesConfig,
@@ -39,6 +45,7 @@ from .model import (
     UNetConfig,
     fixed_names,
 )
+from .reading import MAX_IMAGE_PIXELS, RESIZE_MODES, ReadingConfig
 from .run import RunConfig
 from .sampling import SAMPLERS, BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
 from .training import (
@@ -55,8 +62,10 @@ from .training import (
 __all__ = [
     "KINDS",
     "LR_SCHEDULES",
+    "MAX_IMAGE_PIXELS",
     "NUM_CLASSES",
     "PRECISIONS",
+    "RESIZE_MODES",
     "SAMPLERS",
     "SWEEP_OPTIONS",
     "TRACKERS",
@@ -82,6 +91,7 @@ __all__ = [
     "PosthocConfig",
     "ProcessConfig",
     "ProgressConfig",
+    "ReadingConfig",
     "ReferenceConfig",
     "RunConfig",
     "SampleConfig",
@@ -99,7 +109,13 @@ __all__ = [
     "from_dict",
     "height_width",
     "number_list",
+    "one_line",
     "parse_size",
+    "path_argument",
+    "repeated",
+    "shorten",
+    "shown",
     "str2bool",
     "unknown_name",
+    "whole_number",
 ]  # fmt: skip

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import Config, UserError, extra, number_list
+from .base import MOST_SAMPLES, Config, UserError, comma_list, extra, number_list, path_of, paths_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig(Config):
     """Editing options."""
 
-    model_path: str = extra("", "checkpoint of an image model, preferably an ema_*.pt")
-    batch_size: int = extra(16, "images per batch on each rank")
+    model_path: str = extra("", "checkpoint of an image model, preferably an ema_*.pt", parse=path_of)
+    batch_size: int = extra(16, "images per batch on each rank", low=1)
     classes: str = extra(
         "", "classes of the images, by name or index, comma-separated, repeated in turn; empty: the images' own"
     )
 
     def validate(self) -> None:
-        self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
+        self.require(not self.classes or bool(comma_list(self.classes, str)), "classes", "names no class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,9 @@ class ImagesConfig(Config):
     """Input images."""
 
     images: str = extra(
-        "", "a folder, a zip, an npz (arr_0, optional arr_1), or one or more images, separated by commas"
+        "",
+        "a folder, a zip, an npz (arr_0, optional arr_1), or one or more images, separated by commas",
+        parse=paths_of,
     )
 
 
@@ -34,17 +36,16 @@ class ImagesConfig(Config):
 class CopiesConfig(Config):
     """Number of images."""
 
-    num_samples: int = extra(0, "images to make, from the given ones in turn; 0: one from each")
-
-    def validate(self) -> None:
-        self.require(self.num_samples >= 0, "num_samples", "must not be negative")
+    num_samples: int = extra(
+        0, "images to make, from the given ones in turn; 0: one from each", low=0, high=MOST_SAMPLES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsConfig(Config):
     """Input latents."""
 
-    latents: str = extra("", "the latents.npz that encode wrote")
+    latents: str = extra("", "the latents.npz that encode wrote", parse=path_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,9 @@ class InterpolateConfig(Config):
         "numbers of two samples, such as 3,7: interpolate between samples 3 and 7 of --seed, as the sample command "
         "numbers them",
     )
-    frames: int = extra(9, "images to make, both ends included")
+    frames: int = extra(9, "images to make, both ends included", low=2, high=10_000)
 
     def validate(self) -> None:
-        self.require(self.frames >= 2, "frames", "must be at least 2, the two ends")
         try:
             numbers = number_list(self.seeds)
         except ValueError:
@@ -75,13 +75,10 @@ class InpaintConfig(Config):
         "",
         "an image, white where to paint and black where to keep the image; or a folder, a zip or an npz with one for "
         "each image, by name or in order",
+        parse=path_of,
     )
-    jump_length: int = extra(10, "steps that RePaint goes back at a time")
-    resamplings: int = extra(10, "how often RePaint takes each step; 1 is the fastest")
-
-    def validate(self) -> None:
-        self.require(self.jump_length >= 1, "jump_length", "must be at least 1")
-        self.require(self.resamplings >= 1, "resamplings", "must be at least 1")
+    jump_length: int = extra(10, "steps that RePaint goes back at a time", low=1)
+    resamplings: int = extra(10, "how often RePaint takes each step; 1 is the fastest", low=1, high=1000)
 
 
 @dataclass(frozen=True, kw_only=True)

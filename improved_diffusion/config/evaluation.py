@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .base import Config, UserError, extra, height_width
+from .base import Config, UserError, extra, height_width, path_of, paths_of
 
 # The options of a sweep that may have several values.
 SWEEP_OPTIONS = (
@@ -21,9 +21,12 @@ class FeaturesConfig(Config):
         "",
         "network that maps uint8 [N, 3, H, W] to features [N, D]: an exported program (.pt2) or TorchScript (.pt), a "
         "file or a URL; or inception",
+        parse=path_of,
     )
     logits: str = extra(
-        "", "a second program, to class logits [N, C], for the inception score; needed where --features gives no logits"
+        "",
+        "a second program, to class logits [N, C], for the inception score; needed where --features gives no logits",
+        parse=path_of,
     )
     trust_features: bool = extra(
         False,
@@ -35,14 +38,13 @@ class FeaturesConfig(Config):
         "side in pixels to resize images to for the network (antialiased); native: no resizing; auto: what the network "
         "needs, 299 for inception",
     )
-    feature_batch: int = extra(100, "images per forward pass of the network on each rank")
+    feature_batch: int = extra(100, "images per forward pass of the network on each rank", low=1)
     resize: str = extra(
         "", "resize and centre-crop all images to this size, as training does; empty: all must have one size"
     )
     colour: bool = extra(False, "treat grey images as RGB with three equal channels")
 
     def validate(self) -> None:
-        self.require(self.feature_batch >= 1, "feature_batch", "must be at least 1")
         self.require(
             self.feature_size in ("auto", "native") or re.fullmatch(r"[1-9][0-9]{0,3}", self.feature_size) is not None,
             "feature_size", "must be auto, native, or a number of pixels such as 299, at most 9999",
@@ -61,13 +63,20 @@ class FeaturesConfig(Config):
 class EvaluationConfig(Config):
     """Evaluation inputs."""
 
-    samples: str = extra("", "samples to evaluate: an npz, a folder or a zip; or give --model_path to draw them first")
-    reference: str = extra("", "real images (a folder, a zip or an npz), or an npz of their statistics (mu and sigma)")
-    train_dir: str = extra("", "training images, to find copies of them; empty: the images of --reference")
+    samples: str = extra(
+        "", "samples to evaluate: an npz, a folder or a zip; or give --model_path to draw them first", parse=path_of
+    )
+    reference: str = extra(
+        "", "real images (a folder, a zip or an npz), or an npz of their statistics (mu and sigma)", parse=path_of
+    )
+    train_dir: str = extra(
+        "", "training images, to find copies of them; empty: the images of --reference", parse=path_of
+    )
     held_out: str = extra(
         "",
         "real images that the model was not trained on: their scores and their distances to the training images show "
         "what to expect of real images",
+        parse=path_of,
     )
 
 
@@ -75,9 +84,9 @@ class EvaluationConfig(Config):
 class ReferenceConfig(Config):
     """Reference statistics."""
 
-    images: str = extra("", "real images: a folder, a zip or an npz")
+    images: str = extra("", "real images: a folder, a zip or an npz", parse=path_of)
     name: str = extra("", "name of the data set, for reports; empty: the name of the folder or file")
-    out: str = extra("", "npz to write")
+    out: str = extra("", "npz to write", parse=path_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,5 +104,7 @@ class SweepConfig(Config):
 class CompareConfig(Config):
     """Comparison."""
 
-    reports: str = extra("", "report.json files, or the folders that hold them, separated by commas or blanks")
-    out_dir: str = extra("", "folder for compare.md and compare.png; empty: print only")
+    reports: str = extra(
+        "", "report.json files, or the folders that hold them, separated by commas or blanks", parse=paths_of
+    )
+    out_dir: str = extra("", "folder for compare.md and compare.png; empty: print only", parse=path_of)

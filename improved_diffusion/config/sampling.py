@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import PRECISIONS, Config, UserError, comma_list, extra, number_list, option
+from .base import (
+    MOST_SAMPLES,
+    PRECISIONS,
+    Config,
+    UserError,
+    comma_list,
+    extra,
+    number_list,
+    option,
+    path_of,
+    real_number,
+    shown,
+)
 
 SAMPLERS = (
     "auto", "ancestral", "ddim", "plms", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "unipc_3", "euler", "heun",
@@ -17,25 +29,30 @@ class SamplerConfig(Config):
 
     use_ddim: bool = option(False, "deterministic DDIM steps (the same as --sampler ddim)")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1] at every step")
-    ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling")
+    ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling", low=0, high=1)
     sampler: str = extra("auto", "the solver; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
     steps: int = extra(
         0,
         "number of steps, 1 to diffusion_steps; 0: by timestep_respacing, else all for ancestral and ddim, 20 for the "
         "others; when editing: 200 to encode, decode and interpolate images, 100 to inpaint and vary them",
+        low=0,
     )
     timestep_grid: str = extra(
         "auto",
         "spacing of the steps: uniform, ddim, trailing, logsnr, karras, quadratic, or timesteps such as "
         "0,10.5,500,999; auto: by sampler",
     )
-    churn: float = extra(0.0, "S_churn of euler and heun: noise added and removed again at each step (EDM alg. 2)")
-    churn_min: float = extra(0.0, "S_tmin: no churn below this noise level sigma")
-    churn_max: float = extra(0.0, "S_tmax: no churn above this noise level sigma; 0: no limit")
-    churn_noise: float = extra(1.0, "S_noise, the standard deviation of the noise that churn adds")
+    churn: float = extra(
+        0.0, "S_churn of euler and heun: noise added and removed again at each step (EDM alg. 2)", low=0
+    )
+    churn_min: float = extra(0.0, "S_tmin: no churn below this noise level sigma", low=0)
+    churn_max: float = extra(0.0, "S_tmax: no churn above this noise level sigma; 0: no limit", low=0)
+    churn_noise: float = extra(1.0, "S_noise, the standard deviation of the noise that churn adds", low=0, high=100)
     dynamic_threshold: float = extra(
         0.0,
         "dynamic thresholding (Imagen): the quantile of |x_0|, such as 0.995, to scale to 1 where it is more; 0: off",
+        low=0,
+        high=1,
     )
     print_steps: bool = extra(False, "print the steps with their noise levels, and stop")
     precision: str = extra("fp32", "number format of the network's blocks", choices=PRECISIONS)
@@ -43,10 +60,6 @@ class SamplerConfig(Config):
     compile: bool = extra(False, "compile the network with torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
-        for name in ("steps", "churn", "churn_min", "churn_max", "churn_noise"):
-            self.require(getattr(self, name) >= 0, name, "must not be negative")
-        self.require(0 <= self.ddim_eta <= 1, "ddim_eta", "must be in [0, 1]")
-        self.require(0 <= self.dynamic_threshold <= 1, "dynamic_threshold", "must be in [0, 1], such as 0.995")
         if 0 < self.churn_max <= self.churn_min:
             raise UserError(f"--churn_max {self.churn_max} must be more than --churn_min {self.churn_min}")
         if self.use_ddim and self.sampler not in ("auto", "ddim"):
@@ -64,27 +77,30 @@ class SamplerConfig(Config):
 class GuidanceConfig(Config):
     """Guidance options."""
 
-    guidance_scale: float = extra(1.0, "classifier-free guidance: guide + scale x (model - guide); 1: no guidance")
+    guidance_scale: float = extra(
+        1.0, "classifier-free guidance: guide + scale x (model - guide); 1: no guidance", low=0, high=1e6
+    )
     guide_path: str = extra(
-        "", "checkpoint of a weaker or unconditional guide; empty: the model itself with its class hidden"
+        "",
+        "checkpoint of a weaker or unconditional guide; empty: the model itself with its class hidden",
+        parse=path_of,
     )
     guidance_interval: str = extra(
         "", "lowest and highest noise level sigma at which guidance acts, such as 0.3,5; empty: at every one"
     )
-    guidance_rescale: float = extra(0.0, "share of the contrast to restore, 0.7 in Lin et al. 2024; 0: none")
-    classifier_path: str = extra("", "checkpoint of a classifier to guide by, from classifier-train")
-    classifier_scale: float = extra(1.0, "weight of the gradient of --classifier_path")
+    guidance_rescale: float = extra(
+        0.0, "share of the contrast to restore, 0.7 in Lin et al. 2024; 0: none", low=0, high=1
+    )
+    classifier_path: str = extra("", "checkpoint of a classifier to guide by, from classifier-train", parse=path_of)
+    classifier_scale: float = extra(1.0, "weight of the gradient of --classifier_path", low=0, high=1e6)
 
     def validate(self) -> None:
-        for name in ("guidance_scale", "classifier_scale"):
-            self.require(getattr(self, name) >= 0, name, "must not be negative")
-        self.require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "must be in [0, 1]")
         if self.guidance_interval:
             try:
-                low, high = comma_list(self.guidance_interval, float)
+                low, high = comma_list(self.guidance_interval, real_number)
             except ValueError:
                 raise UserError(
-                    f"--guidance_interval {self.guidance_interval!r}: expected two noise levels such as 0.3,5"
+                    f"--guidance_interval {shown(self.guidance_interval)}: expected two noise levels such as 0.3,5"
                 ) from None
             self.require(0 <= low < high, "guidance_interval", "must go from a lower noise level to a higher one")
         if self.guide_path and self.guidance_scale == 1:
@@ -104,27 +120,28 @@ class GuidanceConfig(Config):
 class SampleConfig(Config):
     """Sampling options."""
 
-    model_path: str = option("", "checkpoint to sample from, preferably an ema_*.pt")
-    num_samples: int = option(10000, "images to make; super-resolution: one from each base image unless given")
+    model_path: str = option("", "checkpoint to sample from, preferably an ema_*.pt", parse=path_of)
+    num_samples: int = option(
+        10000, "images to make; super-resolution: one from each base image unless given", low=1, high=MOST_SAMPLES
+    )
     seeds: str = extra(
         "", "numbers of the images to make, such as 17,40-47, out of those of --seed; empty: 0 to num_samples - 1"
     )
-    batch_size: int = option(16, "images per batch on each rank")
+    batch_size: int = option(16, "images per batch on each rank", low=1)
     classes: str = extra("", "classes to make, by name or index, comma-separated, repeated in turn; empty: random")
     save_steps: int = extra(
         0,
         "show this many of the predictions of x_0 during sampling of the first images in steps.png and steps.gif; "
         "0: none",
+        low=0,
     )
 
     def validate(self) -> None:
-        self.require(self.num_samples >= 1, "num_samples", "must be at least 1")
-        self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
-        self.require(self.save_steps >= 0, "save_steps", "must not be negative")
+        self.require(not self.classes or bool(comma_list(self.classes, str)), "classes", "names no class")
         try:
             numbers = number_list(self.seeds)
         except ValueError as error:
-            raise UserError(f"--seeds {self.seeds!r}: {error}") from None
+            raise UserError(f"--seeds {shown(self.seeds)}: {error}") from None
         self.require(len(set(numbers)) == len(numbers), "seeds", "names an image twice")
 
 
@@ -133,10 +150,17 @@ class BaseSamplesConfig(Config):
     """Super-resolution inputs."""
 
     base_samples: str = option(
-        "", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image"
+        "", "low-resolution images: an npz (arr_0, optional arr_1), a folder, a zip or one image", parse=path_of
+    )
+    any_size: bool = extra(
+        False,
+        "enlarge images of any one size that the network's levels divide, rather than resize them to small_size; "
+        "results are best near the size in training",
     )
     reference: str = extra(
-        "", "true images of --large_size, in the order of --base_samples: PSNR and SSIM are measured against them"
+        "",
+        "true images of --large_size, in the order of --base_samples: PSNR and SSIM are measured against them",
+        parse=path_of,
     )
 
 
@@ -144,18 +168,15 @@ class BaseSamplesConfig(Config):
 class NLLConfig(Config):
     """Likelihood options."""
 
-    model_path: str = option("", "checkpoint to evaluate, preferably an ema_*.pt")
-    num_samples: int = option(1000, "images to evaluate; no more than there are")
-    batch_size: int = option(1, "images per batch on each rank")
+    model_path: str = option("", "checkpoint to evaluate, preferably an ema_*.pt", parse=path_of)
+    num_samples: int = option(1000, "images to evaluate; no more than there are", low=1, high=MOST_SAMPLES)
+    batch_size: int = option(1, "images per batch on each rank", low=1)
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
     nll_timesteps: int = extra(
         0,
         "estimate each image's bound from this many random timesteps, at least 2; 0: evaluate all timesteps",
+        low=0,
     )
-    timesteps_per_pass: int = extra(0, "timesteps of each image to evaluate at once; 0: chosen for speed by image size")
-
-    def validate(self) -> None:
-        self.require(self.num_samples >= 1, "num_samples", "must be at least 1")
-        self.require(self.batch_size >= 1, "batch_size", "must be at least 1")
-        self.require(self.nll_timesteps >= 0, "nll_timesteps", "must not be negative")
-        self.require(self.timesteps_per_pass >= 0, "timesteps_per_pass", "must not be negative")
+    timesteps_per_pass: int = extra(
+        0, "timesteps of each image to evaluate at once; 0: chosen for speed by image size", low=0
+    )

@@ -25,6 +25,7 @@ from .model import (
     ProcessConfig,
     SuperResModelConfig,
 )
+from .reading import ReadingConfig
 from .run import RunConfig
 from .sampling import BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
 from .training import DataConfig, PosthocConfig, ProgressConfig, SourceConfig, TrainConfig, WatchConfig
@@ -100,18 +101,20 @@ def merge_options(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageModel(Settings):
-    """An image model."""
+    """An image model, and how it takes images."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
+    reading: ReadingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResModel(Settings):
-    """A super-resolution model."""
+    """A super-resolution model, and how it takes images."""
 
     model: SuperResModelConfig
     diffusion: DiffusionConfig
+    reading: ReadingConfig
 
 
 # Training
@@ -122,6 +125,7 @@ class ImageTraining(Settings):
     """Training an image model."""
 
     data: DataConfig
+    reading: ReadingConfig
     train: TrainConfig
     watch: WatchConfig
     model: ModelConfig
@@ -134,6 +138,7 @@ class SuperResTraining(Settings):
     """Training a super-resolution model."""
 
     data: DataConfig
+    reading: ReadingConfig
     train: TrainConfig
     watch: WatchConfig
     model: SuperResModelConfig
@@ -146,6 +151,7 @@ class ClassifierTraining(Settings):
     """Training a classifier of noisy images."""
 
     data: DataConfig
+    reading: ReadingConfig
     train: TrainConfig
     watch: ProgressConfig
     guided: GuidedModelConfig
@@ -184,6 +190,7 @@ class SuperResSampling(Settings):
     """Sampling from a super-resolution model."""
 
     base: BaseSamplesConfig
+    reading: ReadingConfig
     sample: SampleConfig
     sampler: SamplerConfig
     guidance: GuidanceConfig
@@ -212,6 +219,7 @@ class Encoding(Editing):
     """Finding the noise of images."""
 
     images: ImagesConfig
+    reading: ReadingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +235,7 @@ class Interpolation(Editing):
     """Images between two."""
 
     images: ImagesConfig
+    reading: ReadingConfig
     interpolate: InterpolateConfig
 
 
@@ -235,6 +244,7 @@ class Inpainting(Editing):
     """Painting parts of images."""
 
     images: ImagesConfig
+    reading: ReadingConfig
     inpaint: InpaintConfig
     copies: CopiesConfig
 
@@ -244,6 +254,7 @@ class Variations(Editing):
     """Variations of images."""
 
     images: ImagesConfig
+    reading: ReadingConfig
     variations: VariationsConfig
     copies: CopiesConfig
 
@@ -257,6 +268,7 @@ class Likelihood(Settings):
 
     nll: NLLConfig
     source: SourceConfig
+    reading: ReadingConfig
     model: ModelConfig
     diffusion: DiffusionConfig
     run: RunConfig
@@ -268,6 +280,7 @@ class Scoring(Settings):
 
     evaluation: EvaluationConfig
     features: FeaturesConfig
+    reading: ReadingConfig
     sample: SampleConfig
     sampler: SamplerConfig
     guidance: GuidanceConfig
@@ -284,11 +297,20 @@ class Sweeping(Scoring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureExtraction(Settings):
+    """Computing the features of images."""
+
+    features: FeaturesConfig
+    reading: ReadingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceStatistics(Settings):
     """Writing the statistics of real images."""
 
     reference: ReferenceConfig
     features: FeaturesConfig
+    reading: ReadingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,3 +318,22 @@ class Comparison(Settings):
     """Reports side by side."""
 
     compare: CompareConfig
+
+
+# The settings of each command, by the command's name.
+_COMMANDS: dict[str, tuple[type[Settings], ...]] = {
+    "train": (ImageTraining,),
+    "sample": (ImageSampling,),
+    "edit": (Encoding, Decoding, Interpolation, Inpainting, Variations),
+    "nll": (Likelihood,),
+    "evaluate": (Scoring, Sweeping, ReferenceStatistics, Comparison),
+    "super-res-train": (SuperResTraining,),
+    "super-res-sample": (SuperResSampling,),
+    "classifier-train": (ClassifierTraining,),
+    "posthoc-ema": (PosthocEMA,),
+}
+
+
+def commands_with(option: str) -> list[str]:
+    """The commands that have an option of this name."""
+    return [name for name, kinds in _COMMANDS.items() if any(option in kind.options() for kind in kinds)]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from .base import PRECISIONS, Config, UserError, comma_list, extra, option, unknown_name
+from .base import LONGEST_WAIT, PRECISIONS, Config, UserError, comma_list, extra, option, path_of, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig(Config):
     """Images."""
 
-    data_dir: str = option("", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads")
-    labels: str = extra("prefix", "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON file")
+    data_dir: str = option(
+        "", "images: a folder, a .zip or an .npz; a local path or a URL that blobfile reads", parse=path_of
+    )
+    labels: str = extra(
+        "prefix",
+        "where classes come from: prefix (cat_001.png), folder (cat/001.png), or a JSON, CSV or TSV file",
+        parse=path_of,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +26,9 @@ class DataConfig(SourceConfig):
     """Training images."""
 
     random_flip: bool = extra(False, "mirror each image left to right with probability 1/2")
-    num_workers: int = extra(1, "processes that read and resize images, per rank; 0: read in the training process")
-
-    def validate(self) -> None:
-        self.require(self.num_workers >= 0, "num_workers", "must not be negative")
+    num_workers: int = extra(
+        1, "processes that read and resize images, per rank; 0: read in the training process", low=0, high=1024
+    )
 
 
 MAX_SIGMA_REL = 0.28  # of a power-function average; a little less than that of the plain mean, 12^-1/2
@@ -40,82 +44,79 @@ class TrainConfig(Config):
         "which timesteps to train on (loss-second-moment: IDDPM eq. 18)",
         choices=("uniform", "loss-second-moment"),
     )
-    lr: float = option(1e-4, "learning rate")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    lr: float = option(1e-4, "learning rate", high=100)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0)
     lr_anneal_steps: int = option(
-        0, "steps over which the learning rate falls to 0; training ends there; 0: no annealing"
+        0, "steps over which the learning rate falls to 0; training ends there; 0: no annealing", low=0
     )
-    batch_size: int = option(1, "images a step on each rank")
-    microbatch: int = option(-1, "images in one forward pass, to save memory; -1: the whole batch")
+    batch_size: int = option(1, "images a step on each rank", low=1)
+    microbatch: int = option(-1, "images in one forward pass, to save memory; -1: the whole batch", low=-1)
     ema_rate: str = option("0.9999", "rates of the moving averages of the weights, comma-separated")
-    log_interval: int = option(10, "steps between rows of the log")
-    save_interval: int = option(10000, "steps between checkpoints")
+    log_interval: int = option(10, "steps between rows of the log", low=1)
+    save_interval: int = option(10000, "steps between checkpoints", low=1)
     resume_checkpoint: str = option(
-        "", "modelNNNNNN.pt to continue from; without its ema_* and opt files these start afresh, as published"
+        "",
+        "modelNNNNNN.pt to continue from; without its ema_* and opt files these start afresh, as published",
+        parse=path_of,
     )
     use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
-    fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step")
+    fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step", low=0, high=10)
     precision: str = extra(
         "fp32", "arithmetic of the network's blocks; the master weights stay fp32", choices=PRECISIONS
     )
-    total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks")
-    max_steps: int = extra(0, "steps to train for; 0: until lr_anneal_steps, or until stopped")
-    max_hours: float = extra(0.0, "hours of wall-clock time after which training saves and ends; 0: no limit")
+    total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks", low=0)
+    max_steps: int = extra(0, "steps to train for; 0: until lr_anneal_steps, or until stopped", low=0)
+    max_hours: float = extra(
+        0.0, "hours of wall-clock time after which training saves and ends; 0: no limit", low=0, high=1e6
+    )
     lr_schedule: str = extra(
         "auto",
         "learning rate over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
         choices=LR_SCHEDULES,
     )
-    lr_warmup_steps: int = extra(0, "steps over which the learning rate rises from 0")
-    grad_clip: float = extra(0.0, "clip the gradient's norm to this; 0: no clipping")
+    lr_warmup_steps: int = extra(0, "steps over which the learning rate rises from 0", low=0)
+    grad_clip: float = extra(0.0, "clip the gradient's norm to this; 0: no clipping", low=0)
     adam_beta1: float = extra(0.9, "decay rate of Adam's first moment")
     adam_beta2: float = extra(0.999, "decay rate of Adam's second moment")
     adam_eps: float = extra(1e-8, "Adam's epsilon")
     resume: str = extra(
-        "", "auto: continue from the newest complete checkpoint in out_dir, if any; or a checkpoint file or folder"
+        "",
+        "auto: continue from the newest complete checkpoint in out_dir, if any; or a checkpoint file or folder",
+        parse=path_of,
     )
-    init_checkpoint: str = extra("", "start at step 0 from these weights")
-    keep_last: int = extra(0, "newest checkpoints to keep; 0: all")
-    keep_every: int = extra(0, "with keep_last, also keep checkpoints at multiples of this many steps; 0: none")
-    max_bad_steps: int = extra(100, "stop after this many steps in a row without a finite gradient")
-    ema_warmup: bool = extra(False, "EMA warm-up: the rate is min(ema_rate, (1 + s)/(10 + s)) at step s")
+    init_checkpoint: str = extra(
+        "",
+        "start at step 0 from the weights of this checkpoint, or of a run's folder, as far as they fit",
+        parse=path_of,
+    )
+    keep_last: int = extra(0, "newest checkpoints to keep; 0: all", low=0)
+    keep_every: int = extra(0, "with keep_last, also keep checkpoints at multiples of this many steps; 0: none", low=0)
+    max_bad_steps: int = extra(100, "stop after this many steps in a row without a finite gradient", low=1)
+    ema_warmup: bool = extra(
+        False,
+        "EMA warm-up: the rate is min(ema_rate, (1 + s)/(10 + s)) at step s, so that the average forgets the initial "
+        "weights at once",
+    )
     ema_sigma_rel: str = extra(
         "",
         "relative widths of power-function averages, such as 0.05,0.10 (EDM2); posthoc-ema makes other widths later",
     )
-    hook_timeout: float = extra(14400.0, "seconds that previews or a validation may take before the run ends")
-    save_timeout: float = extra(3600.0, "seconds that writing a checkpoint may take before the run ends")
+    hook_timeout: float = extra(
+        14400.0, "seconds that previews or a validation may take before the run ends", high=LONGEST_WAIT
+    )
+    save_timeout: float = extra(
+        3600.0, "seconds that writing a checkpoint may take before the run ends", high=LONGEST_WAIT
+    )
     dry_run: bool = extra(False, "run 3 steps and report time, memory and disk needs; write nothing")
 
     def validate(self) -> None:
-        for name in ("batch_size", "log_interval", "save_interval"):
-            self.require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in (
-            "lr_anneal_steps",
-            "total_batch_size",
-            "max_steps",
-            "max_hours",
-            "lr_warmup_steps",
-            "grad_clip",
-            "weight_decay",
-            "keep_last",
-            "keep_every",
-        ):
-            self.require(getattr(self, name) >= 0, name, "must not be negative")
-        self.require(self.max_bad_steps >= 1, "max_bad_steps", "must be at least 1")
         for name in ("lr", "adam_eps", "hook_timeout", "save_timeout"):
-            self.require(getattr(self, name) > 0 and math.isfinite(getattr(self, name)), name, "must be positive")
+            self.require(getattr(self, name) > 0, name, "must be positive")
         for name in ("adam_beta1", "adam_beta2"):
             self.require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)")
-        try:
-            rates = comma_list(self.ema_rate, float)
-        except ValueError:
-            raise UserError(f"--ema_rate {self.ema_rate!r}: expected numbers such as 0.999,0.9999") from None
+        rates = self.numbers("ema_rate", "0.999,0.9999")
         self.require(all(0 <= rate < 1 for rate in rates), "ema_rate", "must be in [0, 1)")
-        try:
-            widths = comma_list(self.ema_sigma_rel, float)
-        except ValueError:
-            raise UserError(f"--ema_sigma_rel {self.ema_sigma_rel!r}: expected numbers such as 0.05,0.10") from None
+        widths = self.numbers("ema_sigma_rel", "0.05,0.10")
         self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "ema_sigma_rel", "must be in (0, 0.28)")
         if self.use_fp16 and self.precision == "bf16":
             raise UserError("--use_fp16 True contradicts --precision bf16: give one of them")
@@ -141,14 +142,13 @@ class ProgressConfig(Config):
     val_dir: str = extra(
         "",
         "held-out images, in any form of data_dir, to measure the loss and bits/dim (a classifier's accuracy) on",
+        parse=path_of,
     )
-    val_interval: int = extra(5000, "steps between measurements on val_dir")
-    val_images: int = extra(512, "images of val_dir to use, at most all")
+    val_interval: int = extra(5000, "steps between measurements on val_dir", low=1)
+    val_images: int = extra(512, "images of val_dir to use, at most all", low=1)
     trackers: str = extra("", "also log to these, comma-separated: tensorboard, wandb")
 
     def validate(self) -> None:
-        for name in ("val_interval", "val_images"):
-            self.require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in comma_list(self.trackers, str.strip):
             if name not in TRACKERS:
                 raise unknown_name("--trackers", name, TRACKERS)
@@ -158,25 +158,24 @@ class ProgressConfig(Config):
 class WatchConfig(ProgressConfig):
     """Monitoring."""
 
-    sample_interval: int = extra(0, "steps between preview grids of samples, from the model and its first EMA; 0: none")
-
-    def validate(self) -> None:
-        super().validate()
-        self.require(self.sample_interval >= 0, "sample_interval", "must not be negative")
+    sample_interval: int = extra(
+        0,
+        "steps between preview grids of samples, from the model and its first average that has forgotten the initial "
+        "weights; 0: none",
+        low=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PosthocConfig(Config):
     """Averages after training."""
 
-    run_dir: str = extra("", "folder or URL of a run trained with --ema_sigma_rel; the averages are written there")
+    run_dir: str = extra(
+        "", "folder or URL of a run trained with --ema_sigma_rel; the averages are written there", parse=path_of
+    )
     sigma_rel: str = extra("", "relative widths of the averages to make, such as 0.07,0.15, each in (0, 0.28)")
-    step: int = extra(-1, "step, as in the snapshots' file names, to make them at; -1: the newest")
+    step: int = extra(-1, "step, as in the snapshots' file names, to make them at; -1: the newest", low=-1)
 
     def validate(self) -> None:
-        try:
-            widths = comma_list(self.sigma_rel, float)
-        except ValueError:
-            raise UserError(f"--sigma_rel {self.sigma_rel!r}: expected numbers such as 0.07,0.15") from None
+        widths = self.numbers("sigma_rel", "0.07,0.15")
         self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "sigma_rel", "must be in (0, 0.28)")
-        self.require(self.step >= -1, "step", "must be -1 or the step of a snapshot")

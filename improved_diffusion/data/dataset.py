@@ -7,22 +7,26 @@ position in the stream follows from the step.
 from __future__ import annotations
 
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..config import UserError, height_width
+from ..config import ReadingConfig, UserError, height_width
 from ..utils import images
+from ..utils.resizing import resize
 from .sources import FolderImages, ZipImages
 
+_DEFAULT_READING = ReadingConfig()
 MAX_CHECKED = 10_000  # images read before training starts; of more, a `selection`
 MAX_CACHED_BYTES = 2**28  # resized data sets up to this size stay in the memory of each reading process
 MAX_UNREADABLE = 0.01  # fraction of unreadable images that may be skipped
+FEW_UNREADABLE = 5  # may be skipped in small sets too, up to half of the images
 
 
 class ImageDataset(Dataset):
@@ -31,56 +35,74 @@ class ImageDataset(Dataset):
     :param resolution: the side, or (height, width).
     :param image_paths: paths, or a collection of data.sources.
     :param classes: the class index of each image.
-    Reading a damaged image, or one with other channels than `channels`, raises UserError.
+    :param reading: how image files become pixels.
+    Reading a damaged image, or one in colour for grey `channels`, raises UserError.
     """
 
-    def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1, channels=3):
+    def __init__(
+        self, resolution, image_paths, classes=None, shard=0, num_shards=1, channels=3, reading=_DEFAULT_READING
+    ):
         super().__init__()
+        images.colour(reading.background)  # fails early
         self.resolution = height_width(resolution)
         self.source = FolderImages("", image_paths) if isinstance(image_paths, (list, tuple)) else image_paths
         self.local_indices = range(len(self.source))[shard::num_shards]
         self.local_classes = None if classes is None else classes[shard::num_shards]
         self.channels = channels
+        self.reading = reading
         self.cache: dict[int, np.ndarray] = {}
 
     def __len__(self):
         return len(self.local_indices)
 
-    def read(self, idx: int) -> Image.Image:
-        """The image in its original size."""
-        with quiet():
-            return self.decode(idx)
+    def name(self, idx: int) -> str:
+        """What messages call an image."""
+        return self.source.describe(self.local_indices[idx])
 
-    def decode(self, idx: int) -> Image.Image:
-        """Like `read`, with Pillow's warnings."""
-        i = self.local_indices[idx]
+    def shown(self, idx: int) -> images.Decoded:
+        """The image in its original size, as a viewer shows it. Pillow's warnings are not suppressed.
+
+        Raises UnreadableImage.
+        """
         try:
-            return self.source.read(i)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            RuntimeError,
-            zipfile.BadZipFile,
-            Image.DecompressionBombError,
-        ) as error:
-            raise UnreadableImage(f"{self.source.describe(i)} is not a readable image: {error}") from None
+            image = self.source.read(self.local_indices[idx], self.reading.max_image_pixels)
+            return images.as_shown(image, self.reading)
+        except Exception as error:  # Pillow and zipfile raise many kinds for damaged files
+            raise UnreadableImage(
+                f"{self.name(idx)} is not a readable image: {error or type(error).__name__}"
+            ) from None
 
-    def _pixels(self, idx: int) -> np.ndarray:
-        """The resized image, uint8 [H, W] or [H, W, C]."""
-        if idx in self.cache:
+    def decode(self, idx: int) -> images.Decoded:
+        """Like `shown`, with the channels of the data set."""
+        return images.with_channels(self.shown(idx), self.channels, self.reading, self.name(idx))
+
+    def read(self, idx: int) -> Image.Image:
+        """The image of `decode`, without Pillow's warnings."""
+        with quiet():
+            return self.decode(idx).image
+
+    def pixels(self, idx: int, key: Sequence[int] | None = None) -> np.ndarray:
+        """The resized image, uint8 [H, W, C].
+
+        :param key: of the random generator of --resize_mode random_crop; None: crop the centre.
+        """
+        if self.reading.resize_mode != "random_crop":
+            key = None
+        if key is None and idx in self.cache:
             return self.cache[idx]
-        image = images.resize_crop(self.read(idx), self.resolution)
-        array = np.asarray(images.convert(image, self.channels, self.source.describe(self.local_indices[idx])))
-        if len(self) * array.nbytes <= MAX_CACHED_BYTES:
+        array = images.to_array(resize(self.read(idx), self.resolution, self.reading, key), self.channels)
+        if key is None and len(self) * array.nbytes <= MAX_CACHED_BYTES:
             self.cache[idx] = array
         return array
 
-    def __getitem__(self, idx):
-        array = self._pixels(idx).astype(np.float32) / 127.5 - 1
-        array = array[None] if array.ndim == 2 else np.transpose(array, [2, 0, 1])
+    def sample(self, idx: int, key: Sequence[int] | None = None):
+        """The item at `idx`; with `key` see `pixels`."""
+        array = np.transpose(self.pixels(idx, key), [2, 0, 1]).astype(np.float32) / 127.5 - 1
         out = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
         return np.ascontiguousarray(array), out
+
+    def __getitem__(self, idx):
+        return self.sample(idx)
 
 
 def selection(total: int, count: int) -> np.ndarray:
@@ -104,28 +126,46 @@ class UnreadableImage(UserError):
     """An image that cannot be decoded."""
 
 
-def check_images(dataset: ImageDataset) -> list[int]:
-    """The indices of unreadable images, found by reading all, or a `selection` of MAX_CHECKED.
+class Check(NamedTuple):
+    """What reading a data set before training found."""
 
-    Raises UserError if more than 1% are unreadable, or if an image has other channels.
+    unreadable: list[int]  # indices
+    done: dict[str, int]  # how many images had what done to them
+    num_read: int  # images
+
+    def describe(self) -> str:
+        """What was done to the images, for the log; "" where nothing was."""
+        return ", ".join(f"{count:,} {what}" for what, count in self.done.items())
+
+
+def max_unreadable(count: int) -> float:
+    """How many of `count` images may be unreadable and are skipped."""
+    return max(MAX_UNREADABLE * count, min(FEW_UNREADABLE, count / 2))
+
+
+def check_images(dataset: ImageDataset) -> Check:
+    """Read all images, or a `selection` of MAX_CHECKED.
+
+    Raises UserError if more than 1% and more than 5 are unreadable, or if an image has other channels.
     """
     indices = selection(len(dataset), MAX_CHECKED)
 
-    def problem(idx):
+    def problem_or_done(idx: int) -> str | tuple[str, ...]:
         try:
-            image = dataset.decode(idx)
+            return dataset.decode(idx).done
         except UnreadableImage as error:
             return str(error)
-        images.convert(image, dataset.channels, dataset.source.describe(dataset.local_indices[idx]))
-        return None
 
     # The members of a zip are read one by one: its file has one position.
     threads = 1 if isinstance(dataset.source, ZipImages) else 4
     with quiet(), ThreadPoolExecutor(threads) as pool:
-        problems = {int(i): p for i, p in zip(indices, pool.map(problem, indices)) if p}
-    if len(problems) > MAX_UNREADABLE * len(indices):
+        found = {int(i): outcome for i, outcome in zip(indices, pool.map(problem_or_done, indices))}
+    problems = {i: outcome for i, outcome in found.items() if isinstance(outcome, str)}
+    if len(problems) > max_unreadable(len(indices)):
         first = "; ".join(list(problems.values())[:3])
         raise UserError(
-            f"{len(problems)} of {len(indices)} images are unreadable, more than 1%: {first}: repair or remove them"
+            f"{len(problems)} of {len(indices)} images are unreadable, more than {FEW_UNREADABLE} and more than 1%: "
+            f"{first}: repair or remove them"
         )
-    return list(problems)
+    done = Counter(what for outcome in found.values() if not isinstance(outcome, str) for what in outcome)
+    return Check(list(problems), dict(sorted(done.items())), len(indices))

@@ -1,22 +1,25 @@
-"""Collections of images (folders, zips and npz files, local or on blob storage) and the classes of their images."""
+"""Collections of images: folders, zips and npz files, local or on blob storage."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import weakref
 import zipfile
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from ..config import UserError
+from ..config import MAX_IMAGE_PIXELS, UserError
+from ..logs import logger
 from ..utils import files, images
+from ..utils.text import one_line
+from .listing import HEAD_BYTES, LeftOut, is_image_head, list_folder, list_zip, parts_of
 
-MAX_CLASSES = 100_000  # a larger label is a mistake, and would make an embedding of that many rows
+MAX_MEMBER_BYTES = 2**30  # of an image in a zip, which is unpacked in memory
 
 
 class FolderImages:
@@ -24,7 +27,10 @@ class FolderImages:
 
     def __init__(self, root: str, paths: Sequence[str] | None = None):
         self.root = root
-        self.paths = list(_list_recursively(root) if paths is None else paths)
+        self.left_out = LeftOut()
+        if paths is None:
+            paths, self.left_out = list_folder(root)
+        self.paths = list(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -35,14 +41,12 @@ class FolderImages:
 
     def describe(self, i: int) -> str:
         """The image's full name, for messages."""
-        return self.paths[i]
+        return one_line(self.paths[i])
 
-    def read(self, i: int) -> Image.Image:
-        """The decoded image."""
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+        """The decoded image, as it is stored."""
         with files.open_read(self.paths[i]) as f:
-            image = Image.open(f)
-            image.load()
-        return image
+            return images.load(f, max_pixels)
 
 
 class ZipImages:
@@ -50,34 +54,54 @@ class ZipImages:
 
     def __init__(self, path: str):
         self.path = path
+        self._version = None if files.is_url(path) else _version(path)
         try:
-            # A name may occur twice if a file was added again: the last one counts, as in unpacking.
-            members = [n for n in set(self._archive().namelist()) if images.is_image_name(n)]
-            members = [n for n in members if not n.startswith("__MACOSX/")]
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path} is not a readable zip: {error}") from None
-        self.members = sorted(members, key=lambda name: name.split("/"))
+            archive = self._archive()
+        except UserError:
+            raise
+        except Exception as error:  # zipfile raises many kinds for damaged files
+            raise UserError(f"{path} is not a readable zip: {error or type(error).__name__}") from None
+        self.members, self.left_out = list_zip(archive)
+        for member in self.members:
+            if archive.getinfo(member).flag_bits & 1:
+                raise UserError(f"{path} is encrypted: unpack it with its password and name the folder")
 
     def _archive(self) -> zipfile.ZipFile:
-        return _open_zip(self.path, os.getpid())
+        return _open_zip(files.full_path(self.path), self._version, os.getpid())
 
     def __len__(self) -> int:
         return len(self.members)
 
     def name(self, i: int) -> str:
-        return self.members[i]
+        """The image's path in the archive, without "..", "." and a drive."""
+        return "/".join(parts_of(self.members[i]))
 
     def describe(self, i: int) -> str:
-        return f"{self.path}:{self.members[i]}"
+        return f"{self.path}:{one_line(self.members[i])}"
 
-    def read(self, i: int) -> Image.Image:
-        image = Image.open(io.BytesIO(self._archive().read(self.members[i])))
-        image.load()
-        return image
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+        return images.load(io.BytesIO(self._bytes(i)), max_pixels)
+
+    def _bytes(self, i: int) -> bytes:
+        """The member's content. Raises OSError where it is damaged or too long."""
+        archive = self._archive()
+        # No member is read beyond the size that it states.
+        if archive.getinfo(self.members[i]).file_size > MAX_MEMBER_BYTES:
+            raise OSError(f"it unpacks to more than {MAX_MEMBER_BYTES / 2**30:g} GiB")
+        try:
+            return archive.read(self.members[i])
+        except Exception as error:  # zipfile and its decoders raise many kinds for damaged members
+            raise OSError(error or type(error).__name__) from None
+
+
+def _version(path: str) -> tuple[int, ...]:
+    """What is another for a file that has been written again."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @lru_cache(maxsize=4)
-def _open_zip(path: str, pid: int) -> zipfile.ZipFile:
+def _open_zip(path: str, version: tuple[int, ...] | None, pid: int) -> zipfile.ZipFile:
     # One handle per process: a shared one has one position.
     f = files.open_read(path)
     try:
@@ -92,10 +116,16 @@ def _open_zip(path: str, pid: int) -> zipfile.ZipFile:
 class ArrayImages:
     """The images of an npz: arr_0 uint8 [N, H, W, C], and optionally their labels, arr_1."""
 
+    left_out = LeftOut()
+
     def __init__(self, path: str):
         self.path = path
-        arrays = images.load_npz(path)
-        self.arrays, self.labels = arrays["arr_0"], arrays.get("arr_1")
+        self.arrays = images.load_npz(path)
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """arr_1 as it is, which is not read before it is needed; None where there is none."""
+        return images.read_npz(self.path, ("arr_1",)).get("arr_1")
 
     def __len__(self) -> int:
         return len(self.arrays)
@@ -106,43 +136,48 @@ class ArrayImages:
     def describe(self, i: int) -> str:
         return f"{self.path}[{i}]"
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         return images.to_image(self.arrays[i])
 
 
-def _list_recursively(directory: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Image paths, depth first, the entries of each directory in sorted order.
-
-    :param above: the parent directories; links back to them are not followed.
-    """
-    above = (*above, directory if files.is_url(directory) else os.path.realpath(directory))
-    for entry in files.list_dir(directory):
-        path = files.join(directory, entry)
-        if images.is_image_name(entry):
-            yield path
-        elif files.is_dir(path) and (files.is_url(path) or os.path.realpath(path) not in above):
-            yield from _list_recursively(path, above)
-
-
 def open_images(data_dir: str, what: str = "--data_dir") -> Any:
-    """The images of a folder, a .zip or an .npz. Raises UserError if there are none."""
+    """The images of a folder, a .zip or an .npz. What is left out is logged. Raises UserError if there are none."""
     if not data_dir:
         raise UserError(f"{what} is missing: name a folder of images, a .zip or an .npz")
-    if not files.exists(data_dir):
-        raise UserError(f"{what} {data_dir} does not exist")
+    _check_exists(data_dir, what)
     lower = data_dir.lower()
     found: Any
-    if lower.endswith(".zip"):
+    if files.is_dir(data_dir):
+        found = FolderImages(data_dir)
+    elif lower.endswith(".zip"):
         found = ZipImages(data_dir)
     elif lower.endswith(".npz"):
         found = ArrayImages(data_dir)
-    elif files.is_dir(data_dir):
-        found = FolderImages(data_dir)
     else:
-        raise UserError(f"{what} {data_dir} is neither a folder nor a .zip nor an .npz")
+        raise UserError(f"{what} {data_dir} is neither a folder nor a .zip nor an .npz{_advice(lower)}")
     if not len(found):
-        raise UserError(f"{what} {data_dir} holds no images ({', '.join(images.EXTENSIONS)})")
+        holds = f"left out: {found.left_out}" if found.left_out else "it is empty"
+        raise UserError(f"{what} {data_dir} holds no images that Pillow reads, such as .jpg, .png or .webp ({holds})")
+    if found.left_out:
+        logger.log(f"{what} {data_dir}: left out {found.left_out}")
     return found
+
+
+def _check_exists(path: str, what: str) -> None:
+    if files.exists(path):
+        return
+    hint = f": did you mean {path.strip()}, without blanks around it?" if path != path.strip() else ""
+    raise UserError(f"{what} {path} does not exist{hint}")
+
+
+def _advice(path: str) -> str:
+    if path.endswith(".npy"):
+        return ": it is a single array, save it with np.savez"
+    if images.is_image_name(path):
+        return ": it is a single image, name its folder"
+    if path.endswith((".tar", ".tgz", ".gz", ".7z", ".rar", ".bz2", ".xz")):
+        return ": unpack it and name the folder"
+    return ""
 
 
 def stem(name: str) -> str:
@@ -152,72 +187,21 @@ def stem(name: str) -> str:
 
 def open_pictures(path: str, what: str) -> Any:
     """Like open_images; also accepts one or more image files, separated by commas."""
-    paths = path.split(",")
-    if not files.is_dir(path) and all(map(images.is_image_name, paths)):
-        for each in paths:
-            if not files.exists(each):
-                raise UserError(f"{what} {each} does not exist")
-        return FolderImages("", paths)
-    return open_images(path, what)
+    if not path or path.lower().endswith((".zip", ".npz")) or files.is_dir(path):
+        return open_images(path, what)
+    paths = [path] if files.exists(path) else path.split(",")
+    for each in paths:
+        _check_exists(each, what)
+    if len(paths) == 1 and not _is_image(path):
+        return open_images(path, what)
+    for each in paths:
+        if not _is_image(each):
+            raise UserError(f"{what} {each} is not an image that Pillow reads: name images, or one folder")
+    return FolderImages("", paths)
 
 
-def read_classes(source: Any, labels: str, data_dir: str, few: bool = False) -> tuple[list[int], list[str]]:
-    """(the class index of each image, the classes' names). `labels` is prefix, folder or the path of a JSON file.
-
-    :param few: allow data sets with only one image of each class.
-    Raises UserError if the images have no classes of that kind.
-    """
-    if isinstance(source, ArrayImages):
-        if source.labels is None:
-            raise UserError(f"{data_dir} has no arr_1, so its images have no classes: drop --class_cond")
-        return _index_classes([int(y) for y in source.labels], data_dir)
-    names = [source.name(i).replace("\\", "/") for i in range(len(source))]
-    if labels == "prefix":
-        found: list[Any] = [name.split("/")[-1].split("_")[0] for name in names]
-    elif labels == "folder":
-        found = [name.rpartition("/")[0] for name in names]
-        if "" in found:
-            raise UserError(f"--labels folder: {names[found.index('')]} is in no folder below {data_dir}")
-    else:
-        table = _read_label_file(labels)
-        missing = [name for name in names if name not in table]
-        if missing:
-            raise UserError(
-                f"--labels {labels} has no label for {missing[0]} and {len(missing) - 1} more of {len(names)} images"
-            )
-        found = [table[name] for name in names]
-    if len(set(found)) == len(found) > 1 and not few:
-        raise UserError(
-            f"--class_cond True with --labels {labels}: each of the {len(found)} images in {data_dir} would be a class "
-            "of its own; name the files class_number.png, or use --labels folder or a JSON file, or drop --class_cond"
-        )
-    return _index_classes(found, labels)
-
-
-def _index_classes(found: list[Any], where: str) -> tuple[list[int], list[str]]:
-    if all(isinstance(label, int) for label in found):
-        if min(found) < 0:
-            raise UserError(f"the labels in {where} must not be negative, found {min(found)}: number them from 0")
-        if max(found) >= MAX_CLASSES:
-            raise UserError(f"the labels in {where} go up to {max(found)}: number the classes from 0, without gaps")
-        return found, [str(i) for i in range(max(found) + 1)]
-    names = sorted({str(label) for label in found})
-    index = {name: i for i, name in enumerate(names)}
-    return [index[str(label)] for label in found], names
-
-
-def _read_label_file(path: str) -> dict[str, Any]:
-    """Path -> class name or index, from a JSON object or list of pairs, at the top or under "labels"."""
-    try:
-        content = json.loads(files.read_bytes(path))
-        if isinstance(content, dict) and "labels" in content:
-            content = content["labels"]
-        table = dict(content)
-    except (ValueError, TypeError):
-        raise UserError(
-            f'--labels {path}: expected JSON such as {{"cat/001.png": "cat"}} or [["001.png", 3]]'
-        ) from None
-    for name, label in table.items():
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise UserError(f"--labels {path}: the label of {name} must be a name or an integer, not {label!r}")
-    return table
+def _is_image(path: str) -> bool:
+    if files.is_url(path):
+        return images.is_image_name(path)
+    with files.open_read(path) as f:
+        return images.is_image_name(path) or is_image_head(f.read(HEAD_BYTES))

@@ -14,11 +14,12 @@ import numpy as np
 from torch.utils.data import Dataset, default_collate
 
 from .. import distributed
-from ..config import UserError
+from ..config import ReadingConfig, UserError
 from ..logs import logger
 from ..nn import NULL_LABEL
-from .dataset import MAX_UNREADABLE, ImageDataset, check_images
-from .sources import open_images, read_classes
+from .classes import read_classes
+from .dataset import Check, ImageDataset, check_images, max_unreadable
+from .sources import open_images
 from .workers import BatchReader
 
 PAUSES = (0.1, 1.0)  # seconds before reading a file again that storage did not give
@@ -41,7 +42,7 @@ class _Stream(Dataset):
         if self.shuffle and epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.usable)
         try:
-            array, out, failed = self._fitting(place)
+            array, out, failed = self._fitting(place, key=(self.seed, epoch, place, 2))
         except UserError as error:
             return error  # raised in a worker, it would be wrapped in the worker's traceback
         if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
@@ -50,7 +51,7 @@ class _Stream(Dataset):
             out = {**out, "y": np.array(NULL_LABEL, dtype=np.int64)}
         return array, out, failed
 
-    def _fitting(self, place: int):
+    def _fitting(self, place: int, key: Sequence[int]):
         """(the image at a place of the order, its kwargs, {}); instead of an image that cannot be used, the next one,
         with why: index -> message."""
         pauses = list(PAUSES)
@@ -58,7 +59,7 @@ class _Stream(Dataset):
         while True:
             i = int(self.order[place % len(self.order)])
             try:
-                return *self.dataset[i], failed
+                return *self.dataset.sample(i, key), failed
             except UserError as error:
                 if pauses and i not in self.failed and _is_of_storage(error):
                     time.sleep(pauses.pop(0))
@@ -78,12 +79,9 @@ def _is_of_storage(error: BaseException | None) -> bool:
 
 
 def _check_number(failed: Mapping[int, str], total: int) -> None:
-    if len(failed) > MAX_UNREADABLE * total:
+    if len(failed) > max_unreadable(total):
         first = "; ".join(list(failed.values())[:3])
-        raise UserError(
-            f"{len(failed)} of {total} images cannot be used any more, more than {MAX_UNREADABLE:.0%}: {first}: repair "
-            "or remove them"
-        )
+        raise UserError(f"{len(failed)} of {total} images cannot be used any more: {first}: repair or remove them")
 
 
 def _collate(samples: list[Any]) -> Any:
@@ -143,8 +141,8 @@ class BatchStream:
                 f"--batch_size {batch_size} is more than the {share} images that each of {self.world_size} ranks gets "
                 f"of {len(dataset)}: lower it" + (", or run fewer ranks" if self.world_size > 1 else "")
             )
-        self.skipped = distributed.from_rank0(check_images, dataset) if check else []
-        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.skipped)
+        self.checked: Check = distributed.from_rank0(check_images, dataset) if check else Check([], {}, 0)
+        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable)
         self.num_images = len(self.stream.usable)
         self.failed: dict[int, str] = {}  # images that could not be used since: index -> why
         positions = partial(_positions, batch_size, self.rank, self.world_size)
@@ -185,13 +183,18 @@ class BatchStream:
         self.failed.update(failed)
         _check_number(self.failed, len(self.stream.dataset))
 
+    @property
+    def seen_classes(self) -> list[int]:
+        """The indices of the classes that have images, sorted; [] where there are no classes."""
+        return sorted(set(self.stream.dataset.local_classes or ()))
+
     def skipped_names(self) -> list[str]:
         """The names of the unreadable images that are skipped."""
-        return [self.stream.dataset.source.describe(i) for i in self.skipped]
+        return [self.stream.dataset.name(i) for i in self.checked.unreadable]
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, channels=3, labels="prefix",
-              random_flip=False, num_workers=1, seed=0):  # fmt: skip
+              random_flip=False, num_workers=1, seed=0, reading=None):  # fmt: skip
     """An endless stream of (images, kwargs) batches of this rank's share; see BatchStream.
 
     :param data_dir: a folder, a .zip or an .npz; a local path or a URL that blobfile reads.
@@ -199,9 +202,10 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     :param image_size: the side in pixels, or (height, width), that images are resized and cropped to.
     :param class_cond: put the classes' indices under "y".
     :param deterministic: keep the order on disk instead of shuffling.
+    :param reading: how image files become pixels, a ReadingConfig.
     """
     source = open_images(data_dir)
     classes, class_names = read_classes(source, labels, data_dir) if class_cond else (None, None)
-    dataset = ImageDataset(image_size, source, classes, channels=channels)
+    dataset = ImageDataset(image_size, source, classes, channels=channels, reading=reading or ReadingConfig())
     return BatchStream(dataset, batch_size, class_names=class_names, seed=seed, shuffle=not deterministic,
                        random_flip=random_flip, num_workers=num_workers)  # fmt: skip

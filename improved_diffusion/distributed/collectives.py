@@ -13,7 +13,7 @@ import torch as th
 import torch.distributed as dist
 
 from ..config import UserError
-from ..utils import files
+from ..utils import files, torch_files
 from .launchers import rank_by_environment
 
 BROADCAST_BYTES = 2**26  # sent at once
@@ -85,18 +85,10 @@ def barrier() -> None:
 def load_state_dict(path: str, **kwargs: Any) -> Any:
     """torch.load of a file that at least rank 0's host has. Collective.
 
-    Nothing in the file is executed (`weights_only`). Raises UserError for a missing, damaged or unsafe file.
+    Nothing in the file is executed, and each tensor has memory of its own (`torch_files.load`). Raises UserError for a
+    missing, damaged or unsafe file.
     """
-    data = read_bytes(path)
-    try:
-        return th.load(io.BytesIO(data), **{**kwargs, "weights_only": True})
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds objects other than tensors, which could run code when loaded; they were not loaded"
-        raise UserError(
-            f"cannot load {path} ({len(data)} bytes): {reason}: damaged, or not a checkpoint; use another file"
-        ) from None
+    return torch_files.load(io.BytesIO(read_bytes(path)), path, **kwargs)
 
 
 def read_bytes(path: str) -> bytes | bytearray:

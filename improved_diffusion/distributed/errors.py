@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import UserError
+from ..utils.terminal import close_streams, complain, open_streams
+from ..utils.text import as_one
 from . import launchers, watchdog
 from .collectives import get_rank, get_world_size
 from .devices import is_out_of_memory
@@ -25,12 +27,29 @@ def run_script(main: Callable[[], None]) -> None:
     A UserError becomes one message and exit code 1, Ctrl-C exit code 130. A rank that fails ends the others. SystemExit
     (75) on all ranks, of a run that was asked to stop, ends each rank normally with that code.
     """
+    open_streams()
     try:
         main()
+        close_streams()
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (None, 0, STOPPED):
+            close_streams()
             raise
         end_by_exception(type(error), error, error.__traceback__)
+
+
+def describe_error(error: BaseException) -> str:
+    """What a message says of the error that ends a command; "" where there is nothing to say."""
+    if isinstance(error, UserError):
+        return f"error: {as_one(str(error))}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{': ' + str(error) if str(error) else ''}"
+    if is_out_of_memory(error):
+        return (
+            "error: the GPU's memory is full: lower --batch_size or --microbatch, or use --use_checkpoint or "
+            f"--precision bf16 ({str(error).splitlines()[0]})"
+        )
+    return "" if isinstance(error, SystemExit) else "".join(traceback.format_exception(error)).rstrip()
 
 
 def end_by_exception(kind: type[BaseException], error: BaseException, tb: Any) -> None:
@@ -66,23 +85,13 @@ def _report(kind: type[BaseException], error: BaseException, tb: Any) -> None:
     if many and rank:
         time.sleep(2)  # if rank 0 fails with the same error, it ends this process meanwhile
     who = f"rank {rank} on {socket.gethostname()}: " if many else ""
-    if isinstance(error, UserError):
-        print(f"{who}error: {error}", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-        if rank == 0:  # only rank 0 knows what has been saved
-            print(f"{who}interrupted{': ' + str(error) if str(error) else ''}", file=sys.stderr)
-    elif is_out_of_memory(error):
-        print(
-            f"{who}error: the GPU's memory is full: lower --batch_size or --microbatch, or use --use_checkpoint or "
-            f"--precision bf16 ({str(error).splitlines()[0]})",
-            file=sys.stderr,
-        )
-    elif lost_peer:
+    if lost_peer:
         unknown = (
             "lost contact with another rank: its own message says why; a rank that was killed, for example by the "
             f"out-of-memory killer, leaves none ({str(error).strip()})"
         )
-        print(f"{who}error: {reason or unknown}", file=sys.stderr)
-    elif not isinstance(error, SystemExit):
-        traceback.print_exception(kind, error, tb)
-    sys.stderr.flush()
+        complain(f"{who}error: {reason or unknown}")
+    elif isinstance(error, KeyboardInterrupt) and rank:
+        pass  # only rank 0 knows what has been saved
+    elif text := describe_error(error):
+        complain(text if text.startswith("Traceback") else who + text)

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch as th
 import torch.distributed as dist
 
 from ..config import RunConfig
+from ..utils.terminal import close_streams
 
 INTERVAL = 5.0  # seconds between checks
 SILENCE = 30.0  # seconds that a check waits for a rank before it counts as lost
@@ -245,7 +247,7 @@ def report_by_main(lost_peer: bool) -> str:
 
 def end_process(code: int) -> None:
     """End this process, whatever its threads do, and the other ranks' processes if the launcher can."""
-    sys.stdout.flush()
+    close_streams()
     if _process.abort is not None:
         time.sleep(0.5)  # mpiexec drops output that the abort overtakes
         # The abort itself may hang, for example if the network failed.
@@ -257,7 +259,8 @@ def end_process(code: int) -> None:
 
 def _say(text: str) -> None:
     # Not print: the main thread may hold the lock of the stream.
-    os.write(2, f"{_process.who}error: {text}\n".encode())
+    with suppress(OSError):  # stderr may be closed
+        os.write(2, f"{_process.who}error: {text}\n".encode(errors="backslashreplace"))
 
 
 def _start(watch: Watchdog) -> None:

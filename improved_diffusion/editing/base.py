@@ -18,6 +18,7 @@ from ..config import UserError
 from ..data.given import GivenImages, read_images
 from ..logs import logger
 from ..sampling.labels import Labels, label_kwargs
+from ..sampling.names import ByNumber, BySource, FileNames
 from ..sampling.request import describe_request, samples_name
 from ..sampling.writer import last_images, write_samples
 from ..utils import files
@@ -37,6 +38,7 @@ class Edit:
 
     def __init__(self, model: EditingModel, labels: Labels | None):
         self.model, self.labels = model, labels
+        self.sources: Sequence[str] | None = None  # the names of the given images, without endings
 
     @classmethod
     def prepare(cls, loaded: LoadedModel[Any]) -> EditingModel:
@@ -69,6 +71,11 @@ class Edit:
         return None
 
     @property
+    def file_names(self) -> FileNames:
+        """What the files of the images are called."""
+        return BySource(self.sources, self.count) if self.sources else ByNumber(self.labels)
+
+    @property
     def name(self) -> str:
         """The default name of the output folder."""
         sampler = self.model.sampler
@@ -77,7 +84,9 @@ class Edit:
     def request(self) -> dict[str, Any]:
         """All that the images depend on. Collective."""
         described = describe_request(self.model.loaded, self.model.sampler)
-        return {"command": self.command, **self.describe(), **described}
+        names = "\0".join(self.sources or ()).encode(errors="backslashreplace")
+        named = {"names_sha256": hashlib.sha256(names).hexdigest()} if names else {}
+        return {"command": self.command, **self.describe(), **named, **described}
 
     def write(self, out_dir: str) -> str:
         """Make the images that are not in the folder yet; returns the npz's path. Collective."""
@@ -94,6 +103,7 @@ class Edit:
             labels=self.labels,
             request=request,
             beside=self.shown_beside,
+            names=self.file_names,
         )
 
     def images_from(self, numbers: Sequence[int], **start: Any) -> np.ndarray:
@@ -111,12 +121,14 @@ class ImageEdit(Edit):
 
     def __init__(self, model: EditingModel, images: np.ndarray, labels: Sequence[int] | None = None):
         self.images = model.check_images(images)
-        super().__init__(model, model.labels(labels, source_name(model.settings)))
+        super().__init__(model, model.labels(labels, len(images), source_name(model.settings)))
 
     @classmethod
     def read(cls: type[E], model: EditingModel) -> E:
         given = read_given(model)
-        return cls(model, given.arrays, given.labels)  # type: ignore[call-arg, arg-type]
+        edit = cls(model, given.arrays, given.labels)  # type: ignore[call-arg, arg-type]
+        edit.sources = names_of(model, given)
+        return edit
 
     @property
     def count(self) -> int:
@@ -136,18 +148,24 @@ class ImageEdit(Edit):
 # Given images
 
 
-def read_given(model: EditingModel) -> GivenImages:
+def read_given(prepared: EditingModel) -> GivenImages:
     """The images of --images, resized for the model. Collective.
 
     Raises UserError where --out_dir is inside of --images: the same command would read its own output next time.
     """
-    settings = model.settings
+    settings = prepared.settings
     path, out_dir = settings.images.images, settings.run.out_dir
     folder = os.path.realpath(path)
     if out_dir and os.path.isdir(folder) and os.path.commonpath([folder, os.path.realpath(out_dir)]) == folder:
         raise UserError(f"--out_dir {out_dir} is inside of --images {path}: choose a folder outside of it")
-    names = model.classes.names if model.classes else None
-    return read_images("--images", path, "--image_size", settings.model.size, settings.model.channels, names)
+    names = prepared.classes.names if prepared.classes else None
+    model = settings.model
+    return read_images("--images", path, "--image_size", model.size, model.channels, names, settings.reading)
+
+
+def names_of(model: EditingModel, given: GivenImages) -> Sequence[str] | None:
+    """The names of the files of --images, which their edited versions keep; None for an npz, whose images have none."""
+    return None if model.settings.images.images.lower().endswith(".npz") else given.names
 
 
 def source_name(settings: Any) -> str:

@@ -47,7 +47,8 @@ class Encode(ImageEdit):
         size = self.model.settings.edit.batch_size
         batches = [range(i, min(i + size, self.count)) for i in range(0, self.count, size)]
         labels = [self.labels.index(i) for i in range(self.count)] if self.labels else None
-        return Latents(np.concatenate([self.invert(batch) for batch in batches]), labels, self.step_options, "")
+        arrays = np.concatenate([self.invert(batch) for batch in batches])
+        return Latents(arrays, labels, self.step_options, "", self.sources)
 
     @property
     def step_options(self) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class Encode(ImageEdit):
             labels=self.labels,
             step_options=self.step_options,
             model=request["model_sha256"],
+            names=self.sources,
         )
         path = self.write_images(lambda numbers: self._decode(latents[numbers], numbers), out_dir, request)
         distributed.from_rank0(_log_psnr, path, self.images)
@@ -87,7 +89,7 @@ def psnr(images_a: np.ndarray, images_b: np.ndarray) -> np.ndarray:
 
 
 def _log_psnr(path: str, originals: np.ndarray) -> None:
-    decibels = psnr(image_files.load_npz(path)["arr_0"], originals)
+    decibels = psnr(image_files.load_npz(path), originals)
     worst = int(decibels.argmin())
     logger.log(
         f"{len(decibels)} images encoded and decoded: mean PSNR {decibels.mean():.1f} dB, lowest "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -31,20 +31,26 @@ class Latents(NamedTuple):
     labels: list[int] | None  # the classes that it was found with
     step_options: dict[str, Any]  # the values of STEP_OPTIONS that it was found with
     model: str  # SHA-256 sum of the checkpoint's file; "" where it is not known
+    names: Sequence[str] | None = None  # of the images' files, without endings
 
 
 def read_latents(path: str) -> Latents:
     """The latents.npz of `encode`. Raises UserError for a missing, damaged or hostile file."""
     step_options = read_step_options(path)
-    found = images.read_npz(path, ("arr_0", "arr_1", "model"))
-    arrays, labels = found.get("arr_0"), found.get("arr_1")
+    found = images.read_npz(path, ("arr_0", "arr_1", "model", "names"))
+    arrays, labels, names = found.get("arr_0"), found.get("arr_1"), found.get("names")
     if arrays is None or arrays.dtype != np.float32 or arrays.ndim != 4 or not len(arrays):
         held = "no arr_0" if arrays is None else f"arr_0 of {arrays.dtype} {arrays.shape}"
         raise UserError(f"--latents {path} has {held}: expected float32 [N, C, H, W], as encode writes it")
     if labels is not None and (labels.shape != arrays.shape[:1] or labels.dtype.kind not in "iu"):
         raise UserError(f"--latents {path} has arr_1 of {labels.dtype} {labels.shape}: expected {len(arrays)} integers")
+    if names is not None and (names.shape != arrays.shape[:1] or names.dtype.kind != "U"):
+        raise UserError(f"--latents {path} has names of {names.dtype} {names.shape}: expected {len(arrays)} texts")
+    if not np.isfinite(arrays).all():
+        raise UserError(f"--latents {path} has numbers that are not finite: encode again")
     classes = None if labels is None else [int(y) for y in labels]
-    return Latents(arrays, classes, step_options, str(found.get("model", "")))
+    kept = None if names is None else [str(name) for name in names]
+    return Latents(arrays, classes, step_options, str(found.get("model", "")), kept)
 
 
 def read_step_options(path: str) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def read_step_options(path: str) -> dict[str, Any]:
         raise UserError(f"--latents {path} does not exist: encode writes it")
     found = images.read_npz(path, ("way",))
     try:
-        options = json.loads(str(found["way"])) if "way" in found else {}
+        options = files.parse_json(str(found["way"]), path) if "way" in found else {}
         wrong_type = any(type(value) is not STEP_OPTIONS[name] for name, value in options.items())
         if wrong_type or options.get("sampler", "auto") not in SAMPLERS:
             raise ValueError
@@ -74,6 +80,7 @@ def write_latents(
     labels: Labels | None,
     step_options: Mapping[str, Any],
     model: str,
+    names: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Make the latents 0..count-1, float32 [N, C, H, W], and latents.npz of them. Collective.
 
@@ -82,6 +89,7 @@ def write_latents(
     :param shape: (C, H, W) of a latent.
     :param step_options: the values of STEP_OPTIONS.
     :param model: SHA-256 sum of the checkpoint's file.
+    :param names: of the images' files, without endings.
     """
     path, parts = files.join(out_dir, FILE), files.join(out_dir, PARTS_DIR)
     if not distributed.from_rank0(files.exists, path):
@@ -93,7 +101,7 @@ def write_latents(
         except KeyboardInterrupt:
             saved = f"{bar.done} of {count} latents are in {parts}; rerun the same command to continue"
             raise KeyboardInterrupt(saved) from None
-        distributed.from_rank0(_join, path, parts, count, labels, step_options, model)
+        distributed.from_rank0(_join, path, parts, count, labels, step_options, model, names)
     return distributed.from_rank0(read_latents, path).arrays
 
 
@@ -129,8 +137,9 @@ def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
 
     def whole(i: int) -> bool:
         try:
-            return _load(_part(parts, i)).shape == shape
-        except (UserError, ValueError, EOFError):
+            latent = _load(_part(parts, i))
+            return latent.shape == shape and latent.dtype == np.float32 and bool(np.isfinite(latent).all())
+        except (UserError, ValueError, EOFError, MemoryError):
             return False
 
     missing = [i for i in range(count) if not whole(i)]
@@ -140,17 +149,25 @@ def _missing(parts: str, count: int, shape: tuple[int, ...]) -> list[int]:
 
 
 def _join(
-    path: str, parts: str, count: int, labels: Labels | None, step_options: Mapping[str, Any], model: str
+    path: str,
+    parts: str,
+    count: int,
+    labels: Labels | None,
+    step_options: Mapping[str, Any],
+    model: str,
+    names: Sequence[str] | None,
 ) -> None:
     """Write latents.npz from all parts, and remove them."""
-    names = [_part(parts, i) for i in range(count)]
-    arrays = {"arr_0": np.stack([_load(name) for name in names]), "way": np.array(json.dumps(dict(step_options)))}
+    paths = [_part(parts, i) for i in range(count)]
+    arrays = {"arr_0": np.stack([_load(part) for part in paths]), "way": np.array(json.dumps(dict(step_options)))}
     arrays["model"] = np.array(model)
+    if names:
+        arrays["names"] = np.array(names)
     if labels:
         arrays["arr_1"] = np.array([labels.index(i) for i in range(count)], np.int64)
     with files.open_write(path) as f:
         np.savez(f, **arrays)  # type: ignore[arg-type]
-    for name in names:
-        files.remove(name)
+    for part in paths:
+        files.remove(part)
     os.rmdir(parts)
     logger.log(f"wrote {path}: {count} latents")

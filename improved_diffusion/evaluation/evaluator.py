@@ -12,13 +12,14 @@ import numpy as np
 import torch as th
 
 from .. import __version__, distributed
-from ..config import EvaluationConfig, FeaturesConfig, UserError, height_width
-from ..config.settings import Scoring
+from ..config import EvaluationConfig, FeaturesConfig, ReadingConfig, UserError, height_width, path_argument
+from ..config.settings import FeatureExtraction, Scoring
 from ..data.dataset import selection
 from ..logs import logger
 from ..utils import files
+from ..utils.resizing import PREPARED
 from . import report
-from .feature_sets import IN_MEMORY, MIN_IMAGES, FeatureSet, ImageSet, by, extract
+from .feature_sets import AS_THEY_ARE, IN_MEMORY, MIN_IMAGES, FeatureSet, ImageSet, by, extract
 from .features import FeatureNetwork
 from .metrics.copies import nearest
 from .metrics.frechet import moments
@@ -29,6 +30,7 @@ from .references import check_comparable, check_form, check_network, load_refere
 from .report import Metric, Pictures, Real, Report
 
 MAX_OVERLAP = 0.01  # share of held-out images that may be training images too: some data sets have a few duplicates
+_DEFAULT_READING = ReadingConfig()
 
 Images = str | os.PathLike | np.ndarray  # a folder, a zip or an npz; or uint8 [N, H, W, C]
 
@@ -40,13 +42,15 @@ class Inputs:
     :param reference: real images, or an npz of their statistics.
     :param train: training images, to find copies of them; None: those of the reference.
     :param held_out: real images that the model was not trained on; None: no copy score.
+    :param reading: how image files become pixels.
     Raises UserError for what is missing, damaged or contradictory.
     """
 
     def __init__(
-        self, config: FeaturesConfig, reference: Images, train: Images | None = None, held_out: Images | None = None
-    ):
-        self.config = config
+        self, config: FeaturesConfig, reference: Images, train: Images | None = None, held_out: Images | None = None,
+        reading: ReadingConfig = _DEFAULT_READING,
+    ):  # fmt: skip
+        self.config, self.reading = config, reading
         self.network = FeatureNetwork.of(config)
         self.statistics = None if isinstance(reference, np.ndarray) else load_reference(_path(reference), "--reference")
         train_flag = "--reference" if train is None else "--train_dir"
@@ -69,14 +73,14 @@ class Inputs:
             self.check_form(f"{image_set.flag} {image_set.path}", image_set.describe())
 
     @classmethod
-    def of(cls, inputs: EvaluationConfig, features: FeaturesConfig) -> Inputs:
+    def of(cls, inputs: EvaluationConfig, features: FeaturesConfig, reading: ReadingConfig) -> Inputs:
         """The inputs that options name. Collective."""
         if not inputs.reference:
             raise UserError("--reference is missing: name real images, or an npz of their statistics")
-        return cls(features, inputs.reference, inputs.train_dir or None, inputs.held_out or None)
+        return cls(features, inputs.reference, inputs.train_dir or None, inputs.held_out or None, reading)
 
     def _open(self, images: Images, flag: str) -> ImageSet:
-        return ImageSet(_path(images), flag, self.config.resize, self.config.colour)
+        return ImageSet(_path(images), flag, self.config.resize, self.config.colour, reading=self.reading)
 
     def check_out_dir(self, out_dir: str, *paths: str) -> None:
         """Raise UserError where the report would be written into a folder whose images are read.
@@ -95,13 +99,18 @@ class Inputs:
         Raises UserError for those that cannot be evaluated.
         """
         images = samples if isinstance(samples, np.ndarray) else samples_dir(os.fspath(samples))
-        found = ImageSet(images, "--samples", self.config.resize, self.config.colour, count)
+        mode = "crop" if self.reading.resize_mode == "random_crop" else self.reading.resize_mode
+        reading = replace(self.reading, resize_mode=mode)  # samples show random crops already
+        found = ImageSet(images, "--samples", self.config.resize, self.config.colour, count, reading)
         _made_by(found)  # fails early
         self.check_samples("--samples", found.describe())
         return found
 
     def check_model(self, model_path: str, num_samples: int) -> None:
         """Raise UserError where the samples that a model will draw cannot be evaluated."""
+        theirs = self.statistics.about.get("prepared", AS_THEY_ARE) if self.statistics else AS_THEY_ARE
+        if theirs not in (AS_THEY_ARE, ours := PREPARED[self.reading.resize_mode]):
+            logger.warn(f"the images of --reference were {theirs}, those that {model_path} was trained on {ours}")
         size, channels = by(height_width(self.config.resize)), 3 if self.config.colour else 1
         about = {"images": model_path, "count": num_samples, "image_size": size, "channels": channels}
         self.check_samples("--model_path", about)
@@ -278,16 +287,20 @@ def evaluate(
     :param train_dir: training images, to find copies of them; None: those of the reference.
     :param held_out: real images that the model was not trained on, for the copy score.
     :param out_dir: write the report there.
-    :param options: the other options of FeaturesConfig: logits, trust_features, feature_size, feature_batch, resize,
-        colour.
+    :param options: the other options of FeaturesConfig (logits, trust_features, feature_size, feature_batch, resize,
+        colour) and those of ReadingConfig.
     Raises UserError for images that cannot be compared, and for a feature program that is not trusted.
     """
-    config = FeaturesConfig(features=features, **options)
-    inputs = Inputs(config, _path(reference), _path(train_dir), _path(held_out))
-    opened = inputs.open_samples(_path(samples))
-    if out_dir is not None:
-        inputs.check_out_dir(os.fspath(out_dir), opened.path)
-    return inputs.prepare().evaluate(opened, "" if out_dir is None else os.fspath(out_dir))
+    settings = FeatureExtraction.of({"features": features, **options})
+    given, real = _argument("samples", samples), _argument("reference", reference)
+    train = None if train_dir is None else _argument("train_dir", train_dir)
+    held = None if held_out is None else _argument("held_out", held_out)
+    inputs = Inputs(settings.features, real, train, held, settings.reading)
+    opened = inputs.open_samples(given)
+    folder = "" if out_dir is None else path_argument("out_dir", out_dir)
+    if folder:
+        inputs.check_out_dir(folder, opened.path)
+    return inputs.prepare().evaluate(opened, folder)
 
 
 def prepare_like_training(settings: Scoring, model_path: str, num_samples: int) -> FeaturesConfig:
@@ -298,14 +311,9 @@ def prepare_like_training(settings: Scoring, model_path: str, num_samples: int) 
     features, model = settings.features, settings.model
     if settings.sampler.print_steps:
         raise UserError("--print_steps draws no samples to evaluate: give it to the sample command")
-    if model.channels == 4:
-        raise UserError(
-            f"{model_path} draws an alpha channel (--channels 4), which feature networks do not take: it cannot be "
-            "evaluated"
-        )
     if num_samples < MIN_IMAGES:
         raise UserError(f"--num_samples {num_samples}: at least {MIN_IMAGES} are needed")
-    return replace(features, resize=features.resize or str(model.size), colour=features.colour or model.channels == 3)
+    return replace(features, resize=features.resize or str(model.size), colour=features.colour or model.channels >= 3)
 
 
 def _check_sets(
@@ -350,6 +358,11 @@ def _log(made: Report) -> None:
         logger.log(text.replace("±", "+-"))  # which not every terminal can show
     for name, why in made.missing.items():
         logger.log(f"no {report.title(name)}: {why}")
+
+
+def _argument(name: str, images: Any) -> Images:
+    """Images given in Python: an array or a path. Raises UserError for anything else."""
+    return images if isinstance(images, np.ndarray) else path_argument(name, images)
 
 
 def _path(images: Any) -> Any:

@@ -12,16 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import distributed
-from ..config import UserError, height_width
+from ..config import ReadingConfig, UserError, height_width
 from ..data.dataset import ImageDataset, quiet, selection
 from ..data.sources import ArrayImages, ZipImages, open_images
 from ..logs.progress import Progress
 from ..utils import files, images
+from ..utils.resizing import PREPARED, resize
 from .features import FeatureNetwork, Outputs
 from .metrics.frechet import Moments, RunningMoments, moments
 
 MIN_IMAGES = 40  # fewer do not give a metric with an error
+_DEFAULT_READING = ReadingConfig()
 IN_MEMORY = "(an array)"  # instead of a path
+AS_THEY_ARE = "as they are"  # how images that were not resized are prepared
 MAX_PAIRED = 50_000  # images in metrics that compare all pairs; published scores use as many
 
 
@@ -37,13 +40,17 @@ class ImageSet:
 
     :param path: of the images, or an array uint8 [N, H, W, C] with 1 or 3 channels.
     :param flag: the option that names them, for messages.
-    :param resize: a size to resize and centre-crop to, as training does; "": they must have one size.
+    :param resize: a size to resize to, as training does; "": they must have one size.
     :param colour: treat grey images as RGB.
     :param count: how many to take, a fixed `selection`; 0: all.
+    :param reading: how image files become pixels; image i of a random crop is always the same.
     Raises UserError for too few images, and when reading for an image that does not fit the others.
     """
 
-    def __init__(self, path: str | np.ndarray, flag: str, resize: str = "", colour: bool = False, count: int = 0):
+    def __init__(
+        self, path: str | np.ndarray, flag: str, resize: str = "", colour: bool = False, count: int = 0,
+        reading: ReadingConfig = _DEFAULT_READING,
+    ):  # fmt: skip
         self.source = _InMemory(path, flag) if isinstance(path, np.ndarray) else open_images(path, flag)
         self.path = IN_MEMORY if isinstance(path, np.ndarray) else path
         self.flag, self.resize = flag, resize
@@ -57,10 +64,11 @@ class ImageSet:
             raise UserError(
                 f"{too_few}: at least {MIN_IMAGES} are needed, and 10,000 for numbers that will be published"
             )
-        first = ImageDataset(1, self.source).read(0)
+        with quiet():
+            first = ImageDataset(1, self.source, reading=reading).shown(0).image
         self.size = height_width(resize) if resize else first.size[::-1]
-        self.channels = 3 if colour or images.native_mode(first) not in ("L", "LA") else 1
-        self.dataset = ImageDataset(self.size, self.source, channels=self.channels)
+        self.channels = 3 if colour or reading.published_decoding or first.mode not in ("L", "LA") else 1
+        self.dataset = ImageDataset(self.size, self.source, channels=self.channels, reading=reading)
         # Compression alone changes the scores (Parmar et al. 2022, sec. 4).
         self.lossy = any(self.source.name(i).lower().endswith((".jpg", ".jpeg")) for i in self.indices)
 
@@ -73,27 +81,22 @@ class ImageSet:
     def _read(self, i: int) -> tuple[np.ndarray, bool]:
         """(the image, whether it had another size)."""
         at = int(self.indices[i])
-        image, name = self.dataset.decode(at), self.source.describe(at)
-        resized = image.size[::-1] != self.size
+        shown = self.dataset.shown(at)
+        resized = shown.image.size[::-1] != self.size
         if resized and not self.resize:
             raise UserError(
-                f"{name} is {by(image.size[::-1])}, but the first image of {self.flag} {self.path} is {by(self.size)}: "
-                "give --resize, such as --resize 64, to resize and centre-crop all as training does"
+                f"{self.dataset.name(at)} is {by(shown.image.size[::-1])}, but the first image of {self.flag} "
+                f"{self.path} is {by(self.size)}: give --resize, such as --resize 64, to resize all as training does"
             )
-        if resized:
-            image = images.resize_crop(image, self.size)
-        mode = images.native_mode(image)
-        if mode in ("LA", "RGBA"):
+        if self.channels == 1 and not images.is_grey(shown.image):
             raise UserError(
-                f"{name} has an alpha channel, which feature networks do not take: convert the images to RGB"
+                f"{self.dataset.name(at)} is in colour, but the first image of {self.flag} {self.path} is grey: give "
+                "--colour True to treat all as RGB"
             )
-        if mode == "RGB" and self.channels == 1 and image.mode[0] not in "IF":  # of more than 8 bits
-            raise UserError(
-                f"{name} is in colour, but the first image of {self.flag} {self.path} is grey: give --colour True to "
-                "treat all as RGB"
-            )
-        array = np.asarray(images.convert(image, self.channels, name))
-        return (array[..., None] if array.ndim == 2 else array), resized
+        image = images.with_channels(shown, self.channels, self.dataset.reading, self.dataset.name(at)).image
+        if self.resize:
+            image = resize(image, self.size, self.dataset.reading, key=(0, at))
+        return images.to_array(image, self.channels), resized
 
     def take(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 [len(indices), H, W, C]."""
@@ -246,7 +249,7 @@ class _Collected:
         self.resized |= part.resized
 
     def result(self, about: dict[str, Any], images: ImageSet) -> FeatureSet:
-        about |= {"prepared": "resized and centre-cropped" if self.resized else "as they are"}
+        about |= {"prepared": PREPARED[images.dataset.reading.resize_mode] if self.resized else AS_THEY_ARE}
         about |= {"pixels_sha256": self.checksum.hexdigest()}
         if len(self.numbers) < len(images):
             about |= {"compared_in_pairs": len(self.numbers)}

@@ -18,7 +18,7 @@ from PIL import Image
 from .. import distributed
 from ..config import FeaturesConfig, UserError
 from ..utils import files
-from .downloads import fetch
+from .downloads import ZIP_MAGIC, fetch
 from .trust import INCEPTION_SHA256, check_trusted
 
 # The Inception network of the published scores (Szegedy et al. 2015) with the TensorFlow weights of 2015-12-05, as
@@ -28,7 +28,6 @@ INCEPTION_SIDE = 299
 RESIZERS = 4  # threads
 LARGEST = 1e12  # the largest feature; float32 holds its square, and the inverse of that
 MAX_SPATIAL = 4096  # the time of the Frechet distance grows with the cube
-ZIP_MAGIC = b"PK"  # both kinds of program are zip archives
 OLDER_PROGRAM = "serialized_exported_program.json"  # the graph in exported programs of torch up to 2.7
 
 
@@ -147,7 +146,8 @@ class _Program:
             raise UserError(
                 f"{self.name} is neither an exported program (.pt2) nor TorchScript (.pt), or cut off{remedy}"
             )
-        trusted = distributed.from_rank0(_check_trusted, self.name, path, self.sha256, trust)
+        again = f"; if it is not the right file, remove {path} to download it again" if is_download else ""
+        trusted = distributed.from_rank0(_check_trusted, self.name, path, self.sha256, trust, again)
         if trusted != self.sha256:
             raise UserError(f"{self.name} is another file on rank {distributed.get_rank()} than on rank 0: copy it")
         self.input_shape: tuple[int | None, ...] = (None,) * 4
@@ -271,8 +271,8 @@ def _first_line(error: Exception) -> str:
     return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else type(error).__name__)
 
 
-def _check_trusted(name: str, path: str, sha256: str, allow: bool) -> str:
-    check_trusted(name, path, sha256, allow)
+def _check_trusted(name: str, path: str, sha256: str, allow: bool, otherwise: str) -> str:
+    check_trusted(name, path, sha256, allow, otherwise)
     return sha256
 
 

@@ -14,8 +14,8 @@ from ..bound import BoundSummary, stratified_timesteps, summarize_bound
 from ..checkpoints.loading import LoadedModel
 from ..config import NLLConfig, UserError
 from ..config.settings import Likelihood
+from ..data.classes import class_indices
 from ..data.dataset import ImageDataset, selection
-from ..data.given import class_indices
 from ..data.sources import open_images
 from ..logs import logger
 from ..logs.progress import Progress
@@ -120,7 +120,7 @@ def open_dataset(loaded: LoadedModel[Likelihood]) -> ImageDataset:
     if model.class_cond:
         names = loaded.metadata.get("class_names")
         classes = class_indices(source, settings.source.labels, data_dir, names, model.num_classes, loaded.path)
-    return ImageDataset(model.size, source, classes, channels=model.channels)
+    return ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading)
 
 
 def results_name(loaded: LoadedModel[Likelihood]) -> str:

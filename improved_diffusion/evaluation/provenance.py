@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import UserError
 from ..sampling.solvers import RULES
 from ..sampling.writer import PNG_DIR, REQUEST_FILE
 from ..utils import files
@@ -25,13 +23,8 @@ def made_by(path: str) -> dict[str, Any] | None:
     beside = files.join(folder, REQUEST_FILE)
     if not files.exists(beside):
         return None
-    try:
-        request = json.loads(files.read_bytes(beside))
-        return {**request, **implied_by(request)}
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(
-            f"{beside} is damaged: remove it, if the report need not say how the samples were made"
-        ) from None
+    request = files.read_record(beside, "remove it, if the report need not say how the samples were made")
+    return {**request, **implied_by(request)}
 
 
 def implied_by(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,8 +35,9 @@ def implied_by(request: Mapping[str, Any]) -> dict[str, Any]:
         found["average"] = match.group(1)
     elif re.fullmatch(r"model\d+\.pt", name):
         found["average"] = "none: the model itself"
-    if request.get("sampler") in RULES and isinstance(request.get("steps"), int):
-        found["evaluations"] = RULES[request["sampler"]]().evaluations(request["steps"])
+    sampler, steps = request.get("sampler"), request.get("steps")
+    if isinstance(sampler, str) and sampler in RULES and type(steps) is int:
+        found["evaluations"] = RULES[sampler]().evaluations(steps)
     return found
 
 

@@ -14,11 +14,14 @@ from ..config import UserError
 from ..config.settings import ReferenceStatistics
 from ..logs import logger
 from ..utils import files, images
-from .feature_sets import MIN_IMAGES, FeatureSet, ImageSet, extract
+from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, extract
 from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
+from .report import checked_about
 
 PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
+_TEXTS = ("name", "images", "image_size", "features", "features_sha256", "prepared")  # in a description
+MAX_WIDTH = 2**14  # features; the time of the Frechet distance grows with the cube
 ROUNDING = 1e-2  # of statistics in 16 bits
 FEW = 10_000  # published scores use at least as many samples and real images
 
@@ -36,7 +39,7 @@ def write_reference(settings: ReferenceStatistics) -> None:
     network = FeatureNetwork.of(settings.features)
     if not path:
         raise UserError("--images is missing: name real images, a folder, a zip or an npz")
-    image_set = ImageSet(path, "--images", settings.features.resize, settings.features.colour)
+    image_set = ImageSet(path, "--images", settings.features.resize, settings.features.colour, reading=settings.reading)
     network.check(image_set.size, image_set.channels)  # fails early
     distributed.from_rank0(_check_writable, out)
     found = extract(image_set, network, settings.features.feature_batch, "features")
@@ -88,20 +91,28 @@ def load_reference(path: str, flag: str) -> FeatureSet | None:
     arrays = images.read_npz(path, (*PUBLISHED_NAMES, "about"))
     own = _moments_of(arrays, "", what)
     spatial = _moments_of(arrays, "_s", what) if {"mu_s", "sigma_s"} & arrays.keys() else None
-    try:
-        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
-        about = {"images": files.full_path(path), **about, "file": files.full_path(path)}
-        if not isinstance(about.get("count", 0), int) or not isinstance(about.get("features_sha256", ""), str):
-            raise ValueError
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(
-            f"{what} has a damaged description: write it again with the command evaluate reference"
-        ) from None
+    about = {"images": files.full_path(path), **_description(arrays, what), "file": files.full_path(path)}
     about["file_sha256"] = distributed.from_rank0(files.sha256, path)
     features: list[np.ndarray] = []  # they may be large and stay on rank 0, which does the comparison
     if "features" in members:
         distributed.from_rank0(lambda: features.append(_read_features(path, own, what)))
     return FeatureSet(flag, about, features[0] if features else None, None, own, spatial)
+
+
+def _description(arrays: dict[str, np.ndarray], what: str) -> dict[str, Any]:
+    """What statistics say of themselves; {} for published ones. Raises UserError for what `save_reference` does not
+    write."""
+    if "about" not in arrays:
+        return {}
+    try:
+        about = checked_about(files.parse_json(str(arrays["about"]), what))
+        if about.get("count", 1) < 1 or not all(isinstance(about.get(name, ""), str) for name in _TEXTS):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"{what} has a damaged description: write it again with the command evaluate reference"
+        ) from None
+    return about
 
 
 def needs_images(path: str) -> bool:
@@ -142,8 +153,11 @@ def _moments_of(arrays: dict[str, np.ndarray], suffix: str, what: str) -> Moment
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise UserError(f"{what} has a {name} that is not of finite real numbers: use another file")
     mu, sigma = (arrays[name].astype(np.float64) for name in names)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D]")
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not 1 <= len(mu) <= MAX_WIDTH:
+        raise UserError(
+            f"{what} has {names[0]} of {mu.shape} and {names[1]} of {sigma.shape}: expected [D] and [D, D], with D up "
+            f"to {MAX_WIDTH}"
+        )
     largest = np.abs(sigma).max()
     if not 0 < largest < LARGEST**2 or np.abs(mu).max() > LARGEST:
         raise UserError(f"{what} has {names[0]} and {names[1]} of numbers that are out of range, such as {largest:.3g}")
@@ -220,7 +234,7 @@ def _doubts(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             "native)"
         )
         return doubts
-    if ours.get("prepared") != "as they are" and theirs.get("prepared") == "as they are":
+    if ours.get("prepared") != AS_THEY_ARE and theirs.get("prepared") == AS_THEY_ARE:
         doubts.append(
             "the samples were resized to the size of the reference, and the reference's images were not resized"
         )

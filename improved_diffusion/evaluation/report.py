@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import UserError
+from ..config import UserError, shown
 from ..utils import files, images
 from ..utils.figures import new_figure, png_of
 from .metrics.scores import METRICS
@@ -21,6 +21,7 @@ JSON_FILE, TEXT_FILE = "report.json", "report.md"
 GRID_FILE, NEIGHBOURS_FILE, DISTANCES_FILE = "report_samples.png", "report_neighbours.png", "report_distances.png"
 SHOWN_SAMPLES = 100  # in the grid
 SHOWN_COPIES, SHOWN_NEIGHBOURS = 10, 5  # rows and columns of the picture of the nearest training images
+LONGEST_CELL = 1000  # of a value from a file, in characters
 GAP = 16  # pixels between a sample and its neighbours
 EXPLAINED = {
     "fid": "lower is better, biased upwards for fewer images: Fréchet distance of Gaussians (Heusel et al. 2017)",
@@ -184,16 +185,16 @@ class Report:
         real = content["real"]
         return cls(
             **_as_metrics(content["metrics"]),
-            samples=dict(content["samples"]),
-            reference=dict(content["reference"]),
-            train=content["train"] and dict(content["train"]),
-            held_out=content["held_out"] and dict(content["held_out"]),
-            real=Real(int(real["count"]), _as_metrics(real["metrics"])) if real else None,
-            missing=dict(content["missing"]),
-            warnings=tuple(content["warnings"]),
+            samples=checked_about(content["samples"]),
+            reference=checked_about(content["reference"]),
+            train=content["train"] and checked_about(content["train"]),
+            held_out=content["held_out"] and checked_about(content["held_out"]),
+            real=Real(_as_count(real["count"]), _as_metrics(real["metrics"])) if real else None,
+            missing={name: _as_text(why) for name, why in content["missing"].items()},
+            warnings=tuple(map(_as_text, list(content["warnings"]))),
             asked=dict(content["asked"]),
-            versions=dict(content["versions"]),
-            shown=dict(content["pictures"]),
+            versions={name: _as_text(version) for name, version in content["versions"].items()},
+            shown={name: bool(shown) for name, shown in content["pictures"].items()},
         )
 
     def without_pictures(self) -> Report:
@@ -276,10 +277,11 @@ class Report:
             raise UserError(
                 f"{path} does not exist: name a folder with a report of the evaluate command, or its report.json"
             )
+        text = files.read_bytes(path, files.MAX_TEXT_BYTES)
         try:
-            report = cls.from_dict(json.loads(files.read_bytes(path)))
+            report = cls.from_dict(files.parse_json(text, path))
             report.markdown()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not a report of the evaluate command, or is damaged: write it again") from None
         return report
 
@@ -288,12 +290,47 @@ def _as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
     return {name: metric.to_dict() for name, metric in metrics.items()}
 
 
+# What a report.json, or the description of a reference, holds. Each raises ValueError or TypeError for anything else.
+
+
+def checked_about(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a set of images: plain values by name, and how they were made."""
+    found, made_by = dict(about), dict(about.get("made_by") or {})
+    plain = [value for name, value in found.items() if name != "made_by"]
+    if not all(map(files.is_plain, [*plain, *made_by.values()])):
+        raise ValueError("a value of a description is not plain")
+    if "count" in found:
+        _as_count(found["count"])
+    for name in ("images", "name", "features", "features_sha256"):
+        if name in found:
+            _as_text(found[name])
+    return found
+
+
 def _as_metrics(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: Metric(float(each["value"]), float(each["error"]) if "error" in each else None)
+        name: Metric(_as_number(each["value"]), _as_number(each["error"]) if "error" in each else None)
         for name, each in content.items()
         if name in METRICS
     }
+
+
+def _as_number(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise ValueError(f"{shown(value)} is not a number")
+    return float(value)
+
+
+def _as_count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**63:
+        raise ValueError(f"{shown(value)} is not a number of images")
+    return value
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{shown(value)} is not a text")
+    return value
 
 
 def _made_by(made_by: Mapping[str, Any] | None) -> list[str]:
@@ -317,11 +354,16 @@ def _name_of(about: Mapping[str, Any]) -> str:
 
 
 def escape(value: Any) -> str:
-    """A value that came from a file, in one line and without markup of its own."""
+    """A value that came from a file, as Markdown shows it: one line, without markup of its own."""
     if value is None:
         return ""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return re.sub(r"([\\`*\[\]|!])", r"\\\1", html.escape(line, quote=False))
+    line = " ".join("".join(c if c.isprintable() else " " for c in _cut(value)).split())
+    return re.sub(r"([\\`*\[\]|!#~])", r"\\\1", html.escape(line, quote=False))
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]}..."
 
 
 def plot_distances(samples: np.ndarray, held_out: np.ndarray) -> Any:

@@ -15,6 +15,7 @@ from ..config.settings import SuperResSampling
 from ..data.given import GivenImages, read_images
 from ..logs import logger
 from ..utils import files, images
+from ..utils.text import one_line
 from .metrics.paired import WINDOW, agreement, fits_window, load_torchmetrics
 
 RESULT_FILE = "psnr_ssim.json"
@@ -38,7 +39,15 @@ def _read_matching(settings: SuperResSampling, base: GivenImages) -> np.ndarray:
         raise UserError(str(error)) from None
     reference, size = settings.base.reference, settings.model.large_size
     truth = read_images(
-        "--reference", reference, "--large_size", size, settings.model.channels, None, exact_npz=True, enlarge=False
+        "--reference",
+        reference,
+        "--large_size",
+        size,
+        settings.model.channels,
+        None,
+        settings.reading,
+        exact_npz=True,
+        enlarge=False,
     )
     if len(truth.arrays) != len(base.arrays):
         raise UserError(
@@ -46,7 +55,8 @@ def _read_matching(settings: SuperResSampling, base: GivenImages) -> np.ndarray:
             f"{settings.base.base_samples} has {len(base.arrays)}: give the true image of each, in the same order"
         )
     if truth.names != base.names:
-        logger.log(f"--reference is matched in order: {truth.names[0]} is the truth of {base.names[0]}, and so on")
+        first, other = one_line(truth.names[0]), one_line(base.names[0])
+        logger.log(f"--reference is matched in order: {first} is the truth of {other}, and so on")
     if not fits_window(truth.arrays.shape[1:3]):
         window = f"{WINDOW}x{WINDOW}"
         logger.warn(f"--large_size {size} is less than SSIM's window of {window}: PSNR only")
@@ -58,7 +68,7 @@ def write_comparison(reference: str, out_dir: str, samples: str, base: np.ndarra
 
     :param reference: the path of the true images.
     """
-    result = compare(images.load_npz(samples)["arr_0"], base, truth)
+    result = compare(images.load_npz(samples), base, truth)
     for line in describe(result):
         logger.log(line)
     path = files.join(out_dir, RESULT_FILE)

@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import quote
 
 from .. import distributed
 from ..checkpoints import checkpoint
-from ..checkpoints.loading import LoadedModel, load_model
+from ..checkpoints.loading import LoadedModel, find_file, load_model
 from ..config import SWEEP_OPTIONS, UserError
 from ..config.settings import Sweeping
 from ..logs import logger
@@ -90,7 +91,7 @@ def run_sweep(points: Sequence[Point]) -> str:
         pipeline = SamplingPipeline(point.load())
         features = prepare_like_training(pipeline.loaded.settings, pipeline.loaded.path, len(pipeline.numbers))
         requests.append(describe_request(pipeline.loaded, pipeline.sampler))
-    inputs = Inputs.of(settings.evaluation, features)
+    inputs = Inputs.of(settings.evaluation, features, pipeline.loaded.settings.reading)
     inputs.check_model(settings.sample.model_path, len(pipeline.numbers))
     name = f"{model_name(settings.sample.model_path)}_sweep_seed{settings.run.seed}"
     folder = run_folder(settings.run, name)
@@ -151,9 +152,10 @@ def _check_folders(out_dir: str, points: Sequence[Point], requests: Sequence[Map
     """Raise UserError where the folder holds a sweep of other options, or samples of other requests."""
     path, axes = files.join(out_dir, JSON_FILE), list(points[0].chosen)
     if files.exists(path):
+        text = files.read_bytes(path, files.MAX_TEXT_BYTES)
         try:
-            before = list(json.loads(files.read_bytes(path))[0]["chosen"])
-        except (ValueError, LookupError, TypeError, RecursionError):
+            before = [str(axis) for axis in dict(files.parse_json(text, path)[0]["chosen"])]
+        except (ValueError, LookupError, TypeError):
             raise UserError(f"{path} is damaged: remove it, or choose another --out_dir") from None
         if before != axes:
             raise UserError(
@@ -174,6 +176,8 @@ def find_checkpoint(model_path: str, ema: str) -> str:
     """
     if ema in ("", "none"):
         return model_path
+    if files.is_dir(model_path):
+        return find_file(model_path, ema)
     folder, name = os.path.split(model_path)
     number = re.search(r"(\d+)\.pt$", name)
     if not number:
@@ -199,12 +203,12 @@ def table(rows: Sequence[Row], last: Report) -> str:
     """The text of sweep.md. :param last: one of the reports."""
     names = _metrics_of(rows)
     head = [*rows[0].chosen, "evaluations", *map(report.title, names)]
-    model = (last.samples["made_by"] or {}).get("model_path")
+    model = (last.samples.get("made_by") or {}).get("model_path")
     reference = last.reference.get("name") or last.reference["images"]
     lines = [
         "# Sweep", "",
         f"{last.samples['count']:,} samples a row, from {report.escape(model)} or an EMA of it,",
-        f"against {report.escape(reference)}, in the features {report.escape(last.samples['features'])}.",
+        f"against {report.escape(reference)}, in the features {report.escape(last.samples.get('features'))}.",
     ]  # fmt: skip
     for warning in last.warnings:
         lines += ["", f"**Warning:** {report.escape(warning)}."]
@@ -217,7 +221,7 @@ def table(rows: Sequence[Row], last: Report) -> str:
         "", f"![the metrics against the swept options]({PLOT_FILE})", "",
         "The report of each row is in its folder:", "",
     ]  # fmt: skip
-    lines += [f"- [{row.folder}]({row.folder}/{report.TEXT_FILE})" for row in rows]
+    lines += [f"- [{report.escape(row.folder)}]({quote(row.folder)}/{report.TEXT_FILE})" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -47,11 +47,12 @@ def trust(sha256: str, path: str | os.PathLike) -> None:
     logger.log(f"trusting {path} (SHA-256 {sha256}) from now on; the list of trusted programs is {target}")
 
 
-def check_trusted(name: str, path: str, sha256: str, allow: bool) -> None:
+def check_trusted(name: str, path: str, sha256: str, allow: bool, otherwise: str = "") -> None:
     """Raise UserError for a program that is neither pinned nor allowed.
 
     :param name: what messages call it, such as "--features f.pt2".
     :param allow: the user allows it now (--trust_features), which is remembered.
+    :param otherwise: what else the user can do, for the message.
     """
     if allow:
         trust(sha256, path)
@@ -59,6 +60,7 @@ def check_trusted(name: str, path: str, sha256: str, allow: bool) -> None:
         raise UserError(
             f"{name} was not loaded: a feature program can run any code on this machine, and this one (SHA-256 "
             f"{sha256}) is not known. If you trust where it comes from, give --trust_features once"
+            f"{otherwise}"
         )
 
 
@@ -66,4 +68,8 @@ def _allowed() -> list[str]:
     target = trusted_list()
     if not target.exists():
         return []
-    return [line for line in files.read_bytes(target).decode(errors="replace").splitlines() if line.strip()]
+    return [
+        line
+        for line in files.read_bytes(target, files.MAX_TEXT_BYTES).decode(errors="replace").splitlines()
+        if line.strip()
+    ]

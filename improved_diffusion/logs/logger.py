@@ -1,7 +1,7 @@
 """Key-value logging to the terminal and to files.
 
-Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv,jsonl"); the other ranks write
-log-rankNNN.txt only.
+Rank 0 writes the outputs that OPENAI_LOG_FORMAT lists (default "stdout,log,csv,jsonl"; of the commands
+"line,log,csv,jsonl"); the other ranks write log-rankNNN.txt only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import distributed
 from ..utils import files
+from ..utils.text import as_one
 from .outputs import CSVOutputFormat, HumanOutputFormat, make_output_format
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
@@ -29,6 +31,7 @@ class Logger:
 
     CURRENT: Logger | None = None  # the logger in use; the module's functions write to it
     DEFAULT: Logger | None = None  # the logger that reset() goes back to; None: one that only prints
+    configured: Mapping[str, Any] = MappingProxyType({})  # configure()'s arguments, without the folder
 
     def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None):
         self.dir = dir
@@ -73,6 +76,17 @@ class Logger:
             for output in self.output_formats:
                 if hasattr(output, "writeseq"):
                     output.writeseq(args)
+
+    def log_error(self, text: str) -> None:
+        if self.level < DISABLED:
+            for output in self.output_formats:
+                if hasattr(output, "writeerror"):
+                    output.writeerror(text)
+
+    def expect(self, done: int, total: int) -> None:
+        for output in self.output_formats:
+            if hasattr(output, "expect"):
+                output.expect(done, total)
 
     def log_image(self, name: str, image: Any, step: int) -> None:
         if self.level < DISABLED:
@@ -132,6 +146,8 @@ def configure(
         dir = os.environ.get("OPENAI_LOGDIR") or distributed.from_rank0(_new_run_dir)
     dir = os.path.abspath(os.path.expanduser(dir))
     files.make_dirs(dir)
+    format_strs = None if format_strs is None else list(format_strs)
+    configured = {"format_strs": format_strs, "comm": comm, "log_suffix": log_suffix}
     rank = distributed.get_rank()
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
@@ -147,7 +163,13 @@ def configure(
     if Logger.CURRENT not in (None, Logger.DEFAULT):
         Logger.CURRENT.close()
     Logger.CURRENT = Logger(dir, outputs, comm)
+    Logger.CURRENT.configured = configured
     log(f"logging to {dir}")
+
+
+def configure_anew() -> None:
+    """Log into a new folder beside the present one, in the same way: for the next run of this process. Collective."""
+    configure(distributed.from_rank0(files.unused, get_dir()), **get_current().configured)
 
 
 def _new_run_dir() -> str:
@@ -237,7 +259,7 @@ def log_image(name: str, image: Any, step: int) -> None:
 
 def add_output(output: Any) -> None:
     """Add an output: an object with writekvs(row) and close(), and optionally writeseq(words), writeimage(name, image,
-    step) and drop_rows(first_step)."""
+    step), drop_rows(first_step), writeerror(text) and expect(done, total)."""
     get_current().output_formats.append(output)
 
 
@@ -263,12 +285,28 @@ def info(*args: Any) -> None:
 
 def warn(*args: Any) -> None:
     """A message of level WARN."""
-    log("warning:", *args, level=WARN)
+    log("warning:", *_as_one(args), level=WARN)
 
 
 def error(*args: Any) -> None:
     """A message of level ERROR."""
-    log("error:", *args, level=ERROR)
+    log("error:", *_as_one(args), level=ERROR)
+
+
+def _as_one(args: Iterable[Any]) -> list[str]:
+    return [as_one(str(arg)) for arg in args]
+
+
+def log_error(error: BaseException | None) -> None:
+    """Write the error that ends a command into the log's files: whoever ends the process shows it on the terminal."""
+    text = distributed.describe_error(error) if error is not None else ""
+    if text and Logger.CURRENT is not None:
+        Logger.CURRENT.log_error(text)
+
+
+def expect(done: int, total: int) -> None:
+    """From now on rows are of the steps from `done` to `total`, 0 for no end: for outputs that show the time left."""
+    get_current().expect(done, total)
 
 
 def set_level(level: int) -> None:

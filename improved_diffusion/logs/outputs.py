@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,12 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..utils import files
-
-
-def complain(text: str) -> None:
-    """Print a line to stderr; an error is ignored, since stderr may go to the disk that is full."""
-    with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+from ..utils.terminal import complain, encodable
+from ..utils.text import one_line, printable
 
 
 class PatientFile:
@@ -140,7 +137,7 @@ class SeqWriter:
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
-    """Tables and messages, to a file or a terminal."""
+    """Tables and messages, to a file or a terminal. Control characters are escaped."""
 
     def __init__(self, target: str | Any):
         self.file: Any = target
@@ -149,7 +146,8 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         cells = {
-            key: f"{value:<8.3g}" if hasattr(value, "__float__") else str(value) for key, value in sorted(kvs.items())
+            one_line(key): f"{value:<8.3g}" if hasattr(value, "__float__") else one_line(value)
+            for key, value in sorted(kvs.items())
         }
         if not cells:
             return
@@ -159,7 +157,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self.writeseq(["\n".join([rule, *rows, rule])])
 
     def writeseq(self, seq: Iterable[Any]) -> None:
-        text = " ".join(map(str, seq)) + "\n"
+        text = printable(" ".join(map(str, seq))) + "\n"
         if self.lines is not None:
             self.lines.add(text)
             return
@@ -173,9 +171,15 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         else:
             self.failing = False
 
+    def writeerror(self, text: str) -> None:
+        """Write the error that ends a command to a file; the terminal gets it from whoever ends the process."""
+        if self.lines is not None:
+            self.writeseq([text])
+
     def _print(self, text: str) -> None:
-        encoding = getattr(self.file, "encoding", None) or "utf-8"
-        text = text.encode(encoding, errors="backslashreplace").decode(encoding)
+        if self.file is None:  # stdout was closed when Python started
+            return
+        text = encodable(text, self.file)
         if self.file.isatty() and "tqdm" in sys.modules:
             from tqdm import tqdm
 
@@ -188,6 +192,48 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     def close(self) -> None:
         if self.lines is not None:
             self.lines.close()
+
+
+_IN_LINE = {"loss": "loss {:.4g}", "lr": "lr {:.3g}", "images_per_second": "{:.4g} images/s"}
+
+
+class LineOutputFormat(HumanOutputFormat):
+    """Messages, and a line for each row: the values that tell how training goes. For a terminal."""
+
+    def __init__(self, target: str | Any):
+        super().__init__(target)
+        self.done, self.total = 0, 0
+        self.since = time.monotonic()
+
+    def expect(self, done: int, total: int) -> None:
+        """From now on rows are of the steps from `done` to `total`; 0: without end."""
+        self.done, self.total = done, total
+        self.since = time.monotonic()
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        values = {key: float(value) for key, value in kvs.items() if hasattr(value, "__float__")}
+        step = values.pop("step", None)
+        usual = [key for key in _IN_LINE if key in values]
+        others = sorted(values.keys() - _IN_LINE.keys())
+        if usual:  # else it is a row of something else than training
+            others = [key for key in others if self._matters(key, values[key])]
+        parts = [] if step is None else [f"step {int(step):,}"]
+        parts += [_IN_LINE[key].format(values[key]) for key in usual]
+        parts += [f"{key} {values[key]:.4g}" for key in others]
+        if self.total and step is not None:
+            parts.append(self._time_left(int(step) + 1))
+        if parts:
+            self.writeseq([one_line(", ".join(parts))])
+
+    @staticmethod
+    def _matters(key: str, value: float) -> bool:
+        """Whether a value of a training step is shown beside the usual ones."""
+        return (key.startswith("val_") and not key.endswith("_se")) or (key == "skipped_steps" and value > 0)
+
+    def _time_left(self, done: int) -> str:
+        seconds = (time.monotonic() - self.since) / max(done - self.done, 1) * max(self.total - done, 0)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{done / self.total:.0%}, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
 
 
 def _plain(value: Any) -> Any:
@@ -238,7 +284,7 @@ class CSVOutputFormat(PatientFile, KVWriter):
     """A row for each dump. Earlier rows of a resumed run are kept and get new columns when these appear."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        self.add(dict(kvs))
+        self.add({one_line(key): printable(value) if isinstance(value, str) else value for key, value in kvs.items()})
 
     def _store(self, entries: list[Any]) -> None:
         keys = self._header()
@@ -321,6 +367,7 @@ FORMATS: dict[str, Callable[[str, str], Any]] = {
     "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.json")),
     "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
     "jsonl": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.jsonl")),
+    "line": lambda folder, suffix: LineOutputFormat(sys.stdout),
     "tensorboard": lambda folder, suffix: TensorBoardOutputFormat(os.path.join(folder, f"tb{suffix}")),
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import distributed
+from ..utils.terminal import encodable
+from ..utils.text import one_line
 from . import logger
 
 
@@ -24,7 +26,7 @@ class Progress:
         self.total, self.initial, self.done = total, initial, initial
         self.bar: Any = None
         if distributed.get_rank() == 0:
-            self.bar = self._make_bar(dict(desc=description, total=total, unit=unit, initial=initial))
+            self.bar = self._make_bar(dict(desc=one_line(description), total=total, unit=unit, initial=initial))
 
     def _make_bar(self, options: dict[str, Any]) -> Any:
         from tqdm import auto
@@ -34,8 +36,7 @@ class Progress:
         if "tqdm.notebook" in sys.modules and issubclass(auto.tqdm, sys.modules["tqdm.notebook"].tqdm_notebook):
             return auto.tqdm(**options, leave=False)
         if _is_terminal(sys.stderr):
-            encoding = sys.stderr.encoding or "ascii"
-            options["desc"] = options["desc"].encode(encoding, errors="replace").decode(encoding)
+            options["desc"] = encodable(options["desc"], sys.stderr)
             return auto.tqdm(**options, leave=False, dynamic_ncols=True)
         # tqdm measures and formats here too; `write` gets its lines.
         return auto.tqdm(
@@ -57,6 +58,11 @@ class Progress:
         if shown:
             self.bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in shown.items()), refresh=False)
         self._draw(self.bar.update, n)
+
+    def postpone(self) -> None:
+        """A row of the log has just shown the progress: the next line of a log comes that much later."""
+        if self.bar is not None:
+            self.bar.last_print_t, self.bar.last_print_n = self.bar._time(), self.bar.n
 
     def close(self) -> None:
         """Remove the bar and log the final state."""

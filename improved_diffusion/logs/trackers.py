@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -184,12 +185,13 @@ class WandbOutput(Tracker):
 
 def _read_id(note: Path) -> str | None:
     """The id of the W&B run of this folder, if there is one."""
-    try:
-        return str(json.loads(note.read_text())["id"])
-    except FileNotFoundError:
+    if not note.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{note} is damaged: remove it to start a new W&B run") from None
+    remedy = "remove it to start a new W&B run"
+    run_id = files.read_record(note, remedy).get("id")
+    if not isinstance(run_id, str) or not re.fullmatch(r"[\w-]{1,128}", run_id):
+        raise UserError(f"{note} is damaged: {remedy}")
+    return run_id
 
 
 @contextmanager

@@ -11,10 +11,12 @@ import torch as th
 def read_architecture(state_dict: Mapping[str, th.Tensor]) -> dict[str, Any]:
     """What the shapes of a state dict say of a UNetModel's arguments (heads and dropout leave no trace there).
 
-    Raises KeyError where it is not the state dict of a UNetModel.
+    Raises KeyError, IndexError or ValueError where it is not the state dict of a UNetModel.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     model_channels = shapes["time_embed.0.weight"][1]
+    if not model_channels:
+        raise ValueError("a network without channels")
     mults, attention, blocks_per_level = [shapes["input_blocks.0.0.weight"][0] / model_channels], [], [0]
     level = 0
     indices = sorted({int(name.split(".")[1]) for name in shapes if name.startswith("input_blocks.")})

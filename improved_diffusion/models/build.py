@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
 from ..config import ClassifierConfig, DiffusionConfig, NetworkConfig, ProcessConfig, SuperResModelConfig, UNetConfig
+from ..logs import logger
 from ..respace import SpacedDiffusion
 from ..unet import UNetModel
 from .classifier import NoisyClassifier
-from .factories import create_classifier, create_gaussian_diffusion, create_model, resolve_channel_mult, sr_create_model
+from .factories import (
+    create_classifier,
+    create_gaussian_diffusion,
+    create_model,
+    level_sides,
+    nearest_sides,
+    resolve_channel_mult,
+    sides_without_level,
+    sr_create_model,
+)  # fmt: skip
 
 _OF_THE_DATA = {"label_drop"}  # options of the network's group that the network itself does not need
 
@@ -39,10 +50,28 @@ def build_classifier(config: ClassifierConfig) -> NoisyClassifier:
     return create_classifier(**_options(config))
 
 
-def with_channel_mult(config: Any) -> Any:
-    """The network's options with the widths of its levels written out, as they follow from the image size."""
+def with_levels(config: Any, given: Iterable[str] = (), new: bool = False) -> Any:
+    """The network's options with what follows from the image size written out: the widths of the levels and, for a new
+    network, which of them have attention.
+
+    :param given: the options that the user gave. Sides with attention that no level has are a warning if given;
+        otherwise the nearest levels take their place.
+    """
     mult = resolve_channel_mult(config.size, config.channel_mult)
-    return replace(config, channel_mult=",".join(map(str, mult)))
+    config = replace(config, channel_mult=",".join(map(str, mult)))
+    name = config.attention_option
+    listed = getattr(config, name)
+    missing = sides_without_level(config.size, len(mult), listed)
+    if not new or not missing:
+        return config
+    if name in given:
+        sides = ", ".join(map(str, level_sides(config.size, len(mult))))
+        logger.warn(
+            f"--{name} {listed}: no level has the side {' or '.join(map(str, missing))}, which gives no attention; the "
+            f"levels of size {config.size} have the sides {sides}"
+        )
+        return config
+    return replace(config, **{name: nearest_sides(config.size, len(mult), listed)})
 
 
 def _options(config: NetworkConfig | ProcessConfig) -> dict[str, Any]:

@@ -209,6 +209,26 @@ def attention_factors(image_size: Any, attention_resolutions: str) -> tuple[int,
     return tuple(factors)
 
 
+def level_sides(image_size: Any, levels: int) -> list[int]:
+    """The (shorter) side of the images on each level."""
+    return [min(height_width(image_size)) // 2**level for level in range(levels)]
+
+
+def sides_without_level(image_size: Any, levels: int, attention_resolutions: str) -> list[int]:
+    """Those of the listed sides that give no level attention."""
+    factors = {2**level for level in range(levels)}
+    listed = comma_list(attention_resolutions, int)
+    return [side for side in listed if not factors & set(attention_factors(image_size, str(side)))]
+
+
+def nearest_sides(image_size: Any, levels: int, attention_resolutions: str) -> str:
+    """The sides of the levels nearest, by their ratio, to the listed ones."""
+    sides = level_sides(image_size, levels)
+    listed = comma_list(attention_resolutions, int)
+    nearest = [min(sides, key=lambda side: (abs(math.log(side / wanted)), side)) for wanted in listed]
+    return ",".join(map(str, dict.fromkeys(nearest)))
+
+
 def create_gaussian_diffusion(
     *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
     rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="", predict_v=_PREDICT_V,

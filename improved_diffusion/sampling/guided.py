@@ -16,7 +16,7 @@ from ..logs import logger
 from ..respace import SpacedDiffusion
 from ..schedules import sigma_at, timestep_of_sigma
 from .guidance import EVERYWHERE, Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
-from .labels import Classes, classes_of
+from .labels import Classes, checked_seen, classes_of
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
@@ -82,9 +82,9 @@ def _check_null_class(loaded: LoadedModel) -> None:
         )
     if not loaded.metadata.get("config", {}).get("label_drop"):
         raise UserError(
-            f"{flag}: {loaded.path} was never trained with its class hidden. Train with --label_drop 0.1, starting "
-            f"from --init_checkpoint {loaded.path} for example, or guide by an unconditional checkpoint with "
-            "--guide_path"
+            f"{flag}: {loaded.path} was never trained with its class hidden. Train with --class_cond True "
+            f"--label_drop 0.1, starting from --init_checkpoint {loaded.path} for example, or guide by an "
+            "unconditional checkpoint with --guide_path"
         )
 
 
@@ -124,9 +124,11 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
                 f"classifier for it with classifier-train --model_path {loaded.path}"
             )
     names = theirs.class_names
-    their_classes = Classes(len(names) if names else theirs.config["num_classes"], names)
+    num = len(names) if names else theirs.config["num_classes"]
+    their_classes = Classes(num, names, checked_seen(theirs.seen_classes, num, theirs.path))
     if classes is not None:
         _compare_classes(flag, their_classes, loaded.path, classes)
+        their_classes = their_classes._replace(seen=classes.seen or their_classes.seen)
     logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
     # A published checkpoint has no class names; the classifier's are used.
     return prepare_model(loaded.settings.sampler, theirs.classifier), their_classes

@@ -2,47 +2,82 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError
+from ..config import NUM_CLASSES, UserError, shorten
+from ..data.classes import integer_labels
+from ..utils.captions import caption
+from ..utils.text import class_parts, listed, one_line
 from .noise import image_generator
 
 
 def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int) -> list[int]:
     """The class indices of --classes, given by name or index. Raises UserError for an unknown one."""
     indices = []
+    numbered = bool(class_names) and all(map(str.isdecimal, class_names or ()))  # then a number is a name
     for word in (part.strip() for part in text.split(",") if part.strip()):
         if class_names and word in class_names:
             indices.append(list(class_names).index(word))
-        elif word.isdigit() and int(word) < num_classes:
+        elif not numbered and re.fullmatch("[0-9]{1,18}", word) and int(word) < num_classes:
             indices.append(int(word))
         else:
-            names = f": {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}" if class_names else ""
-            raise UserError(f"--classes {word}: the model has the classes 0..{num_classes - 1}{names}")
+            names = listed(class_names or (), 20)
+            known = names if numbered else f"0..{num_classes - 1}" + (names and f": {names}")
+            raise UserError(f"--classes {one_line(shorten(word))}: the model has the classes {known}")
     return indices
 
 
 class Labels:
-    """The class of each sample: the given classes in turn, or a random one that follows from (seed, number)."""
+    """The class of each sample: the given classes in turn, or a random one that follows from (seed, number).
 
-    def __init__(self, num_classes: int, seed: int, classes: Sequence[int], class_names: Sequence[str] | None):
+    :param seen: the classes that random ones are drawn from; None: all.
+    """
+
+    def __init__(
+        self, num_classes: int, seed: int, classes: Sequence[int], class_names: Sequence[str] | None,
+        seen: Sequence[int] | None = None,
+    ):  # fmt: skip
         self.num_classes, self.seed, self.classes, self.class_names = num_classes, seed, classes, class_names
+        self.seen = range(num_classes) if seen is None else seen
 
     def index(self, i: int) -> int:
         """The class of sample i."""
         if self.classes:
             return self.classes[i % len(self.classes)]
-        return int(image_generator(self.seed, i, "label").integers(self.num_classes))
+        return self.seen[int(image_generator(self.seed, i, "label").integers(len(self.seen)))]
 
     def name(self, i: int) -> str:
         """The class's name, or its index where it has none."""
-        label = self.index(i)
-        return self.class_names[label] if self.class_names and label < len(self.class_names) else str(label)
+        return class_name(self.class_names, self.index(i))
+
+    def file_part(self, i: int) -> str:
+        """What stands for the class in file names."""
+        return class_name(self._file_parts, self.index(i))
+
+    def caption(self, i: int) -> str:
+        """What is written below the sample in a grid."""
+        return caption_of(self.class_names, self.index(i))
+
+    @cached_property
+    def _file_parts(self) -> Sequence[str] | None:
+        return class_parts(self.class_names) if self.class_names else None
+
+
+def class_name(names: Sequence[str] | None, label: int) -> str:
+    """The name of a class, or its index where it has none."""
+    return names[label] if names and label < len(names) else str(label)
+
+
+def caption_of(names: Sequence[str] | None, label: int) -> str:
+    """What is written below an image of a class: its name, or its index where the name cannot be drawn."""
+    return caption(class_name(names, label), f"class {label}")
 
 
 class Classes(NamedTuple):
@@ -50,6 +85,7 @@ class Classes(NamedTuple):
 
     num: int
     names: Sequence[str] | None
+    seen: Sequence[int] | None = None  # those that had images in training, where they are not all
 
 
 def classes_of(loaded: LoadedModel) -> Classes | None:
@@ -57,7 +93,15 @@ def classes_of(loaded: LoadedModel) -> Classes | None:
     config, names = loaded.settings.model, loaded.metadata.get("class_names")
     if not config.class_cond:
         return None
-    return Classes(len(names) if names else config.num_classes or NUM_CLASSES, names)
+    num = len(names) if names else config.num_classes or NUM_CLASSES
+    return Classes(num, names, checked_seen(loaded.metadata.get("seen_classes"), num, loaded.path))
+
+
+def checked_seen(seen: Any, num: int, path: str) -> Sequence[int] | None:
+    """The `seen_classes` of a checkpoint's description. Raises UserError where they are not among its classes."""
+    if seen is None or (isinstance(seen, list) and seen and all(type(i) is int and 0 <= i < num for i in seen)):
+        return seen
+    raise UserError(f"{path} has a damaged description: its seen_classes are not among the classes 0..{num - 1}")
 
 
 def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: str) -> Labels | None:
@@ -71,14 +115,15 @@ def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: s
         if wanted:
             raise UserError(f"--classes {wanted}: {model_path} was trained without classes (--class_cond)")
         return None
-    return Labels(classes.num, seed, parse_classes(wanted, classes.names, classes.num), classes.names)
+    return Labels(classes.num, seed, parse_classes(wanted, classes.names, classes.num), classes.names, classes.seen)
 
 
 def image_labels(
-    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Sequence[int] | None, source: str
+    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Any, count: int, source: str
 ) -> Labels | None:
-    """The labels of given images: the wanted classes, else `found` with the images; None without classes.
+    """The labels of `count` given images: the wanted classes, else `found` with the images; None without classes.
 
+    :param found: an integer for each image, or None.
     :param source: where the images come from, such as "--images photos", for messages.
     Raises UserError where the model needs classes and there are none, and for a class that it does not have.
     """
@@ -86,13 +131,15 @@ def image_labels(
     if labels is None or wanted:
         return labels
     if found is None:
-        known = f" among {', '.join(classes.names[:10])}" if classes and classes.names else ""
+        known = f" among {listed(classes.names, 10)}" if classes and classes.names else ""
         raise UserError(f"{source} has no classes{known}, which {model_path} needs: give --classes")
+    found = integer_labels(found, count, f"{source} has labels")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
+        names = listed(labels.class_names or (), 20)
         raise UserError(
-            f"{source} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}: "
-            "give an npz with those, or --classes"
+            f"{source} has the label {wrong[0]}, but the model has the classes 0..{labels.num_classes - 1}"
+            f"{names and f': {names}'}. Give an npz with those, or --classes"
         )
     return Labels(labels.num_classes, seed, found, labels.class_names)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import height_width, number_list
+from ..config import UserError, comma_list, height_width, number_list, shorten
+from ..config.settings import SuperResSampling
 from ..data.given import GivenImages, read_images
 from ..logs import logger
+from ..models.build import with_levels
 from ..utils.images import from_uint8
 from .guided import guide, prepare_model
 from .labels import Labels, choose_labels, image_labels, label_kwargs
@@ -32,6 +36,7 @@ class SamplingPipeline:
     def __init__(self, loaded: LoadedModel):
         settings = loaded.settings
         self.loaded = loaded
+        self._check_numbers()
         self.seed: int = settings.run.seed
         self.sampler = build_sampler(settings, loaded.diffusion)
         prepared = prepare_model(settings.sampler, loaded.model)
@@ -52,6 +57,16 @@ class SamplingPipeline:
         """The numbers of the images that the settings ask for."""
         sample = self.loaded.settings.sample
         return number_list(sample.seeds) or range(sample.num_samples)
+
+    def _check_numbers(self) -> None:
+        """Raise UserError where --num_samples is not the number of --seeds."""
+        sample = self.loaded.settings.sample
+        count = len(number_list(sample.seeds))
+        if count and "num_samples" in self.loaded.given and sample.num_samples != count:
+            raise UserError(
+                f"--num_samples {sample.num_samples} contradicts --seeds {shorten(sample.seeds)}, which are {count:,} "
+                "images: give one of them"
+            )
 
     def model_kwargs(self, numbers: Sequence[int]) -> dict[str, th.Tensor]:
         """What the network takes, besides x and t, for the images with these numbers."""
@@ -95,23 +110,29 @@ class SamplingPipeline:
 class SuperResPipeline(SamplingPipeline):
     """Enlarges images: sample i is made from base image i modulo their number. Collective.
 
+    With --any_size the pipeline's settings have the size of the base images and that of their enlargements.
     :param base: the images; those of --base_samples unless given.
     """
 
     def __init__(self, loaded: LoadedModel, base: GivenImages | None = None):
         self._given = base
         super().__init__(loaded)
+        if loaded.settings.base.any_size:
+            settings = at_size(loaded.settings, self.base.arrays.shape[1:3])
+            self.loaded = replace(loaded, settings=settings)
+            self.shape = (settings.model.channels, *height_width(settings.model.large_size))
 
     def _choose_labels(self) -> Labels | None:
         settings = self.loaded.settings
         path, wanted = settings.base.base_samples, settings.sample.classes
         names = self.classes.names if self.classes else None
         self.base = self._given or read_images(
-            "--base_samples", path, "--small_size", settings.model.small_size, settings.model.channels, names,
-            exact_npz=True,
+            "--base_samples", path, "--small_size", base_size(settings), settings.model.channels, names,
+            settings.reading, exact_npz=True,
         )  # fmt: skip
         source = f"--base_samples {path}" if path else "the base images"
-        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, source)
+        found, count = self.base.labels, len(self.base.arrays)
+        return image_labels(self.classes, wanted, self.seed, self.loaded.path, found, count, source)
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -125,3 +146,26 @@ class SuperResPipeline(SamplingPipeline):
 
     def shown_beside(self, number: int) -> np.ndarray:
         return self.base.arrays[number % len(self.base.arrays)]
+
+
+def base_size(settings: SuperResSampling) -> Any:
+    """The size that base images are resized to; None: they keep theirs."""
+    return None if settings.base.any_size else settings.model.small_size
+
+
+def at_size(settings: SuperResSampling, size: tuple[int, int]) -> SuperResSampling:
+    """The settings for base images of (height, width), enlarged as much as in training.
+
+    Raises UserError where the levels of the network do not divide the enlarged size.
+    """
+    model = with_levels(settings.model)
+    factor = height_width(model.large_size)[0] // height_width(model.small_size)[0]
+    large = (factor * size[0], factor * size[1])
+    halvings = len(comma_list(model.channel_mult, float)) - 1
+    if any(side % 2**halvings for side in large):
+        raise UserError(
+            f"--any_size True: base images of {size[0]}x{size[1]} would become {large[0]}x{large[1]}, which the "
+            f"network cannot halve {halvings} times: give sides that are multiples of "
+            f"{2**halvings // math.gcd(2**halvings, factor)}"
+        )
+    return settings.replace(small_size=size, large_size=large, channel_mult=model.channel_mult)

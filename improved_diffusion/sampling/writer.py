@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,13 +18,16 @@ from ..data.low_res import pairs
 from ..logs import logger
 from ..logs.progress import Progress
 from ..utils import files, images
+from ..utils.text import one_line
 from .labels import Labels
+from .names import ByNumber, FileNames
 
 REQUEST_FILE = "samples.json"
 PNG_DIR = "samples"
 SHOWN = 100  # images in the grid
 SHOWN_STEPS = 8  # images whose steps are shown
 HELD_FRAMES = 10
+SHOWN_CHARACTERS = 100  # of a value in a message
 
 
 def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
@@ -88,6 +90,7 @@ def write_samples(
     labels: Labels | None,
     request: Mapping[str, Any],
     beside: Callable[[int], np.ndarray | None] | None = None,
+    names: FileNames | None = None,
 ) -> str:
     """Make the samples with these numbers: PNGs as they come, then the npz and a grid. Collective.
 
@@ -98,8 +101,10 @@ def write_samples(
     :param draw: sample numbers -> uint8 [N, H, W, C]; each rank calls it with its share.
     :param request: what the samples depend on; a folder that holds samples of another request raises UserError.
     :param beside: an image [h, w, C] to show beside sample i in the grid.
+    :param names: of the PNGs; by number and class unless given.
     """
-    missing = distributed.from_rank0(_prepare, out_dir, numbers, dict(request))
+    names = names or ByNumber(labels)
+    missing = distributed.from_rank0(_prepare, out_dir, numbers, dict(request), names)
     _check_shared(out_dir)
     png_dir = files.join(out_dir, PNG_DIR)
     done = len(numbers) - len(missing)
@@ -108,8 +113,8 @@ def write_samples(
     bar = Progress("sampling", len(numbers), "image", initial=done)
     try:
         with closing(bar):
-            _draw_missing(draw, missing, batch_size, png_dir, labels, bar)
-        return distributed.from_rank0(_finish, out_dir, numbers, labels, beside)
+            _draw_missing(draw, missing, batch_size, png_dir, names, bar)
+        return distributed.from_rank0(_finish, out_dir, numbers, labels, beside, names)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved(bar, png_dir)) from None
 
@@ -123,7 +128,7 @@ def _draw_missing(
     missing: list[int],
     batch_size: int,
     png_dir: str,
-    labels: Labels | None,
+    names: FileNames,
     bar: Progress,
 ) -> None:
     """Draw and write the missing samples, a batch on each rank at a time. Collective.
@@ -134,7 +139,7 @@ def _draw_missing(
     for start in range(0, len(missing), batch_size * world_size):
         chunk = missing[start : start + batch_size * world_size]
         mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        outcomes = distributed.all_gather_object(_draw_and_write(draw, mine, png_dir, labels))
+        outcomes = distributed.all_gather_object(_draw_and_write(draw, mine, png_dir, names))
         bar.update(sum(written for written, _ in outcomes))
         for _, problem in outcomes:
             if problem is not None:
@@ -142,22 +147,18 @@ def _draw_missing(
 
 
 def _draw_and_write(
-    draw: Callable[[list[int]], np.ndarray], numbers: list[int], png_dir: str, labels: Labels | None
+    draw: Callable[[list[int]], np.ndarray], numbers: list[int], png_dir: str, names: FileNames
 ) -> tuple[int, str | None]:
     """Draw samples and write their PNGs. Returns how many were written, and what went wrong, if something did."""
     written = 0
     try:
         for i, array in zip(numbers, draw(numbers) if numbers else ()):
-            path = files.join(png_dir, _file_name(i, labels))
+            path = files.join(png_dir, names(i))
             files.write_bytes(path, images.encode_png(array), durable=False)
             written += 1
     except UserError as error:
         return written, str(error)
     return written, None
-
-
-def _file_name(i: int, labels: Labels | None) -> str:
-    return images.sample_name(i, labels.name(i) if labels else None)
 
 
 def _check_shared(out_dir: str) -> None:
@@ -172,34 +173,48 @@ def _check_shared(out_dir: str) -> None:
             raise UserError(f"rank {rank} on {host} does not see {out_dir}: give an --out_dir that all hosts share")
 
 
-def _existing(png_dir: str) -> dict[int, str]:
-    found = ((re.search(r"(\d+)\.png$", name), name) for name in files.list_dir(png_dir))
-    return {int(match.group(1)): name for match, name in found if match}
-
-
 def check_request(out_dir: str, request: Mapping[str, Any]) -> None:
     """Raise UserError where a folder holds samples of another request, or of an unknown one."""
     png_dir, path = files.join(out_dir, PNG_DIR), files.join(out_dir, REQUEST_FILE)
     if files.exists(path):
-        try:
-            before = json.loads(files.read_bytes(path))
-        except ValueError:
-            raise UserError(f"{path} is damaged: remove it and {png_dir}, or choose another --out_dir") from None
+        before = files.read_record(path, f"remove it and {png_dir}, or choose another --out_dir")
         request = json.loads(json.dumps(dict(request)))
         # In this order, the first difference is the most important one: the command, the model, the sampler.
         for name in [*request, *(before.keys() - request.keys())]:
-            if name == "seed_scheme" and before.get(name) != request[name]:
-                raise UserError(
-                    f"{out_dir} holds samples made by another scheme of seeds, so their images differ: choose another "
-                    f"--out_dir, or remove {path} and {png_dir}"
-                )
             if before.get(name) != request.get(name):
                 raise UserError(
-                    f"{out_dir} holds samples made with {name} {before.get(name)}, not {request.get(name)}: choose "
-                    f"another --out_dir, or remove {path} and {png_dir}"
+                    f"{out_dir} holds samples {_difference(name, before.get(name), request.get(name))}: choose another "
+                    f"--out_dir, or remove {path} and {png_dir}"
                 )
-    elif files.is_dir(png_dir) and _existing(png_dir):
+    elif files.is_dir(png_dir) and any(name.endswith(".png") for name in files.list_dir(png_dir)):
         raise UserError(f"{png_dir} holds images of unknown origin: choose another --out_dir")
+
+
+_OTHERS = {
+    "seed_scheme": "made by another scheme of seeds, so their images differ",
+    "timesteps": "with steps at other timesteps",
+    "timesteps_sha256": "with steps at other timesteps",
+    "model_sha256": "of another model file at the same place",
+    "model_step": "of another checkpoint at the same place",
+    "guide_sha256": "guided by another model",
+    "classifier_sha256": "guided by another classifier",
+    "images_sha256": "made from other images",
+    "names_sha256": "made from images of other names",
+    "masks_sha256": "made with other masks",
+    "latents_sha256": "made from other latents",
+}
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """In words, how samples of another request differ from those of this one."""
+    if name in _OTHERS:
+        return _OTHERS[name]
+    if name == "command":
+        old, new = (f"edit {one_line(value)[:SHOWN_CHARACTERS]}" if value else "sample" for value in (before, now))
+        return f"made by {old}, but this command is {new}"
+    old = f"of --{name} {one_line(before)[:SHOWN_CHARACTERS]}" if before not in (None, "") else f"without --{name}"
+    new = f"--{name} {one_line(now)[:SHOWN_CHARACTERS]}" if now not in (None, "") else f"no --{name}"
+    return f"{old}, but this command has {new}"
 
 
 def claim(out_dir: str, request: Mapping[str, Any]) -> None:
@@ -216,17 +231,18 @@ def claim(out_dir: str, request: Mapping[str, Any]) -> None:
     files.write_bytes(files.join(out_dir, REQUEST_FILE), json.dumps(dict(request), indent=1).encode())
 
 
-def _prepare(out_dir: str, numbers: Sequence[int], request: Mapping[str, Any]) -> list[int]:
+def _prepare(out_dir: str, numbers: Sequence[int], request: Mapping[str, Any], names: FileNames) -> list[int]:
     """The numbers of the samples still to be made. Claims the folder."""
     claim(out_dir, request)
     png_dir = files.join(out_dir, PNG_DIR)
     wanted = set(numbers)
-    existing = {i: files.join(png_dir, name) for i, name in _existing(png_dir).items() if i in wanted}
+    found = names.found(files.list_dir(png_dir))
+    existing = {i: files.join(png_dir, name) for i, name in found.items() if i in wanted}
     # PNGs are not forced to the disk one by one, so a power cut may have damaged some. Reading them all takes a small
     # part of the time that `_finish` needs to decode them.
     damaged = {i for i, png in existing.items() if not images.is_whole_png(files.read_bytes(png))}
     if damaged:
-        logger.log(f"drawing {len(damaged)} damaged samples again, such as {existing[min(damaged)]}")
+        logger.log(f"drawing {len(damaged)} damaged samples again, such as {one_line(existing[min(damaged)])}")
     return [i for i in numbers if i not in existing or i in damaged]
 
 
@@ -250,11 +266,15 @@ def _read_samples(png_dir: str, names: Iterable[str]) -> Iterator[np.ndarray]:
 
 
 def _finish(
-    out_dir: str, numbers: Sequence[int], labels: Labels | None, beside: Callable[[int], np.ndarray | None] | None
+    out_dir: str,
+    numbers: Sequence[int],
+    labels: Labels | None,
+    beside: Callable[[int], np.ndarray | None] | None,
+    file_names: FileNames,
 ) -> str:
     png_dir = files.join(out_dir, PNG_DIR)
-    existing = _existing(png_dir)
-    names = [existing.get(i) or _file_name(i, labels) for i in numbers]
+    existing = file_names.found(files.list_dir(png_dir))
+    names = [existing.get(i) or file_names(i) for i in numbers]
     for i, name in zip(numbers, names):
         if i not in existing and not files.exists(files.join(png_dir, name)):
             raise UserError(
@@ -266,12 +286,14 @@ def _finish(
     label_array = [np.array([labels.index(i) for i in numbers], np.int64)] if labels else []
     path = files.join(out_dir, f"samples_{'x'.join(map(str, shape))}.npz")
     images.save_npz(path, images.Rows(shape, _read_samples(png_dir, names)), *label_array)
+    captions = [labels.caption(i) for i in list(numbers)[:SHOWN]] if labels else None
     columns = 10 if len(shown) >= SHOWN // 2 else None
     found = [beside(i) for i in list(numbers)[: SHOWN // 2]] if beside is not None else []
     inputs = [image for image in found if image is not None]
     if inputs:
         shown = pairs(np.stack(inputs), shown[: SHOWN // 2])
+        captions = captions and [text for caption in captions[: SHOWN // 2] for text in ("", caption)]
         columns = 10 if len(shown) >= SHOWN // 2 else 2 * math.ceil(math.sqrt(len(shown) / 4))  # no pair is parted
-    images.save_grid(files.join(out_dir, "samples.png"), shown, columns)
+    images.save_grid(files.join(out_dir, "samples.png"), shown, columns, captions)
     logger.log(f"wrote {path}, {files.join(out_dir, 'samples.png')} and {len(numbers)} PNGs in {png_dir}")
     return path

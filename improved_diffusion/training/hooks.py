@@ -27,6 +27,10 @@ class TrainingView(Protocol):
     def parameter_sets(self) -> Mapping[str, Sequence[th.Tensor]]:
         """The model's parameters under "", and each moving average under its label, such as "0.9999"."""
 
+    @property
+    def initial_shares(self) -> Mapping[str, float]:
+        """For each moving average, by its label, the share of the weights that training began with, in [0, 1]."""
+
     def using(self, params: Sequence[th.Tensor]) -> AbstractContextManager[None]:
         """The model has one of the parameter sets, and is in eval mode; afterwards it is as before."""
 

@@ -58,7 +58,9 @@ class LossMeter:
         return {name: pair.cpu().double().clone() for name, pair in self.sums.items()}
 
     def load_state_dict(self, state: Mapping[str, th.Tensor], device: th.device | str = "cpu") -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; anything else raises ValueError."""
+        if any(not isinstance(name, str) or pair.shape != (2,) for name, pair in state.items()):
+            raise ValueError("expected a sum and a count for each name")
         dtype = distributed.sum_dtype(th.device(device))
         self.sums = {name: pair.to(dtype).to(device) for name, pair in state.items()}
 
@@ -91,7 +93,9 @@ class BadSteps:
         return {"counts": self.counts.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; anything else raises ValueError."""
+        if state["counts"].shape != self.counts.shape or (state["counts"] < 0).any():
+            raise ValueError(f"expected {len(self.counts)} counts")
         self.counts.copy_(state["counts"])
 
 

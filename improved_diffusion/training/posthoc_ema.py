@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,27 +115,11 @@ def find_snapshots(run_dir: str, number: int = -1) -> list[Snapshot]:
 
 
 def _read_description(path: str, number: int) -> Snapshot:
-    state_dict, metadata = _open(path)
-    try:
-        step, gamma = int(metadata["step"]), gamma_of(float(metadata["ema_sigma_rel"]))
-        if step < 1:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path} lacks the step and width that training with --ema_sigma_rel writes: move it elsewhere"
-        ) from None
-    return Snapshot(path, number, step, gamma, {name: tuple(v.shape) for name, v in state_dict.items()}, metadata)
-
-
-def _open(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
-    """(state dict, description); the tensors of a local file stay on the disk."""
-    if not files.is_url(path):
-        try:
-            state_dict = th.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return state_dict, json.loads(state_dict._metadata[checkpoint.METADATA_KEY]["json"])
-        except Exception:
-            pass  # reading the whole file says what is wrong
-    return checkpoint.load(path)
+    shapes, metadata = checkpoint.read_outline(path)
+    step, width = metadata.get("step"), metadata.get("ema_sigma_rel")
+    if not step or not width:
+        raise UserError(f"{path} lacks the step and width that training with --ema_sigma_rel writes: move it elsewhere")
+    return Snapshot(path, number, step, gamma_of(width), shapes, metadata)
 
 
 def _check_alike(first: Snapshot, other: Snapshot) -> None:

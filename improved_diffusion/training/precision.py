@@ -18,6 +18,7 @@ from .. import distributed
 from ..fp16_util import unflatten_master_params
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+MAX_LOG_LOSS_SCALE = 129.0  # beyond, float32 cannot hold it, and every step lowers it
 MIN_LOG_LOSS_SCALE = -20.0  # below, float16 cannot hold this model's gradients at all
 
 
@@ -101,6 +102,11 @@ class LossScale:
         """What the loss is multiplied by: float32, no dimensions."""
         return th.exp2(self.lg).float()
 
+    @property
+    def can_fall(self) -> bool:
+        """Whether a smaller scale can still be tried. Waits for the device."""
+        return float(self.lg) > MIN_LOG_LOSS_SCALE
+
     def update(self, overflow: th.Tensor) -> None:
         """Adjust after a step; `overflow` is 1 where a gradient was not finite, else 0."""
         self.lg += th.where(overflow.bool(), th.full_like(self.lg, -1.0), self.growth)
@@ -111,5 +117,7 @@ class LossScale:
         return {"lg": self.lg.cpu().double()}
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; anything else raises ValueError."""
+        if state["lg"].ndim or not MIN_LOG_LOSS_SCALE <= float(state["lg"]) <= MAX_LOG_LOSS_SCALE:
+            raise ValueError(f"log2 of the loss scale is {state['lg'].tolist()}")
         self.lg.copy_(state["lg"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from ..checkpoints import checkpoint, sets
-from ..config import TrainConfig, UserError, comma_list
+from ..config import TrainConfig, UserError
 from ..logs import logger
 from ..utils import files
 from .loop import get_blob_logdir
@@ -110,16 +108,5 @@ class _WantedLabels:
     def of(self, folder: str) -> list[str]:
         """For the checkpoints in a folder. Raises UserError where its description is damaged."""
         if self.given:
-            return _ema_labels(self.config.ema_rate, self.config.ema_sigma_rel)
-        path = files.join(folder, sets.CONFIG_FILE)
-        if not files.exists(path):
-            return []
-        try:
-            config = json.loads(files.read_bytes(path))["config"]
-            return _ema_labels(config["ema_rate"], config.get("ema_sigma_rel", ""))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it, or name the checkpoint with --resume PATH") from None
-
-
-def _ema_labels(rates: str, widths: str) -> list[str]:
-    return [*map(str, comma_list(rates, float)), *(f"sigma_rel{width}" for width in comma_list(widths, float))]
+            return sets.ema_labels(self.config.ema_rate, self.config.ema_sigma_rel)
+        return sets.labels_of_run(folder)

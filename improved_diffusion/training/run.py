@@ -14,24 +14,30 @@ import torch as th
 
 from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
-from ..checkpoints.loading import take_options
+from ..checkpoints.loading import read, take_options
+from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list
+from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
+from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
-from ..data.sources import open_images, read_classes
+from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
-from ..logs.run_folder import open_run
+from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
-from ..models.build import with_channel_mult
+from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
-from .dry_run import dry_run, warn_of_small_disk
+from ..utils.text import listed, one_line
+from .auto import take_recipe
+from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
-from .signals import Stopped, catch_early_warning
+from .signals import EXIT_RESUME, Stopped, StopSignals
 from .tasks import Task, take_guided_process, task_of
+from .train_images import write_train_images
 
 # Options of one start of a run rather than of the run itself.
 _NOT_KEPT = {"out_dir", "resume", "resume_checkpoint", "init_checkpoint", "dry_run"}
@@ -47,71 +53,90 @@ class TrainedRun:
     stopped: bool = False
 
 
-def train(settings: Training, given: frozenset[str], default_name: str) -> TrainedRun:
+def train(settings: Training, given: frozenset[str], default_name: str, preset: str = "") -> TrainedRun:
     """Train as the settings say. Collective.
 
     :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
-    :param default_name: of the folder below ./runs, where --out_dir does not say.
-    Raises UserError for what cannot work, before training starts. However it ends, the log is then closed and the
-    folder free for another run.
+    :param default_name: of the folder below ./runs, where neither --out_dir nor a preset says.
+    :param preset: names the folder; `auto`, after which the images name it, also chooses the options that were not
+        given, unless the run is resumed.
+    Raises UserError for what cannot work, before training starts and before the folder is made. However it ends, the
+    log is then closed and the folder free for another run. Raises Stopped for a SIGTERM before the first step.
     """
-    catch_early_warning()
+    with StopSignals(starting=True) as signals:
+        try:
+            return _train(settings, given, default_name, preset, signals)
+        except Stopped as stopped:
+            logger.log(str(stopped))
+            if distributed.get_world_size() > 1:  # the other ranks may wait for this one
+                distributed.end_process(EXIT_RESUME)
+            raise
+
+
+def _train(
+    settings: Training, given: frozenset[str], default_name: str, preset: str, signals: StopSignals
+) -> TrainedRun:
     with contextlib.ExitStack() as until_end:
-        folder = open_run(settings.run, default_name, print_only=settings.train.dry_run)
+        claims = until_end.enter_context(Claims())
+        folder = RunFolder(settings.run, _run_name(settings, default_name, preset))
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
+        until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
-            distributed.from_rank0(_claim, until_end, folder, checkpoints)
-        settings, metadata = resolve(settings, given)
-        data, settings = open_data(settings, metadata)
+            distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
+        settings, metadata, source = resolve(settings, given, preset)
+        data, settings = open_data(settings, metadata, source)
         task = task_of(settings)
         stream = until_end.enter_context(contextlib.closing(task.stream(data)))
         loop, description = build_loop(task, data, stream)
+        loop.signals = signals
         if settings.train.dry_run:
             dry_run(loop)
-            distributed.barrier()  # before the folder goes, every rank has looked at its disk
-            stopped = False
-        else:
-            stopped = run_loop(loop, settings, description)
-    if settings.train.dry_run and distributed.get_rank() == 0:
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)  # unless it was there before
-    return TrainedRun(folder, checkpoints, stopped)
+            return TrainedRun(folder.path, checkpoints)
+        distributed.from_rank0(claims.claim, [folder.path, checkpoints])
+        folder.open()
+        if distributed.get_rank() == 0:
+            write_train_images(data, folder.path)
+        return TrainedRun(folder.path, checkpoints, run_loop(loop, settings, description, claims))
 
 
-def _claim(until_end: contextlib.ExitStack, *folders: str) -> None:
-    """Make the folders this run's alone until its end."""
-    for folder in dict.fromkeys(folders):
-        files.make_dirs(folder)
-        until_end.enter_context(files.lock(folder))
-        files.remove_leftovers(folder)
+def _run_name(settings: Training, default_name: str, preset: str) -> str:
+    if preset == AUTO:
+        return stem(os.path.abspath(settings.data.data_dir)) or default_name
+    return preset or default_name
 
 
 # Where it starts
 
 
-def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
-    """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
+def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tuple[Training, dict[str, Any], Any]:
+    """(settings with all that follows from a checkpoint, the images and the number of ranks; that checkpoint's metadata
+    or {}; the training images).
 
-    `resume_checkpoint` becomes the file to continue from. Options that were not given come
-    from it, or, those of the model, from --init_checkpoint. Collective.
+    `resume_checkpoint` becomes the file to continue from. Options that were not given come from it, or, those of the
+    model, from --init_checkpoint, or, with the preset `auto`, from a recipe. Collective.
     """
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
     resumed = distributed.from_rank0(find_resume, settings.train, given)
-    source = resumed or settings.train.init_checkpoint
     metadata: dict[str, Any] = {}
-    if source:
-        state_dict, metadata = checkpoint.load(source)
+    if resumed:
+        state_dict, metadata = checkpoint.load(resumed)
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
-        names = settings.options().keys() - left_out if resumed else None
-        settings = take_options(settings, given, source, state_dict, metadata, names)
+        settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
+    source = open_images(settings.data.data_dir)
+    if preset == AUTO and not resumed:
+        settings = take_recipe(settings, given, source)
+    if not resumed and settings.train.init_checkpoint:
+        path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint")
+        settings = take_network(settings.replace(init_checkpoint=path), given, path, state_dict, metadata)
     settings = settings.replace(**_continued(settings, resumed))
-    settings = settings.replace(channel_mult=with_channel_mult(settings.model).channel_mult)
+    model = with_levels(settings.model, given, new=not (resumed or settings.train.init_checkpoint))
+    settings = settings.replace(**{name: getattr(model, name) for name in ("channel_mult", model.attention_option)})
     settings = _share_batch(settings, given)
     if resumed:
         _log_changes(settings, given, metadata.get("config", {}))
-    return settings, metadata
+    return settings, metadata, source
 
 
 def _continued(settings: Training, resumed: str) -> dict[str, Any]:
@@ -124,7 +149,7 @@ def _continued(settings: Training, resumed: str) -> dict[str, Any]:
 def _log_changes(settings: Training, given: frozenset[str], before: Mapping[str, Any]) -> None:
     now = settings.values()
     changes = [
-        f"--{name} {before[name]} -> {now[name]}"
+        f"--{name} {one_line(before[name])} -> {now[name]}"
         for name in sorted(before.keys() & given - _NOT_KEPT)
         if before[name] != now[name]
     ]
@@ -155,16 +180,18 @@ def _share_batch(settings: Training, given: frozenset[str]) -> Training:
 # Its data
 
 
-def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStream, Training]:
-    """(the training images, described in the log and checked; the settings with the number of classes). Collective."""
+def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> tuple[BatchStream, Training]:
+    """(the batches of the training images, which are described in the log and checked; the settings with the number of
+    classes). Collective."""
     data_options, model, needs_classes = settings.data, settings.model, task_of(settings).needs_classes
     label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
-    source = open_images(data_options.data_dir)
-    classes, names = read_classes(source, data_options.labels, data_options.data_dir) if needs_classes else (None, None)
+    classes, names = None, None
+    if needs_classes:
+        classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
     data = BatchStream(
-        ImageDataset(model.size, source, classes, channels=model.channels),
+        ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
         class_names=names,
         seed=settings.run.seed,
@@ -174,12 +201,16 @@ def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStr
     )
     for name in data.skipped_names():
         logger.warn(f"{name} is unreadable and left out")
+    if data.checked.done:
+        part = f" (of {data.checked.num_read:,} read)" if data.checked.num_read < data.num_images else ""
+        logger.log(f"{data_options.data_dir}: {data.checked.describe()}{part}")
     if names is not None:
         settings = _count_classes(settings, names, metadata)
     before = metadata.get("num_images", data.num_images)
     if settings.train.resume_checkpoint and before != data.num_images:
         logger.warn(f"{data_options.data_dir} had {before} images before: the order changes from here on")
-    _log_epochs(settings, data.num_images, names)
+    seen = [names[i] for i in data.seen_classes] if names is not None else None
+    _log_epochs(settings, data.num_images, seen)
     return data, settings
 
 
@@ -198,7 +229,7 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
     text = f"{settings.data.data_dir}: {num_images} images"
     if names is not None:
-        text += f" of {len(names)} classes ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        text += f" of {len(names)} classes ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images
@@ -218,18 +249,19 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     settings = task.settings
     train = settings.train
     th.manual_seed(settings.run.seed)
+    precision = "fp16" if train.use_fp16 else train.precision
+    check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:
-        state_dict, _ = checkpoint.load(train.init_checkpoint)
-        checkpoint.load_into(model, state_dict, train.init_checkpoint)
-        logger.log(f"weights of {train.init_checkpoint}, from step 0")
+        state_dict, other = checkpoint.load(train.init_checkpoint)
+        load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
-    precision = "fp16" if train.use_fp16 else train.precision
     settings = settings.replace(precision=precision, use_fp16=False)
     _log_model(settings, model)
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
+        "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(
@@ -258,12 +290,12 @@ def _log_model(settings: Training, model: th.nn.Module) -> None:
         logger.warn(f"--val_interval {watch.val_interval} is more than --max_steps {train.max_steps}: no validation")
 
 
-def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]) -> bool:
+def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any], claims: Claims) -> bool:
     """Train, with trackers and curves; returns whether a signal stopped it, after a checkpoint. Collective."""
     if distributed.get_rank() == 0:
         # Not before the loop has what it resumes from: a run that is refused leaves the older description.
-        path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
-        files.write_bytes(path, json.dumps(description, indent=1).encode())
+        _write_description(description)
+        loop.checkpointer.writer.prepare = lambda: _renew(claims, description)
     distributed.from_rank0(_open_trackers, settings.watch.trackers, description["config"], loop.run_log.first_row)
     warn_of_small_disk(loop)
     try:
@@ -277,6 +309,19 @@ def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]
             _draw_curves(logger.get_dir())
 
 
+def _write_description(description: Mapping[str, Any]) -> None:
+    path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
+    files.write_bytes(path, json.dumps(description, indent=1).encode())
+
+
+def _renew(claims: Claims, description: Mapping[str, Any]) -> str:
+    """Make the run's folders again if somebody has removed them; returns a warning, or ""."""
+    gone = claims.renew()
+    if gone:
+        _write_description(description)
+    return f"{' and '.join(gone)} had been removed: made again for this checkpoint; older ones are lost" if gone else ""
+
+
 def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None:
     for tracker in make_trackers(comma_list(names, str.strip), logger.get_dir(), config, resume_step):
         logger.add_output(tracker)
@@ -287,5 +332,5 @@ def _draw_curves(folder: str) -> None:
     try:
         write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"))
         logger.log(f"wrote {os.path.join(folder, 'curves.png')}")
-    except (UserError, OSError) as error:
+    except Exception as error:
         logger.warn(f"no curves.png: {error}")

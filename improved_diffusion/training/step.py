@@ -49,6 +49,7 @@ class TrainStep:
     resume_step: int  # made before
     model_params: list[nn.Parameter]
     _made = 0  # the steps that run_step has made, counted from the very first
+    _whole = True  # the parameters and all that belongs to them are those after a whole step
 
     @property
     def absolute_step(self) -> int:
@@ -112,6 +113,11 @@ class TrainStep:
     def parameter_sets(self) -> dict[str, Sequence[th.Tensor]]:
         """The master parameters under "", and each average under its label."""
         return {"": self.master_params, **{ema.label: ema.params for ema in self.emas}}
+
+    @property
+    def initial_shares(self) -> dict[str, float]:
+        """For each average, by its label, the share of the first parameters in it, in [0, 1]."""
+        return {ema.label: ema.initial_share(self.steps_done) for ema in self.emas}
 
     @contextmanager
     def using(self, params: Sequence[th.Tensor]) -> Iterator[None]:
@@ -181,6 +187,7 @@ class TrainStep:
                 precision_util.collect_gradients(self.model_params, self.master_params)
             parts.append({key: value.detach() for key, value in losses.items()})
         all_losses = {key: th.cat([part[key] for part in parts]) for key in parts[0]}
+        self._whole = False
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, all_losses["loss"])
         self.run_log.add_losses(self.diffusion.num_timesteps, t, {k: v * weights for k, v in all_losses.items()})
@@ -206,6 +213,7 @@ class TrainStep:
 
     def _optimize(self) -> th.Tensor:
         """Clip the gradient of master_params, step, and move the averages; 1 if the step was skipped, else 0."""
+        self._whole = False
         self.grad_norm = th.nn.utils.clip_grad_norm_(self.master_params, self.grad_clip or math.inf)
         bad = (~th.isfinite(self.grad_norm)).float()
         self.run_log.add_step(bad, self.absolute_step)
@@ -219,6 +227,7 @@ class TrainStep:
             flat = flatten(self.master_params)
             for ema in self.emas:
                 ema.update(flat, 1 - bad, self.absolute_step)
+        self._whole = True
         return bad
 
     def _log_grad_norm(self) -> None:

@@ -9,16 +9,18 @@ from typing import Any, Generic, TypeVar
 import torch as th
 
 from .. import distributed
-from ..checkpoints import checkpoint
-from ..checkpoints.loading import kind_of, refuse_contradictions
+from ..checkpoints.loading import kind_of, read, refuse_contradictions
 from ..config import KINDS, ProcessConfig, UserError, height_width
 from ..config.settings import ClassifierTraining, ImageTraining, SuperResTraining, Training
+from ..data.classes import classes_not_in, read_labels
 from ..data.dataset import ImageDataset, selection
 from ..data.low_res import WithLowRes, downsample
-from ..data.sources import open_images, read_classes
+from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
+from ..sampling.labels import caption_of
+from ..utils.text import class_index, listed, one_line
 from .classifier import ClassifierObjective, ClassifierValidation
 from .hooks import Hook
 from .preview import PREVIEWS, PreviewGrid, preview_diffusion
@@ -61,20 +63,23 @@ class Task(Generic[S]):
         classes = _validation_classes(settings, source, data.class_names or []) if self.needs_classes else None
         validation = kind(
             objective,
-            ImageDataset(settings.model.size, source, classes, channels=settings.model.channels),
+            ImageDataset(
+                settings.model.size, source, classes, channels=settings.model.channels, reading=settings.reading
+            ),
             num_images=watch.val_images,
             batch_size=train.microbatch if train.microbatch > 0 else train.batch_size,
             **more,
         )
         return [(watch.val_interval, validation)]
 
-    def _previews(self, diffusion: Any, count: int, model_kwargs: dict[str, th.Tensor]) -> Hooks:
+    def _previews(self, diffusion: Any, count: int, model_kwargs: dict[str, th.Tensor], data: BatchStream) -> Hooks:
         """Grids of samples every --sample_interval steps."""
         settings: Any = self.settings
+        captions = [caption_of(data.class_names, int(y)) for y in model_kwargs.get("y", ())]
         model_kwargs = {key: value.to(distributed.dev()) for key, value in model_kwargs.items()}
         shape = (settings.model.channels, *height_width(settings.model.size))
         quick = preview_diffusion(diffusion)
-        grid = PreviewGrid(quick, shape, count, model_kwargs, logger.get_dir(), settings.run.seed)
+        grid = PreviewGrid(quick, shape, count, model_kwargs, logger.get_dir(), settings.run.seed, captions)
         return [(settings.watch.sample_interval, grid)]
 
 
@@ -92,8 +97,9 @@ class ImageTask(Task[ImageTraining]):
         model = self.settings.model
         found: Hooks = []
         if self.settings.watch.sample_interval:
-            labels = {"y": th.arange(PREVIEWS) % model.num_classes} if model.class_cond else {}
-            found = self._previews(objective, PREVIEWS, labels)
+            seen = th.tensor(data.seen_classes)
+            labels = {"y": seen[th.arange(PREVIEWS) % len(seen)]} if model.class_cond else {}
+            found = self._previews(objective, PREVIEWS, labels, data)
         return found + self._validation(Validation, objective, data)
 
 
@@ -117,7 +123,8 @@ class SuperResTask(Task[SuperResTraining]):
             usable = data.stream.usable
             chosen = usable[selection(len(usable), PREVIEWS)]
             batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
-            found = self._previews(objective, len(chosen), {**kwargs, "low_res": downsample(batch, small)})
+            low_res = downsample(batch, small)
+            found = self._previews(objective, len(chosen), {**kwargs, "low_res": low_res}, data)
         return found + self._validation(Validation, objective, data, small_size=small)
 
 
@@ -147,15 +154,15 @@ def task_of(settings: Training) -> Task:
 def _validation_classes(settings: Any, source: Any, trained: Sequence[str]) -> list[int]:
     """The class of each image of --val_dir, in the numbering of the training images."""
     val_dir, data = settings.watch.val_dir, settings.data
-    found, names = read_classes(source, data.labels, val_dir, few=True)
-    unknown = sorted({names[i] for i in found} - set(trained))
+    found = read_labels(source, data.labels, val_dir, few=True)
+    unknown = classes_not_in(found, trained)
     if unknown:
         raise UserError(
-            f"--val_dir {val_dir} has the class {unknown[0]}, which {data.data_dir} does not have (it has "
-            f"{', '.join(trained[:10])}{', ...' if len(trained) > 10 else ''}): remove its images"
+            f"--val_dir {val_dir} has the class {one_line(unknown[0])}, which {data.data_dir} does not have (it has "
+            f"{listed(trained, 10)}): remove its images"
         )
-    index = {name: i for i, name in enumerate(trained)}
-    return [index[names[i]] for i in found]
+    index = class_index(trained)
+    return [index[str(label)] for label in found]
 
 
 def take_guided_process(
@@ -168,7 +175,7 @@ def take_guided_process(
     path = settings.guided.model_path
     if not path:
         return settings, given
-    _, metadata = checkpoint.load(path)
+    path, _, metadata = read(path)
     stored = metadata.get("config", {})
     process = [f.name for f in fields(ProcessConfig)]
     names = sorted({"image_size", "channels", *process})
@@ -179,6 +186,9 @@ def take_guided_process(
         raise UserError(f"--model_path {path} is {KINDS[kind_of(stored)][0]}: a classifier guides an image model")
     stored = {**{f.name: f.default for f in fields(ProcessConfig)}, **stored}  # an older file lacks newer options
     refuse_contradictions(settings.values(), given, path, stored, names)
-    settings = settings.replace(**{name: stored[name] for name in names})
+    try:
+        settings = settings.replace(**{name: stored[name] for name in names})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     logger.log(f"to guide {path}: {', '.join(f'{name}={stored[name]}' for name in names)}")
     return settings, given | set(names)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch as th
 
 from .. import distributed
+from ..checkpoints.description import MAX_STEPS
 from ..config import UserError
 from ..logs import logger
 from .run_log import RunLog
 
+_OTHER = "its parameters are those of another model or of another --precision"
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
 REST = "improved_diffusion"  # the key of everything but the optimizer; other code ignores it
 
 
@@ -43,13 +47,15 @@ class TrainState:
         """The parts that have a state, by name."""
         return {name: part for name, part in self.parts.items() if hasattr(part, "load_state_dict")}
 
-    def state_dict(self, done: int) -> dict[str, Any]:
+    def state_dict(self, done: int, alone: bool = False) -> dict[str, Any]:
         """The optimizer's state dict with the rest under REST, in host memory; {} except on rank 0. Collective.
 
         :param done: training steps done.
+        :param alone: the other ranks do not take part, so that their losses since the last row of the log are missing.
         """
         # Each rank's own sums: added up in another order they would differ in the last bit.
-        meters = distributed.all_gather_object(self.log.meter.state_dict())
+        own = self.log.meter.state_dict()
+        meters = [own] if alone else distributed.all_gather_object(own)
         if distributed.get_rank() != 0:
             return {}
         rest = {
@@ -69,31 +75,31 @@ class TrainState:
         :param lr: the learning rate, which wins over the stored one.
         Returns the steps done and the names of the restored parts. Raises UserError for the state of another model.
         """
-        rest = state.get(REST, {}) if isinstance(state, dict) else {}
+        rest = _checked_rest(state, path)
         done = rest.get("step", named_step)
         self._load_optimizer(state, path, lr)
         restored = []
         for name, part in self.stateful.items():
             if name in rest:
-                part.load_state_dict(rest[name])
+                with _unfit(f"{path}: its {name} does not fit this run"):
+                    part.load_state_dict(rest[name])
                 restored.append(name)
             elif name != "bad_steps":
                 logger.warn(f"{path} has no {name} (another kind of run saved it): that part starts afresh")
         self.log.first_row = rest.get("first_row", done)
-        self._load_meter(rest.get("meters", []))
+        with _unfit(f"{path}: its sums of losses are damaged"):
+            self._load_meter(rest.get("meters", []))
         logger.logkvs(rest.get("unwritten_log", {}))
         return done, restored
 
     def _load_optimizer(self, state: Any, path: str, lr: float) -> None:
         params = [p for group in self.opt.param_groups for p in group["params"]]
-        try:
-            groups = [{**group, **self.opt.defaults, "lr": lr} for group in state["param_groups"]]
-            for index, entry in state["state"].items():  # a parameter without a gradient has no entry
-                if index >= len(params) or entry["exp_avg"].shape != params[index].shape:
-                    raise ValueError("its shapes are those of another model or of another --precision")
-            self.opt.load_state_dict({"state": state["state"], "param_groups": groups})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} does not fit this run's optimizer: {error}") from None
+        own = self.opt.state_dict()["param_groups"]
+        with _unfit(f"{path} does not fit this run's optimizer"):
+            if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
+                raise ValueError(_OTHER)
+            entries = {index: _checked_entry(index, entry, params) for index, entry in state["state"].items()}
+            self.opt.load_state_dict({"state": entries, "param_groups": [{**group, "lr": lr} for group in own]})
 
     def _load_meter(self, meters: Sequence[dict[str, th.Tensor]]) -> None:
         """Each rank gets its own sums back; with another number of ranks, rank 0 gets all of them."""
@@ -104,6 +110,52 @@ class TrainState:
             share = 1.0 if rank == 0 else 0.0
             total = {name: share * th.stack([meter[name] for meter in meters]).sum(0) for name in meters[0]}
             self.log.meter.load_state_dict(total, device)
+
+
+@contextmanager
+def _unfit(problem: str) -> Iterator[None]:
+    """Turn the errors of a state of another form into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{problem}: {reason}; resume from another checkpoint") from None
+
+
+def _checked_entry(index: Any, entry: Mapping[str, Any], params: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
+    """AdamW's state of a parameter; one without a gradient has none. Raises ValueError for another's."""
+    if type(index) is not int or not 0 <= index < len(params):
+        raise ValueError(_OTHER)
+    if not {"step", *_MOMENTS} <= entry.keys() <= {"step", *_MOMENTS, "max_exp_avg_sq"}:
+        raise ValueError(f"it is of another optimizer, with {', '.join(map(str, entry))[:200]!a}")
+    step = entry["step"]  # a whole number in files of older torch
+    if (isinstance(step, th.Tensor) and step.ndim) or not 0 <= float(step) < 2**53:
+        raise ValueError(f"parameter {index} has a step that is not one number, or negative")
+    for name in entry.keys() - {"step"}:
+        moment = entry[name]
+        if not isinstance(moment, th.Tensor) or moment.shape != params[index].shape or not moment.is_floating_point():
+            raise ValueError(_OTHER)
+        if not moment.isfinite().all() or (name.endswith("_sq") and (moment < 0).any()):
+            raise ValueError(f"parameter {index} has a {name} that is not finite, or negative")
+    return {**entry, "step": th.tensor(float(step), dtype=th.float32)}
+
+
+def _checked_rest(state: Any, path: str) -> dict[str, Any]:
+    """What an optimizer's file holds besides; {} for published ones. Raises UserError for what no run writes."""
+    rest = state.get(REST, {}) if isinstance(state, dict) else {}
+    rest = rest if isinstance(rest, dict) else {"step": None}
+    row, meters = rest.get("unwritten_log", {}), rest.get("meters", [])
+    counts = [rest.get(name, 0) for name in ("step", "first_row")]
+    if (
+        not all(type(count) is int and 0 <= count <= MAX_STEPS for count in counts)
+        or not isinstance(meters, list)
+        or not isinstance(row, dict)
+        or not all(isinstance(key, str) and isinstance(value, (int, float)) for key, value in row.items())
+    ):
+        raise UserError(f"{path} is damaged: its state besides the optimizer's is not what a run writes; use another")
+    return rest
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch as th
 
 from .. import distributed
 from ..bound import BoundSummary, stratified_timesteps
+from ..checkpoints.description import is_best
 from ..config import UserError
 from ..data.dataset import selection
 from ..data.low_res import downsample
@@ -152,6 +153,8 @@ class HeldOutImages:
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Restore a state_dict; a best that was measured on other images does not count."""
+        if state["best"] is not None and not is_best(state["best"]):
+            raise ValueError("its best is not a loss, a step and an average")
         if {key: value for key, value in state.items() if key != "best"} == self._identity:
             self.best = state["best"]
         elif state["best"]:

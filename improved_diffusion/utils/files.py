@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,11 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from ..config import UserError
+from ..config import UserError, repeated, shown
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
+_URL_FORMS = ("gs://", "az://", "https://ACCOUNT.blob.core.windows.net/")  # that blobfile reads
+_KNOWN_URL = re.compile(r"gs://|az://|https://\w+\.blob\.core\.windows\.net/")
 MAX_TEXT_BYTES = 2**26  # of a JSON, YAML or CSV file that is read whole
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
@@ -29,7 +32,13 @@ def is_url(path: str | os.PathLike) -> bool:
     return "://" in str(path)
 
 
-def _blobfile():
+def _blobfile(path: str | os.PathLike) -> Any:
+    """The package that reads and writes URLs. Raises UserError for a URL that it does not know."""
+    if not _KNOWN_URL.match(str(path)):
+        raise UserError(
+            f"{path} is a URL that cannot be read: give a local path, without any ://, or a URL that begins with "
+            f"{', '.join(_URL_FORMS)}"
+        )
     try:
         import blobfile
     except ImportError:
@@ -62,12 +71,20 @@ def full_path(path: str | os.PathLike) -> str:
 
 def exists(path: str | os.PathLike) -> bool:
     """Whether the file or folder exists."""
-    return _blobfile().exists(str(path)) if is_url(path) else os.path.exists(path)
+    with _storage("read", path):
+        return _blobfile(path).exists(str(path)) if is_url(path) else os.path.exists(path)
+
+
+def unused(path: str | os.PathLike) -> str:
+    """The path with the first of -2, -3, ... at its end that does not exist."""
+    candidates = (f"{str(path).rstrip('/')}-{number}" for number in itertools.count(2))
+    return next(candidate for candidate in candidates if not exists(candidate))
 
 
 def is_dir(path: str | os.PathLike) -> bool:
     """Whether the path is an existing folder."""
-    return _blobfile().isdir(str(path)) if is_url(path) else os.path.isdir(path)
+    with _storage("read", path):
+        return _blobfile(path).isdir(str(path)) if is_url(path) else os.path.isdir(path)
 
 
 @contextmanager
@@ -78,7 +95,7 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
     except OSError as error:
         raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
     except Exception as error:
-        if is_url(path) and isinstance(error, getattr(_blobfile(), "Error", ())):
+        if is_url(path) and isinstance(error, getattr(_blobfile(path), "Error", ())):
             raise UserError(f"cannot {what} {path}: {error}{advice}") from None
         raise
 
@@ -86,14 +103,14 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
 def list_dir(path: str | os.PathLike) -> list[str]:
     """The sorted names in a folder. Raises UserError if it cannot be read."""
     with _storage("read", path):
-        names = _blobfile().listdir(str(path)) if is_url(path) else os.listdir(path)
+        names = _blobfile(path).listdir(str(path)) if is_url(path) else os.listdir(path)
         return sorted(name.rstrip("/") for name in names)
 
 
 def make_dirs(path: str | os.PathLike) -> None:
     """Create a folder and its parents. Raises UserError if that fails."""
     with _storage("make the folder", path, ": choose another --out_dir"):
-        _blobfile().makedirs(str(path)) if is_url(path) else os.makedirs(path, exist_ok=True)
+        _blobfile(path).makedirs(str(path)) if is_url(path) else os.makedirs(path, exist_ok=True)
 
 
 def open_read(path: str | os.PathLike) -> IO[bytes]:
@@ -101,7 +118,7 @@ def open_read(path: str | os.PathLike) -> IO[bytes]:
     which may have no end."""
     with _storage("read", path):
         if is_url(path):
-            return _blobfile().BlobFile(str(path), "rb", streaming=False)
+            return _blobfile(path).BlobFile(str(path), "rb", streaming=False)
         kind = os.stat(path).st_mode
         if not stat.S_ISREG(kind):
             raise UserError(f"{path} is {'a folder' if stat.S_ISDIR(kind) else 'a pipe or a device'}, not a file")
@@ -123,16 +140,45 @@ def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text of `name`. Raises UserError for text that is not JSON, for numbers that are not finite,
-    and for strings that are not Unicode, which could not be written again."""
+    """The value of a JSON text of `name`.
+
+    Raises UserError for text that is not JSON, for numbers that are not finite, for a name that stands twice in an
+    object, and for strings that are not Unicode, which could not be written again.
+    """
     try:
-        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=_no_name_twice)
         json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except RecursionError:
         raise UserError(f"{name} is not readable JSON: it is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{name} is not readable JSON: {error}") from None
     return value
+
+
+def read_record(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file: plain values by name, see `is_plain`.
+
+    Raises UserError, with the remedy, where the file holds anything else.
+    """
+    text = read_bytes(path, MAX_TEXT_BYTES)
+    with suppress(UserError):
+        content = parse_json(text, str(path))
+        if isinstance(content, dict) and all(map(is_plain, content.values())):
+            return content
+    raise UserError(f"{path} is damaged: {remedy}")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a JSON value is a text, a number, true, false or null, or a list of those."""
+    items = value if isinstance(value, list) else [value]
+    return all(item is None or isinstance(item, (str, int, float)) for item in items)
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise ValueError(f"{shown(repeated(name for name, _ in pairs))} stands there twice")
+    return named
 
 
 def _finite(digits: str) -> float:
@@ -142,6 +188,12 @@ def _finite(digits: str) -> float:
 
 def _not_finite(number: str) -> NoReturn:
     raise ValueError(f"{number} is not a finite number")
+
+
+def size(path: str | os.PathLike) -> int:
+    """The size of a file in bytes. Raises UserError as `open_read` does."""
+    with _storage("read", path), open_read(path) as f:
+        return f.seek(0, os.SEEK_END)
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -156,15 +208,15 @@ def sha256(path: str | os.PathLike) -> str:
 def remove(path: str | os.PathLike) -> None:
     """Remove a file if it exists. Raises UserError if that fails."""
     with _storage("remove", path), suppress(FileNotFoundError):
-        _blobfile().remove(str(path)) if is_url(path) else os.unlink(path)
+        _blobfile(path).remove(str(path)) if is_url(path) else os.unlink(path)
 
 
 def rename(path: str | os.PathLike, new_path: str | os.PathLike) -> None:
     """Rename a file within its folder. Raises UserError if that fails."""
     with _storage("rename", path):
         if is_url(path):
-            _blobfile().copy(str(path), str(new_path), overwrite=True)
-            _blobfile().remove(str(path))
+            _blobfile(path).copy(str(path), str(new_path), overwrite=True)
+            _blobfile(path).remove(str(path))
         else:
             os.replace(path, new_path)
 
@@ -188,7 +240,7 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
         for path, data in contents:
             with _storage("write", path, _ADVICE):
                 if is_url(path):
-                    with _blobfile().BlobFile(str(path), "wb", streaming=False) as f:  # visible once complete
+                    with _blobfile(path).BlobFile(str(path), "wb", streaming=False) as f:  # visible once complete
                         f.write(data)
                 else:
                     target = Path(path)
@@ -286,6 +338,8 @@ def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
     path = os.path.join(os.path.realpath(directory), name)
     held = _locks.setdefault(path, FileLock(path, timeout=0, thread_local=False))
     with _storage("write", path, ": choose another --out_dir"):
+        if held.is_locked and not os.path.exists(path):
+            held.release(force=True)  # somebody has removed the folder, and with it this process's earlier claims
         try:
             held.acquire()
         except Timeout:

@@ -101,7 +101,7 @@ def test_a_truncated_file_is_one_error(saved, share):
     path, _ = saved
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
-    assert "damaged" in one_message(path)
+    assert ("damaged" if share else "empty") in one_message(path)
 
 
 @pytest.mark.parametrize("cut", [1, 22, 100])
@@ -149,7 +149,7 @@ def test_a_hostile_file_is_refused_and_nothing_in_it_runs(tmp_path, kind):
         assert "could run code" in message
 
 
-@pytest.mark.parametrize("content", [th.zeros(3), [1, 2], {"a": 1}, {"model": {"w": th.zeros(2)}}, 5])
+@pytest.mark.parametrize("content", [th.zeros(3), [1, 2], {"a": 1}, {"generator": {"w": th.zeros(2)}}, 5])
 def test_a_file_that_is_no_state_dict_is_one_error(tmp_path, content):
     th.save(content, tmp_path / "x.pt")
     assert "not a model's state dict" in one_message(tmp_path / "x.pt")

@@ -198,6 +198,117 @@ def test_a_damaged_manifest_makes_the_set_before_the_newest(tmp_path, content):
     assert "manifest000002.json is damaged" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"step": Infinity, "files": {}}',
+        '{"step": 1e999, "files": {}}',
+        '{"step": -1, "files": {}}',
+        '{"step": true, "files": {}}',
+        '{"step": "2", "files": {}}',
+        '{"step": 2, "files": []}',
+        '{"step": 2, "files": {"\\ud800": {"bytes": 1, "sha256": "x"}}}',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_manifest_that_cannot_be_is_damaged(tmp_path, content):
+    folder = folder_of_sets(tmp_path / "run", 1, 2)
+    content = content if isinstance(content, bytes) else content.encode()
+    files.write_bytes(os.path.join(folder, "manifest000002.json"), content)
+    warnings = Log()
+    assert read_manifest(folder, 2) is None and newest_whole_set(folder, LABELS, warnings) == 1
+    assert len(warnings) == 1 and "manifest000002.json is damaged" in warnings[0]
+
+
+def with_entry(folder, name, **changes):
+    """The manifest of step 2 lists this too."""
+    path = os.path.join(folder, "manifest000002.json")
+    manifest = json.loads(files.read_bytes(path))
+    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64, **changes}
+    files.write_bytes(path, json.dumps(manifest).encode())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "../run/model000002.pt", "ema_/../../model000002.pt", "ema_..\\x_000002.pt", "model000001.pt",
+     "config.json", "", ".", "model" + "9" * 5000 + ".pt", "model000002.pt\n"],
+)  # fmt: skip
+def test_a_manifest_lists_plain_files_of_its_set_alone(tmp_path, name):
+    folder = folder_of_sets(tmp_path / "run", 1, 2)
+    with_entry(folder, name)
+    assert read_manifest(folder, 2) is None and newest_whole_set(folder, LABELS, Log()) == 1
+    before = names(folder)
+    prune(folder, 2, 1, 0)
+    assert "model000002.pt" in names(folder) and "config.json" in names(folder) and before != names(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"bytes": -1}, {"bytes": 10**30}, {"bytes": 1.5}, {"bytes": True}, {"sha256": "x"}, {"sha256": None}]
+)
+def test_a_manifest_holds_sizes_and_checksums(tmp_path, changes):
+    folder = folder_of_sets(tmp_path / "run", 1, 2)
+    with_entry(folder, "model000002.pt", **changes)
+    assert read_manifest(folder, 2) is None and newest_whole_set(folder, LABELS, Log()) == 1
+
+
+def test_a_file_of_another_size_is_not_read(tmp_path, monkeypatch):
+    folder = folder_of_sets(tmp_path / "run", 1, 2)
+    os.truncate(os.path.join(folder, "model000002.pt"), 2**33)  # takes no space on the disk
+    digest, read = files.sha256, []
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or digest(path))
+    assert newest_whole_set(folder, LABELS, Log()) == 1
+    assert read and os.path.join(folder, "model000002.pt") not in read
+
+
+@pytest.mark.parametrize("name", ["model000002.pt", "opt000002.pt", "manifest000002.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "broken link"])
+def test_what_is_no_plain_file_makes_the_set_before_the_newest(tmp_path, kind, name):
+    folder = folder_of_sets(tmp_path / "run", 1, 2)
+    path = os.path.join(folder, name)
+    os.remove(path)
+    {
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+        "device": lambda path: os.symlink("/dev/zero", path),
+        "broken link": lambda path: os.symlink("nowhere", path),
+    }[kind](path)
+    warnings = Log()
+    assert newest_whole_set(folder, LABELS, warnings) == 1
+    assert len(warnings) == 1 and path in warnings[0]
+
+
+@pytest.mark.parametrize("labels", [LABELS, []])
+@pytest.mark.parametrize("missing", ["model000002.pt", "opt000002.pt", "ema_0.9_000002.pt", "manifest000002.json"])
+def test_a_set_without_a_part_is_skipped_aloud(tmp_path, missing, labels):
+    folder = folder_of_sets(tmp_path / "run", 1, 2)
+    os.remove(os.path.join(folder, missing))
+    warnings = Log()
+    assert newest_whole_set(folder, labels, warnings) == 1
+    assert len(warnings) == 1 and f"{os.path.join(folder, missing)} is missing" in warnings[0]
+
+
+def test_many_skipped_sets_are_a_few_lines(tmp_path):
+    folder = folder_of_sets(tmp_path / "run", *range(1, 31))
+    for step in range(2, 31):
+        os.remove(os.path.join(folder, checkpoint.ema_name("0.9", step)))
+    warnings = Log()
+    assert newest_whole_set(folder, LABELS, warnings) == 1
+    assert len(warnings) == sets.MAX_WARNED + 1 and str(29 - sets.MAX_WARNED) in warnings[-1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[" * 10**5, "[]", "5", '{"config": 5}', '{"config": {"ema_rate": [1]}}', '{"config": {"ema_rate": NaN}}'],
+)
+def test_a_damaged_config_of_a_run_is_one_error(tmp_path, content):
+    folder = folder_of_sets(tmp_path / "run", 1)
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is damaged.*remove it") as error:
+        sets.average_labels(folder, 1)
+    assert str(error.value).isprintable()
+
+
 def test_where_no_set_is_whole_there_is_none(tmp_path):
     folder = folder_of_sets(tmp_path / "run", 1)
     os.truncate(os.path.join(folder, "opt000001.pt"), 10)
@@ -328,6 +439,78 @@ def test_a_set_waits_for_the_one_before(tmp_path):
         made.submit(step, step, parts(step))
     made.finish()
     assert complete_sets(str(tmp_path), LABELS) == [3, 4] and len(log) == 5
+
+
+def test_the_set_before_the_newest_stays_until_the_run_goes_on(tmp_path):
+    """Whether the newest one's weights work is known only after another step."""
+    made, _, _ = writer(tmp_path, keep_last=1)
+    for step in range(4):
+        made.submit(step, step, parts(step))
+        made.wait()
+        assert complete_sets(str(tmp_path), LABELS) == [step - 1, step][step == 0 :]
+    made.finish(prune=False)
+    assert complete_sets(str(tmp_path), LABELS) == [2, 3]
+    made.finish()
+    assert complete_sets(str(tmp_path), LABELS) == [3]
+
+
+def test_the_newest_set_before_a_step_is_known(tmp_path):
+    made, _, _ = writer(tmp_path)
+    assert made.last_before(9) is None
+    for step in (2, 4):
+        made.submit(step, step + 1, parts(step))
+    made.finish()
+    found = {done: made.last_before(done) for done in (3, 4, 5, 6)}
+    two, four = (str(tmp_path / f"model00000{step}.pt") for step in (2, 4))
+    assert found == {3: None, 4: two, 5: two, 6: four}
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_what_a_failed_save_has_left_is_removed_after_the_next(tmp_path, monkeypatch, at):
+    folder = folder_of_sets(tmp_path / "run", 1)
+    (tmp_path / "run/model000005.pt").write_bytes(b"of other code")
+    made, _, _ = writer(folder)
+    replace, left = os.replace, [at]
+
+    def fail(source, target):
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        replace(source, target)
+
+    for step in (2, 5):
+        with monkeypatch.context() as patch:
+            left[0] = at
+            patch.setattr(os, "replace", fail)
+            made.submit(step, step, parts(step))
+            made.wait()
+    kept = names(folder)
+    made.submit(6, 6, parts(6))
+    made.finish()
+    assert complete_sets(folder, LABELS) == [1, 6] and made.partial == set()
+    assert {name for name in kept if not name.endswith(("2.pt", "5.pt"))} < set(names(folder))
+    assert not [name for name in names(folder) if name.endswith(("2.pt", "5.pt")) and name != "model000005.pt"]
+    assert "model000005.pt" in names(folder)  # it was there before
+
+
+def test_a_save_that_is_given_up_leaves_nothing(tmp_path, monkeypatch):
+    began, go_on, to_bytes = threading.Event(), threading.Event(), checkpoint.to_bytes
+
+    def slow(part):
+        began.set()
+        assert go_on.wait(30)
+        return to_bytes(part)
+
+    monkeypatch.setattr(checkpoint, "to_bytes", slow)
+    made, _, warnings = writer(tmp_path)
+    made.submit(1, 1, parts(1))
+    assert began.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    made.close()
+    assert made.thread is None and names(tmp_path) == [] and warnings == []
+    made.submit(2, 2, parts(2))
+    made.finish()
+    assert complete_sets(str(tmp_path), LABELS) == [2]
 
 
 def failing(monkeypatch, times):

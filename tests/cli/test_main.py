@@ -12,6 +12,7 @@ from improved_diffusion import __version__
 from improved_diffusion.cli.command import Command, CommandGroup
 from improved_diffusion.cli.main import COMMANDS, dispatch
 from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import commands_with
 
 
 def run_module(*args, cwd):
@@ -35,6 +36,20 @@ def test_every_command_exists_and_a_script_runs_it():
         command = import_module(f"improved_diffusion.cli.{module}").COMMAND
         assert isinstance(command, (Command, CommandGroup)), name
         assert f"improved_diffusion.cli.{module} import" in (ROOT / "scripts" / f"{module}.py").read_text()
+
+
+def test_the_commands_that_have_an_option():
+    commands = {
+        name: import_module(f"improved_diffusion.cli.{module}").COMMAND for name, (module, _) in COMMANDS.items()
+    }
+    parts = {
+        name: list(command.commands.values()) if isinstance(command, CommandGroup) else [command]
+        for name, command in commands.items()
+    }
+    options = {name: {option for part in each for option in part.settings.options()} for name, each in parts.items()}
+    for option in set().union(*options.values()):
+        assert commands_with(option) == [name for name in COMMANDS if option in options[name]]
+    assert commands_with("absent") == []
 
 
 def test_the_first_word_names_the_command(capsys, monkeypatch):

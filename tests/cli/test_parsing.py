@@ -1,6 +1,8 @@
 """Command lines to settings: help, words, lists, and what is refused."""
 
+import os
 import re
+import time
 from dataclasses import dataclass, fields
 
 import pytest
@@ -9,7 +11,7 @@ from improved_diffusion.cli.image_edit import COMMAND as EDIT
 from improved_diffusion.cli.image_sample import COMMAND as SAMPLE
 from improved_diffusion.cli.parsing import parse, split_lists
 from improved_diffusion.config import EditConfig, ImagesConfig, RunConfig, SamplerConfig, UserError
-from improved_diffusion.config.settings import ImageSampling, Settings
+from improved_diffusion.config.settings import ImageSampling, ImageTraining, Settings
 
 COMMANDS = {"sample": SAMPLE, **EDIT.commands}
 
@@ -145,3 +147,129 @@ def test_every_combination_is_checked(argv, culprits):
     with pytest.raises(UserError) as error:
         sweep(*argv)
     assert all(culprit in str(error.value) for culprit in culprits)
+
+
+# Files from strangers
+
+
+def write(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return ["--config", str(tmp_path / name)]
+
+
+BOMB = "lr:\n  - &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"  - &{chr(98 + i)} [{','.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(8)
+)
+
+
+@pytest.mark.parametrize("name, content, culprit", [
+    ("c.yaml", BOMB, "aliases"),
+    ("c.yaml", "lr: &a 1\nseed: *a\n", "aliases"),
+    ("c.yaml", "a: &a [*a]\n", "aliases"),
+    ("c.yaml", "[" * 100_000, "nested"),
+    ("c.yaml", "lr: " + "[" * 100_000, "nested"),
+    ("c.yaml", "- " * 100_000, "nested"),
+    ("c.json", "[" * 100_000, "nested"),
+    ("c.json", '{"lr":' * 100_000, "nested"),
+    ("c.yaml", "seed: 1\nlr: 2\nseed: 3\n", "'seed' stands there twice"),
+    ("c.json", '{"seed": 1, "lr": 2, "seed": 3}', "'seed' stands there twice"),
+    ("c.yaml", "x" * 2**21, "more than"),
+    ("c.yaml", "", "names and values"),
+    ("c.yaml", "# nothing\n", "names and values"),
+    ("c.json", "", "not readable"),
+    ("c.yaml", "- lr\n", "names and values"),
+    ("c.json", "[1]", "names and values"),
+    ("c.json", "null", "names and values"),
+    ("c.yaml", "lr:\t1\n\tseed: 2\n", "cannot be read"),
+    ("c.yaml", "a: b: c", "cannot be read"),
+    ("c.yaml", "? [a]\n: 1\n", "cannot be read"),
+    ("c.yaml", "lr: 1\n---\nlr: 2\n", "cannot be read"),
+    ("c.yaml", b"data_dir: caf\xe9\n", "UTF-8"),
+    ("c.yaml", "lr: 1\n".encode("utf-16"), "UTF-8"),
+    ("c.json", b'{"data_dir": "caf\xe9"}', "not readable"),
+    ("c.json", '{"data_dir": "\\ud800"}', "not readable"),
+    ("c.json", '{"lr": NaN}', "NaN"),
+    ("c.json", '{"lr": 1e999}', "1e999"),
+    ("c.json", '{"lr": ' + "9" * 10_000 + "}", "not readable"),
+    ("c.yaml", "lr:\n", "--lr None"),
+    ("c.yaml", "data_dir: ~\n", "--data_dir None"),
+    ("c.yaml", "ema_rate: [0.9, null]\n", "--ema_rate"),
+    ("c.json", '{"data_dir": null}', "--data_dir None"),
+    ("c.yaml", "seed: {a: 1}\n", "--seed"),
+    ("c.yaml", "lr: .nan\n", "--lr"),
+    ("c.yaml", "!!python/object/apply:os.system ['touch trace']", "names and values"),
+    ("c.yaml", "<<: {lr: 1}\n", "'<<'"),
+    ("c.yaml", "1: 2\n", "'1'"),
+    ("c.json", '{"lr": ' + "[" * 500 + "]" * 500 + "}", "--lr"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_one_short_message(tmp_path, name, content, culprit):
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        parse(ImageTraining, write(tmp_path, name, content))
+    assert culprit in str(error.value) and len(str(error.value)) < 2000 and str(error.value).isprintable()
+    assert "--" in culprit or name in str(error.value)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="pipe"):
+        parse(ImageTraining, ["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "d.yaml").mkdir()
+    with pytest.raises(UserError, match="folder"):
+        parse(ImageTraining, ["--config", str(tmp_path / "d.yaml")])
+
+
+@pytest.mark.parametrize("yaml, name, expected", [
+    ("lr: 1e-4", "lr", 1e-4), ("max_steps: 1e6", "max_steps", 10**6), ("image_size: 48x64", "image_size", "48x64"),
+    ("image_size: [48, 64]", "image_size", "48x64"), ("data_dir: yes", "data_dir", "yes"),
+    ("data_dir: 2024-01-01", "data_dir", "2024-01-01"), ("data_dir: 012", "data_dir", "012"),
+    ("data_dir: 12:30", "data_dir", "12:30"), ("learn_sigma: yes", "learn_sigma", True),
+    ("learn_sigma: off", "learn_sigma", None), ("ema_rate: [0.99, 0.9999]", "ema_rate", "0.99,0.9999"),
+    ("ema_rate:\n- 0.99\n- 0.9999", "ema_rate", "0.99,0.9999"), ("channel_mult: [1,2,2]", "channel_mult", "1,2,2"),
+    ("ema_rate: 0.90", "ema_rate", "0.90"), ("data_dir: ''", "data_dir", ""), ("data_dir: 'null'", "data_dir", "null"),
+    ("\ufeffseed: 3", "seed", 3), ("data_dir: \u732b", "data_dir", "\u732b"),
+])  # fmt: skip
+def test_a_yaml_value_is_what_it_is_on_the_command_line(tmp_path, yaml, name, expected):
+    argv = write(tmp_path, "c.YAML", yaml)
+    if expected is None:
+        with pytest.raises(UserError, match=f"--{name}"):
+            parse(ImageTraining, argv)
+    else:
+        assert parse(ImageTraining, argv).settings.values()[name] == expected
+
+
+@pytest.mark.parametrize("json, name, expected", [
+    ('{"ema_rate": [0.99, 0.9999]}', "ema_rate", "0.99,0.9999"), ('{"image_size": [48, 64]}', "image_size", "48x64"),
+    ('{"max_steps": 1e6}', "max_steps", 10**6), ('\ufeff{"seed": 3}', "seed", 3),
+    ('{"channel_mult": [1, 2, 2]}', "channel_mult", "1,2,2"),
+])  # fmt: skip
+def test_json_lists_are_lists(tmp_path, json, name, expected):
+    assert parse(ImageTraining, write(tmp_path, "c.json", json)).settings.values()[name] == expected
+
+
+def test_classes_are_a_list(tmp_path):
+    for name, text in (("c.yaml", "classes: [cat, dog]"), ("c.json", '{"classes": ["cat", "dog"]}')):
+        assert parse(ImageSampling, write(tmp_path, name, text)).settings.sample.classes == "cat,dog"
+    with pytest.raises(UserError, match=r"--classes .* comma"):
+        parse(ImageSampling, write(tmp_path, "c.yaml", "classes: ['cat, black']"))
+
+
+@pytest.mark.parametrize("kind, option, command", [
+    (ImageSampling, "max_steps", "train"), (ImageTraining, "num_samples", "sample"), (ImageTraining, "mask", "edit"),
+    (ImageSampling, "features", "evaluate"), (ImageTraining, "sigma_rel", "posthoc-ema"),
+])  # fmt: skip
+def test_an_option_of_another_command_is_named_with_the_command(tmp_path, kind, option, command):
+    for argv in ([f"--{option}", "1"], [f"--{option}=1"], write(tmp_path, "c.yaml", f"{option}: 1")):
+        with pytest.raises(UserError, match=rf"unknown .*{option}.* is an option of .*\b{command}\b"):
+            parse(kind, argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--" + "x" * 10**6, "1"], ["x" * 10**6], ["--lr", "x" * 10**6], ["--lr\n\x1b[2J", "1"]]
+)
+def test_what_is_wrong_is_shown_short_and_without_control_characters(argv):
+    with pytest.raises(UserError) as error:
+        parse(ImageTraining, argv)
+    assert len(str(error.value)) < 2000 and str(error.value).isprintable()

@@ -332,7 +332,9 @@ def test_labels_out_of_range_in_json(place, tmp_path):
     refused(result, "labels.json", "must not be negative, found -1")
     (tmp_path / "labels.json").write_text(json.dumps({path.name: 7 for path in place.data.iterdir()}))
     args = [*place.training, "--labels", "labels.json", "--num_classes", 5]
-    refused(call("image_train", *args, cwd=tmp_path), "has 8 classes, more than --num_classes 5")
+    refused(
+        call("image_train", *args, cwd=tmp_path), "labels.json are 7, which does not fit the 5 classes of --num_classes"
+    )
 
 
 def test_a_class_that_the_model_does_not_know(place, tmp_path):
@@ -380,9 +382,9 @@ def test_a_checkpoint_of_the_other_kind_of_model(place, tmp_path):
 
 
 def test_no_checkpoint(place, tmp_path):
-    refused(python("image_sample", cwd=tmp_path), "--model_path is missing: name a checkpoint")
+    refused(python("image_sample", cwd=tmp_path), "--model_path is missing")
     gone = place.run / "ema_0.9999_000009.pt"
-    refused(call("image_sample", "--model_path", gone, cwd=tmp_path), f"cannot read {gone}: No such file or directory")
+    refused(call("image_sample", "--model_path", gone, cwd=tmp_path), f"--model_path {gone} does not exist")
 
 
 def test_truncated_checkpoint(place, own_run, tmp_path):
@@ -510,7 +512,7 @@ def test_training_into_the_folder_of_an_earlier_run(place, tmp_path):
 
 def test_sampling_into_the_folder_of_other_samples(place, tmp_path):
     result = call("image_sample", *place.sampling, "--num_samples", 2, "--seed", 7, cwd=tmp_path)
-    refused(result, f"{place.samples} holds samples made with seed 0, not 7", "another --out_dir")
+    refused(result, f"{place.samples} holds samples of --seed 0, but this command has --seed 7", "another --out_dir")
 
 
 # The machine
@@ -604,7 +606,7 @@ def test_samples_of_a_checkpoint_that_has_changed_are_not_passed_off_as_new(prep
     state = th.load(model, weights_only=True)
     state["out.2.bias"] += 0.1
     th.save(state, model)
-    refused(call("image_sample", *sampling, cwd=tmp_path), "holds samples made with model_sha256", "another --out_dir")
+    refused(call("image_sample", *sampling, cwd=tmp_path), "holds samples of another model file", "another --out_dir")
 
 
 def test_samples_of_a_foreign_checkpoint_by_other_flags_are_not_passed_off_as_new(prepared, tmp_path):
@@ -614,7 +616,7 @@ def test_samples_of_a_foreign_checkpoint_by_other_flags_are_not_passed_off_as_ne
     sampling = ["--model_path", tmp_path / "foreign.pt", *flags, "--num_samples", 2, "--out_dir", "samples"]
     call("image_sample", *sampling, cwd=tmp_path).succeed()
     result = call("image_sample", *sampling, "--noise_schedule", "cosine", cwd=tmp_path)
-    refused(result, "samples made with noise_schedule", "cosine")
+    refused(result, "samples of --noise_schedule", "cosine")
 
 
 def test_negative_seed(prepared, tmp_path):
@@ -630,10 +632,3 @@ def test_unknown_log_format(prepared, tmp_path):
     environment = {"OPENAI_LOG_FORMAT": "stdout,xml"}
     result = call("image_train", *prepared.training, "--out_dir", "run", cwd=tmp_path, env=environment)
     refused(result, "OPENAI_LOG_FORMAT", "'xml'", "csv")
-
-
-def test_integer_labels_out_of_all_proportion(prepared, tmp_path):
-    names = sorted(path.name for path in prepared.data.iterdir())
-    (tmp_path / "labels.json").write_text(json.dumps({name: 10**9 + i % 2 for i, name in enumerate(names)}))
-    result = call("image_train", *prepared.training, "--labels", "labels.json", cwd=tmp_path)
-    refused(result, "labels.json", "1000000001", "from 0")

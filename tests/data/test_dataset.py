@@ -20,8 +20,9 @@ from script_helpers import write_images
 from improved_diffusion import distributed
 from improved_diffusion.config import UserError
 from improved_diffusion.data import dataset as dataset_module
+from improved_diffusion.data.classes import read_classes
 from improved_diffusion.data.dataset import ImageDataset, selection
-from improved_diffusion.data.sources import open_images, read_classes
+from improved_diffusion.data.sources import open_images
 from improved_diffusion.data.stream import BatchStream, load_data
 from improved_diffusion.nn import NULL_LABEL
 from improved_diffusion.utils import images
@@ -296,7 +297,7 @@ NAMED_TABLE = {f"{i:03d}.png": ["dog", "cat", "ant"][i % 3] for i in range(10)}
         ({"labels": list(LABEL_TABLE.items())}, ["0", "1", "2"], [0, 1, 2]),
         (NAMED_TABLE, ["ant", "cat", "dog"], [2, 1, 0]),
         ({**LABEL_TABLE, "elsewhere.png": 5}, ["0", "1", "2"], [0, 1, 2]),
-        ({**LABEL_TABLE, "009.png": 7}, [str(i) for i in range(8)], [0, 1, 2]),
+        ({**LABEL_TABLE, "009.png": 7}, ["0", "1", "2", "7"], [0, 1, 2]),
     ],
 )  # fmt: skip
 def test_classes_from_a_json_file(folder, tmp_path, content, names, first):
@@ -364,7 +365,7 @@ def test_grey_and_alpha_become_rgb_unless_channels_are_given(tmp_path):
     assert (batch[2:, 0] == batch[2:, 1]).all() and (batch[2:, 0] == batch[2:, 2]).all()
 
 
-@pytest.mark.parametrize("has, channels", [(3, 1), (1, 4), (4, 1)])
+@pytest.mark.parametrize("has, channels", [(3, 1), (4, 1), (3, 2), (4, 2)])
 def test_images_that_do_not_fit_the_channels_are_named_before_training(tmp_path, has, channels):
     write(tmp_path, RNG.integers(0, 256, (4, 8, 8, channels), dtype=np.uint8), "a{i}.png")
     write(tmp_path, RNG.integers(0, 256, (1, 8, 8, has), dtype=np.uint8), "b.png")
@@ -403,14 +404,22 @@ def test_one_unreadable_image_in_a_hundred_is_left_out(tmp_path, how, kind):
     assert len({image.numpy().tobytes() for image in seen}) == 99
 
 
-def test_more_unreadable_images_are_an_error_that_names_them(tmp_path):
-    source = hundred(tmp_path)
-    for name in ("007.png", "042.png"):
-        damage(os.path.join(source, name), "cut")
-    with pytest.raises(UserError) as error:
-        stream(source, image_size=8)
-    message = str(error.value)
-    assert "2 of 100 images are unreadable" in message and "007.png" in message and "042.png" in message
+@pytest.mark.parametrize("total, bad, skipped", [
+    (100, 5, True), (100, 6, False), (10, 5, True), (8, 4, True), (8, 5, False), (3, 1, True), (3, 2, False),
+    (1, 1, False), (700, 7, True), (700, 8, False),
+])  # fmt: skip
+def test_a_few_unreadable_images_are_left_out_and_more_are_an_error_that_names_them(tmp_path, total, bad, skipped):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(total):
+        (folder / f"{i:03d}.png").write_bytes(b"hello" if i < bad else images.encode_png(PICTURES[i % 10]))
+    if skipped:
+        data = stream(folder, 1, image_size=16)
+        assert data.num_images == total - bad and len(data.skipped_names()) == bad
+        next(data)
+        return
+    with pytest.raises(UserError, match=rf"{bad} of {total} images are unreadable.*000\.png"):
+        stream(folder, 1, image_size=16)
 
 
 def test_checking_leaves_the_warnings_filters_as_they_were(tmp_path):
@@ -428,9 +437,10 @@ def test_of_very_many_images_an_even_selection_is_read_beforehand(tmp_path, monk
     assert batch.shape[0] == 100 and (batch[42] == batch[43]).all()
     take(data, 2)
     assert len(re.findall(r"042\.png is not a readable image.*another image is used", capsys.readouterr().out)) == 1
-    damage(os.path.join(source, "007.png"), "text")
+    for i in (7, 8, 9, 30, 31):
+        damage(os.path.join(source, f"{i:03d}.png"), "text")
     data = stream(source, 100, image_size=8, deterministic=True)
-    with pytest.raises(UserError, match=r"2 of 100 images.*007\.png is not a readable.*042\.png is not a readable"):
+    with pytest.raises(UserError, match=r"6 of 100 images.*007\.png is not a readable.*008\.png is not a readable"):
         next(data)
 
 

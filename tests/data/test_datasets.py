@@ -22,7 +22,7 @@ from PIL import Image
 
 from improved_diffusion import image_datasets
 from improved_diffusion.config import UserError
-from improved_diffusion.data import sources
+from improved_diffusion.data import classes, sources
 from improved_diffusion.logs import logger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_digits_again_changes_nothing_and_they_are_training_data(run, tmp_path, 
     assert "is complete already" in capsys.readouterr().out
     assert modified_ns(tmp_path / "train") == before
     source = sources.open_images(str(tmp_path / "train"))
-    labels, names = sources.read_classes(source, "prefix", str(tmp_path))
+    labels, names = classes.read_classes(source, "prefix", str(tmp_path))
     assert len(source) == 1500 and names == list("0123456789")
     array, out = image_datasets.ImageDataset(8, source, labels, channels=1)[0]
     assert array.shape == (1, 8, 8) and out["y"] == 0

@@ -28,7 +28,7 @@ def place(tmp_path_factory):
 
 def inputs_of(place, **paths):
     settings = Scoring.of({"features": str(place / "features.pt"), **{k: str(place / v) for k, v in paths.items()}})
-    return Inputs.of(settings.evaluation, settings.features)
+    return Inputs.of(settings.evaluation, settings.features, settings.reading)
 
 
 # What is read
@@ -121,6 +121,7 @@ def test_real_images_are_prepared_as_in_the_models_training():
         (dict(image_size="8x12", channels=1), {}, ("8x12", False)),
         (dict(image_size=8, channels=3), {"resize": "16"}, ("16", True)),
         (dict(image_size=8, channels=1), {"colour": True}, ("8", True)),
+        (dict(image_size=8, channels=4), {}, ("8", True)),
     ):
         features = prepare_like_training(Scoring.of({**model, **given}), "m.pt", 40)
         assert (features.resize, features.colour) == expected
@@ -131,7 +132,6 @@ def test_real_images_are_prepared_as_in_the_models_training():
     [
         ({}, 39, "--num_samples 39: at least 40 are needed"),
         ({"print_steps": True}, 50, "--print_steps draws no samples"),
-        ({"channels": 4}, 50, r"draws an alpha channel \(--channels 4\)"),
     ],
 )
 def test_samples_that_could_not_be_evaluated_are_not_drawn(options, count, message):
@@ -156,7 +156,7 @@ def test_a_network_is_tried_on_what_the_model_will_draw(place, monkeypatch):
     settings = Scoring.of({
         "features": str(place / "features.pt"), "reference": str(place / "real"), "image_size": 8, "channels": 3,
     })  # fmt: skip
-    inputs = Inputs.of(settings.evaluation, prepare_like_training(settings, "a.pt", 40))
+    inputs = Inputs.of(settings.evaluation, prepare_like_training(settings, "a.pt", 40), settings.reading)
     seen, plain = [], evaluator.FeatureNetwork.__call__
     monkeypatch.setattr(
         evaluator.FeatureNetwork,

@@ -9,12 +9,13 @@ from feature_helpers import write_script
 from PIL import Image
 
 from improved_diffusion import distributed
-from improved_diffusion.config import UserError
+from improved_diffusion.config import RESIZE_MODES, ReadingConfig, UserError
 from improved_diffusion.data.dataset import selection
 from improved_diffusion.evaluation import feature_sets
 from improved_diffusion.evaluation.feature_sets import FeatureSet, ImageSet, extract
 from improved_diffusion.evaluation.features import FeatureNetwork
 from improved_diffusion.utils import images
+from improved_diffusion.utils.resizing import PREPARED, resize, resize_crop
 
 N, SIDE = 45, 8
 
@@ -225,26 +226,53 @@ def test_an_image_of_another_size_is_named_and_may_be_resized_as_in_training(tmp
         UserError, match=r"044\.png is 20x13, but the first image of --images .*odd is 8x8: give --resize"
     ):
         ImageSet(str(tmp_path / "odd"), "--images").take(range(N))
-    for resize, size in (("8", (8, 8)), ("6x10", (6, 10))):
-        image_set = ImageSet(str(tmp_path / "odd"), "--images", resize)
+    for text, size in (("8", (8, 8)), ("6x10", (6, 10))):
+        image_set = ImageSet(str(tmp_path / "odd"), "--images", text)
         taken = image_set.take([0, 44])
         for i, name in enumerate(("000", "044")):
             with Image.open(tmp_path / "odd" / f"{name}.png") as image:
-                np.testing.assert_array_equal(taken[i], np.asarray(images.resize_crop(image, size)))
+                np.testing.assert_array_equal(taken[i], np.asarray(resize_crop(image, size)))
         assert image_set.describe()["image_size"] == f"{size[0]}x{size[1]}"
 
 
-def test_alpha_is_refused(tmp_path):
-    images.save_npz(str(tmp_path / "alpha.npz"), pictures(channels=4))
-    with pytest.raises(UserError, match=r"alpha\.npz\[0\] has an alpha channel.*: convert the images to RGB"):
-        ImageSet(str(tmp_path / "alpha.npz"), "--images").take([0])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_becomes_the_background(tmp_path, channels):
+    array = pictures(channels=channels)
+    array[0, ..., -1] = 0
+    images.save_npz(str(tmp_path / "alpha.npz"), array)
+    for background, level in (("white", 255), ("black", 0)):
+        image_set = ImageSet(str(tmp_path / "alpha.npz"), "--images", reading=ReadingConfig(background=background))
+        assert image_set.channels == channels - 1
+        assert (image_set.take([0]) == level).all()
 
 
-def test_sixteen_bits_are_refused(tmp_path):
+def test_sixteen_bits_are_scaled(tmp_path):
     write_folder(tmp_path / "deep", pictures(44, channels=1))
-    Image.fromarray(np.full((SIDE, SIDE), 1000, np.uint16)).save(tmp_path / "deep" / "044.png")
-    with pytest.raises(UserError, match=r"044\.png has more than 8 bits per channel"):
-        ImageSet(str(tmp_path / "deep"), "--images").take(range(N))
+    Image.fromarray(np.full((SIDE, SIDE), 257 * 100, np.uint16)).save(tmp_path / "deep" / "044.png")
+    assert (ImageSet(str(tmp_path / "deep"), "--images").take([44]) == 100).all()
+
+
+def test_images_that_lie_on_their_side_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = write_folder(tmp_path / "turned", pictures())
+    for path in folder.iterdir():
+        with Image.open(path) as image:
+            image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    np.testing.assert_array_equal(ImageSet(str(folder), "--images").take(range(N)), pictures())
+
+
+@pytest.mark.parametrize("mode", RESIZE_MODES)
+def test_references_are_prepared_as_the_training_images(tmp_path, network, mode):
+    folder = write_folder(tmp_path / "wide", pictures(N, 24, 40))
+    reading = ReadingConfig(resize_mode=mode, background="red")
+    image_set = ImageSet(str(folder), "--images", "16x16", reading=reading)
+    taken = image_set.take(range(N))
+    for i in range(3):
+        with Image.open(folder / f"{i:03d}.png") as image:
+            np.testing.assert_array_equal(taken[i], np.asarray(resize(image, (16, 16), reading, key=(0, i))))
+    np.testing.assert_array_equal(taken, image_set.take(range(N)))
+    assert extract(image_set, network, 7, "x").about["prepared"] == PREPARED[mode]
 
 
 @pytest.mark.parametrize("which", [0, 30])
@@ -302,6 +330,6 @@ def test_probabilities_are_computed_where_they_are_wanted(tmp_path, network):
 
 def test_images_that_have_the_size_already_are_not_called_resized(tmp_path, network):
     images.save_npz(str(tmp_path / "images.npz"), pictures())
-    for resize, prepared in (("8", "as they are"), ("6", "resized and centre-cropped")):
-        image_set = ImageSet(str(tmp_path / "images.npz"), "--images", resize)
+    for text, prepared in (("8", "as they are"), ("6", "resized and centre-cropped")):
+        image_set = ImageSet(str(tmp_path / "images.npz"), "--images", text)
         assert extract(image_set, network, 7, "x").about["prepared"] == prepared

@@ -23,10 +23,17 @@ def test_other_files_beside_a_description_are_not_what_it_is_of(name, tmp_path):
     assert provenance.made_by(str(tmp_path / name)) is None
 
 
-@pytest.mark.parametrize("wrong", ["{", "3", "[1]", "null", "[" * 200_000])
+DAMAGED = [
+    "", "{", "3", "[1]", "null", '"x"', "[" * 200_000, '{"a":' * 200_000, '{"steps": NaN}', '{"steps": 1e999}',
+    '{"steps": {"a": 1}}', '{"steps": [[1]]}', '{"model_path": "\\ud800"}', '{"steps": 1, "steps": 2}',
+    '{"steps": ' + "9" * 10_000 + "}", b"\xff\xfe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_description_that_is_damaged_is_named(wrong, tmp_path):
     assert provenance.made_by(str(tmp_path / "samples")) is None
-    (tmp_path / "samples.json").write_text(wrong)
+    (tmp_path / "samples.json").write_bytes(wrong if isinstance(wrong, bytes) else wrong.encode())
     with pytest.raises(UserError, match=r"samples\.json is damaged: remove it, if the report need not say"):
         provenance.made_by(str(tmp_path / "samples"))
 
@@ -42,6 +49,9 @@ def test_a_description_that_is_damaged_is_named(wrong, tmp_path):
         ({"sampler": "plms", "steps": 25}, {"evaluations": 26}),
         ({"sampler": "another", "steps": 25}, {}),
         ({"sampler": "ddim", "steps": "25"}, {}),
+        ({"sampler": "ddim", "steps": True}, {}),
+        ({"sampler": ["ddim"], "steps": 25}, {}),
+        ({"model_path": None}, {}),
         ({}, {}),
     ],
 )
@@ -65,5 +75,5 @@ def test_samples_behind_a_url_are_reported_here(monkeypatch):
         assert provenance.report_folder(path) == "runs/samples_report"
     beside = {"gs://bucket/a/samples.json": json.dumps(REQUEST).encode()}
     monkeypatch.setattr(files, "exists", beside.__contains__)
-    monkeypatch.setattr(files, "read_bytes", beside.__getitem__)
+    monkeypatch.setattr(files, "read_bytes", lambda path, limit: beside[path])
     assert provenance.made_by("gs://bucket/a/samples/")["average"] == "0.99"

@@ -134,6 +134,13 @@ def test_images_are_no_statistics(tmp_path):
     (published(about=np.array("[1]")), "has a damaged description"),
     (published(about=np.array('"text"')), "has a damaged description"),
     (published(about=np.zeros(3)), "has a damaged description"),
+    *((published(about=np.array(about)), "has a damaged description") for about in (
+        '{"count": NaN}', '{"count": 1.5}', '{"count": true}', '{"count": -1}', '{"count": 0}', '{"name": 3}',
+        "[" * 200_000,
+        '{"name": {"a": 1}}', '{"name": "\\ud800"}', '{"images": null}', '{"features": []}', '{"size": [[1]]}',
+        '{"features_sha256": 1}', '{"count": ' + "9" * 5000 + "}",
+    )),
+    (published(mu=np.zeros(0), sigma=np.zeros((0, 0))), "has mu of (0,)"),
     ({"features": numbers(10, 6)}, "has neither mu and sigma, of features, nor arr_0, of images"),
 ])  # fmt: skip
 def test_a_damaged_reference_is_named(tmp_path, arrays, culprit):
@@ -234,7 +241,15 @@ def test_published_statistics_that_do_not_say_how_they_were_made_are_doubted():
     (dict(mu=np.full(6, 1e200)), "numbers that are out of range"),
     (dict(features=np.zeros((9, 6), np.float32)), "has the features of 9 images: at least 40"),
     (dict(features=np.full((50, 6), 9, np.float32)), "features that are not those of its mu"),
-    (dict(about=np.array('{"count": null}')), "has a damaged description"),
+    (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "has mu of (0,) and sigma of (0, 0): expected [D] and [D, D]"),
+    (dict(mu_s=np.zeros(0), sigma_s=np.zeros((0, 0))), "has mu_s of (0,) and sigma_s of (0, 0)"),
+    *(
+        (dict(about=np.array(about)), "has a damaged description")
+        for about in (
+            '{"count": null}', '{"count": -1}', '{"count": true}', '{"count": NaN}', '{"x": 1e999}', "[" * 10**5,
+            '{"name": 5}', '{"images": []}', '{"features": {}}', '{"features_sha256": 1}', '{"name": "\\ud800"}', "5",
+        )
+    ),
 ])  # fmt: skip
 def test_statistics_that_cannot_be_are_refused(tmp_path, changed, culprit):
     with pytest.raises(UserError) as caught:

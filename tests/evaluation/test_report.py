@@ -159,7 +159,9 @@ def test_a_notebook_shows_the_text_without_pictures_that_are_not_there():
 
 
 @pytest.mark.parametrize("value", [
-    "x\n\n# FID: 0.0001\n", "<script>alert(1)</script>", "![x](http://a/b.png)", "a | b", "\x1b[2K`x`", ["# a\n", 1],
+    "x\n\n# FID: 0.0001\n", "# FID: 0.0001", "~~~", "<script>alert(1)</script>", "a](http://x) <script>",
+    "\u202ex\u2028# FID", "x\r# FID", "x" * 10**6, "<img src=x onerror=alert(1)>", "&lt;script&gt;",
+    "![x](http://a/b.png)", "a | b", "\x1b[2K`x`", ["# a\n", 1],
 ])  # fmt: skip
 def test_what_comes_from_files_is_one_line_of_plain_text(value):
     plain = made(samples={**content()["samples"], "made_by": {"model_path": "x"}}).markdown()
@@ -167,8 +169,16 @@ def test_what_comes_from_files_is_one_line_of_plain_text(value):
     text = made(samples=about).markdown()
     assert len(text.splitlines()) == len(plain.splitlines())
     assert "<script" not in text and "[x]" not in text and "\x1b" not in text and "\n# FID" not in text
-    other = made(samples=about, reference={**content()["reference"], "name": value}, warnings=[str(value)]).markdown()
-    assert "<script" not in other and "[x]" not in other and "\n# FID" not in other
+    text = str(value)
+    named = {**content()["reference"], "name": text, "images": text}
+    other = made(
+        samples={**about, "images": text, text: 1}, reference=named, train=named, warnings=[text],
+        missing={"sfid": text}, versions={text: text},
+    )  # fmt: skip
+    for shown in (other.markdown(), comparison([other, made()], [text, "b"])):
+        assert "<script" not in shown and "<img" not in shown and "[x]" not in shown and "\n# FID" not in shown
+        assert "](http://x)" not in shown.replace("\\](", "") and "\n~~~" not in shown and len(shown) < 50_000
+        assert all(c.isprintable() or c == "\n" for c in shown)
 
 
 @pytest.mark.parametrize(
@@ -193,11 +203,26 @@ def test_reading_takes_the_file_or_its_folder(tmp_path):
         assert Report.read(str(path)) == made()
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [b"", b"3", b"null", b"\xff\xfe", json.dumps({**content(), "metrics": {"fid": {}}}).encode(),
-     json.dumps({**content(), "samples": []}).encode(), b"[" * 200_000],
-)  # fmt: skip
+WRONG = [
+    {"metrics": {"fid": {}}}, {"metrics": {"fid": {"value": "12"}}}, {"metrics": {"fid": {"value": None}}},
+    {"metrics": {"fid": {"value": float("nan")}}}, {"metrics": {"fid": {"value": 10**400}}},
+    {"metrics": {"fid": {"value": True}}}, {"metrics": {"fid": {"value": 1, "error": "x"}}}, {"metrics": []},
+    {"metrics": {"fid": 3}}, {"samples": []}, {"samples": None}, {"samples": {"images": "a"}},
+    {"samples": {"count": 5}}, {"samples": {"images": "a", "count": "5"}}, {"samples": {"images": 3, "count": 5}},
+    {"samples": {"images": "a", "count": -5}}, {"samples": {"images": "a", "count": 5, "made_by": [1]}},
+    {"samples": {"images": "a", "count": 5, "made_by": {"steps": {"a": 1}}}},
+    {"samples": {"images": "a", "count": 5, "x": {"a": 1}}}, {"samples": {"images": "a", "count": 10**30}},
+    {"reference": {}}, {"reference": {"images": "a", "count": 1.5}}, {"train": [1]}, {"train": {"images": "t"}},
+    {"real": 3}, {"real": {"count": "4", "metrics": {}}}, {"missing": {"other": "x"}}, {"missing": {"fid": 3}},
+    {"warnings": [3]}, {"warnings": None}, {"versions": {"torch": 2}}, {"versions": []}, {"pictures": 3},
+    {"asked": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [
+    b"", b"3", b"null", b"\xff\xfe", b"[" * 200_000, b"{}",
+    *(json.dumps({**content(), **changed}).encode() for changed in WRONG),
+])  # fmt: skip
 def test_what_is_no_report_is_named(wrong, tmp_path):
     (tmp_path / "report.json").write_bytes(wrong)
     with pytest.raises(UserError, match=r"report\.json is not a report of the evaluate command, or is damaged"):
@@ -232,7 +257,7 @@ def test_reports_of_one_measurement_differ_in_what_differs():
     ],
 )
 def test_reports_of_other_measurements_are_told_apart(part, key, what):
-    other = made(**{part: {**content()[part], key: 77}})
+    other = made(**{part: {**content()[part], key: 77 if key == "count" else "77"}})
     text = comparison([made(), made(), other], ["a", "b", "c"])
     assert text.startswith(f"Warning: the reports are of {what}: their numbers cannot be compared.\n")
     assert text.count("Warning") == 1 and f"| {part}: {key} | " in text

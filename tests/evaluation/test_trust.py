@@ -154,6 +154,67 @@ def test_a_list_that_cannot_be_written_is_a_warning(program, tmp_path, log):
         FeatureNetwork(program)
 
 
+def both_kinds(path, trace):
+    """An archive with the parts of TorchScript and of an exported program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        th.jit.script(Writes(str(trace))).save(str(path))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("f/models/model.json", "{}")
+        archive.writestr("f/data/sample_inputs/model.pt", pickle.dumps(Hostile(trace)))
+    return str(path)
+
+
+def checkpoint(path, trace):
+    """A checkpoint whose pickle runs code."""
+    th.save({"a": Hostile(trace)}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("make", [both_kinds, checkpoint, write_hostile])
+@pytest.mark.parametrize("name", ["f.pt", "f.pt2", "f.zip", "f"])
+def test_no_name_and_no_mixture_makes_a_program_known(tmp_path, make, name):
+    path = make(tmp_path / name, tmp_path / "trace")
+    with pytest.raises(UserError, match="was not loaded"):
+        FeatureNetwork(path)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_link_is_what_it_points_to_now(program, tmp_path):
+    link = tmp_path / "link.pt"
+    link.symlink_to(program)
+    FeatureNetwork(str(link), trust=True)
+    FeatureNetwork(str(program))
+    link.unlink()
+    link.symlink_to(write_hostile(tmp_path / "other.pt2", tmp_path / "trace"))
+    with pytest.raises(UserError, match="was not loaded"):
+        FeatureNetwork(str(link))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_two_files_of_one_name_are_two(program, tmp_path):
+    FeatureNetwork(program, trust=True)
+    (tmp_path / "other").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="was not loaded"):
+        FeatureNetwork(write_hostile(tmp_path / "other" / Path(program).name, tmp_path / "trace"))
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 99, b"\n\n", b"\0" * 99, b"*", b"x" * 10**6])
+def test_a_damaged_list_allows_nothing_and_keeps_working(program, damage):
+    trust.trusted_list().parent.mkdir(parents=True)
+    trust.trusted_list().write_bytes(damage)
+    with pytest.raises(UserError, match="was not loaded"):
+        FeatureNetwork(program)
+    FeatureNetwork(program, trust=True)
+    FeatureNetwork(program)
+
+
+def test_a_list_that_is_no_file_is_named(program):
+    trust.trusted_list().mkdir(parents=True)
+    with pytest.raises(UserError, match=r"trusted_features is a folder"):
+        FeatureNetwork(program)
+
+
 def test_the_list_is_in_the_home_folder_unless_told(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))

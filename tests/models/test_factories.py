@@ -13,7 +13,7 @@ from improved_diffusion import script_util
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_model, read_kind, take_options
 from improved_diffusion.cli.published_flags import add_dict_to_argparser, args_to_dict
-from improved_diffusion.config import UserError, str2bool
+from improved_diffusion.config import ClassifierConfig, ModelConfig, UserError, str2bool
 from improved_diffusion.config.published import model_and_diffusion_defaults, sr_model_and_diffusion_defaults
 from improved_diffusion.config.settings import (
     ImageModel,
@@ -26,16 +26,17 @@ from improved_diffusion.config.settings import (
     SuperResModel as SuperResSettings,
 )
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from improved_diffusion.models.build import build_model_and_diffusion
+from improved_diffusion.models.build import build_model_and_diffusion, with_levels
 from improved_diffusion.models.factories import (
     attention_factors,
     create_gaussian_diffusion,
     create_model,
     create_model_and_diffusion,
     resolve_channel_mult,
+    sides_without_level,
     sr_create_model_and_diffusion,
 )
-from improved_diffusion.unet import SuperResModel, UNetModel
+from improved_diffusion.unet import AttentionBlock, SuperResModel, UNetModel
 
 NETWORK = (
     "num_channels num_res_blocks learn_sigma class_cond use_checkpoint attention_resolutions num_heads "
@@ -366,7 +367,7 @@ def test_a_state_dict_of_something_else_is_an_error(tmp_path):
 def test_a_missing_model_path_is_named():
     with pytest.raises(UserError, match="--model_path is missing"):
         load("")
-    with pytest.raises(UserError, match=r"cannot read nowhere\.pt"):
+    with pytest.raises(UserError, match=r"nowhere\.pt does not exist"):
         load("nowhere.pt")
 
 
@@ -376,3 +377,35 @@ def test_a_description_with_unknown_options_is_still_read(described, tmp_path):
     metadata["config"]["of_the_future"] = 1
     checkpoint.save_state_dict(state_dict, str(tmp_path / "newer.pt"), json.loads(json.dumps(metadata)))
     load(tmp_path / "newer.pt")
+
+
+# Attention of sizes that the method was not published for
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_the_default_attention_of_published_sizes_stays(size):
+    assert with_levels(ModelConfig(image_size=size), new=True).attention_resolutions == "16,8"
+
+
+@pytest.mark.parametrize("size", [24, 40, 48, 80, 96, 112, 160, 192, "48x64", "96x64", "24x64"])
+def test_the_default_attention_of_other_sizes_takes_the_nearest_levels(size):
+    config = with_levels(ModelConfig(image_size=size), new=True)
+    levels = len(config.channel_mult.split(","))
+    assert not sides_without_level(size, levels, config.attention_resolutions)
+    model = create_model(size, 32, 1, False, False, False, config.attention_resolutions, 1, -1, True, 0.0)
+    assert any(isinstance(module, AttentionBlock) for module in model.input_blocks.modules())
+
+
+def test_sides_that_were_given_are_kept_with_a_warning_where_no_level_has_them(capsys):
+    config = with_levels(ModelConfig(image_size=96), {"attention_resolutions"}, new=True)
+    assert config.attention_resolutions == "16,8"
+    assert "96, 48, 24, 12, 6" in capsys.readouterr().out
+
+
+def test_a_resumed_network_keeps_its_levels():
+    assert with_levels(ModelConfig(image_size=96)).attention_resolutions == "16,8"
+
+
+def test_a_classifiers_attention_follows_the_same_rule():
+    config = ClassifierConfig(image_size=96, num_classes=2)
+    assert with_levels(config, new=True).classifier_attention_resolutions == "24,12,6"

@@ -30,7 +30,7 @@ def pipeline(model, **options):
 def test_what_is_drawn_is_described_and_drawn_once(model, tmp_path):
     first = pipeline(model, sampler="ddim", seed=5, classes="dog")
     request = describe_request(first.loaded, first.sampler)
-    assert first.name == "run_model000000_2ddimsteps_seed5"
+    assert first.name == "run_model000000_2ddimsteps_classes-dog_seed5"
     assert request["model_path"] == str(model) and request["sampler"] == "ddim" and request["steps"] == 2
     assert request["classes"] == "dog" and request["seed"] == 5 and request["seed_scheme"] == SEED_SCHEME
     path = first.write(str(tmp_path))
@@ -40,7 +40,7 @@ def test_what_is_drawn_is_described_and_drawn_once(model, tmp_path):
         assert arrays["arr_0"].shape == (3, 8, 8, 3) and arrays["arr_1"].tolist() == [1, 1, 1]
     before = contents(tmp_path)
     # Other classes are other samples, whatever is there.
-    with pytest.raises(UserError, match="holds samples made with classes dog, not cat"):
+    with pytest.raises(UserError, match="holds samples of --classes dog, but this command has --classes cat"):
         pipeline(model, sampler="ddim", seed=5, classes="cat").write(str(tmp_path))
     second = pipeline(model, sampler="ddim", seed=5, classes="dog", batch_size=3)
     assert second.write(str(tmp_path)) == path and contents(tmp_path) == before

@@ -17,6 +17,7 @@ from script_helpers import run
 from improved_diffusion.config import UserError
 from improved_diffusion.sampling import writer
 from improved_diffusion.sampling.labels import Labels
+from improved_diffusion.sampling.names import numbered_name
 from improved_diffusion.sampling.writer import write_samples
 from improved_diffusion.utils import images
 
@@ -56,7 +57,7 @@ def check(folder, n, labels=None, side=8):
             assert arrays["arr_1"].tolist() == [labels.index(i) for i in range(n)]
             assert arrays["arr_1"].dtype == np.int64
     for i in range(n):
-        path = folder / "samples" / images.sample_name(i, labels.name(i) if labels else None)
+        path = folder / "samples" / numbered_name(i, labels.name(i) if labels else None)
         np.testing.assert_array_equal(images.decode_png(path.read_bytes()), picture(i, side))
     assert (folder / "samples.png").exists()
     assert not list(folder.rglob("*.tmp"))
@@ -67,7 +68,8 @@ def test_samples_are_written_as_npz_pngs_and_a_grid(tmp_path, labels):
     path = write(tmp_path, 6, labels=labels)
     assert path == str(tmp_path / "samples_6x8x8x3.npz")
     check(tmp_path, 6, labels)
-    assert images.decode_png((tmp_path / "samples.png").read_bytes()).shape == (2 * 50 + 2, 3 * 50 + 2, 3)
+    row = 65 if labels else 50  # with the class below each image
+    assert images.decode_png((tmp_path / "samples.png").read_bytes()).shape == (2 * row + 2, 3 * 50 + 2, 3)
 
 
 @pytest.mark.parametrize("n, columns, rows", [(49, 7, 7), (50, 10, 5), (100, 10, 10), (103, 10, 10)])
@@ -188,7 +190,7 @@ def test_an_image_of_another_size_is_named_once(tmp_path, odd, shape):
 
 def test_samples_of_another_request_are_not_mixed_in(tmp_path):
     write(tmp_path, 2)
-    with pytest.raises(UserError, match=r"made with seed 3, not 4: choose another --out_dir"):
+    with pytest.raises(UserError, match=r"of --seed 3, but this command has --seed 4: choose another --out_dir"):
         write(tmp_path, 2, request={**REQUEST, "seed": 4})
     (tmp_path / writer.REQUEST_FILE).unlink()
     with pytest.raises(UserError, match=r"samples holds images of unknown origin: choose another --out_dir"):
@@ -258,6 +260,35 @@ def sample_on_two_ranks(folder, task):
     script.write_text(WORKER)
     tests = Path(__file__).parents[1]
     return run("mpiexec", 2, script, folder / "out", task, tests, cwd=folder, timeout=60).succeed().out.splitlines()
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"{", b"[1]", b"null", b"5", b'"x"', b"[" * 200_000, b'{"seed":' * 200_000, b'{"seed": NaN}',
+    b'{"seed": {"a": 1}}', b'{"seed": "\\ud800"}', b"\xff\xfe", b'{"seed": 3, "seed": 3}',
+    b'{"seed": ' + b"9" * 10_000 + b"}",
+], ids=range(14))  # fmt: skip
+def test_a_damaged_request_is_named_and_nothing_is_lost(tmp_path, damage):
+    write(tmp_path, 2)
+    (tmp_path / "samples.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"samples\.json is damaged: remove it"):
+        write(tmp_path, 2)
+    assert (tmp_path / "samples.json").read_bytes() == damage and len(list((tmp_path / "samples").iterdir())) == 2
+
+
+@pytest.mark.parametrize("held", [{"seed": None}, {"seed": "3"}, {}, {"other": "x" * 100}])
+def test_a_request_of_other_values_is_another_one(tmp_path, held):
+    write(tmp_path, 2)
+    (tmp_path / "samples.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match="holds samples made"):
+        write(tmp_path, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_request(tmp_path):
+    (tmp_path / "samples").mkdir()
+    os.mkfifo(tmp_path / "samples.json")
+    with pytest.raises(UserError, match=r"samples\.json is a pipe"):
+        write(tmp_path, 2)
 
 
 def test_each_rank_writes_its_own_images(tmp_path):

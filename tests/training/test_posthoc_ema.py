@@ -226,6 +226,6 @@ def test_a_folder_behind_a_url_is_read_and_written(run_dir, monkeypatch):
     def local(path):
         return path.replace("store://bucket", str(run_dir.parent))
 
-    monkeypatch.setattr(files, "_blobfile", lambda: Blobs)
+    monkeypatch.setattr(files, "_blobfile", lambda path: Blobs)
     assert posthoc_ema.rebuild("store://bucket/run", [0.1]) == ["store://bucket/run/ema_posthoc_sigma_rel0.1_000096.pt"]
     assert (run_dir / "ema_posthoc_sigma_rel0.1_000096.pt").exists()

@@ -39,10 +39,11 @@ def super_res_task(**options):
     return task_of(SuperResTraining.of({**SIZES, **options}))
 
 
-def stream_of(dataset, usable=None, class_names=None):
+def stream_of(dataset, usable=None, class_names=None, seen_classes=(0, 1, 2)):
     """A BatchStream, as far as the tasks look at it."""
     usable = np.arange(len(dataset)) if usable is None else np.array(usable)
-    return SimpleNamespace(stream=SimpleNamespace(dataset=dataset, usable=usable), class_names=class_names)
+    inner = SimpleNamespace(dataset=dataset, usable=usable)
+    return SimpleNamespace(stream=inner, class_names=class_names, seen_classes=list(seen_classes))
 
 
 # What is trained

@@ -300,3 +300,110 @@ def test_a_part_of_another_step_is_named(out_dir, name):
     os.replace(out_dir / name.replace("2.pt", "4.pt"), out_dir / name)
     with pytest.raises(UserError, match=rf"{name} is from step 4, but .*opt000002\.pt from step 3"):
         make_loop(resume_checkpoint=str(out_dir / "model000002.pt"))
+
+
+# Files that were changed
+
+
+def set_in(content, keys, value):
+    """Replace what is at the keys; a function of it gives the new value."""
+    *front, last = keys
+    for key in front:
+        content = content[key]
+    content[last] = value(content[last]) if callable(value) else value
+
+
+def expanded(tensor):
+    return th.zeros(1).expand(tensor.shape)
+
+
+def swapped(numbers):
+    return [numbers[1], numbers[0], *numbers[2:]]
+
+
+REST = "improved_diffusion"
+
+
+@pytest.mark.parametrize(
+    "keys, value",
+    [
+        (["state"], 5),
+        (["state"], {99: {}}),
+        (["state"], {"a": {}}),
+        (["state"], {-1: {"step": 1}}),
+        (["state", 0], 5),
+        (["state", 0], {}),
+        (["state", 0], {"step": 1, "momentum_buffer": th.zeros(3)}),
+        (["state", 0, "exp_avg"], expanded),
+        (["state", 0, "exp_avg_sq"], lambda moment: moment[:1]),
+        (["state", 0, "exp_avg"], lambda moment: moment.long()),
+        (["state", 0, "exp_avg"], lambda moment: moment * float("nan")),
+        (["state", 0, "exp_avg_sq"], lambda moment: moment - 1),
+        (["state", 0, "exp_avg"], 3),
+        (["state", 0, "step"], -1),
+        (["state", 0, "step"], "a"),
+        (["state", 0, "step"], th.tensor(float("inf"))),
+        (["state", 0, "step"], th.zeros(3)),
+        (["param_groups"], []),
+        (["param_groups"], 5),
+        (["param_groups", 0], {}),
+        (["param_groups", 0, "params"], swapped),
+        (["param_groups", 0, "params"], [0]),
+        ([REST], 5),
+        ([REST, "step"], -1),
+        ([REST, "step"], "a"),
+        ([REST, "step"], 10**15),
+        ([REST, "first_row"], None),
+        ([REST, "meters"], 5),
+        ([REST, "meters"], [5]),
+        ([REST, "meters"], [{"loss": th.zeros(10**4)}]),
+        ([REST, "unwritten_log"], [1]),
+        ([REST, "unwritten_log"], {"a": [1]}),
+        ([REST, "bad_steps"], 5),
+        ([REST, "bad_steps", "counts"], th.zeros(3, dtype=th.int64)),
+        ([REST, "loss_scale", "lg"], 10**9),
+        ([REST, "loss_scale", "lg"], th.tensor(float("nan"))),
+        ([REST, "loss_scale", "lg"], th.zeros(2)),
+        ([REST, "schedule_sampler", "loss_history"], lambda history: history[:2]),
+        ([REST, "schedule_sampler", "loss_history"], lambda history: history * float("nan")),
+        ([REST, "schedule_sampler", "loss_counts"], lambda counts: counts + 9),
+        ([REST, "schedule_sampler", "loss_counts"], lambda counts: counts[:2]),
+    ],
+)
+def test_a_state_that_no_run_writes_is_named_before_training(tmp_path, keys, value):
+    name = "everything" if keys[1:2] and keys[1] in ("loss_scale", "schedule_sampler") else "fp32"
+    finished(**variant(name), max_steps=2)
+    path = tmp_path / "run" / "opt000002.pt"
+    content = load(path)
+    set_in(content, keys, value)
+    th.save(content, path)
+    into(tmp_path / "rest")
+    with pytest.raises(UserError, match=r"opt000002\.pt") as error:
+        make_loop(**variant(name), resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_steps_of_older_torch_are_whole_numbers(tmp_path):
+    finished(max_steps=2)
+    path = tmp_path / "run" / "opt000002.pt"
+    content = load(path)
+    for entry in list(content["state"].values())[1:]:
+        entry["step"] = int(entry["step"])
+    th.save(content, path)
+    into(tmp_path / "rest")
+    loop = make_loop(max_steps=3, resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
+    loop.run_loop()
+    assert {float(entry["step"]) for entry in loop.opt.state.values()} == {3}
+
+
+def test_weights_that_are_not_finite_do_not_resume(tmp_path):
+    finished(max_steps=2)
+    for name in ("model000002.pt", "ema_0.9_000002.pt"):
+        content = load(tmp_path / "run" / name)
+        before = content["time_embed.weight"].clone()
+        content["time_embed.weight"][0] = float("nan")
+        th.save(content, tmp_path / "run" / name)
+        with pytest.raises(UserError, match=rf"{name}.*not finite.*earlier checkpoint"):
+            make_loop(resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
+        content["time_embed.weight"] = before
+        th.save(content, tmp_path / "run" / name)

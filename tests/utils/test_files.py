@@ -104,6 +104,30 @@ def test_what_cannot_be_read_or_made_is_named(tmp_path):
         files.make_dirs(tmp_path / "file" / "sub")
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/a", "ftp://host/a", "htp://host/a", "file:///a", "http://host/a", "://a"])
+def test_schemes_that_are_not_known_are_named_with_those_that_are(url):
+    uses = (
+        files.exists,
+        files.is_dir,
+        files.read_bytes,
+        files.list_dir,
+        files.make_dirs,
+        files.remove,
+        files.open_read,
+    )
+    for use in (*uses, lambda path: files.write_bytes(path, b""), lambda path: files.rename(path, path)):
+        with pytest.raises(UserError, match="gs://, az://, https://") as error:
+            use(url)
+        assert url in str(error.value)
+
+
+def test_a_web_page_is_not_storage():
+    pytest.importorskip("blobfile")
+    for use in (files.exists, files.is_dir, files.read_bytes, files.list_dir):
+        with pytest.raises(UserError, match="https://host/a"):
+            use("https://host/a")
+
+
 # Claims
 
 CLAIM = """

@@ -3,15 +3,18 @@
 import io
 import os
 import random
+import struct
+import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch as th
 from helpers import small_disk
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
-from improved_diffusion.config import UserError
+from improved_diffusion.config import ReadingConfig, UserError
 from improved_diffusion.utils import images
 
 RNG = np.random.default_rng(0)
@@ -64,12 +67,10 @@ def test_npz_is_the_published_form(tmp_path):
     images.save_npz(path, samples, labels)
     with np.load(path) as data:
         assert data.files == ["arr_0", "arr_1"]
-    arrays = images.load_npz(path)
-    np.testing.assert_array_equal(arrays["arr_0"], samples)
-    np.testing.assert_array_equal(arrays["arr_1"], labels)
+    np.testing.assert_array_equal(images.load_npz(path), samples)
+    np.testing.assert_array_equal(images.read_npz(path, ["arr_1"])["arr_1"], labels)
     images.save_npz(path, samples[..., 0])
-    arrays = images.load_npz(path)
-    assert arrays["arr_0"].shape == (3, 4, 5, 1) and "arr_1" not in arrays
+    assert images.load_npz(path).shape == (3, 4, 5, 1)
     assert os.listdir(tmp_path) == ["samples.npz"]
 
 
@@ -117,7 +118,7 @@ def test_rows_that_are_not_of_the_array_leave_the_older_file(tmp_path, rows):
     images.save_npz(path, older)
     with pytest.raises(ValueError, match="row"):
         images.save_npz(path, images.Rows((3, 4, 4, 3), rows))
-    np.testing.assert_array_equal(images.load_npz(path)["arr_0"], older)
+    np.testing.assert_array_equal(images.load_npz(path), older)
     assert os.listdir(tmp_path) == ["x.npz"]
 
 
@@ -127,7 +128,7 @@ def test_an_npz_on_a_full_disk_leaves_the_older_file_and_no_rubbish():
         images.save_npz(path, older)
         with pytest.raises(UserError, match=r"cannot write .*x\.npz: No space left on device: free some space"):
             images.save_npz(path, images.Rows((100, 32, 32, 3), random_uint8(100, 32, 32, 3)))
-        np.testing.assert_array_equal(images.load_npz(path)["arr_0"], older)
+        np.testing.assert_array_equal(images.load_npz(path), older)
         assert os.listdir(disk) == ["x.npz"]
 
 
@@ -163,8 +164,7 @@ def test_a_png_is_decoded_to_what_was_encoded(channels):
         ([np.zeros((4, 4), np.uint8)], ["(4, 4)", "uint8 [N, height, width, channels]"]),
         ([np.zeros((0, 4, 4, 3), np.uint8)], ["(0, 4, 4, 3)"]),
         ([np.zeros((2, 4, 4, 5), np.uint8)], ["(2, 4, 4, 5)", "1 to 4 channels"]),
-        ([np.zeros((2, 4, 4, 3), np.uint8), np.array([1])], ["arr_1", "(1,)", "2 images"]),
-        ([np.zeros((2, 4, 4, 3), np.uint8), np.array([1.0, 2.0])], ["arr_1", "float64"]),
+        ([np.zeros((2, 3, 8, 8), np.uint8)], ["(2, 3, 8, 8)", "transpose(0, 2, 3, 1)"]),
         ([np.array([{"a": 1}], dtype=object)], ["could run code"]),
     ],
 )
@@ -180,20 +180,13 @@ def test_an_npz_of_another_form_is_named(tmp_path, arrays, culprits):
 def test_an_npz_without_images_and_damaged_ones_are_named(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, images=np.zeros((2, 4, 4, 3), np.uint8))
-    with pytest.raises(UserError, match=r"x\.npz has no arr_0"):
+    with pytest.raises(UserError, match=r"x\.npz has no arr_0 but images"):
         images.load_npz(str(path))
     data = path.read_bytes()
     for damaged in (b"", b"text", data[: len(data) // 2], data[:-10]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"x\.npz"):
             images.load_npz(str(path))
-
-
-def test_sample_names_hold_the_class_where_labels_are_read():
-    assert images.sample_name(7, None) == "000007.png"
-    assert images.sample_name(7, "cat") == "cat_000007.png"
-    assert images.sample_name(1234567, "tabby cat/old_one") == "tabby-cat-old-one_1234567.png"
-    assert images.sample_name(3, "big_cat").split("_")[0] == "big-cat"
 
 
 def test_image_names():
@@ -294,68 +287,6 @@ def test_what_is_transparent_is_white_in_a_gif(tmp_path, channels):
     assert shown[0, 0, [0, 20, 40]].tolist() == [[255] * 3, [204] * 3, [0] * 3] and shown[1].max() == 0
 
 
-# Channels
-
-
-@pytest.mark.parametrize(
-    "mode, channels", [("L", 1), ("L", 3), ("LA", 2), ("LA", 3), ("LA", 1), ("LA", 4), ("RGB", 3), ("RGBA", 4),
-                       ("RGBA", 3), ("1", 1), ("CMYK", 3), ("P", 3)],
-)  # fmt: skip
-def test_conversions_that_lose_no_colour_are_done(mode, channels):
-    image = images.convert(Image.new(mode, (4, 4)), channels, "a.png")
-    assert image.mode == images.MODES[channels]
-
-
-@pytest.mark.parametrize(
-    "mode, channels, has", [("RGB", 1, 3), ("RGBA", 1, 4), ("L", 4, 1), ("L", 2, 1), ("RGB", 4, 3)]
-)
-def test_conversions_that_lose_colour_or_make_up_alpha_are_named(mode, channels, has):
-    with pytest.raises(UserError, match=rf"dir/a\.png has {has} channel.*--channels {channels}.*--channels {has}"):
-        images.convert(Image.new(mode, (4, 4)), channels, "dir/a.png")
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_more_than_eight_bits_are_named(mode):
-    with pytest.raises(UserError, match=rf"dir/a\.png has more than 8 bits.*{mode}.*8 bits"):
-        images.convert(Image.new(mode, (4, 4)), 1, "dir/a.png")
-
-
-# Sizes
-
-
-@pytest.mark.parametrize("size", [(32, 32), (24, 48), (48, 24), (7, 5)])
-@pytest.mark.parametrize("source", [(32, 32), (100, 37), (31, 90), (3, 3), (256, 64)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA"])
-def test_images_are_made_to_cover_the_size_and_cropped(size, source, mode):
-    assert images.resize_crop(Image.new(mode, source), size).size == size[::-1]
-
-
-def test_an_image_of_the_size_is_left_as_it_is():
-    array = random_uint8(20, 30, 3)
-    np.testing.assert_array_equal(np.asarray(images.resize_crop(Image.fromarray(array), (20, 30))), array)
-
-
-def test_the_crop_is_central():
-    array = np.zeros((10, 30, 3), np.uint8)
-    array[:, 10:20] = 200
-    assert (np.asarray(images.resize_crop(Image.fromarray(array), (10, 10))) == 200).all()
-
-
-def test_large_images_are_halved_by_a_box_filter_first():
-    array = random_uint8(64, 64, 3)
-    boxes = array.reshape(16, 4, 16, 4, 3).astype(float).mean(axis=(1, 3))
-    got = np.asarray(images.resize_crop(Image.fromarray(array), (16, 16))).astype(float)
-    assert np.abs(got - boxes).max() <= 2  # each of two halvings rounds once a direction
-
-
-def test_a_palette_is_resolved_before_filtering():
-    image = Image.new("P", (8, 8))
-    image.putpalette([0, 0, 0, 255, 255, 255])
-    image.putdata([(x + y) % 2 for y in range(8) for x in range(8)])
-    grey = np.asarray(images.resize_crop(image, (4, 4)).convert("L"))
-    assert (np.abs(grey.astype(int) - 127) <= 1).all()
-
-
 def test_files_that_are_no_npz_of_images_are_named(tmp_path):
     np.save(tmp_path / "plain.npy", np.zeros((2, 4, 4, 3), np.uint8))
     (tmp_path / "plain.npz").write_bytes((tmp_path / "plain.npy").read_bytes())
@@ -372,3 +303,256 @@ def test_files_that_are_no_npz_of_images_are_named(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=culprit):
             images.load_npz(str(tmp_path / f"{name}.npz"))
+
+
+# Image files as viewers show them
+
+
+DEFAULT = ReadingConfig()
+COLOURS = random_uint8(12, 20, 3)
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def shown(data, channels=3, **options):
+    """(pixels uint8 [H, W, C], what was done to them) of an encoded image."""
+    reading = ReadingConfig(**options)
+    image = images.load(io.BytesIO(data))
+    decoded = images.with_channels(images.as_shown(image, reading), channels, reading, "a.png")
+    return images.to_array(decoded.image, channels), decoded.done
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_images_are_turned_as_exif_says(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(COLOURS), form, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    array, done = shown(data)
+    np.testing.assert_array_equal(array, np.asarray(expected))
+    assert array.shape == ((12, 20, 3) if orientation < 5 else (20, 12, 3))
+    if form != "TIFF":  # which Pillow itself turns
+        assert bool(done) == (orientation > 1)
+
+
+def test_a_phones_pair_of_pictures_is_its_first():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first, second = Image.new("RGB", (24, 16), "red"), Image.new("RGB", (24, 16), "blue")
+    array, _ = shown(encoded(first, "MPO", save_all=True, append_images=[second], exif=exif))
+    assert array.shape == (24, 16, 3) and array[0, 0, 0] > 250 and array[0, 0, 2] < 5
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0"])
+def test_damaged_exif_is_ignored(exif):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert shown(encoded(Image.fromarray(COLOURS), "JPEG", exif=exif))[0].shape == COLOURS.shape
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_to_eight(form):
+    values = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
+    array, done = shown(encoded(Image.fromarray(values), form), 1)
+    assert np.abs(array[..., 0] - values / 257).max() <= 0.5 and array.min() == 0 and array.max() == 255
+    assert done == ("of 16 bits",)
+
+
+def test_floats_from_zero_to_one_are_scaled_and_others_are_no_images():
+    values = np.linspace(0, 1, 240, dtype=np.float32).reshape(12, 20)
+    array, _ = shown(encoded(Image.fromarray(values), "TIFF"), 1)
+    assert np.abs(array[..., 0] - values * 255).max() <= 0.5
+    for wrong in (values * 255, values - 0.1, values * np.nan):
+        with pytest.raises(ValueError, match="outside of 0 to 1"):
+            shown(encoded(Image.fromarray(wrong), "TIFF"))
+    with pytest.raises(ValueError, match="outside of 0 to 65535"):
+        shown(encoded(Image.fromarray((values * 1e6).astype(np.int32)), "TIFF"))
+
+
+def half_transparent(mode, hidden):
+    """An image that is opaque and (200, 30, 30), or 100, on its left, and transparent on its right."""
+    if mode in ("L", "I;16"):
+        array = np.full((8, 8), 100 * (257 if mode == "I;16" else 1), np.uint16 if mode == "I;16" else np.uint8)
+        array[:, 4:] = hidden[0] * (257 if mode == "I;16" else 1)
+        return Image.fromarray(array), {"transparency": int(array[0, 7])}
+    array = np.zeros((8, 8, 4), np.uint8)
+    array[:, :4], array[:, 4:] = (200, 30, 30, 255), (*hidden, 0)
+    image = Image.fromarray(array)
+    if mode == "P":
+        image = Image.fromarray((np.arange(8) // 4).astype(np.uint8)[None].repeat(8, 0), "P")
+        image.putpalette([200, 30, 30, *hidden])
+        return image, {"transparency": 1}
+    if mode == "RGB":
+        return image.convert("RGB"), {"transparency": tuple(hidden)}
+    if mode == "LA":
+        grey = np.full((8, 8, 2), (100, 255), np.uint8)
+        grey[:, 4:] = hidden[0], 0
+        return Image.fromarray(grey, "LA"), {}
+    return image, {}
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("background, pixel", [("white", 255), ("black", 0), ("#808080", 128)])
+def test_what_is_transparent_shows_the_background_whatever_it_hides(mode, background, pixel):
+    for hidden in ((10, 240, 10), (255, 255, 255), (0, 0, 0)):
+        image, options = half_transparent(mode, hidden)
+        array, done = shown(encoded(image, "PNG", **options), background=background)
+        assert (array[:, 4:] == pixel).all() and done[-1] == f"transparent, on {background}"
+        assert (array[:, :4] == ([100] * 3 if mode in ("L", "LA", "I;16") else [200, 30, 30])).all()
+
+
+def test_partly_transparent_pixels_are_mixed_with_the_background():
+    data = encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "PNG")
+    assert shown(data, background="#0000ff")[0][0, 0].tolist() == [51, 0, 204]
+    assert shown(encoded(Image.new("LA", (4, 4), (0, 51)), "PNG"), 1, background="#808080")[0][0, 0].tolist() == [102]
+
+
+def test_an_opaque_alpha_channel_is_dropped_without_a_word():
+    assert shown(encoded(Image.new("RGBA", (4, 4), (9, 8, 7, 255)), "PNG"))[1] == ()
+    array, done = shown(encoded(Image.new("RGBA", (4, 4), (9, 8, 7, 100)), "PNG"), 4)
+    assert array[0, 0].tolist() == [9, 8, 7, 100] and done == ()
+
+
+@pytest.mark.parametrize("name", ["red-ish", "#12345", "", "#11223344", "white; drop"])
+def test_a_background_that_is_no_colour_is_named(name):
+    with pytest.raises(UserError, match=f"--background '{name}'"):
+        images.colour(name)
+
+
+@pytest.mark.parametrize("mode, form", [("CMYK", "JPEG"), ("1", "PNG"), ("P", "GIF"), ("P", "PNG"), ("YCbCr", "JPEG")])
+def test_other_modes_are_converted_as_pillow_does(mode, form):
+    data = encoded(Image.fromarray(COLOURS).convert(mode), form)
+    np.testing.assert_array_equal(shown(data)[0], np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF", "BMP", "GIF", "JPEG2000", "ICO", "TGA", "QOI"])
+def test_formats_are_recognised_by_content(form):
+    if form not in images.formats() or form not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {form}")
+    array, _ = shown(encoded(Image.new("RGB", (16, 16), (200, 30, 30)), form))
+    assert np.abs(array.astype(int) - (200, 30, 30)).max() < 12
+
+
+def test_postscript_is_never_opened(monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: pytest.fail("Ghostscript was called"))
+    with pytest.raises(Image.UnidentifiedImageError):
+        images.load(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"))
+
+
+# Channels
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("stored", ["L", "LA", "RGB", "RGBA", "P"])
+def test_grey_is_grey_however_it_is_stored(stored, channels):
+    level = np.arange(64, dtype=np.uint8).reshape(8, 8) * 3
+    array, done = shown(encoded(Image.fromarray(level).convert(stored), "PNG"), channels)
+    assert (array[..., : 1 if channels < 3 else 3] == level[..., None]).all()
+    assert channels in (1, 3) or (array[..., -1] == 255).all()
+    assert done == (("grey, stored as colour",) if channels < 3 and stored in ("RGB", "RGBA", "P") else ())
+
+
+@pytest.mark.parametrize("quality", [30, 75, 95])
+def test_a_grey_jpeg_stored_as_colour_is_grey(quality):
+    image = Image.fromarray(random_uint8(16, 16)).convert("RGB")
+    array, done = shown(encoded(image, "JPEG", quality=quality), 1)
+    assert array.shape == (16, 16, 1) and done == ("grey, stored as colour",)
+
+
+@pytest.mark.parametrize("mode, has", [("RGB", 3), ("RGBA", 4)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_colour_is_not_lost(mode, has, channels):
+    image = Image.new(mode, (8, 8), "grey")
+    image.putpixel((3, 5), (100, 100, 101, 255)[:has])
+    with pytest.raises(UserError, match=rf"a\.png has {has} channels.*--channels {channels}.*give --channels {has}"):
+        shown(encoded(image, "PNG"), channels)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_colour_that_nobody_sees_does_not_matter(channels):
+    array = np.full((4, 4, 4), (90, 90, 90, 255), np.uint8)
+    array[0, 0] = (250, 3, 3, 0)
+    pixels, _ = shown(encoded(Image.fromarray(array), "PNG"), channels, background="red")
+    assert pixels[1, 1, 0] == 90
+    assert pixels[0, 0].tolist() == [76] if channels == 1 else pixels[0, 0, 1] == 0  # red is as light as grey 76
+
+
+# Large files
+
+
+def large_texts():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "node " * 300_000, zip=True)
+    info.add_text("plain", "x" * 2_000_000)
+    info.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
+    return info
+
+
+@pytest.mark.parametrize("form, options", [
+    ("PNG", {"icc_profile": bytes(3_000_000)}), ("JPEG", {"icc_profile": bytes(3_000_000)}),
+    ("TIFF", {"icc_profile": bytes(3_000_000)}), ("WEBP", {"icc_profile": bytes(3_000_000)}),
+    ("PNG", {"pnginfo": large_texts()}), ("JPEG", {"comment": b"x" * 60_000}),
+    ("JPEG", {"extra": b"".join(b"\xff\xeb\xff\xff" + bytes(65533) for _ in range(100))}),
+])  # fmt: skip
+def test_texts_and_profiles_of_any_size_leave_the_pixels_alone(form, options):
+    options = dict(options, lossless=True) if form == "WEBP" else options
+    array, _ = shown(encoded(Image.fromarray(COLOURS), form, **options))
+    plain, _ = shown(encoded(Image.fromarray(COLOURS), form, **({"lossless": True} if form == "WEBP" else {})))
+    np.testing.assert_array_equal(array, plain)
+
+
+def test_a_png_cut_inside_its_texts_is_unreadable():
+    data = encoded(Image.fromarray(COLOURS), "PNG", pnginfo=large_texts())
+    with pytest.raises((OSError, SyntaxError)):
+        shown(data[:1000])
+
+
+def sparse_png(width, height):
+    """A PNG of one bit per pixel, all black, that is small for its size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes((1 + (width + 7) // 8) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_large_scan_is_read_and_pillows_limit_is_as_before(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert images.load(io.BytesIO(sparse_png(400, 300))).size == (400, 300)
+    assert Image.MAX_IMAGE_PIXELS == 10_000
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(sparse_png(400, 300)))
+
+
+@pytest.mark.parametrize("size", [(20_000, 15_001), (2**31 - 1, 2**31 - 1)])
+def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(size, monkeypatch):
+    data = sparse_png(8, 8).replace(struct.pack(">II", 8, 8), struct.pack(">II", *size))
+    crc = struct.pack(">I", zlib.crc32(data[12:29]))
+    data = data[:29] + crc + data[33:]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match="--max_image_pixels 300000000"):
+        images.load(io.BytesIO(data))
+
+
+# The published way
+
+
+def test_published_decoding_ignores_orientation_and_alpha():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    reading = ReadingConfig(published_decoding=True)
+    for mode, options in (("RGB", {"exif": exif}), ("RGBA", {}), ("P", {}), ("L", {}), ("CMYK", {})):
+        form = "JPEG" if mode == "CMYK" else "PNG"
+        data = encoded(Image.fromarray(random_uint8(12, 20, 4 if mode == "RGBA" else 3)).convert(mode), form, **options)
+        array, done = shown(data, published_decoding=True)
+        np.testing.assert_array_equal(array, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert done == ()
+    with pytest.raises(UserError, match="--channels 1"):
+        images.with_channels(images.Decoded(Image.new("L", (4, 4))), 1, reading, "a.png")

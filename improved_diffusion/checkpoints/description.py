@@ -1,0 +1,68 @@
+"""What a checkpoint says of itself, checked when it is read: {"config": {...}, "class_names": [...], "step": n}."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..config import UserError, shown
+from ..utils import files
+
+MAX_STEPS = 10**12
+MAX_CLASSES = 10**6
+MAX_NAME = 1000  # characters of a class's name
+
+
+def read_description(text: Any, path: str) -> dict[str, Any]:
+    """The description in a checkpoint, from its JSON. The values of `config` are checked where they become options.
+
+    Raises UserError, naming the file, for damaged JSON and for values that no run writes.
+    """
+    damaged = f"{path} holds a damaged description of its model"
+    found = files.parse_json(text, f"{damaged}, which") if isinstance(text, str) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{damaged}: use another file")
+    for name, (is_sound, expected) in _EXPECTED.items():
+        if name in found and not is_sound(found[name]):
+            raise UserError(f"{damaged}: {name} is {shown(found[name])}, expected {expected}: use another file")
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_STEPS
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_class_names(value: Any) -> bool:
+    if value is None:
+        return True
+    names = isinstance(value, list) and all(isinstance(name, str) and len(name) <= MAX_NAME for name in value)
+    return names and 1 <= len(value) <= MAX_CLASSES
+
+
+def is_best(value: Any) -> bool:
+    """Whether this is what validation notes of the best weights so far."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"val_loss", "step", "ema"}
+        and _is_number(value["val_loss"])
+        and _is_whole(value["step"])
+        and isinstance(value["ema"], str)
+    )
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "config": (lambda value: isinstance(value, dict), "options by their names"),
+    "class_names": (_is_class_names, f"a list of up to {MAX_CLASSES:,} names, or null"),
+    "step": (_is_whole, "a number of steps"),
+    "num_images": (_is_whole, "a number of images"),
+    "version": (lambda value: isinstance(value, str), "text"),
+    "ema_rate": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
+    "ema_sigma_rel": (lambda value: _is_number(value) and 0 < value < 12**-0.5, "a number between 0 and 0.2887"),
+    "posthoc": (lambda value: isinstance(value, bool), "true or false"),
+    "best": (is_best, "val_loss, step and ema"),
+}

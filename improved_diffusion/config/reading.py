@@ -1,0 +1,41 @@
+"""Options of reading images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Config, UserError, extra
+
+RESIZE_MODES = ("crop", "random_crop", "pad", "stretch")
+MAX_IMAGE_PIXELS = 300_000_000  # admits scans and phone photographs of 200 megapixels; 1.2 GB when decoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(Config):
+    """Reading images."""
+
+    resize_mode: str = extra(
+        "crop",
+        "how an image gets the model's size: crop (cover it and cut off the edges), random_crop (in training a random "
+        "part, new each epoch), pad (fit into it, on the background) or stretch (change the aspect ratio)",
+        choices=RESIZE_MODES,
+    )
+    background: str = extra("white", "colour behind transparent pixels and around padded images: a name, or #rrggbb")
+    max_image_pixels: int = extra(
+        MAX_IMAGE_PIXELS, "larger images count as unreadable; decoding takes about 4 bytes per pixel"
+    )
+    published_decoding: bool = extra(
+        False,
+        "decode as the published code does: ignore the EXIF orientation, drop alpha channels, resize palette images by "
+        "nearest neighbour; RGB only",
+    )
+
+    def validate(self) -> None:
+        self.require(self.max_image_pixels >= 1, "max_image_pixels", "must be at least 1")
+        names = ("resize_mode", "background")
+        changed = [name for name in names if getattr(self, name) != getattr(ReadingConfig, name)]
+        if self.published_decoding and changed:
+            raise UserError(
+                f"--published_decoding True contradicts --{changed[0]} {getattr(self, changed[0])}: the published code "
+                "has no such option"
+            )

@@ -1,0 +1,128 @@
+"""A file of labels: the class of each image, by its path."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..config import UserError
+from ..utils import files
+
+KEYWORDS = ("prefix", "folder")  # of --labels; anything else is a file
+Label = int | str  # a class's number or its name
+# The names that the columns of a table have.
+_FILE_COLUMNS = ("file", "filename", "file_name", "path", "filepath", "image", "image_id", "img", "name", "id")
+_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "y")
+_COLUMNS = (_FILE_COLUMNS, _LABEL_COLUMNS)
+
+
+class LabelFile:
+    """The labels in a JSON, CSV or TSV file, by the images' paths.
+
+    JSON: an object or a list of pairs, at the top or under "labels". CSV and TSV: columns such as file and label, or
+    two without a heading. Raises UserError for anything else.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        _check_label_file(path)
+        suffix = os.path.splitext(path)[1].lower()
+        pairs = _table(path) if suffix in (".csv", ".tsv") else _json_pairs(path)
+        self.labels: dict[str, Label] = {_plain(name): self._checked(name, label) for name, label in pairs}
+
+    def _checked(self, name: str, label: Any) -> Label:
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
+        if isinstance(label, bool) or not isinstance(label, (int, str)):
+            shown = repr(label) if not isinstance(label, (dict, list)) else f"a {type(label).__name__}"
+            raise UserError(f"--labels {self.path}: the label of {name} must be a name or an integer, not {shown}")
+        return label
+
+    def of(self, names: Sequence[str]) -> list[Label]:
+        """The label of each image. A path without its suffix will do, where it has one label only."""
+        found = [self.labels.get(name) for name in names]
+        if None in found:
+            stems = self._by_stem()
+            found = [stems.get(_stem(name)) if label is None else label for name, label in zip(names, found)]
+        missing = [name for name, label in zip(names, found) if label is None]
+        if missing:
+            raise UserError(
+                f"--labels {self.path} has no label for {missing[0]} and {len(missing) - 1} more of {len(names)} images"
+            )
+        return found  # type: ignore[return-value]
+
+    def _by_stem(self) -> dict[str, Label | None]:
+        stems: dict[str, Label | None] = {}
+        for name, label in self.labels.items():
+            stem = _stem(name)
+            stems[stem] = label if stems.get(stem, label) == label else None
+        return stems
+
+
+def _plain(name: str) -> str:
+    """A path without "./" and backslashes."""
+    return re.sub(r"^(\./+)+", "", name.replace("\\", "/"))
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _check_label_file(path: str) -> None:
+    if files.is_dir(path):
+        raise UserError(f"--labels {path} is a folder: name a file, or give --labels folder")
+    if files.exists(path):
+        return
+    close = difflib.get_close_matches(path.lower(), KEYWORDS, n=1)
+    hint = f": did you mean {close[0]}?" if close else f", and is none of {', '.join(KEYWORDS)}"
+    raise UserError(f"--labels {path} does not exist{hint}")
+
+
+def _json_pairs(path: str) -> Iterable[tuple[str, Any]]:
+    content = files.read_json(path)
+    if isinstance(content, dict) and "labels" in content:
+        content = content["labels"]
+    pairs = list(content.items()) if isinstance(content, dict) else content
+    if not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
+        raise UserError(f'--labels {path}: expected JSON such as {{"cat/001.png": "cat"}} or [["001.png", 3]]')
+    return pairs
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def _table(path: str) -> list[tuple[str, Any]]:
+    rows = _rows(path)
+    heading = [cell.strip().lower() for cell in rows[0]] if rows else []
+    file, label = (next((i for i, cell in enumerate(heading) if cell in names), -1) for names in _COLUMNS)
+    if min(file, label) >= 0:
+        del rows[0]
+    elif len(heading) == 2:
+        file, label = 0, 1
+    else:
+        held = ", ".join(heading[:8]) or "nothing"
+        raise UserError(f"--labels {path}: expected the columns file and label, found {held}")
+    for number, row in enumerate(rows):
+        if len(row) <= max(file, label):
+            raise UserError(f"--labels {path}: row {number + 1}, {row[0]}, has no label")
+    found = [(row[file].strip(), row[label].strip()) for row in rows]
+    whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", label) for _, label in found)
+    return [(name, int(label)) for name, label in found] if whole else found
+
+
+def _rows(path: str) -> list[list[str]]:
+    """The rows of a table that are not empty. Its first line shows what separates the cells."""
+    data = files.read_bytes(path, files.MAX_TEXT_BYTES)
+    try:
+        text = data.decode("utf-8-sig")
+        heading = text.partition("\n")[0]
+        delimiter = next((mark for mark in "\t,;" if mark in heading), ",")
+        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"--labels {path} is not a readable table: {error}") from None

@@ -1,0 +1,253 @@
+"""Reading files of torch.save: plain tensors, numbers and text, in dicts and lists.
+
+torch.load with weights_only runs no code, but its tensors may be expanded from one element, overlap each other, or be
+sparse or quantised. Kernels that trust a shape then read and write past the memory. Here each tensor has contiguous
+memory of its own, and all of them together are bounded by the size of the file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickletools
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import IO, Any
+
+import torch as th
+from torch import nn
+
+from ..config import UserError
+from . import files
+
+MAX_PICKLE_BYTES = 2**23  # of the names and shapes, without the numbers
+MAX_OBJECTS = 10**6
+MAX_DEPTH = 40
+MAX_SHARED = 4  # times the file's size: tensors that share memory in the file get their own
+
+FLOATS = (th.float32, th.float64, th.float16, th.bfloat16)
+INTEGERS = (th.uint8, th.int8, th.int16, th.int32, th.int64)
+
+# What the pickle inside may name: what plain tensors and dicts are made of.
+_STORAGES = ["Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool"]
+_GLOBALS = {
+    "collections OrderedDict",
+    "collections Counter",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch Size",
+    "torch device",
+    *(f"torch {name}Storage" for name in _STORAGES),
+    *(str(dtype).replace(".", " ") for dtype in (*FLOATS, *INTEGERS, th.bool)),
+}
+_OTHER_CONSTRUCTORS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+
+_ZIP = b"PK\x03\x04"
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files from before torch 1.6
+_OLD_PICKLES = 5  # magic number, version, system, contents, keys of the storages
+
+_DAMAGED = "it is damaged, or not a checkpoint: copy or download it again, or use another file"
+_TOO_MANY = "it holds too many objects for a checkpoint: use another file"
+_GIVE = "give one, such as ema_0.9999_010000.pt"
+# (first bytes, what such a file is, what to do)
+_KINDS = (
+    (b"\x89PNG\r\n\x1a\n", "a PNG image", _GIVE),
+    (b"\xff\xd8\xff", "a JPEG image", _GIVE),
+    (b"GIF8", "a GIF image", _GIVE),
+    (b"%PDF", "a PDF", _GIVE),
+    (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
+    (b"\x93NUMPY", "an array of numpy", _GIVE),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with git lfs pull"),
+    (b"<", "a web page or XML", "the download went wrong: download the file again"),
+    (b"\x80", "a pickle of another program", _GIVE),
+)
+
+
+class _Unsuitable(Exception):
+    """Why a file is not loaded."""
+
+
+def load(f: IO[bytes], name: str, *, mapped: bool = False, **kwargs: Any) -> Any:
+    """What torch.save wrote: dicts, lists, numbers, text, and tensors with contiguous memory of their own.
+
+    :param f: the file, or its bytes.
+    :param name: the file's path, for messages.
+    :param mapped: leave the tensors of a local file on the disk until they are used.
+    :param kwargs: of torch.load. Nothing in the file is executed.
+    Raises UserError, in one line, for a file that is damaged, unsafe, or something else.
+    """
+    size = f.seek(0, os.SEEK_END)
+    try:
+        _check(f, size)
+        f.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused below
+            content = th.load(name if mapped else f, **{**kwargs, "mmap": mapped, "weights_only": True})
+        return _Contents(MAX_SHARED * size + 2**16).own(content, "")
+    except _Unsuitable as error:
+        raise UserError(f"cannot load {name} ({size:,} bytes): {error}") from None
+    except Exception as error:  # torch, pickle and zipfile raise many kinds for damaged files
+        short = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        reason = "there is not enough memory for it" if short else _DAMAGED
+        raise UserError(f"cannot load {name} ({size:,} bytes): {reason}") from None
+
+
+def load_mapped(path: str) -> Any:
+    """`load` of a local file whose tensors stay on the disk until they are used."""
+    with files.open_read(path) as f:
+        return load(f, path, mapped=True, map_location="cpu")
+
+
+# Before torch reads the file
+
+
+def _check(f: IO[bytes], size: int) -> None:
+    """Raise _Unsuitable for a file of something else, and for one that names more than plain tensors."""
+    f.seek(0)
+    head = f.read(512)
+    f.seek(0)
+    if head.startswith(_ZIP):
+        _check_names(_pickle_of_zip(f, size), 1)
+    elif head.startswith(_OLD_MAGIC):
+        _check_names(f, _OLD_PICKLES)
+    else:
+        raise _Unsuitable(_kind(head))
+
+
+def _kind(head: bytes) -> str:
+    """What a file is that torch.save did not write, and what to do."""
+    kind, remedy = "damaged", "copy or download it again, or use another file"
+    if not head:
+        kind, remedy = "empty", "copy or download it again"
+    elif head[257:262] == b"ustar":
+        kind, remedy = "a tar archive", "unpack it first"
+    elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        kind, remedy = "a safetensors file", "write its tensors with torch.save first"
+    elif found := next((entry for entry in _KINDS if head.lstrip().startswith(entry[0])), None):
+        _, kind, remedy = found
+    elif all(byte >= 32 or byte in b"\t\n\r" for byte in head):
+        kind, remedy = "a text file", _GIVE
+    return f"it is {kind}{', or' if kind == 'damaged' else ','} not a checkpoint: {remedy}"
+
+
+def _pickle_of_zip(f: IO[bytes], size: int) -> IO[bytes]:
+    """The pickle inside a zip archive of torch.save."""
+    with zipfile.ZipFile(f) as archive:
+        infos = archive.infolist()
+        members = {info.filename.partition("/")[2] or info.filename: info for info in infos}
+        if "data.pkl" not in members or "constants.pkl" in members:
+            raise _Unsuitable(f"it is {_kind_of_zip(members)}, not a checkpoint: {_GIVE}")
+        if len(members) < len(infos) or sum(info.file_size for info in infos) > size:
+            raise _Unsuitable("its parts are larger than the file, or there twice: it is damaged, or written anew")
+        if members["data.pkl"].file_size > MAX_PICKLE_BYTES:
+            raise _Unsuitable(_TOO_MANY)
+        return io.BytesIO(archive.read(members["data.pkl"]))
+
+
+def _kind_of_zip(names: Iterable[str]) -> str:
+    """What a zip archive is that is not a checkpoint, by the names in it."""
+    if "constants.pkl" in names:
+        return "a TorchScript program"
+    if "archive_format" in names or "serialized_exported_program.json" in names:
+        return "an exported program"
+    return "an npz of arrays" if any(name.endswith(".npy") for name in names) else "a zip archive"
+
+
+def _check_names(f: IO[bytes], pickles: int) -> None:
+    """Raise _Unsuitable where the pickles name anything but plain tensors and dicts."""
+    limit = f.tell() + MAX_PICKLE_BYTES
+    for _ in range(pickles):
+        for opcode, argument, _ in pickletools.genops(f):
+            if opcode.name in _OTHER_CONSTRUCTORS or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
+                what = f" ({str(argument).replace(' ', '.')[:80]!a})" if argument else ""
+                raise _Unsuitable(
+                    f"it holds objects other than plain tensors{what}, which could run code or harm when loaded; they "
+                    "were not loaded: save its state dict alone, or use another file"
+                )
+            if f.tell() > limit:
+                raise _Unsuitable(_TOO_MANY)
+
+
+# After torch has read it
+
+
+class _Contents:
+    """Copies what a file holds, so that nothing is shared. Raises _Unsuitable for what is not plain.
+
+    :param room: bytes that the tensors may take together.
+    """
+
+    def __init__(self, room: int):
+        self.room, self.objects = room, MAX_OBJECTS
+        self.taken: set[int] = set()  # memory that a tensor has for itself
+
+    def own(self, value: Any, where: str, depth: int = 0) -> Any:
+        """The value itself, or a copy: containers are new, tensors are contiguous.
+
+        :param where: its keys, for messages.
+        """
+        self.objects -= 1
+        if self.objects < 0 or depth > MAX_DEPTH:
+            raise _Unsuitable("it holds too many objects, or too deep lists of lists: use another file")
+        if isinstance(value, th.Tensor):
+            return self._tensor(value, where)
+        if isinstance(value, dict):
+            return self._dict(value, where, depth)
+        if isinstance(value, (list, tuple)):
+            items = [self.own(item, f"{where}.{i}", depth + 1) for i, item in enumerate(value)]
+            return items if isinstance(value, list) else tuple(items)
+        whole = isinstance(value, int) and abs(value) < 2**63
+        if not (whole or value is None or isinstance(value, (str, float, th.dtype, th.device))):
+            raise _Unsuitable(f"{_shown(where)} is not a tensor, a number or text: use another file")
+        return value
+
+    def _dict(self, value: dict, where: str, depth: int) -> dict:
+        copied: Any = OrderedDict() if isinstance(value, OrderedDict) else {}
+        for key, item in value.items():
+            if not isinstance(key, (str, int)):
+                raise _Unsuitable(f"a key of {_shown(where)} is neither text nor a whole number: use another file")
+            copied[key] = self.own(item, f"{where}.{key}"[-200:], depth + 1)
+        if "_metadata" in getattr(value, "__dict__", {}):  # of a module's state dict
+            copied._metadata = self.own(value._metadata, "_metadata", depth + 1)  # type: ignore[attr-defined]
+        return copied
+
+    def _tensor(self, value: th.Tensor, where: str) -> th.Tensor:
+        problem = problem_of(value)
+        if problem:
+            raise _Unsuitable(f"{_shown(where)} {problem}: damaged, or made to do harm; use another file")
+        value = value.detach()
+        if value.dtype == th.bool:
+            value = value.view(th.uint8) != 0  # other bytes than 0 and 1 are no bools
+        memory, nbytes = value.untyped_storage(), value.numel() * value.element_size()
+        self.room -= nbytes
+        if self.room < 0:
+            raise _Unsuitable("its tensors share memory and are larger than the file: use another file")
+        whole = value.is_contiguous() and memory.nbytes() == nbytes
+        if whole and memory.data_ptr() not in self.taken:
+            self.taken.add(memory.data_ptr())
+            return value
+        return value.clone(memory_format=th.contiguous_format)
+
+
+def problem_of(tensor: th.Tensor) -> str | None:
+    """Why a tensor is not plain, None where it is: dense, strided, of numbers, with memory for each of its elements."""
+    if type(tensor) not in (th.Tensor, nn.Parameter) or tensor.layout != th.strided or tensor.is_nested:
+        return "is a special kind of tensor"
+    if tensor.is_quantized or tensor.is_meta or tensor.is_neg() or tensor.is_conj():
+        return "is a special kind of tensor"
+    if tensor.dtype not in (*FLOATS, *INTEGERS, th.bool):
+        return f"has the type {str(tensor.dtype).removeprefix('torch.')}, which no checkpoint needs"
+    count = math.prod(tensor.shape)
+    if any(stride < 0 for stride in tensor.stride()) or tensor.storage_offset() < 0:
+        return "goes backwards through its memory"
+    if (tensor.storage_offset() + count) * tensor.element_size() > tensor.untyped_storage().nbytes() and count:
+        return f"of the shape {tuple(tensor.shape)} has memory for fewer numbers"
+    return None
+
+
+def _shown(where: str) -> str:
+    """The keys of a value, on one line."""
+    return ascii(where.removeprefix("."))[1:-1] or "its content"
