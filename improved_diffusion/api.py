@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,8 @@ from . import distributed
 from .bound import BoundSummary
 from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
-from .config import ReadingConfig, UserError, VariationsConfig, fixed_names
-from .config.presets import preset_options
+from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
+from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
     Encoding,
@@ -124,12 +124,12 @@ class Model:
     # Sampling
 
     def sample(
-        self, n: int = 1, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
+        self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
         on_step: Callable[[SamplingStep], None] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Draw images; image i of a seed is always the same, whatever n and the batch size.
 
-        :param n: how many; or give seeds="17,40-47", numbers of images, among the options.
+        :param n: how many, 1 unless given; or give seeds="17,40-47", numbers of images, among the options.
         :param classes: names or labels, taken in turn, as a list or comma-separated; random ones unless given.
         :param batch_size: images at once: more is faster, and needs more memory.
         :param progress: show a progress bar.
@@ -137,14 +137,14 @@ class Model:
         Raises UserError for options that contradict each other or the model.
         """
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
-        return self._collect(pipeline, batch_size, progress, on_step)
+        return self._collect(pipeline, progress, on_step)
 
     def sample_steps(
-        self, n: int = 1, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
+        self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
     ) -> Iterator[SamplingStep]:
         """Like `sample`, yielding a SamplingStep after each step of each batch."""
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
-        for _, step in self._steps(pipeline, batch_size):
+        for _, step in self._steps(pipeline):
             yield step
 
     def upscale(
@@ -161,16 +161,19 @@ class Model:
             raise UserError(f"{self.path} is an image model: upscale needs a super-resolution model")
         loaded = self._with(SuperResSampling, {"seed": seed, "batch_size": batch_size, **_classes(classes), **options})
         given = self._given(base, "base", base_size(loaded.settings), loaded.settings.reading)
-        return self._collect(SuperResPipeline(loaded, given), batch_size, progress, on_step)
+        return self._collect(SuperResPipeline(loaded, given), progress, on_step)
 
     def _pipeline(
-        self, n: int, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
+        self, n: int | None, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
     ) -> SamplingPipeline:
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: use upscale(images)")
         if "num_samples" in options:
             raise UserError("num_samples: sample takes the number of images as n")
-        asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
+        if n is None and not str(options.get("seeds", "")).strip():
+            n = 1
+        count = {} if n is None else {"num_samples": n}
+        asked = {**count, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         return SamplingPipeline(self._with(ImageSampling, asked))
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
@@ -198,9 +201,10 @@ class Model:
             self._prepared = {key: copy.deepcopy(self.network)}  # one, so that memory does not grow
         return self._prepared[key]
 
-    def _steps(self, pipeline: SamplingPipeline, batch_size: int) -> Iterator[tuple[bool, SamplingStep]]:
+    def _steps(self, pipeline: SamplingPipeline) -> Iterator[tuple[bool, SamplingStep]]:
         """(whether it is the batch's last, step) for each step of each batch."""
         numbers, steps = list(pipeline.numbers), pipeline.sampler.steps
+        batch_size = pipeline.loaded.settings.sample.batch_size
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             predictions = (out for out in pipeline.trajectory(batch) if out["pred_xstart"] is not None)
@@ -211,13 +215,12 @@ class Model:
                 )
 
     def _collect(
-        self, pipeline: SamplingPipeline, batch_size: int, progress: bool,
-        on_step: Callable[[SamplingStep], None] | None,
-    ) -> Images:  # fmt: skip
+        self, pipeline: SamplingPipeline, progress: bool, on_step: Callable[[SamplingStep], None] | None
+    ) -> Images:
         numbers, done = list(pipeline.numbers), []
         bar = Progress("sampling", len(numbers) * pipeline.sampler.steps, "step") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
-            for last, step in self._steps(pipeline, batch_size):
+            for last, step in self._steps(pipeline):
                 if on_step is not None:
                     on_step(step)
                 if last:
@@ -248,10 +251,10 @@ class Model:
         :param n: images to make, from the latents in turn; 0: one from each.
         """
         if not isinstance(latents, Latents):
-            latents = read_latents(os.fspath(latents))
+            latents = read_latents(path_argument("latents", latents))
         asked = {"num_samples": n, "batch_size": batch_size, **_classes(classes), **options}
         model = Decode.prepare(self._with(Decoding, asked), latents.step_options)
-        return self._draw(Decode(model, latents), batch_size, progress)
+        return self._draw(Decode(model, latents), progress)
 
     def interpolate(
         self, first: Any, last: Any, frames: int = 9, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
@@ -264,15 +267,13 @@ class Model:
         """
         asked = {"frames": frames, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         if isinstance(first, (int, np.integer)) and isinstance(last, (int, np.integer)):
-            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": f"{first},{last}", **asked}))
-            return self._draw(Interpolate(prepared), batch_size, progress)
+            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": [first, last], **asked}))
+            return self._draw(Interpolate(prepared), progress)
         prepared = Interpolate.prepare(self._with(Interpolation, asked))
         ends = [self._pixels(given, prepared) for given in (first, last)]
-        arrays, labels = (
-            np.concatenate([array for array, _ in ends]),
-            [label for _, found in ends for label in found or ()],
-        )
-        return self._draw(Interpolate(prepared, arrays, labels or None), batch_size, progress)
+        arrays = np.concatenate([end.arrays for end in ends])
+        labels = [label for end in ends for label in end.labels or ()]
+        return self._draw(Interpolate(prepared, arrays, labels or None), progress)
 
     def inpaint(
         self, images: Any, mask: Any, n: int = 0, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
@@ -285,9 +286,11 @@ class Model:
         """
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         prepared = Inpaint.prepare(self._with(Inpainting, asked))
-        pixels, labels = self._pixels(images, prepared)
-        masks = _masks(mask, prepared.shape[1:], len(pixels), prepared.settings.reading)
-        return self._draw(Inpaint(prepared, pixels, masks, labels), batch_size, progress)
+        found = self._pixels(images, prepared)
+        masks = _masks(mask, prepared.shape[1:], len(found.arrays), prepared.settings.reading)
+        edit = Inpaint(prepared, found.arrays, masks, found.labels)
+        edit.sources = found.file_names
+        return self._draw(edit, progress)
 
     def variations(
         self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
@@ -300,28 +303,32 @@ class Model:
         """
         asked = {"num_samples": n, "strength": strength, "seed": seed, "batch_size": batch_size}
         edit = self._edit_images(Vary, Variations, images, {**asked, **_classes(classes), **options})
-        return self._draw(edit, batch_size, progress)
+        return self._draw(edit, progress)
 
     def _edit_images(self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any]) -> Any:
         prepared = edit.prepare(self._with(kind, asked))
-        return edit(prepared, *self._pixels(images, prepared))
+        found = self._pixels(images, prepared)
+        made = edit(prepared, found.arrays, found.labels)
+        made.sources = found.file_names
+        return made
 
-    def _pixels(self, given: Any, prepared: EditingModel) -> tuple[np.ndarray, list[int] | None]:
-        """(uint8 [N, H, W, C] of the model's size, the classes that came with the images)."""
+    def _pixels(self, given: Any, prepared: EditingModel) -> GivenImages:
+        """The images, of the model's size."""
         _, height, width = prepared.shape
-        found = self._given(given, "images", f"{height}x{width}", prepared.settings.reading)
-        return found.arrays, found.labels
+        return self._given(given, "images", f"{height}x{width}", prepared.settings.reading)
 
     def _given(self, given: Any, what: str, size: Any, reading: ReadingConfig) -> GivenImages:
         """Images that were given, resized, with the classes that come with them: of Images, an npz or file names."""
         channels = self._loaded.settings.model.channels
-        found = as_pixels(_plain(given), what, size, channels, self.class_names, reading)
+        found = as_pixels(_plain(what, given), what, size, channels, self.class_names, reading)
         if isinstance(given, Images) and given.labels is not None:
             found = found._replace(labels=given.labels.tolist())
+        if isinstance(given, Images) and given.names is not None:
+            found = found._replace(names=list(given.names), from_files=True)
         return found
 
-    def _draw(self, edit: Edit, batch_size: int, progress: bool) -> Images:
-        numbers, done = range(edit.count), []
+    def _draw(self, edit: Edit, progress: bool) -> Images:
+        numbers, done, batch_size = range(edit.count), [], edit.model.settings.edit.batch_size
         bar = Progress(edit.command, edit.count, "image") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
             for start in range(0, edit.count, batch_size):
@@ -329,7 +336,9 @@ class Model:
                 done.append(edit.draw(batch))
                 if bar:
                     bar.update(len(batch))
-        return Images(np.concatenate(done), *_labels(edit.labels, numbers), numbers)
+        file_names = edit.file_names
+        names = [file_names(i).removesuffix(".png") for i in numbers] if edit.sources else None
+        return Images(np.concatenate(done), *_labels(edit.labels, numbers), numbers, names)
 
     # Evaluation
 
@@ -342,7 +351,7 @@ class Model:
         """
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: bits_per_dim is for image models")
-        loaded = self._with(Likelihood, {"data_dir": os.fspath(data_dir), **options})
+        loaded = self._with(Likelihood, {"data_dir": data_dir, **options})
         return BoundEvaluation.of(loaded).run(loaded.model.to(distributed.dev()))
 
     # Files
@@ -354,17 +363,17 @@ class Model:
         """
         config = {**self.settings.values(), **self._loaded.metadata.get("config", {})}
         metadata = {**self._loaded.metadata, "config": config}
-        files.make_dirs(files.folder_of(os.fspath(path)))
-        checkpoint.save_state_dict(self.network.state_dict(), os.fspath(path), metadata)
+        path = path_argument("path", path)
+        files.make_dirs(files.folder_of(path))
+        checkpoint.save_state_dict(self.network.state_dict(), path, metadata)
 
 
-def _classes(classes: Any) -> dict[str, str]:
+def _classes(classes: Any) -> dict[str, Any]:
     """The option `classes`, from a name, a label, or several."""
     if classes is None:
         return {}
-    if isinstance(classes, (str, int)):
-        classes = [classes]
-    return {"classes": ",".join(map(str, classes))}
+    several = isinstance(classes, Iterable) and not isinstance(classes, str)
+    return {"classes": list(classes) if several else classes}
 
 
 def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray | None, Sequence[str] | None]:
@@ -377,13 +386,19 @@ def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray |
 def _masks(mask: Any, size: Sequence[int], count: int, reading: ReadingConfig) -> np.ndarray:
     """Masks as bool [1 or N, H, W]. Raises UserError for anything else."""
     if isinstance(mask, (str, os.PathLike)):
-        return read_masks(os.fspath(mask), (size[0], size[1]), [f"{i:06d}" for i in range(count)], reading)
+        masked = [f"{i:06d}" for i in range(count)]
+        return read_masks(path_argument("mask", mask), (size[0], size[1]), masked, reading)
     if not isinstance(mask, np.ndarray) or mask.dtype != bool:
         raise UserError("mask: expected the path of an image, or a bool array, true where to paint")
     return mask[None] if mask.ndim == 2 else mask
 
 
-def _plain(given: Any) -> Any:
+def _plain(name: str, given: Any) -> Any:
+    """Images as an array, paths with ~ expanded; anything else as it is."""
+    if isinstance(given, (list, tuple)):
+        return [path_argument(name, each) if isinstance(each, (str, os.PathLike)) else each for each in given]
+    if isinstance(given, (str, os.PathLike)):
+        return path_argument(name, given)
     return given.array if isinstance(given, Images) else given
 
 
@@ -395,9 +410,15 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    file = distributed.from_rank0(find_file, os.path.expanduser(os.fspath(path)), average)
+    if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
+        raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
+    return _load(path_argument("path", path), average, options)
+
+
+def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
+    file = distributed.from_rank0(find_file, path, average)
     kind = read_kind(file)
-    return Model(load_model(kind.of(options), frozenset(options), file))
+    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
@@ -405,19 +426,23 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
 
     With large_size and small_size it is a super-resolution model. Ctrl-C saves a checkpoint, ends the training and
     returns the model as it is; resume="auto" continues from there.
-    :param preset: a published recipe, whose options apply where none are given.
+    :param preset: a published model's options, or a recipe's, which apply where none are given; "auto" chooses a recipe
+        by the images and the hardware.
     Raises UserError for what cannot work, before training starts. Collective where there are several ranks.
     """
     superres = bool({"large_size", "small_size"} & options.keys())
     kind: type[Settings] = SuperResTraining if superres else ImageTraining
-    asked = {"data_dir": os.fspath(data_dir), **options}
+    asked = {"data_dir": data_dir, **options}
+    if not isinstance(preset, str):
+        raise UserError(f"preset {shown(preset)}: expected a name")
     if preset:
-        asked = merge_options([{k: v for k, v in preset_options(preset).items() if k in kind.options()}, asked])
-    settings: Any = kind.of(asked)
+        asked = merge_options([options_for(preset, kind), asked])
+    settings: Any = kind.of(merge_options([until_chosen(preset), asked]))
     if settings.train.dry_run:
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
-    default = preset or ("super_res_train" if superres else "image_train")
-    return load(run.train(settings, frozenset(asked), default).checkpoints)
+    default = "super_res_train" if superres else "image_train"
+    trained = run.train(settings, frozenset(asked), default, preset)
+    return _load(trained.checkpoints, None, {}, warn=False)  # training has warned at its start
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:
@@ -428,5 +453,5 @@ def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> 
     :param options: held_out, train_dir and out_dir, and those of `improved-diffusion evaluate`, such as
         trust_features=True and resize=64.
     """
-    given = {name: _plain(value) for name, value in options.items()}
-    return evaluator.evaluate(_plain(samples), _plain(reference), features=features, **given)
+    given = {name: _plain(name, value) for name, value in options.items()}
+    return evaluator.evaluate(_plain("samples", samples), _plain("reference", reference), features=features, **given)

@@ -23,7 +23,7 @@ IMAGES = 7  # no multiple of the ranks
 class Loop:
     """What a hook sees of a TrainLoop, around a small class-conditional model with two averages beside it."""
 
-    def __init__(self, microbatch=4, labels=("0.9", "0.99"), model=None):
+    def __init__(self, microbatch=4, labels=("0.9", "0.99"), model=None, shares=(0.0, 0.0)):
         th.manual_seed(0)
         self.model = model or make_model()
         self.device, self.microbatch = th.device("cpu"), microbatch
@@ -32,6 +32,7 @@ class Loop:
         self.parameter_sets = {"": own}
         for i, label in enumerate(labels):
             self.parameter_sets[label] = [p.detach() * (1 + 0.2 * (i + 1)) for p in own]
+        self.initial_shares = dict(zip(labels, shares))
         self.written = []
 
     @contextlib.contextmanager

@@ -34,6 +34,7 @@ from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
 from ..utils import files
 from . import checkpoint, sets
+from .averages import warn_of_initial_weights
 from .dialects import foreign_feature
 
 S = TypeVar("S", bound=Settings)
@@ -62,11 +63,12 @@ class LoadedModel(Generic[S]):
     metadata: Mapping[str, Any]
 
 
-def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
+def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = True) -> LoadedModel[S]:
     """The model of a checkpoint. What training fixed need not be given. Collective.
 
     :param settings: a command's, with groups `model` and `diffusion`.
     :param given: the options that the user gave.
+    :param warn: of an average that is still the initial weights in part.
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
     path, state_dict, metadata = read(path)
@@ -74,6 +76,8 @@ def load_model(settings: S, given: Iterable[str], path: str) -> LoadedModel[S]:
     with _naming(path):
         model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
+    if warn:
+        warn_of_initial_weights(path, metadata)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
 
 
@@ -311,7 +315,7 @@ class LoadedClassifier:
     classifier: NoisyClassifier
     config: Mapping[str, Any]
     class_names: list[str] | None
-    seen_classes: Any = None  # indices of those that had images in training, where not all had; not checked
+    seen_classes: list[int] | None = None  # those that had images in training, where not all had
 
 
 def load_classifier(path: str) -> LoadedClassifier:
@@ -328,6 +332,7 @@ def load_classifier(path: str) -> LoadedClassifier:
     _check_network(config, False, path, state_dict, metadata.get("class_names"))
     classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
+    warn_of_initial_weights(path, metadata)
     options = {
         name: getattr(group, name) for group in (config, process) for name in _names(type(group)) & stored.keys()
     }

@@ -1,5 +1,8 @@
 """Train a diffusion model on images."""
 
+from collections.abc import Sequence
+
+from ..config.recipes import AUTO
 from ..config.settings import ImageTraining
 from .command import Command
 from .training import train_command
@@ -8,8 +11,18 @@ COMMAND = Command(
     "Train a diffusion model on images.",
     ImageTraining,
     train_command("image_train"),
+    words="data_dir",
     first=(
-        "data_dir", "image_size", "class_cond", "batch_size", "max_steps", "lr",
+        "data_dir", "preset", "image_size", "class_cond", "batch_size", "max_steps", "lr",
         "precision", "val_dir", "resume", "out_dir",
     ),
 )  # fmt: skip
+
+# Flags that say nothing of the model and its training.
+_OF_A_START = {"--data_dir", "--labels", "--num_workers", "--seed", "--out_dir", "--resume", "--dry_run"}
+
+
+def with_recipe(words: Sequence[str]) -> list[str]:
+    """A command line for one's own images: with `--preset auto` where it says nothing of the model and its training."""
+    flags = {word.partition("=")[0] for word in words if word.startswith("-")}
+    return [*words, "--preset", AUTO] if flags <= _OF_A_START else list(words)

@@ -50,7 +50,8 @@ def dispatch(argv: Sequence[str]) -> None:
     if argv[0] not in COMMANDS:
         raise unknown_name("command", argv[0], COMMANDS)
     module = import_module(f".{COMMANDS[argv[0]][0]}", __package__)
-    module.COMMAND.main(argv[1:], f"{program} {argv[0]}")
+    words = module.with_recipe(argv[1:]) if argv[0] == "train" else argv[1:]
+    module.COMMAND.main(words, f"{program} {argv[0]}")
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from ..config import UserError, path_argument, repeated, shown, str2bool, unknown_name
-from ..config.presets import PRESETS, preset_options
+from ..config.presets import PRESETS, options_for, until_chosen
+from ..config.recipes import AUTO, RECIPES
 from ..config.settings import Settings, commands_with, merge_options
 from ..utils import files
 from ..utils.terminal import show
@@ -77,12 +78,12 @@ def parse(
     values = vars(flags)
     preset, config = values.pop("preset", None), values.pop("config", None)
     sources = [
-        _from_preset(preset, kind) if preset else {},
+        options_for(preset, kind) if preset else {},
         _from_file(path_argument("--config", config), kind) if config else {},
         values,
     ]
     given = merge_options(sources)
-    return Parsed(kind.of(given), frozenset(given), preset)
+    return Parsed(kind.of(merge_options([until_chosen(preset), given])), frozenset(given), preset)
 
 
 def _build_parser(kind: type[Settings], program: str, description: str, first: Sequence[str]) -> _Parser:
@@ -97,11 +98,14 @@ def _build_parser(kind: type[Settings], program: str, description: str, first: S
     )
     parser.add_argument("-h", "--help", "--help-all", action=_Help, nargs=0, help=argparse.SUPPRESS)
     common = {
-        "preset": f"options of a published model: {', '.join(PRESETS)}",
+        "preset": (
+            f"options for your own images: {AUTO} (by the images and the hardware), {', '.join(RECIPES)}; or of a "
+            f"published model: {', '.join(PRESETS)}"
+        ),
         "config": "YAML or JSON file of options, such as a run's config.json",
     }
     for name, text in common.items():
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS if first else text)
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS if first and name not in first else text)
     added: set[str] = set()
     for group in kind.groups().values():
         section = parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
@@ -119,14 +123,6 @@ def _add_option(section: Any, f: Any, hidden: bool) -> None:
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
     section.add_argument(f"--{f.name}", help=argparse.SUPPRESS if hidden else text, **extra)
-
-
-def _from_preset(name: str, kind: type[Settings]) -> dict[str, Any]:
-    options, known = preset_options(name), kind.options()
-    if ("large_size" in known) != ("large_size" in options):
-        other = "super-resolution" if "large_size" in options else "image"
-        raise UserError(f"--preset {name} is for the {other} commands: choose a preset of the other kind")
-    return {key: value for key, value in options.items() if key in known}  # a recipe has options of other commands too
 
 
 def _from_file(path: str, kind: type[Settings]) -> dict[str, Any]:

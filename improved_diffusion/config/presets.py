@@ -1,4 +1,4 @@
-"""The published recipes: what each sets beyond the defaults, and what it reproduces.
+"""The published runs: what each sets beyond the defaults, and what it reproduces. `recipes` has those for own images.
 
 Scores are the papers' (Nichol & Dhariwal 2021, Ho et al. 2020), quoted from memory; NLL in bits/dim. A public
 retraining of CIFAR-10 reported FID 6.7 at 100 steps with the flags of cifar10-hybrid, and 4.0 with a linear schedule
@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from . import unknown_name
+from .messages import UserError, unknown_name
+from .recipes import AUTO, RECIPES, Recipe
+from .settings import ImageTraining, Settings
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,35 @@ PRESETS = {
 }
 
 
+def options_for(name: str, kind: type[Settings]) -> dict[str, Any]:
+    """The options that `--preset name` sets in a command's settings; those of other commands are left out.
+
+    Raises UserError for an unknown name, and for a preset of another kind of model.
+    """
+    known = kind.options()
+    options = preset_options(name)
+    if name == AUTO and kind is not ImageTraining:
+        raise UserError("--preset auto chooses options for training an image model: name another preset")
+    if name != AUTO and ("large_size" in known) != ("large_size" in options):
+        other = "super-resolution" if "large_size" in options else "image"
+        raise UserError(f"--preset {name} is for the {other} commands: choose a preset of the other kind")
+    return {key: value for key, value in options.items() if key in known}
+
+
+def until_chosen(name: str | None) -> dict[str, Any]:
+    """With `--preset auto`, options that stand in for those that training will choose, so that the ones given with them
+    can be checked before; {} for other presets."""
+    return dict(next(iter(RECIPES.values())).options) if name == AUTO else {}
+
+
 def preset_options(name: str) -> dict[str, Any]:
-    """The options that `--preset name` sets; an unknown name raises UserError with the nearest one."""
-    if name not in PRESETS:
-        raise unknown_name("--preset", name, PRESETS)
-    return dict(PRESETS[name].options)
+    """The options that `--preset name` sets; an unknown name raises UserError with the nearest one.
+
+    `auto` sets none here: training chooses them when it has seen the images.
+    """
+    if name == AUTO:
+        return {}
+    known: dict[str, Preset | Recipe] = {**RECIPES, **PRESETS}
+    if name not in known:
+        raise unknown_name("--preset", name, [AUTO, *known])
+    return dict(known[name].options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LONGEST_WAIT, PRECISIONS, Config, UserError, comma_list, extra, option, path_of, unknown_name
+from .base import LONGEST_WAIT, PRECISIONS, Config, extra, option
+from .messages import UserError, unknown_name
+from .values import comma_list, path_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,11 @@ class TrainConfig(Config):
     keep_last: int = extra(0, "newest checkpoints to keep; 0: all", low=0)
     keep_every: int = extra(0, "with keep_last, also keep checkpoints at multiples of this many steps; 0: none", low=0)
     max_bad_steps: int = extra(100, "stop after this many steps in a row without a finite gradient", low=1)
-    ema_warmup: bool = extra(False, "EMA warm-up: the rate is min(ema_rate, (1 + s)/(10 + s)) at step s")
+    ema_warmup: bool = extra(
+        False,
+        "EMA warm-up: the rate is min(ema_rate, (1 + s)/(10 + s)) at step s, so that the average forgets the initial "
+        "weights at once",
+    )
     ema_sigma_rel: str = extra(
         "",
         "relative widths of power-function averages, such as 0.05,0.10 (EDM2); posthoc-ema makes other widths later",
@@ -155,7 +161,10 @@ class WatchConfig(ProgressConfig):
     """Monitoring."""
 
     sample_interval: int = extra(
-        0, "steps between preview grids of samples, from the model and its first EMA; 0: none", low=0
+        0,
+        "steps between preview grids of samples, from the model and its first average that has forgotten the initial "
+        "weights; 0: none",
+        low=0,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a training run will need, measured in three steps before it starts: time, memory, disk."""
+"""What a training run will need, measured in a few steps before it starts: time, memory, disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
@@ -14,31 +15,77 @@ from .. import distributed
 from ..config import UserError
 from ..logs import logger
 from ..utils import files
+from .ema import warn_of_slow_averages
 from .loop import TrainLoop, get_blob_logdir
+from .patience import ADVICE, ticking
 
 STEPS = 3  # the first one is slower and does not count
+LONGEST = 60.0  # seconds of a step, measured or estimated, after which no other one is tried
 LARGEST_TRIED = 4096
 
 
 def dry_run(loop: TrainLoop) -> None:
-    """Train STEPS steps, saving nothing, and log what the run will need. Collective."""
-    seconds = []
-    for _ in range(STEPS):
+    """Train STEPS steps, saving nothing, and log what the run will need. Collective.
+
+    One image comes first. A step that takes too long by its measure, or that needs more memory than there is, is not
+    tried, so that the answer comes soon.
+    """
+    warn_of_slow_averages(loop.emas, loop.max_steps)
+    start = time.perf_counter()
+    batch, cond = next(loop.data)
+    logger.log(f"dry run: the first batch of images took {time.perf_counter() - start:.2g} s to read")
+    with ticking("dry run: a pass over one image"):
+        one = _time_one_image(loop, batch, cond)
+    logger.log(f"dry run: a pass over one image took {one.seconds:.2g} s")
+    measured = distributed.all_gather_object((one.seconds * loop.batch_size, _estimated_microbatch(loop, one)))
+    per_step, how, largest = max(s for s, _ in measured), "estimated from one image", min(n for _, n in measured)
+    if per_step <= LONGEST and largest >= loop.microbatch:
+        per_step, how = _time_steps(loop), "measured"
+        if _tells_out_of_memory(loop.device):
+            largest = min(distributed.all_gather_object(_tried_microbatch(loop, batch, cond)))
+    _report(loop, per_step, how, largest)
+    if per_step > LONGEST:
+        logger.warn(f"{per_step:.0f} s a step is too slow to train here: {ADVICE}")
+    if largest < loop.microbatch:
+        logger.warn(f"there is no memory for a microbatch of {loop.microbatch}: --microbatch {largest} needs less")
+
+
+@dataclass(frozen=True)
+class _OneImage:
+    seconds: float  # of a forward and a backward pass
+    saved_bytes: int  # that autograd keeps between them
+
+
+def _time_one_image(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor]) -> _OneImage:
+    start = time.perf_counter()
+    saved = _saved_bytes(loop, batch, cond, 1)
+    distributed.synchronize(loop.device)
+    return _OneImage(time.perf_counter() - start, saved)
+
+
+def _time_steps(loop: TrainLoop) -> float:
+    """Seconds of a step; the first one counts only where it is the only one. Collective."""
+    seconds: list[float] = []
+    while len(seconds) < STEPS and sum(seconds) < LONGEST:
         start = time.perf_counter()
-        batch, cond = next(loop.data)
-        loop.run_step(batch, cond)
-        loop.step += 1
-        distributed.synchronize(loop.device)
-        seconds.append(time.perf_counter() - start)
-    per_step = sum(seconds[1:]) / (STEPS - 1)
-    largest = min(distributed.all_gather_object(_largest_microbatch(loop, batch, cond)))
+        with ticking(f"dry run: step {len(seconds) + 1} of {STEPS}"):
+            loop.run_step(*next(loop.data))
+            loop.step += 1
+            distributed.synchronize(loop.device)
+        seconds.append(max(distributed.all_gather_object(time.perf_counter() - start)))
+        logger.log(f"dry run: step {len(seconds)} of {STEPS} took {seconds[-1]:.3g} s")
+    counted = seconds[1:] or seconds
+    return sum(counted) / len(counted)
+
+
+def _report(loop: TrainLoop, per_step: float, how: str, largest: int) -> None:
     more = " or more" if largest >= LARGEST_TRIED else ""
-    how = "tried" if _tells_out_of_memory(loop.device) else "estimated"
+    tried = "tried" if how == "measured" and _tells_out_of_memory(loop.device) else "estimated"
     rows = {
-        "time per step": f"{per_step:.3g} s ({loop.global_batch / per_step:.4g} images/s)",
+        "time per step": f"{per_step:.3g} s ({loop.global_batch / per_step:.4g} images/s; {how})",
         "time in all": _time_in_all(loop, per_step),
         "peak memory": _describe_memory(loop.device),
-        "largest microbatch": f"{largest}{more} ({how}; now {loop.microbatch})",
+        "largest microbatch": f"{largest}{more} ({tried}; now {loop.microbatch})",
         "checkpoints": _describe_disk(loop),
     }
     width = max(map(len, rows))
@@ -55,6 +102,28 @@ def _time_in_all(loop: TrainLoop, per_step: float) -> str:
 def _describe_memory(device: th.device) -> str:
     peak = distributed.peak_memory(device)
     return f"{'unknown' if peak is None else _size(peak)} of {_size(_memory(device)[1])} on each rank"
+
+
+def check_memory(task: Any, precision: str, averages: int) -> None:
+    """Raise UserError for a network that no memory of this machine holds, before it is made; warn of one that needs
+    more than is free.
+
+    :param averages: how many moving averages there will be.
+    """
+    with th.device("meta"):
+        count = sum(p.numel() for p in task.build()[0].parameters())
+    # Weights, gradient, Adam's two moments, averages; in 16 bits the network is beside its master weights.
+    need = count * (4 * (4 + averages) + (2 if precision != "fp32" else 0))
+    device = distributed.dev()
+    free, total = _memory(device)
+    text = (
+        f"the network has {count:,} parameters, for which training needs {_size(need)} of memory (weights, gradient, "
+        f"Adam, averages) before the first image, and there are"
+    )
+    if need > total:
+        raise UserError(f"{text} {_size(total)}: {ADVICE}")
+    if need > free:
+        logger.warn(f"{text} {_size(free)} free: {ADVICE}")
 
 
 def _memory(device: th.device) -> tuple[int, int]:
@@ -83,12 +152,15 @@ def _tells_out_of_memory(device: th.device) -> bool:
     return device.type in ("cuda", "xpu")
 
 
-def _largest_microbatch(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor]) -> int:
-    """How many images fit in one forward and backward pass."""
-    if not _tells_out_of_memory(loop.device):
-        per_image = _saved_bytes(loop, batch, cond, 2) - _saved_bytes(loop, batch, cond, 1)
-        free = _memory(loop.device)[0] // distributed.get_world_size()
-        return min(LARGEST_TRIED, max(1, free // max(per_image, 1)))
+def _estimated_microbatch(loop: TrainLoop, one: _OneImage) -> int:
+    """How many images fit in one forward and backward pass, beside the gradient and what Adam will keep; at least 1."""
+    processes = distributed.get_world_size() if loop.device.type == "cpu" else 1
+    free = _memory(loop.device)[0] // processes - 12 * sum(p.numel() for p in loop.model_params)
+    return min(LARGEST_TRIED, max(1, free // max(one.saved_bytes, 1)))
+
+
+def _tried_microbatch(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor]) -> int:
+    """How many images fit in one forward and backward pass, found by trying."""
     fits, too_many, size = 0, LARGEST_TRIED + 1, loop.microbatch
     while too_many - fits > max(1, fits // 8):
         try:
@@ -118,12 +190,17 @@ def _forward_backward(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tens
 
 
 def _saved_bytes(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor], size: int) -> int:
-    """The bytes that autograd keeps between a forward pass over `size` images and its backward pass."""
+    """The bytes that autograd keeps between a forward pass over `size` images and its backward pass.
+
+    The parameters, which it keeps too, do not count.
+    """
     storages: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in loop.model_params}
 
     def note(tensor: th.Tensor) -> th.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with th.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

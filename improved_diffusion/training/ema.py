@@ -9,6 +9,9 @@ import numpy as np
 import torch as th
 from torch._utils import _unflatten_dense_tensors
 
+from ..checkpoints.averages import LARGEST_SHARE, initial_share
+from ..logs import logger
+
 
 def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
     """All parameters as one vector; a single one as it is."""
@@ -28,6 +31,10 @@ class _Average:
 
     def share(self, step: int) -> float:
         """How far the average moves towards the parameters at a step (from 0)."""
+        raise NotImplementedError
+
+    def initial_share(self, steps: int) -> float:
+        """The share, in [0, 1], of the first parameters in the average after so many steps."""
         raise NotImplementedError
 
     @property
@@ -65,6 +72,9 @@ class ParameterEMA(_Average):
     def share(self, step: int) -> float:
         return 1 - (min(self.rate, (1 + step) / (10 + step)) if self.warmup else self.rate)
 
+    def initial_share(self, steps: int) -> float:
+        return initial_share(self.rate, steps, self.warmup)
+
     @property
     def description(self) -> dict[str, Any]:
         return {"ema_rate": self.rate}
@@ -92,9 +102,33 @@ class PowerEMA(_Average):
     def share(self, step: int) -> float:
         return 1 - (1 - 1 / (step + 1)) ** (self.gamma + 1)  # 1 - beta_gamma(t) with t = step + 1
 
+    def initial_share(self, steps: int) -> float:
+        return 0.0 if steps else 1.0
+
     @property
     def description(self) -> dict[str, Any]:
         return {"ema_sigma_rel": self.sigma_rel}
+
+
+def warn_of_slow_averages(emas: Sequence[_Average], steps: int) -> None:
+    """Warn before training of averages that will still hold much of the first weights after all of its steps.
+
+    :param steps: of the whole run; 0: not known.
+    """
+    slow = [ema for ema in emas if steps and ema.initial_share(steps) > LARGEST_SHARE]
+    if not slow:
+        return
+    shares = ", ".join(f"{ema.label}: {ema.initial_share(steps):.1%}" for ema in slow)
+    warmup = "" if any(getattr(ema, "warmup", False) for ema in slow) else "--ema_warmup True, or "
+    logger.warn(
+        f"after {steps:,} steps the moving average would still be the initial weights in part (--ema_rate {shares}), "
+        f"and its samples noise: give {warmup}--ema_rate {forgetting_rate(steps):g}"
+    )
+
+
+def forgetting_rate(steps: int) -> float:
+    """A rate, 1 minus a round number, whose average has forgotten the first weights after so many steps."""
+    return 1 - float(f"{max(min(10 / steps, 0.5), 1e-4):.0e}")
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -12,7 +12,8 @@ import torch as th
 class TrainingView(Protocol):
     """A training run as a hook sees it. TrainLoop is one; a hook is called as hook(view), after a step, on all ranks.
 
-    A hook that has a `name`, state_dict() and load_state_dict(state) is saved with the checkpoints and restored.
+    A hook that has a `name`, state_dict() and load_state_dict(state) is saved with the checkpoints and restored. Its
+    state is made of tensors, numbers and text, in dicts and lists.
     """
 
     model: th.nn.Module
@@ -26,6 +27,10 @@ class TrainingView(Protocol):
     @property
     def parameter_sets(self) -> Mapping[str, Sequence[th.Tensor]]:
         """The model's parameters under "", and each moving average under its label, such as "0.9999"."""
+
+    @property
+    def initial_shares(self) -> Mapping[str, float]:
+        """For each moving average, by its label, the share of the weights that training began with, in [0, 1]."""
 
     def using(self, params: Sequence[th.Tensor]) -> AbstractContextManager[None]:
         """The model has one of the parameter sets, and is in eval mode; afterwards it is as before."""

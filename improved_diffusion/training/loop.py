@@ -14,8 +14,10 @@ from ..logs import logger
 from ..resample import UniformSampler
 from .checkpointed import CheckpointedStep
 from .checkpointer import Checkpointer, Diverged, ResumedSet, find_ema_checkpoint, get_blob_logdir
+from .ema import warn_of_slow_averages
 from .hooks import Hook
 from .lr_schedule import LRSchedule
+from .patience import first_step
 from .run_log import RunLog, log_loss_dict
 from .signals import TIME_IS_UP, Agreement, LastSave, Stopped, StopSignals, TimeLimit
 
@@ -121,6 +123,7 @@ class TrainLoop(CheckpointedStep):
         if self.resumed:
             self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
+        warn_of_slow_averages(self.emas, self.max_steps)
         self.run_log.start(self.max_steps, self.resume_step)
         with nullcontext(self.signals) if self.signals else StopSignals() as signals:
             signals.begin()
@@ -156,7 +159,8 @@ class TrainLoop(CheckpointedStep):
             distributed.heartbeat(self.absolute_step + 1)
             with self.run_log.clock.waiting(), distributed.working("the next batch of images"):
                 batch, cond = next(self.data)
-            self.run_step(batch, cond)
+            with first_step(self):
+                self.run_step(batch, cond)
             self._call_hooks()
             if self.absolute_step % self.log_interval == 0:
                 self._write_row()

@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 
 from .. import distributed
+from ..checkpoints.averages import LARGEST_SHARE
 from ..config import UserError
 from ..data.low_res import pairs
 from ..logs import logger
@@ -23,10 +24,11 @@ STEPS = 25  # of DDIM, for each image
 
 
 class PreviewGrid:
-    """A hook for TrainLoop: a grid of samples of the model, and one of its first moving average.
+    """A hook for TrainLoop: a grid of samples of the model, and one of its first average that has learned enough.
 
-    Written as previews/step_NNNNNN_raw.png and previews/step_NNNNNN.png, and sent to the trackers. Draws nothing from
-    the global generators, so that previews do not change the training.
+    Written as previews/step_NNNNNN_raw.png and previews/step_NNNNNN.png, and sent to the trackers. While every average
+    is still the first weights in part, both are the model's own. Draws nothing from the global generators, so that
+    previews do not change the training.
     :param shape: (C, H, W).
     :param model_kwargs: of the given number of images, on the device; a "low_res" is shown beside each sample.
     :param seed: image i follows from (seed, i), whatever the number of ranks.
@@ -43,28 +45,40 @@ class PreviewGrid:
     def __call__(self, view: TrainingView, /) -> None:
         """Draw the grids. Collective."""
         done = view.absolute_step + 1
-        model, *averages = view.parameter_sets.values()
-        self._show(view, model, f"step_{done:06d}_raw.png", "samples_raw")
-        if averages:
-            self._show(view, averages[0], f"step_{done:06d}.png", "samples_ema")
+        shares = view.initial_shares
+        own = self._grid(view, view.parameter_sets[""])
+        self._show(view, own, f"step_{done:06d}_raw.png", "samples_raw", "the model's own weights")
+        if not shares:
+            return
+        label = next((label for label, share in shares.items() if share <= LARGEST_SHARE), None)
+        grid = own if label is None else self._grid(view, view.parameter_sets[label])
+        fastest = min(shares, key=lambda label: shares[label])
+        still = f"the model's own weights: average {fastest} is still {shares[fastest]:.1%} initial weights"
+        source = still if label is None else f"average {label}"
+        self._show(view, grid, f"step_{done:06d}.png", "samples_ema", source)
 
-    def _show(self, view: TrainingView, params: Sequence[th.Tensor], file_name: str, name: str) -> None:
+    def _grid(self, view: TrainingView, params: Sequence[th.Tensor]) -> np.ndarray | None:
+        """Samples of the parameters as one image, uint8 [H, W, C]; None except on rank 0. Collective."""
         with view.using(params):
             samples = self._draw(view)
         if distributed.get_rank() != 0:
-            return
+            return None
         columns, captions = None, self.captions
         if "low_res" in self.model_kwargs:
             samples = pairs(images.to_uint8(self.model_kwargs["low_res"]), samples)
             columns = 2 * math.isqrt(self.count)
             captions = [text for caption in captions for text in ("", caption)]
-        grid = images.grid(samples, columns, min_side=48, captions=captions)
+        return images.grid(samples, columns, min_side=48, captions=captions)
+
+    def _show(self, view: TrainingView, grid: np.ndarray | None, file_name: str, name: str, source: str) -> None:
+        if grid is None:
+            return
         logger.log_image(name, grid, view.absolute_step)
         directory = files.join(self.out_dir, "previews")
         try:
             files.make_dirs(directory)
             files.write_bytes(files.join(directory, file_name), images.encode_png(grid))
-            logger.log(f"wrote {files.join(directory, file_name)}")
+            logger.log(f"wrote {files.join(directory, file_name)} ({source})")
         except UserError as error:  # such as a full disk: training itself can continue
             logger.warn(f"no preview after {view.absolute_step + 1} steps: {error}")
 

@@ -16,11 +16,12 @@ from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
 from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
-from ..config import TrainConfig, UserError, comma_list
+from ..config import TrainConfig, UserError, comma_list, one_line
+from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
 from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
-from ..data.sources import open_images
+from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
@@ -29,8 +30,9 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
-from ..utils.text import listed, one_line
-from .dry_run import dry_run, warn_of_small_disk
+from ..utils.text import listed
+from .auto import take_recipe
+from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
 from .signals import EXIT_RESUME, Stopped, StopSignals
@@ -51,17 +53,19 @@ class TrainedRun:
     stopped: bool = False
 
 
-def train(settings: Training, given: frozenset[str], default_name: str) -> TrainedRun:
+def train(settings: Training, given: frozenset[str], default_name: str, preset: str = "") -> TrainedRun:
     """Train as the settings say. Collective.
 
     :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
-    :param default_name: of the folder below ./runs, where --out_dir does not say.
+    :param default_name: of the folder below ./runs, where neither --out_dir nor a preset says.
+    :param preset: names the folder; `auto`, after which the images name it, also chooses the options that were not
+        given, unless the run is resumed.
     Raises UserError for what cannot work, before training starts and before the folder is made. However it ends, the
     log is then closed and the folder free for another run. Raises Stopped for a SIGTERM before the first step.
     """
     with StopSignals(starting=True) as signals:
         try:
-            return _train(settings, given, default_name, signals)
+            return _train(settings, given, default_name, preset, signals)
         except Stopped as stopped:
             logger.log(str(stopped))
             if distributed.get_world_size() > 1:  # the other ranks may wait for this one
@@ -69,17 +73,19 @@ def train(settings: Training, given: frozenset[str], default_name: str) -> Train
             raise
 
 
-def _train(settings: Training, given: frozenset[str], default_name: str, signals: StopSignals) -> TrainedRun:
+def _train(
+    settings: Training, given: frozenset[str], default_name: str, preset: str, signals: StopSignals
+) -> TrainedRun:
     with contextlib.ExitStack() as until_end:
         claims = until_end.enter_context(Claims())
-        folder = RunFolder(settings.run, default_name)
+        folder = RunFolder(settings.run, _run_name(settings, default_name, preset))
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
         until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
-        settings, metadata = resolve(settings, given)
-        data, settings = open_data(settings, metadata)
+        settings, metadata, source = resolve(settings, given, preset)
+        data, settings = open_data(settings, metadata, source)
         task = task_of(settings)
         stream = until_end.enter_context(contextlib.closing(task.stream(data)))
         loop, description = build_loop(task, data, stream)
@@ -94,14 +100,21 @@ def _train(settings: Training, given: frozenset[str], default_name: str, signals
         return TrainedRun(folder.path, checkpoints, run_loop(loop, settings, description, claims))
 
 
+def _run_name(settings: Training, default_name: str, preset: str) -> str:
+    if preset == AUTO:
+        return stem(os.path.abspath(settings.data.data_dir)) or default_name
+    return preset or default_name
+
+
 # Where it starts
 
 
-def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[str, Any]]:
-    """(settings with all that follows from a checkpoint and the number of ranks, that checkpoint's metadata or {}).
+def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tuple[Training, dict[str, Any], Any]:
+    """(settings with all that follows from a checkpoint, the images and the number of ranks; that checkpoint's metadata
+    or {}; the training images).
 
     `resume_checkpoint` becomes the file to continue from. Options that were not given come from it, or, those of the
-    model, from --init_checkpoint. Collective.
+    model, from --init_checkpoint, or, with the preset `auto`, from a recipe. Collective.
     """
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
@@ -111,7 +124,10 @@ def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[s
         state_dict, metadata = checkpoint.load(resumed)
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
         settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
-    elif settings.train.init_checkpoint:
+    source = open_images(settings.data.data_dir)
+    if preset == AUTO and not resumed:
+        settings = take_recipe(settings, given, source)
+    if not resumed and settings.train.init_checkpoint:
         path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint")
         settings = take_network(settings.replace(init_checkpoint=path), given, path, state_dict, metadata)
     settings = settings.replace(**_continued(settings, resumed))
@@ -120,7 +136,7 @@ def resolve(settings: Training, given: frozenset[str]) -> tuple[Training, dict[s
     settings = _share_batch(settings, given)
     if resumed:
         _log_changes(settings, given, metadata.get("config", {}))
-    return settings, metadata
+    return settings, metadata, source
 
 
 def _continued(settings: Training, resumed: str) -> dict[str, Any]:
@@ -164,13 +180,13 @@ def _share_batch(settings: Training, given: frozenset[str]) -> Training:
 # Its data
 
 
-def open_data(settings: Training, metadata: Mapping[str, Any]) -> tuple[BatchStream, Training]:
-    """(the training images, described in the log and checked; the settings with the number of classes). Collective."""
+def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> tuple[BatchStream, Training]:
+    """(the batches of the training images, which are described in the log and checked; the settings with the number of
+    classes). Collective."""
     data_options, model, needs_classes = settings.data, settings.model, task_of(settings).needs_classes
     label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
-    source = open_images(data_options.data_dir)
     classes, names = None, None
     if needs_classes:
         classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
@@ -233,12 +249,13 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     settings = task.settings
     train = settings.train
     th.manual_seed(settings.run.seed)
+    precision = "fp16" if train.use_fp16 else train.precision
+    check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:
         state_dict, other = checkpoint.load(train.init_checkpoint)
         load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
-    precision = "fp16" if train.use_fp16 else train.precision
     settings = settings.replace(precision=precision, use_fp16=False)
     _log_model(settings, model)
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}

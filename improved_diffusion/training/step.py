@@ -114,6 +114,11 @@ class TrainStep:
         """The master parameters under "", and each average under its label."""
         return {"": self.master_params, **{ema.label: ema.params for ema in self.emas}}
 
+    @property
+    def initial_shares(self) -> dict[str, float]:
+        """For each average, by its label, the share of the first parameters in it, in [0, 1]."""
+        return {ema.label: ema.initial_share(self.steps_done) for ema in self.emas}
+
     @contextmanager
     def using(self, params: Sequence[th.Tensor]) -> Iterator[None]:
         """The model has the given master parameters, or averages, and is in eval mode; afterwards it is as before."""

@@ -83,7 +83,7 @@ def test_a_model_of_more_classes_keeps_the_numbers(form, warnings_given):
     assert "no images of 5 of the 8 classes" in warnings_given[0]
     assert read_classes(*labelled(form, labels), "d.npz", num_classes=3)[1] == ["1", "3", "7"]
     for count in (4, 7):  # neither the numbers nor the classes that have images
-        with pytest.raises(UserError, match=f"go up to 7, but --num_classes {count} was given"):
+        with pytest.raises(UserError, match=f"1, 3, 7, which does not fit the {count} classes of --num_classes"):
             read_classes(*labelled(form, labels), "d.npz", num_classes=count)
 
 
@@ -99,7 +99,10 @@ def test_names_that_look_like_numbers_stay_names():
     assert read_classes(source, "prefix", "d") == ([0, 0, 1, 1], ["01", "1"])
 
 
-def test_a_name_that_no_file_could_hold_is_refused():
+def test_a_name_that_no_checkpoint_could_hold_is_refused():
+    source = names_as_source([f"{'x' * 1001}_{i}.png" for i in range(2)])
+    with pytest.raises(UserError, match="longer than 1000 characters"):
+        read_classes(source, "prefix", "d")
     broken = os.fsdecode(b"caf\xe9")  # Latin-1, of an older system
     source = names_as_source([f"{broken}_{i}.png" for i in range(2)])
     with pytest.raises(UserError, match=r"caf\\udce9.*not valid Unicode"):

@@ -1,18 +1,28 @@
-"""What a run will need, before it starts."""
+"""What a run will need, before it starts, and what it says while one waits."""
 
+import contextlib
 import os
+import time
 
 import pytest
 from helpers import small_disk
-from train_helpers import into, make_loop, small_unet
+from train_helpers import finished, into, make_loop, small_unet
 
+from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import ImageTraining
+from improved_diffusion.training import dry_run as dry_run_module
+from improved_diffusion.training import patience
 from improved_diffusion.training.dry_run import (
-    _largest_microbatch,
+    _estimated_microbatch,
+    _OneImage,
+    _time_one_image,
+    check_memory,
     checkpoint_bytes,
     dry_run,
     set_bytes,
     warn_of_small_disk,
 )
+from improved_diffusion.training.tasks import task_of
 
 pytestmark = pytest.mark.usefixtures("out_dir")
 
@@ -56,11 +66,11 @@ def test_a_disk_that_is_too_small_is_told_of(monkeypatch):
 
 def test_the_largest_microbatch_follows_from_the_memory_of_one_image(monkeypatch):
     loop = make_loop(model=small_unet())
-    batch, cond = next(loop.data)
+    one = _time_one_image(loop, *next(loop.data))
     monkeypatch.setattr("improved_diffusion.distributed.memory_info", lambda device: (2**24, 2**24))
-    some = _largest_microbatch(loop, batch, cond)
+    some = _estimated_microbatch(loop, one)
     monkeypatch.setattr("improved_diffusion.distributed.memory_info", lambda device: (2**26, 2**26))
-    assert 1 < some < 64 and _largest_microbatch(loop, batch, cond) == pytest.approx(4 * some, abs=4)
+    assert 1 < some < 64 and _estimated_microbatch(loop, one) == pytest.approx(4 * some, rel=0.2)
 
 
 def test_three_steps_are_made_and_nothing_is_written(tmp_path):
@@ -70,4 +80,59 @@ def test_three_steps_are_made_and_nothing_is_written(tmp_path):
     assert loop.step == 3
     text = (tmp_path / "run" / "log.txt").read_text()
     assert "hours to --max_steps 7,200" in text and "estimated; now 4" in text
+    assert [f"step {n} of 3 took" in text for n in (1, 2, 3)] == [True] * 3
     assert sorted(os.listdir(tmp_path / "run")) == ["log.txt"]
+
+
+@pytest.mark.parametrize("seconds, bytes_each", [(100.0, 1000), (0.01, 2**60)])
+def test_what_takes_too_long_or_has_no_memory_is_not_tried(tmp_path, monkeypatch, seconds, bytes_each):
+    into(tmp_path / "run")
+    monkeypatch.setattr(dry_run_module, "_time_one_image", lambda *args: _OneImage(seconds, bytes_each))
+    loop = make_loop(max_steps=7200)
+    dry_run(loop)
+    assert loop.step == 0
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert "estimated from one image" in text
+    assert ("400 s a step is too slow" in text and "--preset auto" in text) == (seconds > 60)
+    assert ("--microbatch 1" in text) == (bytes_each > 2**50)
+
+
+def test_steps_that_turn_out_slow_are_not_repeated(tmp_path, monkeypatch):
+    into(tmp_path / "run")
+    times = iter(range(0, 10_000, 61))
+    monkeypatch.setattr(dry_run_module.time, "perf_counter", lambda: next(times))
+    loop = make_loop(max_steps=7200)
+    assert dry_run_module._time_steps(loop) == 61 and loop.step == 1
+
+
+def test_a_long_step_is_spoken_of_while_it_lasts(tmp_path, monkeypatch):
+    into(tmp_path / "run")
+    monkeypatch.setattr(patience, "SLOW", 0.05)
+    with patience.ticking("the first step"):
+        time.sleep(0.3)
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count("the first step: ") >= 2 and text.count("--preset auto") == 1
+
+
+def test_the_first_step_says_how_long_the_run_takes(tmp_path):
+    into(tmp_path / "run")
+    finished(max_steps=3)
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count("the first step took") == 1 and "the remaining 2 take" in text
+
+
+@pytest.mark.parametrize("seconds, text", [(5, "5 s"), (600, "10.0 min"), (9000, "2.5 hours"), (864_000, "10.0 days")])
+def test_durations_are_in_the_unit_that_fits(seconds, text):
+    assert patience.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "free, total, outcome", [(2**20, 2**20, "error"), (2**20, 2**40, "warning"), (2**39, 2**40, "")]
+)
+def test_a_network_that_no_memory_holds_is_told_of_before_it_is_made(tmp_path, monkeypatch, free, total, outcome):
+    into(tmp_path / "run")
+    monkeypatch.setattr("improved_diffusion.distributed.memory_info", lambda device: (free, total))
+    task = task_of(ImageTraining.of(dict(image_size=32, num_channels=64)))
+    with pytest.raises(UserError, match="parameters") if outcome == "error" else contextlib.nullcontext():
+        check_memory(task, "fp32", averages=1)
+    assert ("warning: the network" in (tmp_path / "run" / "log.txt").read_text()) == (outcome == "warning")

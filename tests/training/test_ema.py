@@ -11,6 +11,7 @@ from improved_diffusion.training.ema import (
     ParameterEMA,
     PowerEMA,
     flatten,
+    forgetting_rate,
     gamma_of,
     posthoc_weights,
     profile_error,
@@ -265,3 +266,27 @@ def test_snapshots_that_say_the_same_share_the_weight():
 def test_a_step_before_all_snapshots_is_an_error():
     with pytest.raises(ValueError, match="up to step 50"):
         posthoc_weights([100, 200], [7.0, 7.0], 50, 5.0)
+
+
+@pytest.mark.parametrize(
+    "rate, warmup", [(0.9999, False), (0.9, False), (0.9, True), (0.9999, True), (0.05, True), (0.0, True)]
+)
+@pytest.mark.parametrize("steps", [0, 1, 5, 100])
+def test_the_share_of_the_first_parameters_is_what_is_left_of_them(rate, warmup, steps):
+    ema = ParameterEMA(rate, [th.ones(1, dtype=th.float64)], warmup)
+    for step in range(steps):
+        ema.update(th.zeros(1, dtype=th.float64), ONE.double(), step)
+    assert ema.flat.item() == pytest.approx(ema.initial_share(steps), rel=1e-9, abs=1e-300)
+
+
+def test_a_power_average_holds_nothing_of_the_first_parameters():
+    ema = PowerEMA(0.1, [th.ones(1)])
+    assert ema.initial_share(0) == 1
+    ema.update(th.zeros(1), ONE, 0)
+    assert ema.flat.item() == ema.initial_share(1) == 0
+
+
+@pytest.mark.parametrize("steps", [2, 20, 300, 1500, 20_000, 10**6])
+def test_the_rate_advised_forgets(steps):
+    rate = forgetting_rate(steps)
+    assert 0 < rate <= 0.9999 and (steps < 10 or ParameterEMA(rate, [th.ones(1)]).initial_share(steps) < 0.01)

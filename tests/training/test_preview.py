@@ -40,6 +40,15 @@ def test_a_grid_of_the_model_and_one_of_its_first_average(tmp_path):
         assert np.abs(grids[name].astype(int) - expected).max() <= 1  # batches of other sizes round differently
 
 
+def test_classes_are_written_below_the_pictures(tmp_path):
+    plain, loop = previewed(Loop(), tmp_path)["samples_raw"], Loop()
+    kwargs = {"y": th.arange(4) % 3}
+    PreviewGrid(make_diffusion(4), (3, 8, 8), 4, kwargs, str(tmp_path / "new"), 3, ["cat", "dog", "owl", "cat"])(loop)
+    named = pixels(tmp_path / "new/previews/step_000005_raw.png")
+    np.testing.assert_array_equal(named[:50, :102], plain[:50, :102])
+    assert named.shape == (2 * 65 + 2, 102, 3) and (named[50:65] < 128).any()
+
+
 def test_the_grid_is_the_same_every_time_and_in_every_batch(tmp_path):
     first = previewed(Loop(), tmp_path)
     th.manual_seed(1)
@@ -53,6 +62,23 @@ def test_the_grid_is_the_same_every_time_and_in_every_batch(tmp_path):
 def test_without_averages_there_is_the_models_grid_alone(tmp_path):
     assert previewed(Loop(labels=()), tmp_path).keys() == {"samples_raw"}
     assert [path.name for path in (tmp_path / "previews").iterdir()] == ["step_000005_raw.png"]
+
+
+@pytest.mark.parametrize(
+    "shares, shown",
+    [((0.0, 0.0), "0.9"), ((0.5, 0.001), "0.99"), ((0.5, 0.2), ""), ((1.0, 1.0), "")],
+)
+def test_the_average_shown_has_forgotten_the_initial_weights_else_the_model_is(tmp_path, shares, shown):
+    loop = Loop(shares=shares)
+    grids = previewed(loop, tmp_path)
+    expected = previewed(Loop(labels=()), tmp_path / "raw")["samples_raw"]
+    if shown:
+        own = loop.parameter_sets[shown]
+        loop.parameter_sets, loop.initial_shares = {"": own}, {}
+        expected = previewed(loop, tmp_path / "average")["samples_raw"]
+    np.testing.assert_array_equal(grids["samples_ema"], expected)
+    text = (tmp_path / "log" / "log.txt").read_text()
+    assert (f"step_000005.png (average {shown})" if shown else "step_000005.png (the model's own weights") in text
 
 
 def test_two_ranks_draw_what_one_does(tmp_path):

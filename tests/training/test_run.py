@@ -1,5 +1,6 @@
 """A training run and what it leaves behind."""
 
+import csv
 import os
 import shutil
 import signal
@@ -51,6 +52,8 @@ def test_a_run_that_has_ended_holds_nothing(error, photos, tmp_path, monkeypatch
         monkeypatch.setattr(TrainLoop, "run_loop", fail)
         with pytest.raises(type(error)):
             idf.train(photos, out_dir=folder, **TINY)
+        log = (tmp_path / "run/log.txt").read_text()
+        assert f"{type(error).__name__}: a fault" in log or f"error: {error}" in log or "interrupted\n" in log
     assert is_free(folder)
     assert logger.Logger.CURRENT is logger.Logger.DEFAULT
 
@@ -60,6 +63,43 @@ def test_the_folder_is_free_after_a_mistake_before_the_loop(photos, tmp_path):
     with pytest.raises(UserError, match="batch_size 100"):
         idf.train(photos, out_dir=folder, **{**TINY, "batch_size": 100})
     assert is_free(folder)
+
+
+def test_a_run_shows_lines_and_keeps_tables(photos, tmp_path, capsys):
+    idf.train(photos, out_dir=str(tmp_path / "run"), **{**TINY, "max_steps": 3, "log_interval": 1})
+    shown, kept = capsys.readouterr().out, (tmp_path / "run/log.txt").read_text()
+    rows = [line for line in shown.splitlines() if line.startswith("step")]
+    assert [row.split(",")[0] for row in rows] == ["step 0", "step 1", "step 2"]
+    assert "|" not in "".join(line for line in shown.splitlines() if not line.startswith("training: "))
+    assert kept.count("| images_per_second |") == 3 and "\nstep 0" not in kept
+
+
+def test_log_formats_of_the_environment_win(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,csv")
+    idf.train(photos, out_dir=str(tmp_path / "run"), **TINY)
+    assert "| images_per_second |" in capsys.readouterr().out and not (tmp_path / "run/log.txt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_without_a_word_of_lost_rows(number, photos, tmp_path, capsys, monkeypatch):
+    options = {**TINY, "max_steps": 12, "log_interval": 5, "out_dir": str(tmp_path / "run")}
+    step, steps = TrainLoop.run_step, []
+
+    def stopping(loop, batch, cond):
+        step(loop, batch, cond)
+        steps.append(loop.absolute_step)
+        if loop.absolute_step == 7:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(TrainLoop, "run_step", stopping)
+    idf.train(photos, **options)
+    monkeypatch.setattr(TrainLoop, "run_step", step)
+    assert "stopped by" in capsys.readouterr().out and steps[-1] == 7
+    idf.train(photos, resume="auto", **options)
+    text = capsys.readouterr().out
+    assert "resumed after 8 steps" in text and "discarded" not in text
+    with open(tmp_path / "run/progress.csv", newline="") as f:
+        assert [row["step"] for row in csv.DictReader(f)] == ["0", "5", "10", "11"]
 
 
 def test_a_running_run_holds_its_folder(photos, tmp_path, monkeypatch):

@@ -273,7 +273,7 @@ def test_rows_after_the_checkpoint_are_written_again(finished, training, tmp_pat
     for path in (tmp_path / "run").glob("*000008.*"):
         path.unlink()
     result = call("image_train", "--out_dir", "run", "--resume", "auto", cwd=tmp_path).succeed()
-    assert "discarded 3 rows" in result.out
+    assert "discarded 3 rows" in result.out  # those of steps that the checkpoint does not have
     assert steps_in_log(tmp_path / "run") == list(range(8))
     lines = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(8))
