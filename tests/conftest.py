@@ -33,7 +33,8 @@ def fresh_start(monkeypatch):
     th.manual_seed(0)
     np.random.seed(0)
     logger.reset()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     logger.reset()
     for number, handler in handlers.items():  # a command that ends ignores them from then on

@@ -19,7 +19,7 @@ def run_folder(config: RunConfig, default_name: str) -> str:
 
 
 def _formats() -> list[str] | None:
-    """The outputs of the log; None for those that the logger chooses."""
+    """The outputs of the log of one of our commands; None for those that the environment or the rank chooses."""
     chosen = distributed.get_rank() > 0 or "OPENAI_LOG_FORMAT" in os.environ
     return None if chosen else ["line", "log", "csv", "jsonl"]
 
