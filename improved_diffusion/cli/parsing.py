@@ -180,10 +180,10 @@ def _unknown_option(what: str, word: str, name: str, known: Iterable[str]) -> Us
 
     :param what: it is, for the message, :param word: as the user wrote it, :param name: without dashes.
     """
-    if others := commands_with(name):
-        return UserError(f"unknown {what} {word!r}: it is an option of {', '.join(others)}, not of this command")
+    others = commands_with(name)
+    hint = f"it is an option of {', '.join(others)}, not of this command" if others else ""
     dashes = word[: len(word) - len(name)]
-    return unknown_name(what, word, [f"{dashes}{option}" for option in known])
+    return unknown_name(what, word, [f"{dashes}{option}" for option in known], hint)
 
 
 def split_lists(argv: Sequence[str], lists: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:

@@ -37,12 +37,17 @@ def one_line(text: Any) -> str:
     return re.sub(f"[{UNSEEN}]", _escape, str(text))
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest one that does."""
+def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
+    """The error for a name that does not exist, with the nearest one that does.
+
+    :param hint: what else it may be, said in place of the list of all known names.
+    """
     name, known = shorten(name), sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hints = [f"did you mean {near[0]}?"] if near else []
-    if not near or len(known) <= FEW_NAMES:
+    if hint:
+        hints.append(hint)
+    elif not near or len(known) <= FEW_NAMES:
         hints.append(f"choose from: {', '.join(known)}")
     return UserError(f"unknown {kind} {name!r}: {' '.join(hints)}")
 

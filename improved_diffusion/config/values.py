@@ -11,7 +11,6 @@ from typing import Any
 
 from .messages import UserError, shown
 
-LARGEST_SIDE = 2**16  # of images, in pixels
 LONGEST_TEXT = 2**17  # of an option, in characters
 LONGEST_PATH = 4096
 MOST_NUMBERS = 10**6  # in a list of image numbers
@@ -118,10 +117,8 @@ def parse_size(value: Any) -> int | str:
         numbers = [whole_number(part) for part in parts]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 2) or min(numbers) < 1:
+    if len(numbers) not in (1, 2) or min(numbers) < 1 or max(numbers) >= 2**31:
         raise ValueError("expected a size such as 64, or 48x64 for height x width")
-    if max(numbers) > LARGEST_SIDE:
-        raise ValueError(f"expected a size of at most {LARGEST_SIDE:,} pixels a side")
     height, width = numbers[0], numbers[-1]
     return height if height == width else f"{height}x{width}"
 
