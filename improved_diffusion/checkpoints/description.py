@@ -68,7 +68,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_images": (_is_whole, "a number of images"),
     "version": (lambda value: isinstance(value, str), "text"),
     "ema_rate": (lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
-    "ema_sigma_rel": (lambda value: _is_number(value) and 0 < value < 12**-0.5, "a number between 0 and 0.2887"),
+    "ema_sigma_rel": (lambda value: _is_number(value) and 0.001 <= value < 12**-0.5, "a number in [0.001, 0.2887)"),
     "posthoc": (lambda value: isinstance(value, bool), "true or false"),
     "best": (is_best, "val_loss, step and ema"),
 }

@@ -33,6 +33,7 @@ class DataConfig(SourceConfig):
     )
 
 
+MIN_SIGMA_REL = 0.001
 MAX_SIGMA_REL = 0.28  # of a power-function average; a little less than that of the plain mean, 12^-1/2
 LR_SCHEDULES = ("auto", "constant", "linear", "cosine", "one-cycle")
 
@@ -119,7 +120,8 @@ class TrainConfig(Config):
         rates = self.numbers("ema_rate", "0.999,0.9999")
         self.require(all(0 <= rate < 1 for rate in rates), "ema_rate", "must be in [0, 1)")
         widths = self.numbers("ema_sigma_rel", "0.05,0.10")
-        self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "ema_sigma_rel", "must be in (0, 0.28)")
+        in_range = all(MIN_SIGMA_REL <= width < MAX_SIGMA_REL for width in widths)
+        self.require(in_range, "ema_sigma_rel", f"must be in [{MIN_SIGMA_REL}, {MAX_SIGMA_REL})")
         if self.use_fp16 and self.precision == "bf16":
             raise UserError("--use_fp16 True contradicts --precision bf16: give one of them")
         if self.resume and self.resume_checkpoint and self.resume != self.resume_checkpoint:
@@ -175,9 +177,10 @@ class PosthocConfig(Config):
     run_dir: str = extra(
         "", "folder or URL of a run trained with --ema_sigma_rel; the averages are written there", parse=path_of
     )
-    sigma_rel: str = extra("", "relative widths of the averages to make, such as 0.07,0.15, each in (0, 0.28)")
+    sigma_rel: str = extra("", "relative widths of the averages to make, such as 0.07,0.15, each in [0.001, 0.28)")
     step: int = extra(-1, "step, as in the snapshots' file names, to make them at; -1: the newest", low=-1)
 
     def validate(self) -> None:
         widths = self.numbers("sigma_rel", "0.07,0.15")
-        self.require(all(0 < width < MAX_SIGMA_REL for width in widths), "sigma_rel", "must be in (0, 0.28)")
+        in_range = all(MIN_SIGMA_REL <= width < MAX_SIGMA_REL for width in widths)
+        self.require(in_range, "sigma_rel", f"must be in [{MIN_SIGMA_REL}, {MAX_SIGMA_REL})")

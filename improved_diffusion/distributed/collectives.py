@@ -88,7 +88,14 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     Nothing in the file is executed, and each tensor has memory of its own (`torch_files.load`). Raises UserError for a
     missing, damaged or unsafe file.
     """
+    from_rank0(_check_torch_file, path)  # before a large file of something else is read whole
     return torch_files.load(io.BytesIO(read_bytes(path)), path, **kwargs)
+
+
+def _check_torch_file(path: str) -> None:
+    if not files.is_url(path):
+        with files.open_read(path) as f:
+            torch_files.check(f, path)
 
 
 def read_bytes(path: str) -> bytes | bytearray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +98,7 @@ def figure_of(csv_path: str | os.PathLike) -> Any:
 def _read(csv_path: str | os.PathLike) -> tuple[np.ndarray, dict[str, np.ma.MaskedArray]]:
     """The steps [rows], ascending, and each numeric column [rows], masked at empty cells."""
     text = files.read_bytes(csv_path).decode(errors="replace").replace("\0", "")
-    header, *records = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+    header, *records = files.parse_csv(text, str(csv_path)) or [[]]
     cells = {key: [record[i] if i < len(record) else "" for record in records] for i, key in enumerate(header)}
     steps = _numbers(cells.pop("step", []))
     known = np.isfinite(steps.filled(np.nan))

@@ -268,8 +268,8 @@ class JSONOutputFormat(PatientFile, KVWriter):
 
 def _is_before(first_step: int, line: str) -> bool:
     try:
-        return not _is_from(first_step, json.loads(line).get("step"))
-    except (ValueError, AttributeError):
+        return not _is_from(first_step, files.parse_json(line, "a row").get("step"))
+    except (ValueError, AttributeError):  # damaged
         return False
 
 
@@ -304,12 +304,12 @@ class CSVOutputFormat(PatientFile, KVWriter):
                 line = f.readline()
         except FileNotFoundError:
             return []
-        return next(csv.reader([line])) if line.endswith("\n") else []
+        return files.parse_csv(line, str(self.path))[0] if line.endswith("\n") else []
 
     def _table(self) -> tuple[list[str], list[dict[str, str]], bool]:
         """(columns, rows, whether an incomplete last line was left out)."""
         text = self._read()
-        records = list(csv.reader(io.StringIO(text, newline="")))
+        records = files.parse_csv(text, str(self.path))
         torn = bool(records) and not text.endswith("\n")
         if torn:
             records.pop()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -94,6 +96,8 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
         yield
     except OSError as error:
         raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
+    except MemoryError:
+        raise UserError(f"cannot {what} {path}: it needs more memory than there is") from None
     except Exception as error:
         if is_url(path) and isinstance(error, getattr(_blobfile(path), "Error", ())):
             raise UserError(f"cannot {what} {path}: {error}{advice}") from None
@@ -188,6 +192,14 @@ def _finite(digits: str) -> float:
 
 def _not_finite(number: str) -> NoReturn:
     raise ValueError(f"{number} is not a finite number")
+
+
+def parse_csv(text: str, name: str) -> list[list[str]]:
+    """The rows of a CSV text of `name`. Raises UserError for a field that is too long, as after damage."""
+    try:
+        return list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"{name} is not readable CSV ({error}): move it elsewhere") from None
 
 
 def size(path: str | os.PathLike) -> int:

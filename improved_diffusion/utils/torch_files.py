@@ -14,7 +14,8 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch as th
@@ -79,14 +80,28 @@ def load(f: IO[bytes], name: str, *, mapped: bool = False, **kwargs: Any) -> Any
     :param kwargs: of torch.load. Nothing in the file is executed.
     Raises UserError, in one line, for a file that is damaged, unsafe, or something else.
     """
-    size = f.seek(0, os.SEEK_END)
-    try:
-        _check(f, size)
+    size = check(f, name)
+    with _naming(name, size), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         f.seek(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats that are refused below
-            content = th.load(name if mapped else f, **{**kwargs, "mmap": mapped, "weights_only": True})
+        content = th.load(name if mapped else f, **{**kwargs, "mmap": mapped, "weights_only": True})
         return _Contents(MAX_SHARED * size + 2**16).own(content, "")
+
+
+def check(f: IO[bytes], name: str) -> int:
+    """The size of a file in bytes. Raises UserError for one that `load` refuses whatever its tensors are; of a large
+    file little is read."""
+    size = f.seek(0, os.SEEK_END)
+    with _naming(name, size):
+        _check(f, size)
+    return size
+
+
+@contextmanager
+def _naming(name: str, size: int) -> Iterator[None]:
+    """Turn what goes wrong with a file into UserError, in one line of ours."""
+    try:
+        yield
     except _Unsuitable as error:
         raise UserError(f"cannot load {name} ({size:,} bytes): {error}") from None
     except Exception as error:  # torch, pickle and zipfile raise many kinds for damaged files

@@ -16,6 +16,7 @@ import torch as th
 from improved_diffusion.config import UserError
 from improved_diffusion.logs import logger
 from improved_diffusion.logs import outputs as outputs_module
+from improved_diffusion.logs.curves import write_curves
 from improved_diffusion.logs.outputs import (
     CSVOutputFormat,
     HumanOutputFormat,
@@ -121,6 +122,23 @@ def test_a_header_that_was_torn_leaves_an_empty_file(tmp_path):
     assert output.drop_rows(0) == 1 and (tmp_path / "progress.csv").read_bytes() == b""
     output.writekvs({"step": 1})
     assert table(tmp_path / "progress.csv") == [{"step": "1"}]
+
+
+@pytest.mark.parametrize("line", ["[" * 10**5, '{"step": NaN}', "[1]", '{"step": 1e999}'])
+def test_a_row_of_json_that_cannot_be_is_dropped(tmp_path, line):
+    path = tmp_path / "progress.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
+    assert JSONOutputFormat(str(path)).drop_rows(3) == 1 and [row["step"] for row in json_rows(path)] == [0, 2]
+
+
+@pytest.mark.parametrize("text", ["step,loss\n0," + "1" * 2**18 + "\n", "s" * 2**18 + ",step\n0,1\n"])
+def test_a_table_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "progress.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"progress\.csv is not readable CSV"):
+        CSVOutputFormat(str(path)).drop_rows(1)
+    with pytest.raises(UserError, match=r"progress\.csv is not readable CSV"):
+        write_curves(path, tmp_path / "curves.png")
 
 
 def test_a_folder_without_rows_has_none_to_drop(tmp_path):

@@ -151,8 +151,8 @@ def test_a_folder_without_snapshots_is_refused(tmp_path, run_dir):
 @pytest.mark.parametrize("args, parts", [
     (["--sigma_rel", "0.1"], ["--run_dir is missing"]),
     (["--run_dir", "."], ["--sigma_rel is missing", "0.07,0.15"]),
-    (["--sigma_rel", "0.1,0.3", "--run_dir", "."], ["--sigma_rel 0.1,0.3", "(0, 0.28)"]),
-    (["--sigma_rel", "0", "--run_dir", "."], ["--sigma_rel 0 ", "(0, 0.28)"]),
+    (["--sigma_rel", "0.1,0.3", "--run_dir", "."], ["--sigma_rel 0.1,0.3", "[0.001, 0.28)"]),
+    (["--sigma_rel", "0", "--run_dir", "."], ["--sigma_rel 0 ", "[0.001, 0.28)"]),
     (["--sigma_rel", "wide", "--run_dir", "."], ["--sigma_rel 'wide'", "0.07,0.15"]),
     (["--step", "-2", "--run_dir", "."], ["--step -2", "-1"]),
 ])  # fmt: skip

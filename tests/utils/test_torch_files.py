@@ -1,6 +1,7 @@
 """Reading files of torch.save: what is plain comes back with memory of its own, all else is one message."""
 
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from improved_diffusion import distributed
 from improved_diffusion.config import UserError
 from improved_diffusion.utils import torch_files
 
@@ -186,6 +188,14 @@ def test_a_tensor_that_claims_more_than_its_member_is_refused():
     forged = pickled.replace(b"K\x04t", claimed + b"t").replace(b"K\x04\x85", claimed + b"\x85")
     assert forged.count(claimed) == 2
     refusal(rewritten(data, **{"data.pkl": forged}))
+
+
+def test_of_a_large_file_of_something_else_little_is_read(tmp_path):
+    path = tmp_path / "film.pt"
+    path.write_bytes(b"\0\0\0\x20ftypisom")
+    os.truncate(path, 2**40)  # takes no space on the disk
+    with pytest.raises(UserError, match=r"film\.pt.*not a checkpoint"):
+        distributed.load_state_dict(str(path))
 
 
 # Files of something else
