@@ -27,7 +27,7 @@ from .bound import BoundSummary
 from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
-from .config.presets import options_for
+from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
     Encoding,
@@ -410,6 +410,8 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
+    if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
+        raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
     return _load(path_argument("path", path), average, options)
 
 
@@ -435,7 +437,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
         raise UserError(f"preset {shown(preset)}: expected a name")
     if preset:
         asked = merge_options([options_for(preset, kind), asked])
-    settings: Any = kind.of(asked)
+    settings: Any = kind.of(merge_options([until_chosen(preset), asked]))
     if settings.train.dry_run:
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
     default = "super_res_train" if superres else "image_train"

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,12 +18,13 @@ from PIL import Image
 from script_helpers import write_images
 
 from improved_diffusion import distributed
-from improved_diffusion.config import UserError
+from improved_diffusion.config import ReadingConfig, UserError
 from improved_diffusion.data import dataset as dataset_module
 from improved_diffusion.data.classes import read_classes
-from improved_diffusion.data.dataset import ImageDataset, selection
+from improved_diffusion.data.dataset import ImageDataset, check_images, selection
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.data.stream import BatchStream, load_data
+from improved_diffusion.logs import logger
 from improved_diffusion.nn import NULL_LABEL
 from improved_diffusion.utils import images
 
@@ -427,23 +429,20 @@ def test_checking_leaves_the_warnings_filters_as_they_were(tmp_path):
     assert warnings.filters == before
 
 
-def test_of_very_many_images_an_even_selection_is_read_beforehand(tmp_path, monkeypatch):
+def test_of_very_many_images_an_even_selection_is_read_beforehand(tmp_path, monkeypatch, capsys):
     source = hundred(tmp_path)
     monkeypatch.setattr(dataset_module, "MAX_CHECKED", 10)  # 0, 11, 22, ...
     damage(os.path.join(source, "042.png"), "text")
     data = stream(source, 100, image_size=8, deterministic=True)
-    with pytest.warns(UserWarning, match=r"042\.png is not a readable image.*another image is used"):
-        batch = next(data)[0]
+    batch = next(data)[0]
     assert batch.shape[0] == 100 and (batch[42] == batch[43]).all()
-    take(data, 2)  # the warning comes once
+    take(data, 2)
+    assert len(re.findall(r"042\.png is not a readable image.*another image is used", capsys.readouterr().out)) == 1
     for i in (7, 8, 9, 30, 31):
         damage(os.path.join(source, f"{i:03d}.png"), "text")
     data = stream(source, 100, image_size=8, deterministic=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with pytest.raises(UserError, match=r"042\.png is not a readable image"):
-            next(data)
-    assert len(caught) == 5
+    with pytest.raises(UserError, match=r"6 of 100 images.*007\.png is not a readable.*008\.png is not a readable"):
+        next(data)
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.npz"])
@@ -520,3 +519,26 @@ def test_a_selection_is_the_same_each_time_and_of_all_kinds():
     # Of ten classes, one after another or in turn, about ten each.
     for classes in (chosen // 100, chosen % 10):
         assert np.bincount(classes, minlength=10).min() >= 3
+
+
+@pytest.mark.parametrize("mode, kept", [("crop", True), ("random_crop", False)])
+def test_checking_keeps_the_pixels_so_that_each_file_is_read_once(tmp_path, monkeypatch, mode, kept):
+    for i in range(3):
+        Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    dataset = ImageDataset(8, open_images(str(tmp_path)), reading=ReadingConfig(resize_mode=mode))
+    other = ImageDataset(8, open_images(str(tmp_path)), reading=ReadingConfig(resize_mode=mode))
+    check_images(dataset)
+    assert len(dataset.cache) == (3 if kept else 0)
+    if kept:
+        monkeypatch.setattr(dataset, "read", lambda idx: pytest.fail("read again"))
+    for i in range(3):
+        np.testing.assert_array_equal(dataset[i][0], other[i][0])
+
+
+def test_a_long_check_shows_its_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "SILENT", -1.0)
+    logger.configure(str(tmp_path / "log"), format_strs=["log"])
+    for i in range(3):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    check_images(ImageDataset(8, open_images(str(tmp_path))))
+    assert "reading images: 100%" in (tmp_path / "log" / "log.txt").read_text()
