@@ -76,12 +76,6 @@ def _by_name(found: Iterable[Label], where: str) -> list[str]:
     for name in names:
         if len(name) > MAX_CLASS_NAME:
             raise UserError(f"{where} has a class whose name is longer than {MAX_CLASS_NAME} characters: shorten it")
-        try:
-            name.encode()
-        except UnicodeEncodeError:  # a file name in another encoding than the system's
-            raise UserError(
-                f"the class {name!a} of {where} is not valid Unicode, so no checkpoint could name it: rename it"
-            ) from None
     return names
 
 
@@ -124,9 +118,9 @@ def read_labels(source: Any, labels: str, data_dir: str, few: bool = False) -> S
         return integer_labels(source.labels, len(source), f"{data_dir} has arr_1")
     names = [source.name(i).replace("\\", "/") for i in range(len(source))]
     if labels == "prefix":
-        found: Sequence[Label] = [name.split("/")[-1].split("_")[0] for name in names]
+        found: Sequence[Label] = [class_in_name(name.split("/")[-1]) for name in names]
     elif labels == "folder":
-        found = [name.rpartition("/")[0] for name in names]
+        found = [_storable(name.rpartition("/")[0]) for name in names]
         if "" in found:
             raise UserError(f"--labels folder: {names[found.index('')]} is in no folder below {data_dir}")
     else:
@@ -137,6 +131,16 @@ def read_labels(source: Any, labels: str, data_dir: str, few: bool = False) -> S
             "of its own; name the files class_number.png, or use --labels folder or a label file, or drop --class_cond"
         )
     return found
+
+
+def class_in_name(file_name: str) -> str:
+    """The class that `--labels prefix` reads off a file's name."""
+    return _storable(file_name.split("_")[0])
+
+
+def _storable(name: str) -> str:
+    """The name with escapes for bytes that are not UTF-8, of a file named in another encoding: JSON has none."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def integer_labels(labels: Any, count: int, what: str) -> list[int]:

@@ -14,6 +14,7 @@ from ..logs import logger
 from ..utils.images import as_shown, to_array, to_image, with_channels
 from ..utils.resizing import PREPARED, resize
 from ..utils.text import class_index
+from .classes import class_in_name
 from .dataset import ImageDataset
 from .sources import ArrayImages, open_pictures, stem
 
@@ -71,7 +72,7 @@ def read_images(
     if isinstance(source, ArrayImages):
         labels = None if source.labels is None else np.atleast_1d(source.labels).tolist()
     elif class_names:
-        prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
+        prefixes = [class_in_name(os.path.basename(source.name(i))) for i in range(len(source))]
         index = class_index(class_names)
         if set(prefixes) <= index.keys():
             labels = [index[prefix] for prefix in prefixes]

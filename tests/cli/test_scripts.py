@@ -319,7 +319,7 @@ def sampled(place, model):
 
 def test_sampling_writes_an_npz_pngs_and_a_grid(sampled):
     folder, result = sampled
-    assert result.out.startswith(f"logging to {folder}\n")
+    assert f"logging to {folder}\n" in result.out  # after a warning that the average has seen few steps
     assert result.err == ""
     images, labels = samples_of(folder)
     assert images.shape == (5, 8, 8, 3) and labels.shape == (5,) and set(labels) <= {0, 1}

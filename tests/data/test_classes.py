@@ -103,10 +103,13 @@ def test_a_name_that_no_checkpoint_could_hold_is_refused():
     source = names_as_source([f"{'x' * 1001}_{i}.png" for i in range(2)])
     with pytest.raises(UserError, match="longer than 1000 characters"):
         read_classes(source, "prefix", "d")
+
+
+@pytest.mark.parametrize("labels, form", [("prefix", "{}_{}.png"), ("folder", "{}/{}.png")])
+def test_names_in_another_encoding_are_escaped(labels, form):
     broken = os.fsdecode(b"caf\xe9")  # Latin-1, of an older system
-    source = names_as_source([f"{broken}_{i}.png" for i in range(2)])
-    with pytest.raises(UserError, match=r"caf\\udce9.*not valid Unicode"):
-        read_classes(source, "prefix", "d")
+    source = names_as_source([form.format(name, i) for i in range(2) for name in (broken, "a")])
+    assert read_classes(source, labels, "d") == ([1, 0, 1, 0], ["a", r"caf\udce9"])
 
 
 @pytest.mark.parametrize("name", ["猫", "a cat, black", "x" * 300, "a\x1b[31m", "ß\n"])
