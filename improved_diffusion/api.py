@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from . import distributed
 from .bound import BoundSummary
 from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
-from .config import ReadingConfig, UserError, VariationsConfig, fixed_names
+from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
@@ -124,12 +124,12 @@ class Model:
     # Sampling
 
     def sample(
-        self, n: int = 1, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
+        self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
         on_step: Callable[[SamplingStep], None] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Draw images; image i of a seed is always the same, whatever n and the batch size.
 
-        :param n: how many; or give seeds="17,40-47", numbers of images, among the options.
+        :param n: how many, 1 unless given; or give seeds="17,40-47", numbers of images, among the options.
         :param classes: names or labels, taken in turn, as a list or comma-separated; random ones unless given.
         :param batch_size: images at once: more is faster, and needs more memory.
         :param progress: show a progress bar.
@@ -137,14 +137,14 @@ class Model:
         Raises UserError for options that contradict each other or the model.
         """
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
-        return self._collect(pipeline, batch_size, progress, on_step)
+        return self._collect(pipeline, progress, on_step)
 
     def sample_steps(
-        self, n: int = 1, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
+        self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
     ) -> Iterator[SamplingStep]:
         """Like `sample`, yielding a SamplingStep after each step of each batch."""
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
-        for _, step in self._steps(pipeline, batch_size):
+        for _, step in self._steps(pipeline):
             yield step
 
     def upscale(
@@ -161,16 +161,19 @@ class Model:
             raise UserError(f"{self.path} is an image model: upscale needs a super-resolution model")
         loaded = self._with(SuperResSampling, {"seed": seed, "batch_size": batch_size, **_classes(classes), **options})
         given = self._given(base, "base", base_size(loaded.settings), loaded.settings.reading)
-        return self._collect(SuperResPipeline(loaded, given), batch_size, progress, on_step)
+        return self._collect(SuperResPipeline(loaded, given), progress, on_step)
 
     def _pipeline(
-        self, n: int, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
+        self, n: int | None, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
     ) -> SamplingPipeline:
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: use upscale(images)")
         if "num_samples" in options:
             raise UserError("num_samples: sample takes the number of images as n")
-        asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
+        if n is None and not str(options.get("seeds", "")).strip():
+            n = 1
+        count = {} if n is None else {"num_samples": n}
+        asked = {**count, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         return SamplingPipeline(self._with(ImageSampling, asked))
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
@@ -198,9 +201,10 @@ class Model:
             self._prepared = {key: copy.deepcopy(self.network)}  # one, so that memory does not grow
         return self._prepared[key]
 
-    def _steps(self, pipeline: SamplingPipeline, batch_size: int) -> Iterator[tuple[bool, SamplingStep]]:
+    def _steps(self, pipeline: SamplingPipeline) -> Iterator[tuple[bool, SamplingStep]]:
         """(whether it is the batch's last, step) for each step of each batch."""
         numbers, steps = list(pipeline.numbers), pipeline.sampler.steps
+        batch_size = pipeline.loaded.settings.sample.batch_size
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             predictions = (out for out in pipeline.trajectory(batch) if out["pred_xstart"] is not None)
@@ -211,13 +215,12 @@ class Model:
                 )
 
     def _collect(
-        self, pipeline: SamplingPipeline, batch_size: int, progress: bool,
-        on_step: Callable[[SamplingStep], None] | None,
-    ) -> Images:  # fmt: skip
+        self, pipeline: SamplingPipeline, progress: bool, on_step: Callable[[SamplingStep], None] | None
+    ) -> Images:
         numbers, done = list(pipeline.numbers), []
         bar = Progress("sampling", len(numbers) * pipeline.sampler.steps, "step") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
-            for last, step in self._steps(pipeline, batch_size):
+            for last, step in self._steps(pipeline):
                 if on_step is not None:
                     on_step(step)
                 if last:
@@ -248,10 +251,10 @@ class Model:
         :param n: images to make, from the latents in turn; 0: one from each.
         """
         if not isinstance(latents, Latents):
-            latents = read_latents(os.fspath(latents))
+            latents = read_latents(path_argument("latents", latents))
         asked = {"num_samples": n, "batch_size": batch_size, **_classes(classes), **options}
         model = Decode.prepare(self._with(Decoding, asked), latents.step_options)
-        return self._draw(Decode(model, latents), batch_size, progress)
+        return self._draw(Decode(model, latents), progress)
 
     def interpolate(
         self, first: Any, last: Any, frames: int = 9, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
@@ -264,15 +267,15 @@ class Model:
         """
         asked = {"frames": frames, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         if isinstance(first, (int, np.integer)) and isinstance(last, (int, np.integer)):
-            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": f"{first},{last}", **asked}))
-            return self._draw(Interpolate(prepared), batch_size, progress)
+            prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": [first, last], **asked}))
+            return self._draw(Interpolate(prepared), progress)
         prepared = Interpolate.prepare(self._with(Interpolation, asked))
         ends = [self._pixels(given, prepared) for given in (first, last)]
         arrays, labels = (
             np.concatenate([array for array, _ in ends]),
             [label for _, found in ends for label in found or ()],
         )
-        return self._draw(Interpolate(prepared, arrays, labels or None), batch_size, progress)
+        return self._draw(Interpolate(prepared, arrays, labels or None), progress)
 
     def inpaint(
         self, images: Any, mask: Any, n: int = 0, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
@@ -287,7 +290,7 @@ class Model:
         prepared = Inpaint.prepare(self._with(Inpainting, asked))
         pixels, labels = self._pixels(images, prepared)
         masks = _masks(mask, prepared.shape[1:], len(pixels), prepared.settings.reading)
-        return self._draw(Inpaint(prepared, pixels, masks, labels), batch_size, progress)
+        return self._draw(Inpaint(prepared, pixels, masks, labels), progress)
 
     def variations(
         self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
@@ -300,7 +303,7 @@ class Model:
         """
         asked = {"num_samples": n, "strength": strength, "seed": seed, "batch_size": batch_size}
         edit = self._edit_images(Vary, Variations, images, {**asked, **_classes(classes), **options})
-        return self._draw(edit, batch_size, progress)
+        return self._draw(edit, progress)
 
     def _edit_images(self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any]) -> Any:
         prepared = edit.prepare(self._with(kind, asked))
@@ -315,13 +318,13 @@ class Model:
     def _given(self, given: Any, what: str, size: Any, reading: ReadingConfig) -> GivenImages:
         """Images that were given, resized, with the classes that come with them: of Images, an npz or file names."""
         channels = self._loaded.settings.model.channels
-        found = as_pixels(_plain(given), what, size, channels, self.class_names, reading)
+        found = as_pixels(_plain(what, given), what, size, channels, self.class_names, reading)
         if isinstance(given, Images) and given.labels is not None:
             found = found._replace(labels=given.labels.tolist())
         return found
 
-    def _draw(self, edit: Edit, batch_size: int, progress: bool) -> Images:
-        numbers, done = range(edit.count), []
+    def _draw(self, edit: Edit, progress: bool) -> Images:
+        numbers, done, batch_size = range(edit.count), [], edit.model.settings.edit.batch_size
         bar = Progress(edit.command, edit.count, "image") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
             for start in range(0, edit.count, batch_size):
@@ -342,7 +345,7 @@ class Model:
         """
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: bits_per_dim is for image models")
-        loaded = self._with(Likelihood, {"data_dir": os.fspath(data_dir), **options})
+        loaded = self._with(Likelihood, {"data_dir": data_dir, **options})
         return BoundEvaluation.of(loaded).run(loaded.model.to(distributed.dev()))
 
     # Files
@@ -354,17 +357,17 @@ class Model:
         """
         config = {**self.settings.values(), **self._loaded.metadata.get("config", {})}
         metadata = {**self._loaded.metadata, "config": config}
-        files.make_dirs(files.folder_of(os.fspath(path)))
-        checkpoint.save_state_dict(self.network.state_dict(), os.fspath(path), metadata)
+        path = path_argument("path", path)
+        files.make_dirs(files.folder_of(path))
+        checkpoint.save_state_dict(self.network.state_dict(), path, metadata)
 
 
-def _classes(classes: Any) -> dict[str, str]:
+def _classes(classes: Any) -> dict[str, Any]:
     """The option `classes`, from a name, a label, or several."""
     if classes is None:
         return {}
-    if isinstance(classes, (str, int)):
-        classes = [classes]
-    return {"classes": ",".join(map(str, classes))}
+    several = isinstance(classes, Iterable) and not isinstance(classes, str)
+    return {"classes": list(classes) if several else classes}
 
 
 def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray | None, Sequence[str] | None]:
@@ -377,13 +380,19 @@ def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray |
 def _masks(mask: Any, size: Sequence[int], count: int, reading: ReadingConfig) -> np.ndarray:
     """Masks as bool [1 or N, H, W]. Raises UserError for anything else."""
     if isinstance(mask, (str, os.PathLike)):
-        return read_masks(os.fspath(mask), (size[0], size[1]), [f"{i:06d}" for i in range(count)], reading)
+        masked = [f"{i:06d}" for i in range(count)]
+        return read_masks(path_argument("mask", mask), (size[0], size[1]), masked, reading)
     if not isinstance(mask, np.ndarray) or mask.dtype != bool:
         raise UserError("mask: expected the path of an image, or a bool array, true where to paint")
     return mask[None] if mask.ndim == 2 else mask
 
 
-def _plain(given: Any) -> Any:
+def _plain(name: str, given: Any) -> Any:
+    """Images as an array, paths with ~ expanded; anything else as it is."""
+    if isinstance(given, (list, tuple)):
+        return [path_argument(name, each) if isinstance(each, (str, os.PathLike)) else each for each in given]
+    if isinstance(given, (str, os.PathLike)):
+        return path_argument(name, given)
     return given.array if isinstance(given, Images) else given
 
 
@@ -395,7 +404,7 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
-    return _load(os.path.expanduser(os.fspath(path)), average, options)
+    return _load(path_argument("path", path), average, options)
 
 
 def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
@@ -415,7 +424,9 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     """
     superres = bool({"large_size", "small_size"} & options.keys())
     kind: type[Settings] = SuperResTraining if superres else ImageTraining
-    asked = {"data_dir": os.fspath(data_dir), **options}
+    asked = {"data_dir": data_dir, **options}
+    if not isinstance(preset, str):
+        raise UserError(f"preset {shown(preset)}: expected a name")
     if preset:
         asked = merge_options([options_for(preset, kind), asked])
     settings: Any = kind.of(merge_options([until_chosen(preset), asked]))
@@ -434,5 +445,5 @@ def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> 
     :param options: held_out, train_dir and out_dir, and those of `improved-diffusion evaluate`, such as
         trust_features=True and resize=64.
     """
-    given = {name: _plain(value) for name, value in options.items()}
-    return evaluator.evaluate(_plain(samples), _plain(reference), features=features, **given)
+    given = {name: _plain(name, value) for name, value in options.items()}
+    return evaluator.evaluate(_plain("samples", samples), _plain("reference", reference), features=features, **given)

@@ -33,8 +33,11 @@ def fresh_start(monkeypatch):
     th.manual_seed(0)
     np.random.seed(0)
     logger.reset()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     logger.reset()
+    for number, handler in handlers.items():  # a command that ends ignores them from then on
+        signal.signal(number, handler)
     if "script_helpers" in sys.modules:
         sys.modules["script_helpers"].end_all()
 

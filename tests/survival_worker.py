@@ -1,5 +1,6 @@
 """What each rank does in test_survival.py: `survival_worker.py FOLDER FIRST LAST` trains ten steps, and the last rank's
-images are not numbers from step FIRST to LAST. With python or torch as FIRST its third batch never comes."""
+images are not numbers from step FIRST to LAST. With python or torch as FIRST its third batch never comes. With data or
+hook an error comes after five steps, on the ranks of LAST, such as 01, and saves take seconds."""
 
 import math
 import sys
@@ -10,6 +11,8 @@ import torch as th
 from train_helpers import Data, make_loop, parameters_of
 
 from improved_diffusion import distributed
+from improved_diffusion.checkpoints import checkpoint
+from improved_diffusion.config import UserError
 from improved_diffusion.logs import logger
 
 
@@ -37,8 +40,37 @@ class SpoiltOnLastRank(Data):
         return (batch * math.nan if bad else batch), kwargs
 
 
+class Ending(Data):
+    """Five batches, and then an error."""
+
+    def __next__(self):
+        if self.step == 5:
+            fail()
+        return super().__next__()
+
+
+def fail(*args):
+    if str(distributed.get_rank()) in sys.argv[3]:
+        raise UserError("an odd image")
+
+
+def slow(part, write=checkpoint.to_bytes):
+    time.sleep(1.5)
+    return write(part)
+
+
+def main_with_error(folder):
+    distributed.setup_dist()
+    logger.configure(dir=str(folder), format_strs=["csv", "stdout"])
+    checkpoint.to_bytes = slow
+    hook = sys.argv[2] == "hook"
+    make_loop(data=Data() if hook else Ending(), hooks=[(5, fail)] if hook else [], max_steps=10).run_loop()
+
+
 def main():
     folder = Path(sys.argv[1])
+    if sys.argv[2] in ("data", "hook"):
+        return main_with_error(folder)
     distributed.setup_dist()
     logger.configure(dir=str(folder), format_strs=["csv", "stdout"])
     data = Stuck() if sys.argv[2] in ("python", "torch") else SpoiltOnLastRank()

@@ -330,3 +330,70 @@ def test_evaluating_arrays_gives_the_numbers_as_attributes(tmp_path):
     same = idf.evaluate(real, real, features=program)
     assert report.fid.value > same.fid.value and report.kid.error > 0
     assert (tmp_path / "out/report.md").exists()
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("wrong", [None, 5, 2.5, True, ["a"], b"a", {}, "a\0b", "\ud800", "", np.zeros(3)], ids=repr)
+def test_what_is_no_path_is_one_error(wrong, model):
+    with pytest.raises(UserError, match=r"^path .*expected|^path .*Unicode"):
+        idf.load(wrong)
+    with pytest.raises(UserError, match="path"):
+        model.save(wrong)
+    for use in (
+        lambda: model.decode(wrong), lambda: idf.train(wrong, max_steps=1), lambda: model.bits_per_dim(wrong),
+        lambda: model.encode(wrong), lambda: idf.evaluate("a", None, features="f.pt2"),
+        lambda: idf.evaluate(None, "a", features="f.pt2"), lambda: idf.evaluate("a", "b", features=wrong),
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            use()
+
+
+@pytest.mark.parametrize(("options", "culprit"), [
+    (dict(n=0), "num_samples 0"), (dict(n=-1), "num_samples -1"), (dict(n=2.5), "num_samples 2.5"),
+    (dict(n="two"), "num_samples 'two'"), (dict(n=10**12), "num_samples"), (dict(n=True), "num_samples True"),
+    (dict(classes=[]), "classes"), (dict(classes=[None]), "classes"), (dict(classes=2.5), "classes 2.5"),
+    (dict(classes=","), "classes"), (dict(classes="\u00b2"), "classes \u00b2"),
+    (dict(classes="9" * 5000), "classes 99"),
+    (dict(batch_size=0), "batch_size 0"), (dict(batch_size=2.5), "batch_size 2.5"), (dict(seed=-1), "seed -1"),
+    (dict(seed=2**70), "seed"), (dict(n=3, seeds="1,2"), "--num_samples 3 contradicts --seeds 1,2"),
+    (dict(seeds="1,,2"), "seeds '1,,2'"), (dict(seeds=[1, 1]), "seeds 1,1"), (dict(stepps=3), "steps"),
+])  # fmt: skip
+def test_an_argument_that_cannot_work_is_named(options, culprit, model):
+    with pytest.raises(UserError) as error:
+        model.sample(**{"steps": 2, "progress": False, **options})
+    assert culprit in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_numbers_and_lists_of_numpy_are_taken(model):
+    expected = model.sample(2, classes=["cat", "dog"], steps=2, progress=False)
+    for classes in ([0, 1], np.array([0, 1]), (0, 1), range(2), "cat,dog", iter(["cat", "dog"])):
+        found = model.sample(np.int64(2), classes=classes, steps=np.int32(2), batch_size=2.0, progress=False)
+        np.testing.assert_array_equal(found.array, expected.array)
+    assert len(model.sample(steps=2, progress=False)) == len(model.sample(seeds=" ", steps=2, progress=False)) == 1
+    for seeds in ("1,5-6", [1, 5, 6], np.array([1, 5, 6])):
+        assert list(model.sample(seeds=seeds, steps=2, progress=False).numbers) == [1, 5, 6]
+    assert len(model.sample(2, seeds="3,4", steps=2, progress=False)) == 2
+
+
+def test_several_images_are_chosen_by_their_indices(model):
+    drawn = model.sample(4, steps=2, progress=False)
+    for index in ([0, 2], np.array([0, 2]), np.array([True, False, True, False]), slice(0, 4, 2)):
+        chosen = drawn[index]
+        np.testing.assert_array_equal(chosen.array, drawn.array[[0, 2]])
+        assert list(chosen.numbers) == [0, 2] and chosen.labels.tolist() == drawn.labels[[0, 2]].tolist()
+    assert list(drawn[np.int64(1)].numbers) == list(drawn[-3].numbers) == [1]
+    for wrong in ([9], 9, 1.5, "a", None, [[0, 1]], (0, 1), True):
+        with pytest.raises(IndexError):
+            drawn[wrong]
+
+
+def test_a_tilde_is_the_home_folder_in_python(model, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(photos.parent))
+    assert model.path == idf.load("~/run").path
+    assert len(model.encode("~/photos/" + sorted(photos.iterdir())[0].name, steps=2).arrays) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save("~/m.pt")
+    model.sample(1, steps=2, progress=False).save("~/out")
+    assert (tmp_path / "m.pt").is_file() and (tmp_path / "out/samples.png").is_file()

@@ -11,6 +11,7 @@ from improved_diffusion.fp16_util import convert_module_to_bf16, convert_module_
 from improved_diffusion.gaussian_diffusion import LossType, ModelVarType
 from improved_diffusion.logs import logger
 from improved_diffusion.nn import timestep_embedding
+from improved_diffusion.training import checkpointer
 from improved_diffusion.training.loop import TrainLoop
 from improved_diffusion.unet import UNetModel
 
@@ -81,6 +82,8 @@ def small_diffusion(T=20):
 
 
 def make_loop(model=None, **kwargs):
+    """As in a process of its own, which may write over what another has saved."""
+    checkpointer._owners.clear()
     arguments = dict(
         model=model or small_model(), diffusion=small_diffusion(), data=Data(), batch_size=4, microbatch=-1, lr=1e-3,
         ema_rate="0.9", log_interval=1, save_interval=1000, resume_checkpoint="", max_steps=4, seed=0,

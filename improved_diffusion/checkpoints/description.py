@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..config import UserError
+from ..config import UserError, shown
 from ..utils import files
 
 MAX_STEPS = 10**12
@@ -25,9 +25,7 @@ def read_description(text: Any, path: str) -> dict[str, Any]:
         raise UserError(f"{damaged}: use another file")
     for name, (is_sound, expected) in _EXPECTED.items():
         if name in found and not is_sound(found[name]):
-            shown = ascii(found[name])
-            shown = shown if len(shown) <= 80 else shown[:80] + "..."
-            raise UserError(f"{damaged}: {name} is {shown}, expected {expected}: use another file")
+            raise UserError(f"{damaged}: {name} is {shown(found[name])}, expected {expected}: use another file")
     return found
 
 

@@ -121,22 +121,36 @@ class SetWriter:
     ):
         self.directory, self.log, self.warn = directory, log, warn
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.last_saved: str | None = None  # the model file of the newest set
+        self.prepare: Callable[[], str] = lambda: ""  # called before each save; returns a warning, or ""
+        self.saved: list[tuple[int, str]] = []  # (steps done, model file) of the two newest sets
         self.failures = 0
         self.beside: dict[str, Any] = {}  # file name -> content, written before the next set
         self.taken: dict[str, Any] = {}  # the ones being written now
+        self.partial: set[str] = set()  # the files of sets that could not be completed
+        self.abandoned = False
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
-        self.remark: str | None = None  # a problem that did not prevent the save
+        self.remarks: dict[str, None] = {}  # problems that did not prevent the save
+
+    @property
+    def last_saved(self) -> str | None:
+        """The model file of the newest set."""
+        return self.saved[-1][1] if self.saved else None
+
+    def last_before(self, steps: int) -> str | None:
+        """The model file of the newest set with fewer steps done; older sets than the last two do not count."""
+        return next((path for done, path in reversed(self.saved) if done < steps), None)
 
     def submit(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
         """Start to write a set, after the previous one is written."""
         self.wait()
         # Taken at once, so that `write_beside` may add newer files meanwhile; unwritten files are put back.
         self.taken, self.beside = self.beside, {}
+        self.abandoned = False
 
         def run() -> None:
-            self.failure = self.remark = None
+            self.failure = None
+            self.remarks.clear()
             try:
                 self._write(step, done, parts)
             except BaseException as error:  # raised by the main thread
@@ -150,15 +164,48 @@ class SetWriter:
         self.beside[name] = part
 
     def _write(self, step: int, done: int, parts: Sequence[tuple[str, Any]]) -> None:
+        self._remark(self.prepare())
         files.make_dirs(self.directory)
         for name, part in self.taken.items():
             checkpoint.save(part, files.join(self.directory, name))
-        write_set(self.directory, step, done, parts)
-        self.last_saved = files.join(self.directory, checkpoint.model_name(step))
+        # The newest set's weights are proven by the steps after it: until then the set before it stays.
+        self._prune(step, self.keep_last)
+        mine = {name for name, _ in parts}
+        self.partial.update(name for name in mine if not files.exists(files.join(self.directory, name)))
+        write_set(self.directory, step, done, self._unless_abandoned(parts))
+        self.partial -= mine
+        path = files.join(self.directory, checkpoint.model_name(step))
+        self.saved = [*(entry for entry in self.saved[-1:] if entry[1] != path), (done, path)]
+        self._prune(step, max(self.keep_last, 2))
+        self._remove_partial()
+
+    def _unless_abandoned(self, parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for part in parts:
+            if self.abandoned:
+                raise UserError("the save was abandoned")
+            yield part
+
+    def _prune(self, newest: int, keep_last: int) -> None:
+        if not self.keep_last:
+            return
         try:
-            prune(self.directory, step, self.keep_last, self.keep_every)
+            prune(self.directory, newest, keep_last, self.keep_every)
         except UserError as error:
-            self.remark = f"old checkpoints were not removed: {error}"
+            self._remark(f"old checkpoints were not removed: {error}")
+
+    def _remove_partial(self) -> None:
+        """Remove what failed saves have left, unless a set of the same step is there."""
+        try:
+            for name in sorted(self.partial):
+                if not files.exists(files.join(self.directory, manifest_name(step_of(name) or 0))):
+                    files.remove(files.join(self.directory, name))
+            self.partial.clear()
+        except UserError as error:
+            self._remark(f"files of a failed save were not removed: {error}")
+
+    def _remark(self, text: str) -> None:
+        if text:
+            self.remarks[text] = None
 
     def collect(self) -> None:
         """Report the saves that have ended since the last call.
@@ -168,7 +215,7 @@ class SetWriter:
         if self.thread is None or self.thread.is_alive():
             return
         failure = self._result()
-        if failure and self.failures > FAILURES_ALLOWED:
+        if failure and self.has_given_up:
             raise UserError(f"{self.failures} saves in a row have failed: {failure}")
         if failure:
             self.warn(f"saving failed and will be retried at the next interval: {failure}")
@@ -179,10 +226,28 @@ class SetWriter:
             self.thread.join()
         self.collect()
 
-    def finish(self) -> None:
-        """Wait for the last save. Raises UserError if it failed."""
+    @property
+    def has_given_up(self) -> bool:
+        """Whether too many saves in a row have failed."""
+        return self.failures > FAILURES_ALLOWED
+
+    def finish(self, prune: bool = True) -> None:
+        """Wait for the last save. Raises UserError if it failed.
+
+        :param prune: the run has ended well: only the sets to keep are left.
+        """
         if self.thread is not None and (failure := self._result()):
             raise UserError(failure)
+        if prune and self.saved and (step := step_of(self.saved[-1][1])) is not None:
+            self._prune(step, self.keep_last)
+            self._warn_of_remarks()
+
+    def close(self) -> None:
+        """Give up the save in progress, if there is one: after this nothing writes into the folder."""
+        self.abandoned = True
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
 
     def _result(self) -> str | None:
         """Wait for the save in progress. Returns why it failed, or None."""
@@ -197,9 +262,13 @@ class SetWriter:
             raise self.failure
         self.failures = 0
         self.log(f"saved {self.last_saved}")
-        if self.remark:
-            self.warn(self.remark)
+        self._warn_of_remarks()
         return None
+
+    def _warn_of_remarks(self) -> None:
+        for text in self.remarks:
+            self.warn(text)
+        self.remarks.clear()
 
 
 # Finding

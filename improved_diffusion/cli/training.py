@@ -6,6 +6,7 @@ from ..config import UserError
 from ..config.settings import Training
 from ..distributed import STOPPED
 from ..training.run import train
+from ..training.signals import ignore_until_exit
 from .parsing import Parsed
 
 
@@ -19,7 +20,11 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
                 "--data_dir is missing: name a folder of images, a .zip or an .npz; for your own images "
                 "improved-diffusion train photos/ is a whole command"
             )
-        if train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped:
+        try:
+            stopped = train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped
+        finally:
+            ignore_until_exit()
+        if stopped:
             raise SystemExit(STOPPED)
 
     return run

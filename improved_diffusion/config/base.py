@@ -132,10 +132,15 @@ def plain_text(value: Any) -> str:
     return value
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _joined(items: Iterable[Any]) -> str:
     if any(isinstance(item, (list, tuple)) for item in items):
         raise ValueError("expected text, or a list of texts")
-    texts = [plain_text(item) for item in items]
+    texts = [plain_text(_plain(item)) for item in items]
     if not texts:
         raise ValueError("an empty list: leave the option out")
     if any("," in text for text in texts):
@@ -158,9 +163,12 @@ def path_of(value: Any) -> str:
 def path_argument(name: str, value: Any) -> str:
     """`path_of` an argument. Raises UserError for anything else than a path, with the argument's name."""
     try:
-        return path_of(value)
+        path = path_of(value)
     except ValueError as error:
         raise UserError(f"{name} {shown(value)}: {error}") from None
+    if not path:
+        raise UserError(f"{name} is empty: expected a path")
+    return path
 
 
 def paths_of(value: Any) -> str:
@@ -279,11 +287,6 @@ class Config:
         if not condition:
             raise UserError(f"--{name} {shorten(str(getattr(self, name)))} {must}")
 
-    def require_most(self, **largest: int) -> None:
-        """Raise UserError where an option is larger than the given value."""
-        for name, value in largest.items():
-            self.require(getattr(self, name) <= value, name, f"must be at most {value}")
-
     def numbers(self, name: str, example: str) -> list[float]:
         """The numbers of an option that is a list of them. Raises UserError for anything else, and for one given twice.
 
@@ -299,10 +302,8 @@ class Config:
 
 def _checked(f: Field, value: Any) -> Any:
     """The value of an option in its own type. Raises UserError for one that it cannot have."""
-    if getattr(value, "shape", None) == ():
-        value = value.item()  # a number of numpy or torch
     try:
-        parsed = f.metadata["parse"](value)
+        parsed = f.metadata["parse"](_plain(value))
     except ValueError as error:
         raise UserError(f"--{f.name} {shown(value)}: {error}") from None
     if isinstance(parsed, float) and not math.isfinite(parsed):

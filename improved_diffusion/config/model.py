@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from .base import Config, UserError, comma_list, extra, height_width, option, parse_size
+from .base import Config, UserError, comma_list, extra, height_width, option, parse_size, shown
 
 # Bounds, beyond all real use: a value from a damaged file must not take all memory.
 MAX_SIDE = 2**13
@@ -32,7 +32,11 @@ class NetworkConfig(Config):
     )
     channels: int = extra(3, "channels of the images: 1 grey, 2 grey+alpha, 3 RGB, 4 RGB+alpha", fixed=True)
     num_classes: int = extra(
-        0, "number of classes of a conditional model; 0: from the data, or from the checkpoint", fixed=True
+        0,
+        "number of classes of a conditional model; 0: from the data, or from the checkpoint",
+        low=0,
+        high=MAX_CLASSES,
+        fixed=True,
     )
     channel_mult: str = extra(
         "", "width of each level as a multiple of num_channels, comma-separated; empty: by image size", fixed=True
@@ -46,8 +50,6 @@ class NetworkConfig(Config):
     def validate(self) -> None:
         self.require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         self.require(1 <= self.channels <= 4, "channels", "must be 1 to 4")
-        self.require(self.num_classes >= 0, "num_classes", "must not be negative")
-        self.require_most(num_classes=MAX_CLASSES)
         self.require_numbers("channel_mult", float, MAX_LEVELS, MAX_MULT)
         if max(height_width(self.size)) > MAX_SIDE:
             name = "large_size" if self.kind == "super_res" else "image_size"
@@ -59,21 +61,21 @@ class NetworkConfig(Config):
         try:
             numbers = comma_list(text, kind)
         except ValueError:
-            raise UserError(f"--{name} {text[:80]!r}: expected numbers such as 16,8") from None
+            raise UserError(f"--{name} {shown(text)}: expected numbers such as 16,8") from None
         if not all(number > 0 for number in numbers):
-            raise UserError(f"--{name} {text[:80]!r}: every number must be positive")
+            raise UserError(f"--{name} {shown(text)}: every number must be positive")
         if len(numbers) > most or any(number > largest for number in numbers):
-            raise UserError(f"--{name} {text[:80]!r}: expected up to {most} numbers of at most {largest}")
+            raise UserError(f"--{name} {shown(text)}: expected up to {most} numbers of at most {largest}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetworkConfig):
     """The U-Net of an image model or of a super-resolution model."""
 
-    num_channels: int = option(128, "channels of the first level, a multiple of 32", fixed=True)
-    num_res_blocks: int = option(2, "residual blocks on each level", fixed=True)
-    num_heads: int = option(4, "attention heads", fixed=True)
-    num_heads_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads", fixed=True)
+    num_channels: int = option(128, "channels of the first level, a multiple of 32", high=MAX_WIDTH, fixed=True)
+    num_res_blocks: int = option(2, "residual blocks on each level", low=1, high=MAX_BLOCKS, fixed=True)
+    num_heads: int = option(4, "attention heads", low=1, high=MAX_WIDTH, fixed=True)
+    num_heads_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads", high=MAX_WIDTH, fixed=True)
     attention_resolutions: str = option(
         "16,8",
         "sides in pixels of the levels with attention, comma-separated; the default takes the levels nearest to these",
@@ -90,16 +92,12 @@ class UNetConfig(NetworkConfig):
     def validate(self) -> None:
         super().validate()
         self.require(self.num_channels > 0 and self.num_channels % 32 == 0, "num_channels", "must be a multiple of 32")
-        self.require(self.num_res_blocks >= 1, "num_res_blocks", "must be at least 1")
         self.require(0 <= self.label_drop < 1, "label_drop", "must be in [0, 1)")
-        self.require(self.num_heads >= 1, "num_heads", "must be at least 1")
         self.require(
             self.num_heads_upsample == -1 or self.num_heads_upsample >= 1,
             "num_heads_upsample",
             "must be -1 or positive",
         )
-        self.require_most(num_channels=MAX_WIDTH, num_res_blocks=MAX_BLOCKS)
-        self.require_most(num_heads=MAX_WIDTH, num_heads_upsample=MAX_WIDTH)
         self.require_numbers("attention_resolutions", int, MAX_LISTED, MAX_SIDE)
 
 
@@ -147,8 +145,12 @@ class ClassifierConfig(NetworkConfig):
 
     image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
 
-    classifier_width: int = extra(128, "channels of the classifier's first level, a multiple of 32", fixed=True)
-    classifier_depth: int = extra(2, "residual blocks on each level of the classifier", fixed=True)
+    classifier_width: int = extra(
+        128, "channels of the classifier's first level, a multiple of 32", high=MAX_WIDTH, fixed=True
+    )
+    classifier_depth: int = extra(
+        2, "residual blocks on each level of the classifier", low=1, high=MAX_BLOCKS, fixed=True
+    )
     classifier_attention_resolutions: str = extra(
         "32,16,8", "resolutions in pixels with attention in the classifier, comma-separated", fixed=True
     )
@@ -161,8 +163,6 @@ class ClassifierConfig(NetworkConfig):
         super().validate()
         width = self.classifier_width
         self.require(width > 0 and width % 32 == 0, "classifier_width", "must be a multiple of 32")
-        self.require(self.classifier_depth >= 1, "classifier_depth", "must be at least 1")
-        self.require_most(classifier_width=MAX_WIDTH, classifier_depth=MAX_BLOCKS)
         self.require_numbers("classifier_attention_resolutions", int, MAX_LISTED, MAX_SIDE)
 
 
@@ -180,7 +180,9 @@ class GuidedModelConfig(Config):
 class ProcessConfig(Config):
     """Forward process."""
 
-    diffusion_steps: int = option(1000, "T, the number of noise levels in training", fixed=True)
+    diffusion_steps: int = option(
+        1000, "T, the number of noise levels in training", low=1, high=MAX_DIFFUSION_STEPS, fixed=True
+    )
     noise_schedule: str = option(
         "linear", "how alpha_bar falls over the steps", choices=("linear", "cosine", "sigmoid"), fixed=True
     )
@@ -193,8 +195,6 @@ class ProcessConfig(Config):
     )
 
     def validate(self) -> None:
-        self.require(self.diffusion_steps >= 1, "diffusion_steps", "must be at least 1")
-        self.require_most(diffusion_steps=MAX_DIFFUSION_STEPS)
         self.require(0.01 <= self.schedule_shift <= 100, "schedule_shift", "must be in [0.01, 100]")
         if self.zero_terminal_snr and self.diffusion_steps < 2:
             raise UserError(f"--zero_terminal_snr needs more than --diffusion_steps {self.diffusion_steps}")

@@ -66,12 +66,6 @@ def classes_not_in(found: Iterable[Label], names: Sequence[str]) -> list[str]:
     return sorted({str(label) for label in found} - class_index(names).keys())
 
 
-def unseen_classes(classes: Iterable[int], names: Sequence[str]) -> list[str]:
-    """The names of the classes without an image."""
-    seen = set(classes)
-    return [name for i, name in enumerate(names) if i not in seen]
-
-
 def _has_names(found: Sequence[Label]) -> bool:
     return any(isinstance(label, str) for label in found)
 
@@ -100,8 +94,8 @@ def _by_number(found: Sequence[Any], where: str, num_classes: int) -> list[str]:
         return [str(i) for i in range(numbers[-1] + 1)]
     if num_classes > len(numbers):
         raise UserError(
-            f"the labels in {where} go up to {numbers[-1]}, but --num_classes {num_classes} was given: leave it out, "
-            "and the classes that have images are numbered"
+            f"the labels in {where} are {listed(numbers, 8)}, which does not fit the {num_classes} classes of "
+            f"--num_classes or of the checkpoint: number them from 0 to {num_classes - 1}"
         )
     logger.warn(
         f"the labels in {where} are {listed(numbers, 8)}, not 0 to {len(numbers) - 1}: the model gets these "
@@ -147,7 +141,10 @@ def integer_labels(labels: Any, count: int, what: str) -> list[int]:
 
     :param what: begins the message, such as "d.npz has arr_1". Raises UserError for anything else.
     """
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except ValueError:  # of two files, in different forms
+        array = np.array(labels, dtype=object)
     flat = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if flat.shape != (count,) or flat.dtype.kind not in "iuf" or not _is_whole(flat):
         raise UserError(f"{what} of {array.dtype} {array.shape}: expected an integer for each of {count} images")

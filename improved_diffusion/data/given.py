@@ -63,7 +63,7 @@ def read_images(
     array = np.stack([dataset.pixels(i) for i in range(len(dataset))])
     labels: Any = None
     if isinstance(source, ArrayImages):
-        labels = source.labels
+        labels = None if source.labels is None else np.atleast_1d(source.labels).tolist()
     elif class_names:
         prefixes = [os.path.basename(source.name(i)).split("_")[0] for i in range(len(source))]
         index = class_index(class_names)

@@ -108,8 +108,8 @@ def may_be_image(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     if name.endswith("~") or suffix in _OTHER:
         return False
-    kind = _types().get(suffix, "image/")
-    return kind.startswith("image/") or kind == "application/octet-stream"
+    kind = _types().get(suffix)
+    return kind is None or kind.startswith("image/") or kind == "application/octet-stream"
 
 
 @lru_cache(maxsize=1)
@@ -264,7 +264,7 @@ def list_zip(archive: zipfile.ZipFile) -> tuple[list[str], LeftOut]:
         left_out.add(RUN_KIND, "/".join(folder))
     for name, info in members.items():
         parts = parts_of(name)
-        if info.is_dir() or any(tuple(parts[:i]) in runs for i in range(1, len(parts))):
+        if info.is_dir() or (runs and any(tuple(parts[:i]) in runs for i in range(1, len(parts)))):
             continue
         if any(map(is_hidden, parts)):
             left_out.add(HIDDEN_KIND, name)

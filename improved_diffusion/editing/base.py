@@ -121,7 +121,7 @@ class ImageEdit(Edit):
 
     def __init__(self, model: EditingModel, images: np.ndarray, labels: Sequence[int] | None = None):
         self.images = model.check_images(images)
-        super().__init__(model, model.labels(labels, source_name(model.settings)))
+        super().__init__(model, model.labels(labels, len(images), source_name(model.settings)))
 
     @classmethod
     def read(cls: type[E], model: EditingModel) -> E:

@@ -35,7 +35,7 @@ class Decode(Edit):
                 f"{source} has noise of {latents.arrays.shape[1:]}, but {model.loaded.path} makes images of "
                 f"{model.shape} (channels, height, width): use the model that encoded them"
             )
-        super().__init__(model, model.labels(latents.labels, source))
+        super().__init__(model, model.labels(latents.labels, len(latents.arrays), source))
         self.latents, self.sources = latents, latents.names
 
     @classmethod

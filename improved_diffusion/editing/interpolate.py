@@ -43,9 +43,9 @@ class Interpolate(Edit):
         if self.images is not None and len(self.images) != 2:
             raise UserError(f"{source_name(model.settings)}: {len(self.images)} images, but interpolate takes two")
         if self.numbers and model.classes:
-            drawn = Labels(model.classes.num, model.seed, [], None)
+            drawn = Labels(model.classes.num, model.seed, [], None, model.classes.seen)
             labels = [drawn.index(number) for number in self.numbers]
-        ends = model.labels(labels, source_name(model.settings))
+        ends = model.labels(labels, 2, source_name(model.settings))
         super().__init__(model, ends and self._labels_of_frames(model.settings, ends))
 
     @staticmethod

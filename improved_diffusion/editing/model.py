@@ -69,14 +69,14 @@ class EditingModel:
         """(C, H, W) of the images."""
         return (self.settings.model.channels, *height_width(self.settings.model.size))
 
-    def labels(self, found: Sequence[int] | None, source: str) -> Labels | None:
-        """The class of each image: of --classes, else `found` with the images; None for an unconditional model.
+    def labels(self, found: Any, count: int, source: str) -> Labels | None:
+        """The class of each of `count` images: of --classes, else `found` with the images; None without classes.
 
         :param source: where the images come from, for messages. Raises UserError where the model needs classes and
             there are none.
         """
         wanted = self.settings.edit.classes
-        return image_labels(self.classes, wanted, self.seed, self.loaded.path, found, source)
+        return image_labels(self.classes, wanted, self.seed, self.loaded.path, found, count, source)
 
     def trajectory(
         self, numbers: Sequence[int], model_kwargs: Mapping[str, th.Tensor], **start: Any

@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 
 from .. import __version__, distributed
-from ..config import EvaluationConfig, FeaturesConfig, ReadingConfig, UserError, height_width
+from ..config import EvaluationConfig, FeaturesConfig, ReadingConfig, UserError, height_width, path_argument
 from ..config.settings import FeatureExtraction, Scoring
 from ..data.dataset import selection
 from ..logs import logger
@@ -292,11 +292,15 @@ def evaluate(
     Raises UserError for images that cannot be compared, and for a feature program that is not trusted.
     """
     settings = FeatureExtraction.of({"features": features, **options})
-    inputs = Inputs(settings.features, _path(reference), _path(train_dir), _path(held_out), settings.reading)
-    opened = inputs.open_samples(_path(samples))
-    if out_dir is not None:
-        inputs.check_out_dir(os.fspath(out_dir), opened.path)
-    return inputs.prepare().evaluate(opened, "" if out_dir is None else os.fspath(out_dir))
+    given, real = _argument("samples", samples), _argument("reference", reference)
+    train = None if train_dir is None else _argument("train_dir", train_dir)
+    held = None if held_out is None else _argument("held_out", held_out)
+    inputs = Inputs(settings.features, real, train, held, settings.reading)
+    opened = inputs.open_samples(given)
+    folder = "" if out_dir is None else path_argument("out_dir", out_dir)
+    if folder:
+        inputs.check_out_dir(folder, opened.path)
+    return inputs.prepare().evaluate(opened, folder)
 
 
 def prepare_like_training(settings: Scoring, model_path: str, num_samples: int) -> FeaturesConfig:
@@ -354,6 +358,11 @@ def _log(made: Report) -> None:
         logger.log(text.replace("±", "+-"))  # which not every terminal can show
     for name, why in made.missing.items():
         logger.log(f"no {report.title(name)}: {why}")
+
+
+def _argument(name: str, images: Any) -> Images:
+    """Images given in Python: an array or a path. Raises UserError for anything else."""
+    return images if isinstance(images, np.ndarray) else path_argument(name, images)
 
 
 def _path(images: Any) -> Any:

@@ -17,6 +17,7 @@ from ..utils import files, images
 from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, extract
 from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
+from .report import checked_about
 
 PUBLISHED_NAMES = ("mu", "sigma", "mu_s", "sigma_s")  # of statistics in an npz
 _TEXTS = ("name", "images", "image_size", "features", "features_sha256", "prepared")  # in a description

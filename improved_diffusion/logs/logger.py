@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import distributed
@@ -30,6 +31,7 @@ class Logger:
 
     CURRENT: Logger | None = None  # the logger in use; the module's functions write to it
     DEFAULT: Logger | None = None  # the logger that reset() goes back to; None: one that only prints
+    configured: Mapping[str, Any] = MappingProxyType({})  # configure()'s arguments, without the folder
 
     def __init__(self, dir: str | None, output_formats: list[Any], comm: Any = None):
         self.dir = dir
@@ -144,6 +146,8 @@ def configure(
         dir = os.environ.get("OPENAI_LOGDIR") or distributed.from_rank0(_new_run_dir)
     dir = os.path.abspath(os.path.expanduser(dir))
     files.make_dirs(dir)
+    format_strs = None if format_strs is None else list(format_strs)
+    configured = {"format_strs": format_strs, "comm": comm, "log_suffix": log_suffix}
     rank = distributed.get_rank()
     if rank > 0:
         log_suffix += f"-rank{rank:03d}"
@@ -159,7 +163,13 @@ def configure(
     if Logger.CURRENT not in (None, Logger.DEFAULT):
         Logger.CURRENT.close()
     Logger.CURRENT = Logger(dir, outputs, comm)
+    Logger.CURRENT.configured = configured
     log(f"logging to {dir}")
+
+
+def configure_anew() -> None:
+    """Log into a new folder beside the present one, in the same way: for the next run of this process. Collective."""
+    configure(distributed.from_rank0(files.unused, get_dir()), **get_current().configured)
 
 
 def _new_run_dir() -> str:

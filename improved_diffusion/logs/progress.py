@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -62,8 +61,8 @@ class Progress:
 
     def postpone(self) -> None:
         """A row of the log has just shown the progress: the next line of a log comes that much later."""
-        if self.bar is not None and self.bar.fp is self:
-            self.bar.last_print_t, self.bar.last_print_n = time.time(), self.bar.n
+        if self.bar is not None:
+            self.bar.last_print_t, self.bar.last_print_n = self.bar._time(), self.bar.n
 
     def close(self) -> None:
         """Remove the bar and log the final state."""

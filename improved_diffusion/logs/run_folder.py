@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
+from typing import Any
 
 from .. import distributed
-from ..config import RunConfig
+from ..config import RunConfig, UserError
+from ..utils import files
 from . import logger
+from .outputs import make_output_format
+
+LOCK = ".lock"
 
 
 def run_folder(config: RunConfig, default_name: str) -> str:
@@ -14,22 +21,124 @@ def run_folder(config: RunConfig, default_name: str) -> str:
     return config.out_dir or os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", default_name)
 
 
-def _formats(print_only: bool) -> list[str] | None:
-    """The outputs of the log; None for those that the logger chooses."""
+def _formats() -> list[str] | None:
+    """The outputs of the log of one of our commands; None for those that the environment or the rank chooses."""
+    if "OPENAI_LOG_FORMAT" in os.environ or distributed.get_rank() > 0:
+        return None
+    return ["line", "log", "csv", "jsonl"]
+
+
+def _printed() -> list[str]:
+    """Those of them that print, for the time before there is a folder."""
     if distributed.get_rank() > 0:
-        return [] if print_only else None
-    if print_only:
-        return ["line"]
-    return None if "OPENAI_LOG_FORMAT" in os.environ else ["line", "log", "csv", "jsonl"]
+        return []
+    chosen = os.environ.get("OPENAI_LOG_FORMAT", "line").split(",")
+    return [name for name in chosen if name in ("line", "stdout")]
 
 
-def open_run(config: RunConfig, default_name: str, *, print_only: bool = False) -> str:
+def open_run(config: RunConfig, default_name: str) -> str:
     """Join the other ranks and log into the run's folder.
 
     Returns the folder's absolute path, which is logged, as are the ranks. Collective.
-    :param print_only: write no log files.
     """
     distributed.join_ranks(config)
-    logger.configure(dir=run_folder(config, default_name), format_strs=_formats(print_only))
+    logger.configure(dir=run_folder(config, default_name), format_strs=_formats())
     logger.log(distributed.describe_ranks())
     return logger.get_dir()
+
+
+class _Held:
+    """Messages for the log of a folder that does not exist yet."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Any, ...]] = []
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        self.messages.append(tuple(seq))
+
+    def writekvs(self, kvs: Any) -> None:
+        """Rows are logged in a folder only."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class RunFolder:
+    """The folder of a run whose inputs are checked first: a mistake leaves no folder behind.
+
+    Until `open`, nothing is written; messages are printed, and kept for the log. Collective.
+    """
+
+    def __init__(self, config: RunConfig, default_name: str):
+        distributed.join_ranks(config)
+        self.path = os.path.abspath(os.path.expanduser(run_folder(config, default_name)))
+        _check_place(self.path)
+        self.held = _Held()
+        outputs = [make_output_format(name, self.path) for name in _printed()]
+        logger.Logger.CURRENT = logger.Logger(self.path, [*outputs, self.held])
+        logger.log(distributed.describe_ranks())
+
+    def open(self) -> None:
+        """Make the folder, and log into it from now on."""
+        logger.configure(dir=self.path, format_strs=_formats())
+        for output in logger.get_current().output_formats:
+            if hasattr(output, "writeseq") and getattr(output, "file", None) is not sys.stdout:
+                for message in self.held.messages:
+                    output.writeseq(message)
+
+
+def _check_place(folder: str) -> None:
+    """Raise UserError where the folder cannot be made, or not be written into."""
+    place = folder
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise UserError(f"cannot make the folder {folder}: {place} is not a folder: choose another --out_dir")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into {place}: permission denied: choose another --out_dir")
+
+
+class Claims:
+    """A with statement in which folders are this process's alone."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, files.Claim] = {}
+        self.locks: dict[str, int | None] = {}  # the lock files' inodes
+
+    def claim(self, folders: Iterable[str], make: bool = True) -> None:
+        """Claim folders, and remove what killed writers have left in them. Without `make` only those that exist."""
+        for folder in folders:
+            if folder not in self.held and (make or files.is_dir(folder)):
+                self._claim(folder)
+                files.remove_leftovers(folder)
+
+    def _claim(self, folder: str) -> None:
+        files.make_dirs(folder)
+        self.held[folder] = files.lock(folder, LOCK)
+        self.locks[folder] = _inode(folder)
+
+    def renew(self) -> list[str]:
+        """Make and claim again the folders that were removed, which are returned.
+
+        Raises UserError where another run has taken one.
+        """
+        gone = [folder for folder, inode in self.locks.items() if inode is not None and _inode(folder) != inode]
+        for folder in gone:
+            self.held[folder].release()
+            self._claim(folder)
+        return gone
+
+    def __enter__(self) -> Claims:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for claim in self.held.values():
+            claim.release()
+
+
+def _inode(folder: str) -> int | None:
+    """That of the folder's lock file, which tells one that was made anew; None without such a file."""
+    try:
+        return os.stat(os.path.join(folder, LOCK)).st_ino
+    except OSError:
+        return None

@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 from PIL import Image
 
-from ..config import UserError
+from ..config import UserError, path_argument, shown
 from ..utils import files, images
 from ..utils.text import class_parts, one_line
 from .labels import caption_of, class_name
@@ -40,17 +40,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, index: int | slice) -> Images:
-        """The image, or images, at an index: always Images. Raises IndexError where there is none."""
-        if isinstance(index, slice):
-            chosen = index
-        else:
-            position = range(len(self))[index]
-            chosen = slice(position, position + 1)
-        labels = None if self.labels is None else self.labels[chosen]
-        numbers = None if self.numbers is None else self.numbers[chosen]
-        names = None if self.names is None else self.names[chosen]
-        return Images(self.array[chosen], labels, self.class_names, numbers, names)
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> Images:
+        """The image, or images, at an index, a slice, several indices or a bool array [N]: always Images.
+
+        Raises IndexError where there is none.
+        """
+        positions = np.atleast_1d(np.arange(len(self))[index])
+        if positions.ndim != 1:
+            raise IndexError(f"{shown(index)} is neither an index, a slice nor a list of indices")
+        labels = None if self.labels is None else self.labels[positions]
+        numbers = None if self.numbers is None else [self.numbers[i] for i in positions]
+        names = None if self.names is None else [self.names[i] for i in positions]
+        return Images(self.array[positions], labels, self.class_names, numbers, names)
 
     def pil(self) -> list[Image.Image]:
         """The images as PIL.Image objects."""
@@ -71,7 +72,7 @@ class Images:
         written or holds other images, and where there are no images.
         """
         self._require_images()
-        folder = os.fspath(folder)
+        folder = path_argument("folder", folder)
         png_dir = files.join(folder, PNG_DIR)
         names, npz = self._file_names(), f"samples_{'x'.join(map(str, self.array.shape))}.npz"
         _check_others(folder, {*names, npz})

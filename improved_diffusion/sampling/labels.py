@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError
+from ..config import NUM_CLASSES, UserError, shorten
 from ..data.classes import integer_labels
 from ..utils.captions import caption
 from ..utils.text import class_parts, listed, one_line
@@ -24,12 +25,12 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
     for word in (part.strip() for part in text.split(",") if part.strip()):
         if class_names and word in class_names:
             indices.append(list(class_names).index(word))
-        elif word.isdecimal() and not numbered and int(word) < num_classes:
+        elif not numbered and re.fullmatch("[0-9]{1,18}", word) and int(word) < num_classes:
             indices.append(int(word))
         else:
             names = listed(class_names or (), 20)
             known = names if numbered else f"0..{num_classes - 1}" + (names and f": {names}")
-            raise UserError(f"--classes {one_line(word)}: the model has the classes {known}")
+            raise UserError(f"--classes {one_line(shorten(word))}: the model has the classes {known}")
     return indices
 
 
@@ -118,9 +119,9 @@ def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: s
 
 
 def image_labels(
-    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Any, source: str
+    classes: Classes | None, wanted: str, seed: int, model_path: str, found: Any, count: int, source: str
 ) -> Labels | None:
-    """The labels of given images: the wanted classes, else `found` with the images; None without classes.
+    """The labels of `count` given images: the wanted classes, else `found` with the images; None without classes.
 
     :param found: an integer for each image, or None.
     :param source: where the images come from, such as "--images photos", for messages.
@@ -132,7 +133,7 @@ def image_labels(
     if found is None:
         known = f" among {listed(classes.names, 10)}" if classes and classes.names else ""
         raise UserError(f"{source} has no classes{known}, which {model_path} needs: give --classes")
-    found = integer_labels(found, len(found), f"{source} has labels")
+    found = integer_labels(found, count, f"{source} has labels")
     wrong = [label for label in found if not 0 <= label < labels.num_classes]
     if wrong:
         names = listed(labels.class_names or (), 20)

@@ -12,7 +12,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import UserError, comma_list, height_width, number_list
+from ..config import UserError, comma_list, height_width, number_list, shorten
 from ..config.settings import SuperResSampling
 from ..data.given import GivenImages, read_images
 from ..logs import logger
@@ -36,6 +36,7 @@ class SamplingPipeline:
     def __init__(self, loaded: LoadedModel):
         settings = loaded.settings
         self.loaded = loaded
+        self._check_numbers()
         self.seed: int = settings.run.seed
         self.sampler = build_sampler(settings, loaded.diffusion)
         prepared = prepare_model(settings.sampler, loaded.model)
@@ -56,6 +57,16 @@ class SamplingPipeline:
         """The numbers of the images that the settings ask for."""
         sample = self.loaded.settings.sample
         return number_list(sample.seeds) or range(sample.num_samples)
+
+    def _check_numbers(self) -> None:
+        """Raise UserError where --num_samples is not the number of --seeds."""
+        sample = self.loaded.settings.sample
+        count = len(number_list(sample.seeds))
+        if count and "num_samples" in self.loaded.given and sample.num_samples != count:
+            raise UserError(
+                f"--num_samples {sample.num_samples} contradicts --seeds {shorten(sample.seeds)}, which are {count:,} "
+                "images: give one of them"
+            )
 
     def model_kwargs(self, numbers: Sequence[int]) -> dict[str, th.Tensor]:
         """What the network takes, besides x and t, for the images with these numbers."""
@@ -122,7 +133,8 @@ class SuperResPipeline(SamplingPipeline):
             settings.reading, exact_npz=True,
         )  # fmt: skip
         source = f"--base_samples {path}" if path else "the base images"
-        return image_labels(self.classes, wanted, self.seed, self.loaded.path, self.base.labels, source)
+        found, count = self.base.labels, len(self.base.arrays)
+        return image_labels(self.classes, wanted, self.seed, self.loaded.path, found, count, source)
 
     @property
     def numbers(self) -> Sequence[int]:

@@ -21,6 +21,9 @@ Weights = tuple[
 ]  # an average's label ("": the model), state dict, facts
 
 
+_owners: dict[str, object] = {}  # folder -> which run of this process saves there
+
+
 def get_blob_logdir() -> str:
     """The folder of the checkpoints: DIFFUSION_BLOB_LOGDIR, else the logger's folder."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
@@ -38,6 +41,14 @@ def _beside(main: str, name: str) -> str:
     return files.join(files.folder_of(main), name)
 
 
+def _holds_models(folder: str) -> bool:
+    return any(checkpoint.model_steps(folder))
+
+
+class Diverged(UserError):
+    """The weights of a run are no good, and are not saved."""
+
+
 class Checkpointer:
     """Writes the sets of a run: modelNNNNNN.pt, ema_LABEL_NNNNNN.pt, optNNNNNN.pt and manifestNNNNNN.json.
 
@@ -49,19 +60,24 @@ class Checkpointer:
 
     def __init__(self, description: Mapping[str, Any], keep_last: int, keep_every: int, timeout: float):
         self.folder = get_blob_logdir()
+        self.token = object()  # this run, in _owners
+        self.resumed_from = ""  # the model's file
         self.description = description
         self.keep_last, self.keep_every, self.timeout = keep_last, keep_every, timeout
         self.writer = sets.SetWriter(self.folder, logger.log, logger.warn, keep_last, keep_every)
 
-    def save(self, step: int, done: int, weights: Iterable[Weights], state: TrainState) -> None:
+    def save(self, step: int, done: int, weights: Iterable[Weights], state: TrainState, alone: bool = False) -> None:
         """Copy a set to host memory and begin to write it, once the one before is written. Collective.
 
         :param step: the number in the files' names.
         :param done: training steps done.
+        :param alone: on rank 0 only, see TrainState.state_dict.
         """
+        if not alone:
+            self.take_folder()
         with distributed.working("the previous checkpoint to be written", self.timeout):
             self.writer.wait()  # first: host memory may have no room for two
-        rest = state.state_dict(done)
+        rest = state.state_dict(done, alone)
         if distributed.get_rank() != 0:
             return
         parts: list[tuple[str, Any]] = []
@@ -80,17 +96,42 @@ class Checkpointer:
         with distributed.working("the checkpoint to be written", self.timeout):
             self.writer.wait()
 
-    def finish(self) -> None:
-        """Wait until the last set is written; a failure raises UserError."""
+    def finish(self, prune: bool = True) -> None:
+        """Wait until the last set is written, see SetWriter.finish; a failure raises UserError."""
         with distributed.working("the last checkpoint to be written", self.timeout):
-            self.writer.finish()
+            self.writer.finish(prune)
 
     def newest(self) -> str | None:
         """The model's file of the newest set that is written, after waiting for the one in progress."""
         self.wait()
         return self.writer.last_saved
 
-    # Resuming within the run's own folder
+    def diverged(self, what: str, since: int) -> Diverged:
+        """The error of a run whose weights are no good: those after `since` steps failed."""
+        newest = self.newest()
+        good = self.writer.last_before(since)
+        also = f"; {newest} has the weights that failed" if newest != good else ""
+        return Diverged(
+            f"{what}: resume from the last good checkpoint, {good or 'none'}, with a lower --lr, --grad_clip 1 or "
+            f"--precision fp32, and check the data{also}"
+        )
+
+    # The folder
+
+    def take_folder(self) -> None:
+        """Make the folder this run's. Collective.
+
+        A run that starts afresh where another one of this process has saved gets a folder of its own, and a log there.
+        """
+        owner = _owners.setdefault(self.folder, self.token)
+        if owner is not self.token and self.number_here(self.resumed_from) is None:
+            if distributed.from_rank0(_holds_models, self.folder):
+                before, shared = self.folder, files.same(self.folder, logger.get_dir())
+                logger.configure_anew()
+                self.folder = logger.get_dir() if shared else distributed.from_rank0(files.unused, before)
+                self.writer.directory = self.folder
+                logger.log(f"{before} holds another run of this process: this one is saved in {self.folder}")
+            _owners[self.folder] = self.token
 
     def number_here(self, main: str) -> int | None:
         """The number of the set of modelNNNNNN.pt, if it is in this run's folder, else None."""

@@ -228,7 +228,13 @@ def checkpoint_bytes(loop: TrainLoop) -> tuple[int, int]:
 
 
 def _free_disk(folder: str) -> int | None:
-    return None if files.is_url(folder) or not os.path.isdir(folder) else shutil.disk_usage(folder).free
+    """The free bytes where the folder is, or will be made; None where that is not known."""
+    if files.is_url(folder):
+        return None
+    place = os.path.abspath(folder)
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    return shutil.disk_usage(place).free
 
 
 def _describe_disk(loop: TrainLoop) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from .. import distributed
@@ -12,13 +13,13 @@ from ..config import PRECISIONS, TrainConfig, comma_list, unknown_name
 from ..logs import logger
 from ..resample import UniformSampler
 from .checkpointed import CheckpointedStep
-from .checkpointer import Checkpointer, ResumedSet, find_ema_checkpoint, get_blob_logdir
+from .checkpointer import Checkpointer, Diverged, ResumedSet, find_ema_checkpoint, get_blob_logdir
 from .ema import warn_of_slow_averages
 from .hooks import Hook
 from .lr_schedule import LRSchedule
 from .patience import first_step
 from .run_log import RunLog, log_loss_dict
-from .signals import TIME_IS_UP, Agreement, Stopped, StopSignals, TimeLimit
+from .signals import TIME_IS_UP, Agreement, LastSave, Stopped, StopSignals, TimeLimit
 
 __all__ = [
     "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict",
@@ -83,6 +84,7 @@ class TrainLoop(CheckpointedStep):
         self.seed = seed
         self.hooks = [(interval, hook) for interval, hook in hooks if interval > 0]
 
+        self.signals: StopSignals | None = None  # those of the whole run, if somebody else catches them
         self.step = 0  # since this process started
         self.resume_step = 0  # done before
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
@@ -92,6 +94,8 @@ class TrainLoop(CheckpointedStep):
         self.sync_cuda = self.device.type == "cuda"
         self.run_log = RunLog(self.device, self.global_batch, max_bad_steps)
         self.checkpointer = Checkpointer(metadata or {}, keep_last, keep_every, save_timeout)
+        self.checkpointer.resumed_from = self.resume_checkpoint
+        self.last_save = LastSave()
 
         self._load_and_sync_parameters()
         self.run_log.first_row = self.resume_step
@@ -109,28 +113,42 @@ class TrainLoop(CheckpointedStep):
 
         SIGTERM, SIGUSR1 or SIGINT on any rank ends it after the same step on all, with a checkpoint; then Stopped is
         raised. A second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are not handled.
+        Before any other error is raised, the last whole step is saved. Raises UserError for a run that ends in a row of
+        bad steps, whose weights are not saved.
         """
         if self._is_finished():
             logger.log(f"nothing to do: {self.resume_step} of --max_steps {self.max_steps} steps are done")
             return
+        self.checkpointer.take_folder()
         if self.resumed:
             self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
         warn_of_slow_averages(self.emas, self.max_steps)
         self.run_log.start(self.max_steps, self.resume_step)
-        try:
-            with StopSignals() as signals:
+        with nullcontext(self.signals) if self.signals else StopSignals() as signals:
+            signals.begin()
+            try:
                 reason = self._train(signals)
-        except KeyboardInterrupt:
-            saved = self.checkpointer.writer.last_saved
-            where = f"last checkpoint: {saved}; --resume auto continues from it" if saved else "no checkpoint was saved"
-            raise KeyboardInterrupt(f"training stopped after {self.steps_done} steps; {where}") from None
-        finally:
-            self.run_log.close()
+            except KeyboardInterrupt:
+                saved = self.checkpointer.writer.last_saved
+                where = (
+                    f"last checkpoint: {saved}; --resume auto continues from it" if saved else "no checkpoint was saved"
+                )
+                raise KeyboardInterrupt(f"training stopped after {self.steps_done} steps; {where}") from None
+            except Diverged:
+                raise
+            except Exception:
+                self._save_after_error()
+                raise
+            finally:
+                self.checkpointer.writer.close()
+                self.run_log.close()
         if reason == TIME_IS_UP:
             logger.log(f"--max_hours {self.time_limit.hours} reached after {self.absolute_step} steps")
         elif reason:
-            stopped = Stopped(reason, self.absolute_step)
+            saved_here = self._saved_after == self.steps_done
+            last = "there" if saved_here else self.checkpointer.writer.last_saved or "step 0: nothing is saved"
+            stopped = Stopped(reason, self.absolute_step, last)
             logger.log(str(stopped))
             raise stopped
 
@@ -146,12 +164,10 @@ class TrainLoop(CheckpointedStep):
             self._call_hooks()
             if self.absolute_step % self.log_interval == 0:
                 self._write_row()
-            if self.absolute_step % self.save_interval == 0:
-                # Never over the set that this run has just been resumed from.
-                if self.checkpointer.number_here(self.resume_checkpoint) != self.absolute_step:
-                    self._save_for_loop()
-                if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.absolute_step > 0:
-                    break
+            if self._is_save_due():
+                self._save_for_loop()
+            if self._is_test() and self.absolute_step > 0 and self.absolute_step % self.save_interval == 0:
+                break
             self.step += 1
             self.run_log.advance()
             self.checkpointer.writer.collect()
@@ -162,10 +178,26 @@ class TrainLoop(CheckpointedStep):
             self._save_for_loop()
         if self.run_log.first_row < self.steps_done:
             self._write_row()  # of the steps since the last row; resuming from here discards it
-        self.checkpointer.finish()
+        row = self.run_log.bad_row()
+        if row and not self._postponed:
+            logger.warn(f"{row.describe()}: float16's loss scale was still falling; the weights are from before")
+        self.checkpointer.finish(prune=not self._postponed)
         distributed.heartbeat(0)
         distributed.barrier()  # a launcher may end all ranks as soon as the first one leaves
-        return 0 if self._is_finished() else reason
+        reason = 0 if self._is_finished() else reason
+        if row and self._postponed and reason in (0, TIME_IS_UP):
+            what = f"the run ended without a checkpoint of its last weights: {row.describe()}"
+            raise self.checkpointer.diverged(what, row.first)
+        return reason
+
+    def _is_save_due(self) -> bool:
+        if self.absolute_step % self.save_interval:
+            return self._postponed
+        # Never over the set that this run has just been resumed from.
+        return self.checkpointer.number_here(self.resume_checkpoint) != self.absolute_step
+
+    def _is_test(self) -> bool:
+        return bool(os.environ.get("DIFFUSION_TRAINING_TEST", ""))
 
     def _is_finished(self) -> bool:
         return bool(self.max_steps) and self.absolute_step >= self.max_steps
@@ -177,8 +209,10 @@ class TrainLoop(CheckpointedStep):
                     hook(self)
 
     def _write_row(self) -> None:
-        lr = self.opt.param_groups[0]["lr"]
-        self.run_log.write(self.steps_done, lr, last_checkpoint=self.checkpointer.newest)
+        self.run_log.write(self.steps_done, self.opt.param_groups[0]["lr"])
+        if row := self.run_log.longest_bad_row():
+            what = row.describe(f" (--max_bad_steps {self.run_log.max_bad_steps})")
+            raise self.checkpointer.diverged(what, row.first)
 
     def _load_and_sync_parameters(self) -> None:
         """Load the weights to resume from, if any, and give every rank rank 0's."""
@@ -191,7 +225,7 @@ class TrainLoop(CheckpointedStep):
     def _seek(self) -> None:
         """Continue the data after the steps done."""
         assert self.resumed is not None
-        self.checkpointer.writer.last_saved = self.resume_checkpoint
+        self.checkpointer.writer.saved = [(self.resume_step, self.resume_checkpoint)]
         if hasattr(self.data, "seek"):
             self.data.seek(self.resume_step)
         else:

@@ -102,6 +102,11 @@ class LossScale:
         """What the loss is multiplied by: float32, no dimensions."""
         return th.exp2(self.lg).float()
 
+    @property
+    def can_fall(self) -> bool:
+        """Whether a smaller scale can still be tried. Waits for the device."""
+        return float(self.lg) > MIN_LOG_LOSS_SCALE
+
     def update(self, overflow: th.Tensor) -> None:
         """Adjust after a step; `overflow` is 1 where a gradient was not finite, else 0."""
         self.lg += th.where(overflow.bool(), th.full_like(self.lg, -1.0), self.growth)

@@ -25,7 +25,7 @@ from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
 from ..logs import logger
 from ..logs.curves import write_curves
-from ..logs.run_folder import open_run
+from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
@@ -35,7 +35,7 @@ from .auto import take_recipe
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume
-from .signals import Stopped, catch_early_warning
+from .signals import EXIT_RESUME, Stopped, StopSignals
 from .tasks import Task, take_guided_process, task_of
 from .train_images import write_train_images
 
@@ -60,48 +60,50 @@ def train(settings: Training, given: frozenset[str], default_name: str, preset: 
     :param default_name: of the folder below ./runs, where neither --out_dir nor a preset says.
     :param preset: names the folder; `auto`, after which the images name it, also chooses the options that were not
         given, unless the run is resumed.
-    Raises UserError for what cannot work, before training starts. However it ends, the log is then closed and the
-    folder free for another run.
+    Raises UserError for what cannot work, before training starts and before the folder is made. However it ends, the
+    log is then closed and the folder free for another run. Raises Stopped for a SIGTERM before the first step.
     """
-    catch_early_warning()
+    with StopSignals(starting=True) as signals:
+        try:
+            return _train(settings, given, default_name, preset, signals)
+        except Stopped as stopped:
+            logger.log(str(stopped))
+            if distributed.get_world_size() > 1:  # the other ranks may wait for this one
+                distributed.end_process(EXIT_RESUME)
+            raise
+
+
+def _train(
+    settings: Training, given: frozenset[str], default_name: str, preset: str, signals: StopSignals
+) -> TrainedRun:
     with contextlib.ExitStack() as until_end:
-        folder = open_run(settings.run, _run_name(settings, default_name, preset), print_only=settings.train.dry_run)
+        claims = until_end.enter_context(Claims())
+        folder = RunFolder(settings.run, _run_name(settings, default_name, preset))
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
         until_end.push(lambda kind, error, traceback: logger.log_error(error))
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
-            distributed.from_rank0(_claim, until_end, folder, checkpoints)
+            distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
         settings, metadata, source = resolve(settings, given, preset)
         data, settings = open_data(settings, metadata, source)
         task = task_of(settings)
         stream = until_end.enter_context(contextlib.closing(task.stream(data)))
         loop, description = build_loop(task, data, stream)
+        loop.signals = signals
         if settings.train.dry_run:
             dry_run(loop)
-            distributed.barrier()  # before the folder goes, every rank has looked at its disk
-            stopped = False
-        else:
-            if distributed.get_rank() == 0:
-                write_train_images(data, logger.get_dir())
-            stopped = run_loop(loop, settings, description)
-    if settings.train.dry_run and distributed.get_rank() == 0:
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)  # unless it was there before
-    return TrainedRun(folder, checkpoints, stopped)
+            return TrainedRun(folder.path, checkpoints)
+        distributed.from_rank0(claims.claim, [folder.path, checkpoints])
+        folder.open()
+        if distributed.get_rank() == 0:
+            write_train_images(data, folder.path)
+        return TrainedRun(folder.path, checkpoints, run_loop(loop, settings, description, claims))
 
 
 def _run_name(settings: Training, default_name: str, preset: str) -> str:
     if preset == AUTO:
         return stem(os.path.abspath(settings.data.data_dir)) or default_name
     return preset or default_name
-
-
-def _claim(until_end: contextlib.ExitStack, *folders: str) -> None:
-    """Make the folders this run's alone until its end."""
-    for folder in dict.fromkeys(folders):
-        files.make_dirs(folder)
-        until_end.enter_context(files.lock(folder))
-        files.remove_leftovers(folder)
 
 
 # Where it starts
@@ -288,12 +290,12 @@ def _log_model(settings: Training, model: th.nn.Module) -> None:
         logger.warn(f"--val_interval {watch.val_interval} is more than --max_steps {train.max_steps}: no validation")
 
 
-def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]) -> bool:
+def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any], claims: Claims) -> bool:
     """Train, with trackers and curves; returns whether a signal stopped it, after a checkpoint. Collective."""
     if distributed.get_rank() == 0:
         # Not before the loop has what it resumes from: a run that is refused leaves the older description.
-        path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
-        files.write_bytes(path, json.dumps(description, indent=1).encode())
+        _write_description(description)
+        loop.checkpointer.writer.prepare = lambda: _renew(claims, description)
     distributed.from_rank0(_open_trackers, settings.watch.trackers, description["config"], loop.run_log.first_row)
     warn_of_small_disk(loop)
     try:
@@ -307,6 +309,19 @@ def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]
             _draw_curves(logger.get_dir())
 
 
+def _write_description(description: Mapping[str, Any]) -> None:
+    path = files.join(get_blob_logdir(), sets.CONFIG_FILE)
+    files.write_bytes(path, json.dumps(description, indent=1).encode())
+
+
+def _renew(claims: Claims, description: Mapping[str, Any]) -> str:
+    """Make the run's folders again if somebody has removed them; returns a warning, or ""."""
+    gone = claims.renew()
+    if gone:
+        _write_description(description)
+    return f"{' and '.join(gone)} had been removed: made again for this checkpoint; older ones are lost" if gone else ""
+
+
 def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None:
     for tracker in make_trackers(comma_list(names, str.strip), logger.get_dir(), config, resume_step):
         logger.add_output(tracker)
@@ -317,5 +332,5 @@ def _draw_curves(folder: str) -> None:
     try:
         write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"))
         logger.log(f"wrote {os.path.join(folder, 'curves.png')}")
-    except (UserError, OSError) as error:
+    except Exception as error:
         logger.warn(f"no curves.png: {error}")

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch as th
 
-from ..config import UserError
 from ..logs import logger
 from ..logs.progress import Progress
 from .metrics import BadSteps, LossMeter, StepClock
+
+
+class BadRow(NamedTuple):
+    """Steps in a row whose loss or gradient was not finite."""
+
+    length: int
+    first: int  # the number of its first step
+
+    def describe(self, note: str = "") -> str:
+        """What happened, with a note on the number of steps."""
+        steps = "1 step" if self.length == 1 else f"{self.length} steps in a row"
+        return f"{steps} had no finite loss and gradient{note}, the first at step {self.first}"
 
 
 class RunLog:
     """Collects on the device what the steps report, and writes it as a row of the log now and then.
 
     :param images_per_step: over all ranks.
-    :param max_bad_steps: steps in a row without a finite gradient after which `write` raises UserError.
+    :param max_bad_steps: steps in a row without a finite gradient after which the run ends.
     """
 
     def __init__(self, device: th.device, images_per_step: int, max_bad_steps: int):
         self.meter = LossMeter()
         self.bad_steps = BadSteps(device)
+        self.loss_is_finite: th.Tensor | bool = True  # of the last step, on this rank
         self.max_bad_steps = max_bad_steps
         self.clock = StepClock(images_per_step)
         self.first_row = 0  # the first step whose row is not written, or has to be written again
@@ -34,6 +47,7 @@ class RunLog:
     def add_losses(self, num_timesteps: int, t: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
         """Note the weighted losses [N] at the timesteps t [N]."""
         self.meter.add_losses(num_timesteps, t, losses)
+        self.loss_is_finite = th.isfinite(losses["loss"]).all()
         logger.defer(self.meter.read_own)  # for a loop that calls logger.dumpkvs() by itself
 
     def add_gradient_norm(self, norm: th.Tensor, clip: float) -> None:
@@ -69,11 +83,8 @@ class RunLog:
 
     # Rows
 
-    def write(self, steps_done: int, lr: float, last_checkpoint: Callable[[], str | None]) -> None:
-        """Write a row of the means since the last one. Collective.
-
-        Raises UserError for too many skipped steps in a row; the message names last_checkpoint().
-        """
+    def write(self, steps_done: int, lr: float) -> None:
+        """Write a row of the means since the last one. Collective."""
         means, speed = self.meter.read(), self.clock.read()
         logger.logkvs({**means, **speed, "lr": lr})
         row = logger.dumpkvs()
@@ -86,13 +97,16 @@ class RunLog:
             "data": f"{speed['data_wait']:.0%}",
             "memory": f"{speed['peak_gib']:.2f} GiB",
         }
-        in_row, first = self.bad_steps.read()
-        if in_row >= self.max_bad_steps:
-            raise UserError(
-                f"{in_row} steps in a row had no finite loss and gradient (--max_bad_steps {self.max_bad_steps}), the "
-                f"first at step {first}: resume from the last good checkpoint, {last_checkpoint() or 'none'}, "
-                "with a lower --lr, --grad_clip 1 or --precision fp32, and check the data"
-            )
+
+    def longest_bad_row(self) -> BadRow | None:
+        """The longest row of skipped steps since the last call, if it has `max_bad_steps`. Waits for the device."""
+        row = BadRow(*self.bad_steps.read())
+        return row if row.length >= self.max_bad_steps else None
+
+    def bad_row(self) -> BadRow | None:
+        """The row of skipped steps that the last step belongs to. Waits for the device."""
+        row = BadRow(*self.bad_steps.counts[:2].tolist())
+        return row if row.length else None
 
     def discard_later_rows(self, steps_done: int) -> None:
         """Remove the rows of `first_row` and later, which a resumed run writes again.

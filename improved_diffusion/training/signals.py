@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import socket
 import sys
@@ -17,52 +18,58 @@ from .. import distributed
 
 EXIT_RESUME = distributed.STOPPED
 GRACE = 2.0  # seconds
+WAIT_FOR_RANK_0 = 5.0  # seconds
 # SIGUSR1 is how SLURM's --signal=USR1@120 warns. Windows has none.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 TIME_IS_UP = 1000  # a reason to stop that is not the number of a signal
 
-_early = 0  # the number of a signal that came before the training loop
-
 
 class Stopped(SystemExit):
-    """Training was asked to stop by a signal, and has saved a checkpoint. Left alone, it ends with EXIT_RESUME."""
+    """Training was asked to stop by a signal, and has saved what it could. Left alone, it ends with EXIT_RESUME.
 
-    def __init__(self, number: int, steps_done: int):
+    :param next_start: where --resume auto continues from.
+    """
+
+    def __init__(self, number: int, steps_done: int, next_start: str = "there"):
         super().__init__(EXIT_RESUME)
-        self.signal, self.steps_done = signal.Signals(number), steps_done
+        self.signal, self.steps_done, self.next_start = signal.Signals(number), steps_done, next_start
 
     def __str__(self) -> str:
-        return f"stopped by {self.signal.name} after {self.steps_done} steps; --resume auto continues from there"
-
-
-def catch_early_warning() -> None:
-    """From now on keep a SIGUSR1 for StopSignals: MPI libraries ignore it, and a scheduler warns only once."""
-    global _early
-    _early = 0  # an earlier run of this process may have had one
-    if hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, _note_early)
-
-
-def _note_early(number: int, frame: FrameType | None) -> None:
-    global _early
-    _early = number
+        if not self.steps_done:
+            return f"stopped by {self.signal.name} before the first step: run the same command again"
+        return (
+            f"stopped by {self.signal.name} after {self.steps_done} steps; --resume auto continues from "
+            f"{self.next_start}"
+        )
 
 
 class StopSignals:
     """A with statement in which the first of SIGNALS sets `received`; a second SIGINT interrupts at once.
 
     Outside the main thread, where Python allows no handlers, no signal is caught.
+    :param starting: until `begin`, there is nothing to save: SIGTERM raises Stopped, SIGINT KeyboardInterrupt. A
+        SIGUSR1 is kept for the training: it is an early warning, and a scheduler warns only once.
     """
 
-    def __init__(self) -> None:
-        self.received = _early  # the signal's number
+    def __init__(self, starting: bool = False) -> None:
+        self.received = 0  # the signal's number
+        self.starting = starting
         self.interrupts = 0
-        self.left = threading.Event()
+        self.left = threading.Event()  # the main thread reacts to a second SIGINT by itself
         self.before: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """Training begins: from now on signals set `received` alone."""
+        self.starting = False
+        if self.before:
+            self._catch()  # again: MPI has put a handler of its own in front of ours
+
+    def _catch(self) -> dict[int, Any]:
+        return {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self.before = self._catch()
             # Python's handlers wait until the main thread returns from a collective or from the GPU; the numbers of the
             # signals arrive on this socket at once.
             self.reader, self.writer = socket.socketpair()
@@ -77,13 +84,17 @@ class StopSignals:
             signal.set_wakeup_fd(self.fd_before)
             self.writer.close()  # which ends the thread
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # None: one that is not Python's cannot be put back; MPI's ignores the signal.
+            signal.signal(number, signal.SIG_IGN if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
         self.interrupts += number == signal.SIGINT
-        if self.interrupts > 1:
+        if self.interrupts > (0 if self.starting else 1):
+            self.left.set()
             raise KeyboardInterrupt
+        if self.starting and number == signal.SIGTERM:
+            raise Stopped(number, 0)
 
     def _watch(self) -> None:
         """End a process whose main thread does not react to a second SIGINT; not a person's interpreter or notebook."""
@@ -95,6 +106,14 @@ class StopSignals:
                 # If the main thread can react, it ends the process itself, with a better message.
                 if interrupts > 1 and not interactive and not self.left.wait(GRACE):
                     distributed.end_process(130)
+
+
+def ignore_until_exit() -> None:
+    """For a command that is done: a signal to stop what has ended must not change its exit code."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
 
 
 class TimeLimit:
@@ -134,3 +153,46 @@ class Agreement:
             self.work.wait()
             self.work = None
         return int(self.largest)
+
+
+class LastSave:
+    """Lets the other ranks, if they end by an error too, wait until rank 0 has saved.
+
+    It goes by the process group's store: the ranks may be anywhere, so that no collective would come back. Making one
+    is collective.
+    """
+
+    numbers = itertools.count()
+    POLL = 0.1  # seconds
+
+    def __init__(self) -> None:
+        number = next(self.numbers)
+        self.begun, self.ended = f"last save {number} begun", f"last save {number} ended"
+
+    def __enter__(self) -> LastSave:
+        self._tell(self.begun)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._tell(self.ended)
+
+    def wait(self, limit_s: float) -> None:
+        """On another rank: wait a moment for rank 0 to begin, and then for its end."""
+        if self._wait(self.begun, WAIT_FOR_RANK_0):
+            self._wait(self.ended, limit_s)
+
+    def _tell(self, key: str) -> None:
+        if distributed.get_world_size() > 1:
+            _store().set(key, "")
+
+    def _wait(self, key: str, limit_s: float) -> bool:
+        deadline = time.monotonic() + limit_s
+        while not _store().check([key]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(self.POLL)
+        return True
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

@@ -49,6 +49,7 @@ class TrainStep:
     resume_step: int  # made before
     model_params: list[nn.Parameter]
     _made = 0  # the steps that run_step has made, counted from the very first
+    _whole = True  # the parameters and all that belongs to them are those after a whole step
 
     @property
     def absolute_step(self) -> int:
@@ -186,6 +187,7 @@ class TrainStep:
                 precision_util.collect_gradients(self.model_params, self.master_params)
             parts.append({key: value.detach() for key, value in losses.items()})
         all_losses = {key: th.cat([part[key] for part in parts]) for key in parts[0]}
+        self._whole = False
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, all_losses["loss"])
         self.run_log.add_losses(self.diffusion.num_timesteps, t, {k: v * weights for k, v in all_losses.items()})
@@ -211,6 +213,7 @@ class TrainStep:
 
     def _optimize(self) -> th.Tensor:
         """Clip the gradient of master_params, step, and move the averages; 1 if the step was skipped, else 0."""
+        self._whole = False
         self.grad_norm = th.nn.utils.clip_grad_norm_(self.master_params, self.grad_clip or math.inf)
         bad = (~th.isfinite(self.grad_norm)).float()
         self.run_log.add_step(bad, self.absolute_step)
@@ -224,6 +227,7 @@ class TrainStep:
             flat = flatten(self.master_params)
             for ema in self.emas:
                 ema.update(flat, 1 - bad, self.absolute_step)
+        self._whole = True
         return bad
 
     def _log_grad_norm(self) -> None:

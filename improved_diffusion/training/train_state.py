@@ -47,13 +47,15 @@ class TrainState:
         """The parts that have a state, by name."""
         return {name: part for name, part in self.parts.items() if hasattr(part, "load_state_dict")}
 
-    def state_dict(self, done: int) -> dict[str, Any]:
+    def state_dict(self, done: int, alone: bool = False) -> dict[str, Any]:
         """The optimizer's state dict with the rest under REST, in host memory; {} except on rank 0. Collective.
 
         :param done: training steps done.
+        :param alone: the other ranks do not take part, so that their losses since the last row of the log are missing.
         """
         # Each rank's own sums: added up in another order they would differ in the last bit.
-        meters = distributed.all_gather_object(self.log.meter.state_dict())
+        own = self.log.meter.state_dict()
+        meters = [own] if alone else distributed.all_gather_object(own)
         if distributed.get_rank() != 0:
             return {}
         rest = {

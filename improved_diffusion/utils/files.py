@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -72,6 +73,12 @@ def exists(path: str | os.PathLike) -> bool:
     """Whether the file or folder exists."""
     with _storage("read", path):
         return _blobfile(path).exists(str(path)) if is_url(path) else os.path.exists(path)
+
+
+def unused(path: str | os.PathLike) -> str:
+    """The path with the first of -2, -3, ... at its end that does not exist."""
+    candidates = (f"{str(path).rstrip('/')}-{number}" for number in itertools.count(2))
+    return next(candidate for candidate in candidates if not exists(candidate))
 
 
 def is_dir(path: str | os.PathLike) -> bool:
@@ -331,6 +338,8 @@ def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
     path = os.path.join(os.path.realpath(directory), name)
     held = _locks.setdefault(path, FileLock(path, timeout=0, thread_local=False))
     with _storage("write", path, ": choose another --out_dir"):
+        if held.is_locked and not os.path.exists(path):
+            held.release(force=True)  # somebody has removed the folder, and with it this process's earlier claims
         try:
             held.acquire()
         except Timeout:

@@ -30,7 +30,7 @@ def open_streams() -> None:
 
 def _prepared(stream: Any) -> Any:
     if stream is None:  # it was closed when Python started
-        return open(os.devnull, "w", encoding="utf-8")
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
     return stream
@@ -54,25 +54,25 @@ def show(text: str) -> None:
     try:
         print(encodable(printable(text), sys.stdout), flush=True)
     except BrokenPipeError:
-        close_streams()
+        _drop(sys.stdout)
     except OSError as error:
-        close_streams()
+        _drop(sys.stdout)
         raise UserError(f"cannot write to the standard output: {error.strerror or error}") from None
 
 
 def close_streams() -> None:
-    """Send what can no longer be written nowhere; otherwise Python fails at exit."""
+    """Write what is left to the standard streams, or drop it where that fails: Python would complain at exit."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            _flush_or_drop(stream)
+            try:
+                stream.flush()
+            except OSError:
+                _drop(stream)
 
 
-def _flush_or_drop(stream: IO[str]) -> None:
-    try:
-        stream.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-        with suppress(OSError):
-            stream.flush()
+def _drop(stream: IO[str]) -> None:
+    """Send what is written to the stream, and what waits there, nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    stream.flush()

@@ -14,7 +14,7 @@ _UNSEEN = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff
 _HARMFUL = re.compile(f"(?![\\n\\t])[{_UNSEEN}]")
 _HARMFUL_IN_NAMES = re.compile(f"[{_UNSEEN}]")
 _REFUSED = re.compile(f'[{_UNSEEN}/\\\\:*?"<>|]+')  # in a file name, by Windows, macOS or Linux
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)
 NAME_BYTES = 100  # of a class in a file name
 
 
@@ -52,7 +52,7 @@ def file_name(name: str, limit: int = NAME_BYTES) -> str:
     name = name.encode()[:limit].decode(errors="ignore").strip(" ").rstrip(". ")
     if name.startswith("."):  # hidden, and so skipped as an image
         name = "-" + name[1:]
-    return name + "-" if not name or _RESERVED.fullmatch(name) else name
+    return _RESERVED.sub(r"\1-", name) or "-"
 
 
 def class_parts(names: Sequence[str]) -> list[str]:

@@ -35,6 +35,7 @@ INTEGERS = (th.uint8, th.int8, th.int16, th.int32, th.int64)
 _STORAGES = ["Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool"]
 _GLOBALS = {
     "collections OrderedDict",
+    "collections Counter",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_parameter",
     "torch Size",

@@ -441,6 +441,78 @@ def test_a_set_waits_for_the_one_before(tmp_path):
     assert complete_sets(str(tmp_path), LABELS) == [3, 4] and len(log) == 5
 
 
+def test_the_set_before_the_newest_stays_until_the_run_goes_on(tmp_path):
+    """Whether the newest one's weights work is known only after another step."""
+    made, _, _ = writer(tmp_path, keep_last=1)
+    for step in range(4):
+        made.submit(step, step, parts(step))
+        made.wait()
+        assert complete_sets(str(tmp_path), LABELS) == [step - 1, step][step == 0 :]
+    made.finish(prune=False)
+    assert complete_sets(str(tmp_path), LABELS) == [2, 3]
+    made.finish()
+    assert complete_sets(str(tmp_path), LABELS) == [3]
+
+
+def test_the_newest_set_before_a_step_is_known(tmp_path):
+    made, _, _ = writer(tmp_path)
+    assert made.last_before(9) is None
+    for step in (2, 4):
+        made.submit(step, step + 1, parts(step))
+    made.finish()
+    found = {done: made.last_before(done) for done in (3, 4, 5, 6)}
+    two, four = (str(tmp_path / f"model00000{step}.pt") for step in (2, 4))
+    assert found == {3: None, 4: two, 5: two, 6: four}
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_what_a_failed_save_has_left_is_removed_after_the_next(tmp_path, monkeypatch, at):
+    folder = folder_of_sets(tmp_path / "run", 1)
+    (tmp_path / "run/model000005.pt").write_bytes(b"of other code")
+    made, _, _ = writer(folder)
+    replace, left = os.replace, [at]
+
+    def fail(source, target):
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        replace(source, target)
+
+    for step in (2, 5):
+        with monkeypatch.context() as patch:
+            left[0] = at
+            patch.setattr(os, "replace", fail)
+            made.submit(step, step, parts(step))
+            made.wait()
+    kept = names(folder)
+    made.submit(6, 6, parts(6))
+    made.finish()
+    assert complete_sets(folder, LABELS) == [1, 6] and made.partial == set()
+    assert {name for name in kept if not name.endswith(("2.pt", "5.pt"))} < set(names(folder))
+    assert not [name for name in names(folder) if name.endswith(("2.pt", "5.pt")) and name != "model000005.pt"]
+    assert "model000005.pt" in names(folder)  # it was there before
+
+
+def test_a_save_that_is_given_up_leaves_nothing(tmp_path, monkeypatch):
+    began, go_on, to_bytes = threading.Event(), threading.Event(), checkpoint.to_bytes
+
+    def slow(part):
+        began.set()
+        assert go_on.wait(30)
+        return to_bytes(part)
+
+    monkeypatch.setattr(checkpoint, "to_bytes", slow)
+    made, _, warnings = writer(tmp_path)
+    made.submit(1, 1, parts(1))
+    assert began.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+    made.close()
+    assert made.thread is None and names(tmp_path) == [] and warnings == []
+    made.submit(2, 2, parts(2))
+    made.finish()
+    assert complete_sets(str(tmp_path), LABELS) == [2]
+
+
 def failing(monkeypatch, times):
     """The next `times` sets cannot be written."""
     together, left = files.write_together, [times]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -33,12 +34,18 @@ def edit(place, name, *args, model="run/model.pt"):
     return call("image_edit", name, "--model_path", place / model, *args, cwd=place)
 
 
+def place_of(path):
+    """What PNGs are ordered by: a number of six digits, or which copy of which image."""
+    number, copy = re.search(r"_(\d{6})$", path.stem), re.fullmatch(r"(.*_\d\d)_(\d+)", path.stem)
+    return (0, number[1]) if number else (int(copy[2]), copy[1]) if copy else (0, path.stem)
+
+
 def made(folder):
-    """(the npz's arrays, the PNGs in order of their numbers) of an edit."""
+    """(the npz's arrays, the PNGs in order) of an edit."""
     (path,) = folder.glob("samples_*.npz")
     with np.load(path) as arrays:
         found = [arrays[name] for name in arrays.files]
-    pngs = sorted((folder / "samples").iterdir(), key=lambda p: p.stem[-6:])
+    pngs = sorted((folder / "samples").iterdir(), key=place_of)
     np.testing.assert_array_equal(np.stack([pixels(p) for p in pngs]), found[0])
     return found, [p.name for p in pngs]
 
@@ -67,7 +74,7 @@ def test_encoded_images_come_back(place, encoded):
         "latents.npz", "log.txt", "samples", "samples.json", "samples.png", "samples_6x8x8x3.npz", ".samples.lock",
     }  # fmt: skip
     (back, labels), names = made(encoded)
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and names[3] == "dog_000003.png"
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1] and names == sorted(os.listdir(place / "data"))
     decibels = psnr(back, originals(place))
     assert decibels.min() > 25  # with as few as 20 noise levels the lowest hides something
     assert f"{decibels.mean():.1f} dB" in (encoded / "log.txt").read_text()
@@ -149,7 +156,7 @@ def test_latents_are_decoded_as_other_classes_by_other_steps_and_with_guidance(p
     args = ["--latents", "encoded/latents.npz", "--num_samples", 4, "--classes", "dog,cat", "--sampler", "dpmpp_2m"]
     edit(place, "decode", *args, "--steps", 5, "--guidance_scale", 2, "--out_dir", "others").succeed()
     (back, labels), names = made(place / "others")
-    assert labels.tolist() == [1, 0, 1, 0] and names[:2] == ["dog_000000.png", "cat_000001.png"]
+    assert labels.tolist() == [1, 0, 1, 0] and names == sorted(os.listdir(place / "data"))[:4]
     assert psnr(back[:1], originals(place)[:1]) < 25
 
 
@@ -193,7 +200,9 @@ def test_what_is_known_stays_in_every_painting(place):
     args = ["--images", "data", "--mask", "mask.png", "--steps", 6, "--jump_length", 2, "--resamplings", 2]
     result = edit(place, "inpaint", *args, "--num_samples", 9, "--out_dir", "painted").succeed()
     assert "ancestral, 11 steps" in result.out  # of which 5 are taken twice
-    (painted, labels), _ = made(place / "painted")
+    (painted, labels), names = made(place / "painted")
+    sources = sorted(path.stem for path in (place / "data").iterdir())
+    assert names == [f"{source}_1.png" for source in sources] + [f"{source}_2.png" for source in sources[:3]]
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0]
     for i in range(9):
         np.testing.assert_array_equal(painted[i][:4], originals(place)[i % 6][:4])
@@ -282,4 +291,22 @@ def test_checkpoints_of_other_kinds(place, tmp_path):
     refused(result, "--classes cat", "was trained without classes")
     call("image_edit", *images_of, plain, "--steps", 5, "--out_dir", "out", cwd=tmp_path).succeed()
     with np.load(tmp_path / "out/latents.npz") as arrays:
-        assert sorted(arrays.files) == ["arr_0", "model", "way"]
+        assert sorted(arrays.files) == ["arr_0", "model", "names", "way"]
+
+
+def test_the_same_images_under_other_names_are_not_mixed_in(place):
+    pictures = [place / f"named/{name}.png" for name in ("ice cream", "猫")]
+    pictures[0].parent.mkdir()
+    for path in pictures:
+        path.write_bytes((place / "data/cat_00.png").read_bytes())
+    args = ["--classes", "cat", "--steps", 2, "--out_dir", "named_out"]
+    edit(place, "variations", "--images", "named", *args).succeed()
+    assert sorted(os.listdir(place / "named_out/samples")) == ["ice cream.png", "猫.png"]
+    pictures[0].rename(place / "named/polar_bear.png")
+    refused(edit(place, "variations", "--images", "named", *args), "images of other names", "another --out_dir")
+
+
+def test_images_without_names_are_numbered(place):
+    np.savez(place / "arrays.npz", arr_0=originals(place), arr_1=np.array([0, 0, 0, 1, 1, 1]))
+    edit(place, "variations", "--images", "arrays.npz", "--steps", 2, "--out_dir", "from_arrays").succeed()
+    assert made(place / "from_arrays")[1][::3] == ["cat_000000.png", "dog_000003.png"]

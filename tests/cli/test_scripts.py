@@ -328,8 +328,8 @@ def test_sampling_writes_an_npz_pngs_and_a_grid(sampled):
     assert sorted(os.listdir(folder / "samples")) == sorted(names)
     for name, image in zip(names, images):
         assert np.array_equal(pixels(folder / "samples" / name), image)
-    grid = pixels(folder / "samples.png")  # 3 columns, 2 rows, each image enlarged to 48 pixels
-    assert grid.shape == (2 * 50 + 2, 3 * 50 + 2, 3)
+    grid = pixels(folder / "samples.png")  # 3 columns, 2 rows, each image enlarged to 48 pixels, its class below
+    assert grid.shape == (2 * 65 + 2, 3 * 50 + 2, 3)
     assert np.array_equal(grid[2:50:6, 2:50:6], images[0])
 
 

@@ -332,7 +332,9 @@ def test_labels_out_of_range_in_json(place, tmp_path):
     refused(result, "labels.json", "must not be negative, found -1")
     (tmp_path / "labels.json").write_text(json.dumps({path.name: 7 for path in place.data.iterdir()}))
     args = [*place.training, "--labels", "labels.json", "--num_classes", 5]
-    refused(call("image_train", *args, cwd=tmp_path), "go up to 7, but --num_classes 5 was given")
+    refused(
+        call("image_train", *args, cwd=tmp_path), "labels.json are 7, which does not fit the 5 classes of --num_classes"
+    )
 
 
 def test_a_class_that_the_model_does_not_know(place, tmp_path):

@@ -83,7 +83,7 @@ def test_a_model_of_more_classes_keeps_the_numbers(form, warnings_given):
     assert "no images of 5 of the 8 classes" in warnings_given[0]
     assert read_classes(*labelled(form, labels), "d.npz", num_classes=3)[1] == ["1", "3", "7"]
     for count in (4, 7):  # neither the numbers nor the classes that have images
-        with pytest.raises(UserError, match=f"go up to 7, but --num_classes {count} was given"):
+        with pytest.raises(UserError, match=f"1, 3, 7, which does not fit the {count} classes of --num_classes"):
             read_classes(*labelled(form, labels), "d.npz", num_classes=count)
 
 

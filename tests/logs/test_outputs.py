@@ -16,7 +16,13 @@ import torch as th
 from improved_diffusion.config import UserError
 from improved_diffusion.logs import logger
 from improved_diffusion.logs import outputs as outputs_module
-from improved_diffusion.logs.outputs import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat, PatientFile
+from improved_diffusion.logs.outputs import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    LineOutputFormat,
+    PatientFile,
+)
 from improved_diffusion.utils import files
 
 
@@ -389,3 +395,125 @@ def test_a_standard_output_that_fails_is_told_once_and_ends_nothing(capsys):
     for _ in range(3):
         output.writeseq(["hello"])
     assert capsys.readouterr().err.count("cannot write to the standard output: No space left on device") == 1
+
+
+# Text from outside
+
+HARMFUL = "\x1b]0;owned\x07\x9b2J\u202eb"
+SHOWN = r"\x1b]0;owned\x07\x9b2J\u202eb"
+
+
+def test_control_characters_never_reach_an_output(tmp_path, capsys):
+    logger.configure(dir=str(tmp_path), format_strs=["stdout", "line", "log", "csv", "jsonl"])
+    for say in (logger.log, logger.warn, logger.error):
+        say(f"file {HARMFUL}", HARMFUL)
+    logger.logkvs({"step": 1, f"key{HARMFUL}": 2.0, "text": HARMFUL, "a\nb": "c\nd"})
+    logger.dumpkvs()
+    written = [capsys.readouterr().out, *(path.read_text() for path in tmp_path.iterdir())]
+    assert len(written) == 4
+    for text in written:
+        assert SHOWN in text or "\\u001b" in text
+        assert not any(character in text for character in "\x1b\x07\x9b\u202e")
+    assert not any(line.startswith(("b", "d")) for line in written[0].splitlines())
+
+
+def test_a_warning_of_several_lines_is_one(capsys):
+    logger.warn("a\nerror: b")
+    logger.error("a\nerror: b")
+    logger.log("a\nb")
+    assert capsys.readouterr().out == "warning: a\n  error: b\nerror: a\n  error: b\na\nb\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_names_are_printed_in_any_encoding(encoding):
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding=encoding, errors="strict", write_through=True)
+    HumanOutputFormat(stream).writeseq(["猫", "\udce9"])
+    assert buffer.getvalue().decode(encoding) == ("猫" if encoding == "utf-8" else r"\u732b") + " \\udce9\n"
+
+
+def test_text_files_are_utf_8(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=["log", "csv"])
+    logger.log("猫 \udce9")
+    logger.logkv("class", "猫")
+    logger.dumpkvs()
+    assert "猫 \\udce9\n" in (tmp_path / "log.txt").read_text("utf-8")
+    assert "猫" in (tmp_path / "progress.csv").read_text("utf-8")
+
+
+def test_without_stdout_nothing_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    logger.configure(dir=str(tmp_path), format_strs=["stdout", "line", "log"])
+    logger.log("text")
+    logger.logkv("a", 1)
+    logger.dumpkvs()
+    assert "text" in (tmp_path / "log.txt").read_text() and capsys.readouterr().err == ""
+
+
+# A line for each row
+
+
+def lines_of(row, capsys, done=0, total=0):
+    output = LineOutputFormat(sys.stdout)
+    output.expect(done, total)
+    output.writekvs(row)
+    return capsys.readouterr().out.splitlines()
+
+
+ROW = {"step": 10, "loss": 0.123456, "mse": 0.1, "lr": 1e-4, "images_per_second": 412.3, "grad_norm": 1.0}
+
+
+def test_a_row_is_one_line_of_what_matters(capsys):
+    assert lines_of(ROW, capsys) == ["step 10, loss 0.1235, lr 0.0001, 412.3 images/s"]
+
+
+@pytest.mark.parametrize("more, shown", [
+    ({"val_loss": 0.5, "val_bpd": th.tensor(3.5), "val_bpd_se": 0.1}, "val_bpd 3.5, val_loss 0.5"),
+    ({"skipped_steps": 0.25}, "skipped_steps 0.25"), ({"skipped_steps": 0.0}, "412.3 images/s"),
+])  # fmt: skip
+def test_validation_and_skipped_steps_are_in_the_line(more, shown, capsys):
+    (line,) = lines_of({**ROW, **more}, capsys)
+    assert line.endswith(shown)
+
+
+def test_the_time_left_is_in_the_line(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(outputs_module.time, "monotonic", lambda: now[0])
+    output = LineOutputFormat(sys.stdout)
+    output.expect(1000, 5000)
+    now[0] += 3600
+    output.writekvs({**ROW, "step": 1999})  # a thousand steps in an hour
+    output.writekvs({**ROW, "step": 4999})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.endswith("40%, 3:00:00 left") and last.endswith("100%, 0:00:00 left")
+
+
+@pytest.mark.parametrize("row, lines", [
+    ({"a": 1.5, "b": "text", "c": 2}, ["a 1.5, c 2"]), ({"step": 1234}, ["step 1,234"]), ({}, []),
+    ({"loss": float("nan")}, ["loss nan"]),
+])  # fmt: skip
+def test_other_rows_are_a_line_too(row, lines, capsys):
+    assert lines_of(row, capsys) == lines
+
+
+# The error that ends a command
+
+
+def test_an_error_goes_into_the_files_alone(tmp_path, capsys):
+    logger.configure(dir=str(tmp_path), format_strs=["stdout", "log", "csv"])
+    capsys.readouterr()
+    logger.log_error(None)
+    logger.log_error(SystemExit(75))
+    for error in (UserError(f"bad {HARMFUL}\nerror: forged"), KeyboardInterrupt("saved"), RuntimeError("odd")):
+        try:
+            raise error
+        except BaseException as raised:
+            logger.log_error(raised)
+    text = (tmp_path / "log.txt").read_text()
+    assert f"error: bad {SHOWN}\n  error: forged\ninterrupted: saved\nTraceback" in text
+    assert text.endswith("RuntimeError: odd\n") and capsys.readouterr().out == ""
+
+
+def test_without_a_log_an_error_is_not_logged(capsys):
+    logger.log_error(UserError("early"))
+    assert capsys.readouterr() == ("", "")

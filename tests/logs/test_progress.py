@@ -18,6 +18,13 @@ class Clock:
         monkeypatch.setattr(tqdm.std, "time", lambda: self.now)
 
 
+def test_a_description_cannot_command_the_terminal(capsys):
+    bar = Progress("\x1b[2J\nfile", 1, "image")
+    bar.update(1)
+    bar.close()
+    assert capsys.readouterr().out.startswith(r"\x1b[2J\nfile: 100%")
+
+
 def test_short_work_logs_its_final_state_only(capsys):
     bar = Progress("sampling", 10, "image")
     bar.update(4, loss="1")
@@ -40,6 +47,18 @@ def test_a_line_is_logged_every_so_many_seconds_with_rate_and_time_left(capsys, 
     assert len(lines) == 2  # after 15 and 30 seconds
     assert "75/1000" in lines[0] and "150/1000" in lines[1]
     assert "5.00step/s" in lines[1] and "<02:50" in lines[1] and "loss 29" in lines[1]
+
+
+def test_a_line_comes_later_where_a_row_has_shown_the_progress(capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = Progress("training", 1000, "step")
+    for step in range(1, 101):
+        clock.now += 1
+        bar.update(1)
+        if step in (10, 20, 30):
+            bar.postpone()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/1000")[0].split()[-1] for line in lines] == ["45", "60", "75", "90"]
 
 
 def test_the_time_left_follows_the_recent_speed(capsys, monkeypatch):

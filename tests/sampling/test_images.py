@@ -36,3 +36,31 @@ def test_no_images_are_neither_shown_nor_saved(tmp_path):
     with pytest.raises(UserError, match="empty"):
         THREE[3:].save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_saved_images_are_not_mixed_with_others(tmp_path):
+    THREE.save(tmp_path)
+    THREE.save(tmp_path)  # the same ones again
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for other in (THREE[1:], Images(THREE.array), Images(THREE.array, THREE.labels, None, [1, 2, 3])):
+        with pytest.raises(UserError, match=r"holds other images.*another folder"):
+            other.save(tmp_path)
+    (tmp_path / "samples.json").write_text("{}")
+    with pytest.raises(UserError, match=r"samples\.json.*another folder"):
+        THREE.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([*before, "samples.json"])
+
+
+def test_names_and_captions_are_of_the_classes(tmp_path):
+    names = [*"abcde", "ice cream", "猫", "big_cat"]
+    named = Images(THREE.array, THREE.labels, names, THREE.numbers)
+    named.save(tmp_path)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {
+        "ice cream_000010.png", "猫_000011.png", "big-cat_000012.png",
+    }  # fmt: skip
+    assert named.grid().height > Images(THREE.array).grid().height
+
+
+def test_given_names_are_kept(tmp_path):
+    Images(THREE.array, None, None, None, ["x", "y", "x"])[1:].save(tmp_path)
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"x.png", "y.png"}

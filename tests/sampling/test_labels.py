@@ -37,16 +37,21 @@ def test_a_number_is_a_name_where_names_are_numbers():
 @pytest.mark.parametrize("found", [[2, 0], np.array([2, 0]), np.array([[2], [0]]), np.array([2.0, 0.0])])
 def test_the_labels_of_given_images(found):
     classes = Classes(3, ["1", "3", "7"])
-    assert [image_labels(classes, "", 0, "m.pt", found, "--images x").index(i) for i in range(3)] == [2, 0, 2]
-    assert image_labels(classes, "3", 0, "m.pt", found, "--images x").index(0) == 1
+    assert [image_labels(classes, "", 0, "m.pt", found, 2, "--images x").index(i) for i in range(3)] == [2, 0, 2]
+    assert image_labels(classes, "3", 0, "m.pt", found, 2, "--images x").index(0) == 1
 
 
-@pytest.mark.parametrize("found", [[3, 0], [-1, 0], np.array(["a", "b"]), np.eye(2), [0.5, 1], np.array([np.nan, 0])])
+WRONG = [
+    [3, 0], [-1, 0], np.array(["a", "b"]), np.eye(2), [0.5, 1], np.array([np.nan, 0]), [[0], 1], [0], [0, 1, 2], [],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("found", WRONG)
 def test_labels_that_the_model_does_not_take_are_refused_where_it_needs_them(found):
     with pytest.raises(UserError, match="--images x has"):
-        image_labels(Classes(3, None), "", 0, "m.pt", found, "--images x")
-    assert image_labels(None, "", 0, "m.pt", found, "--images x") is None
-    assert image_labels(Classes(3, None), "2", 0, "m.pt", found, "--images x").index(0) == 2
+        image_labels(Classes(3, None), "", 0, "m.pt", found, 2, "--images x")
+    assert image_labels(None, "", 0, "m.pt", found, 2, "--images x") is None
+    assert image_labels(Classes(3, None), "2", 0, "m.pt", found, 2, "--images x").index(0) == 2
 
 
 @pytest.mark.parametrize("seen", [[], [3], [-1], [True], [0.0], ["0"], "012", {"0": 1}, 5, [None]])

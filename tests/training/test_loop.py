@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,13 +29,14 @@ from train_helpers import (
 )
 
 from improved_diffusion import distributed
-from improved_diffusion.checkpoints import checkpoint
+from improved_diffusion.checkpoints import checkpoint, sets
 from improved_diffusion.checkpoints.sets import complete_sets
 from improved_diffusion.config import UserError
 from improved_diffusion.config.published import model_and_diffusion_defaults
 from improved_diffusion.logs import logger
 from improved_diffusion.models.factories import create_model_and_diffusion
 from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.training import checkpointer
 from improved_diffusion.training.loop import (
     TrainLoop,
     find_ema_checkpoint,
@@ -482,7 +485,7 @@ def test_gradients_that_are_never_finite_stop_the_run_with_a_message(out_dir, pr
     )  # fmt: skip
     before = []
     loop.hooks = [(2, lambda loop: before.append(parameters_of(loop)) if not before else None)]
-    with pytest.raises(UserError, match=r"first at step 2: .*last good checkpoint, .*model000003\.pt.*--lr"):
+    with pytest.raises(UserError, match=r"first at step 2: .*last good checkpoint, .*model000000\.pt.*--lr"):
         loop.run_loop()
     assert loop.absolute_step == 6
     assert th.equal(parameters_of(loop), before[0])  # no parameter was spoilt
@@ -490,22 +493,293 @@ def test_gradients_that_are_never_finite_stop_the_run_with_a_message(out_dir, pr
 
 def test_rows_of_bad_steps_shorter_than_allowed_are_passed_over(out_dir):
     bad = Spoilt(lambda step: step % 4 != 0)
-    finished(data=bad, max_steps=12, max_bad_steps=4, log_interval=4)
-    assert [float(row["skipped_steps"]) for row in log_rows(out_dir)] == [0, 0.75, 0.75, 1]
+    finished(data=bad, max_steps=13, max_bad_steps=4, log_interval=4)
+    assert [float(row["skipped_steps"]) for row in log_rows(out_dir)] == [0, 0.75, 0.75, 0.75]
     with pytest.raises(UserError, match=r"3 steps in a row.*first at step 1"):
         finished(data=Spoilt(lambda step: step % 4 != 0), max_steps=12, max_bad_steps=3, log_interval=4)
 
 
 def test_a_row_of_bad_steps_goes_on_after_a_resume(tmp_path):
+    """Overflows of float16, which are no reason not to save."""
     into(tmp_path / "run")
-    finished(data=Spoilt(lambda step: step >= 1), max_steps=3, max_bad_steps=4, log_interval=1)
+    loop = make_loop(use_fp16=True, max_steps=3, max_bad_steps=4, log_interval=1)
+    loop.lg_loss_scale = 120.0
+    loop.run_loop()
     loop = make_loop(
-        data=Spoilt(lambda step: True), max_steps=9, max_bad_steps=4, log_interval=1,
+        use_fp16=True, max_steps=9, max_bad_steps=4, log_interval=1,
         resume_checkpoint=str(tmp_path / "run" / "model000003.pt"),
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"4 steps in a row.*first at step 1"):
+    with pytest.raises(UserError, match=r"4 steps in a row.*first at step 0"):
         loop.run_loop()
-    assert loop.absolute_step == 4
+    assert loop.absolute_step == 3
+
+
+# What is not fit for a checkpoint
+
+
+def names(folder, end=".json"):
+    return sorted(name for name in os.listdir(folder) if name.endswith(end))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_in_a_row_of_bad_steps_nothing_is_saved_and_nothing_removed(out_dir, precision, keep_last):
+    data = Spoilt(lambda step: step >= 5)
+    loop = make_loop(data=data, precision=precision, max_steps=30, save_interval=2, keep_last=keep_last,
+                     max_bad_steps=20)  # fmt: skip
+    if precision == "fp16":
+        loop.lg_loss_scale = 8.0
+    with pytest.raises(UserError, match=r"first at step 5: .*last good checkpoint, .*model000002\.pt.*model000004\.pt"):
+        loop.run_loop()
+    assert complete_sets(str(out_dir), ["0.9"]) == [2, 4]  # the set of step 4 has the weights that failed at 5
+
+
+@pytest.mark.parametrize("max_steps", [7, 9])
+def test_a_run_that_ends_in_a_row_of_bad_steps_fails_and_names_the_last_good_set(out_dir, max_steps):
+    loop = make_loop(data=Spoilt(lambda step: step >= 6), max_steps=max_steps, save_interval=4)
+    with pytest.raises(UserError, match=r"first at step 6: .*last good checkpoint, .*model000004\.pt, with"):
+        loop.run_loop()
+    assert complete_sets(str(out_dir), ["0.9"]) == [0, 4]
+    assert len(log_rows(out_dir)) == max_steps
+
+
+def test_a_run_of_bad_steps_alone_saves_nothing(out_dir):
+    with pytest.raises(UserError, match=r"3 steps in a row.*first at step 0: .*checkpoint, none, with"):
+        finished(data=Spoilt(lambda step: True), max_steps=3)
+    assert names(out_dir, ".pt") == []
+
+
+def test_a_checkpoint_that_was_due_in_a_row_of_bad_steps_is_written_after_it(out_dir):
+    finished(data=Spoilt(lambda step: 3 <= step <= 5), max_steps=12, save_interval=4)
+    assert complete_sets(str(out_dir), ["0.9"]) == [0, 6, 8, 12]
+
+
+@pytest.mark.parametrize("end", ["signal", "time"])
+def test_a_stop_in_a_row_of_bad_steps_says_that_nothing_was_saved(tmp_path, end):
+    into(tmp_path / "run")
+    loop = make_loop(data=Spoilt(lambda step: step >= 4), max_steps=30, save_interval=3, max_hours=1.0)
+
+    def stop(loop):
+        if end == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            loop.time_limit.started -= 3601
+
+    loop.hooks = [(6, stop)]
+    with pytest.raises((Stopped, UserError), match=r"model00000[03]\.pt"):
+        loop.run_loop()
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0, 3]
+    if end == "signal":
+        assert f"continues from {tmp_path}/run/model000003.pt" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("part", ["parameter", "average", "width"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_weights_that_are_not_finite_are_never_saved(out_dir, part, value):
+    loop = make_loop(max_steps=6, save_interval=3, ema_sigma_rel="0.1")
+
+    def spoil(loop):
+        if part == "parameter":
+            with th.no_grad():
+                loop.model_params[-1][0] = value
+        else:
+            loop.emas[0 if part == "average" else 1].flat[0] = value
+
+    loop.hooks = [(5, spoil)]
+    with pytest.raises(UserError, match=r"(not finite|at step 5).*last good checkpoint, .*model000003\.pt"):
+        loop.run_loop()
+    assert complete_sets(str(out_dir), ["0.9"]) == [0, 3]
+    with pytest.raises(UserError, match="not finite"):
+        loop.save()
+
+
+def test_overflows_while_the_loss_scale_is_searched_are_no_reason_not_to_save(tmp_path):
+    into(tmp_path / "run")
+    loop = make_loop(use_fp16=True, max_steps=5, save_interval=2, log_interval=1)
+    loop.lg_loss_scale = 120.0
+    loop.run_loop()
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0, 2, 4]
+    assert [float(row["skipped_steps"]) for row in log_rows(tmp_path / "run")] == [1] * 5
+    assert "5 steps in a row" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_loss_scale_that_cannot_fall_further_is_no_excuse(out_dir):
+    class Steep:
+        """A finite loss whose gradient is never finite."""
+
+        def __init__(self, diffusion):
+            self.diffusion, self.num_timesteps = diffusion, diffusion.num_timesteps
+
+        def training_losses(self, model, x_start, t, **kwargs):
+            losses = self.diffusion.training_losses(model, x_start, t, **kwargs)
+            return {"loss": th.sqrt(losses["loss"] * 0)}
+
+    loop = make_loop(use_fp16=True, diffusion=Steep(small_diffusion()), max_steps=4)
+    loop.lg_loss_scale = -20.0
+    with pytest.raises(UserError, match="4 steps in a row"):
+        loop.run_loop()
+    assert names(out_dir, ".pt") == []
+
+
+# Errors
+
+
+class Ending(Data):
+    """Batches until a step, and then an error."""
+
+    def __init__(self, step, error):
+        super().__init__()
+        self.last, self.error = step, error
+
+    def __next__(self):
+        if self.step == self.last:
+            raise self.error
+        return super().__next__()
+
+
+def failing_hook(error):
+    def hook(loop):
+        raise error
+
+    return hook
+
+
+ERRORS = [
+    UserError("an image"),
+    StopIteration(),
+    OSError(5, "Input/output error"),
+    th.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("a fault of ours"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["data", "hook", "model"])
+def test_an_error_ends_a_run_with_a_checkpoint_of_the_last_whole_step(tmp_path, error, place, monkeypatch):
+    into(tmp_path / "run")
+    loop = make_loop(data=Ending(5 if place == "data" else -1, error), max_steps=9, save_interval=3)
+    if place == "hook":
+        loop.hooks = [(5, failing_hook(error))]
+    if place == "model":
+        forward = loop.model.forward
+        loop.model.forward = lambda *args: failing_hook(error)(loop) if loop.step == 5 else forward(*args)
+    with pytest.raises(type(error)) as ended:
+        loop.run_loop()
+    assert ended.value is error
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0, 3, 5]
+    assert f"saved {tmp_path}/run/model000005.pt" in (tmp_path / "run" / "log.txt").read_text()
+    into(tmp_path / "rest")
+    resumed = finished(resume_checkpoint=str(tmp_path / "run" / "model000005.pt"), max_steps=9)
+    assert th.equal(parameters_of(resumed), parameters_of(finished(max_steps=9)))
+
+
+def test_an_error_in_the_optimizer_leaves_no_whole_step_to_save(out_dir):
+    loop = make_loop(max_steps=9)
+    step = loop.opt.step
+
+    def fail(*args):
+        step(*args)
+        if loop.step == 4:
+            raise RuntimeError("half a step")
+
+    loop.opt.step = fail
+    with pytest.raises(RuntimeError, match="half a step"):
+        loop.run_loop()
+    assert complete_sets(str(out_dir), ["0.9"]) == [0]
+
+
+def test_an_error_in_a_row_of_bad_steps_saves_nothing(tmp_path):
+    into(tmp_path / "run")
+    loop = make_loop(data=Spoilt(lambda step: step >= 3), max_steps=9, hooks=[(5, failing_hook(UserError("an image")))])
+    with pytest.raises(UserError, match="an image"):
+        loop.run_loop()
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0]
+    assert "no checkpoint of the last steps" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_an_error_right_after_a_save_does_not_save_again(out_dir):
+    loop = make_loop(data=Ending(4, UserError("an image")), max_steps=9, save_interval=3)
+    with pytest.raises(UserError, match="an image"):
+        loop.run_loop()
+    assert complete_sets(str(out_dir), ["0.9"]) == [0, 3]  # that of step 3 was written after four steps
+
+
+def test_an_error_before_the_first_step_saves_nothing(out_dir):
+    with pytest.raises(UserError, match="an image"):
+        finished(data=Ending(0, UserError("an image")))
+    assert names(out_dir, ".pt") == []
+
+
+def test_a_save_that_fails_does_not_hide_the_error(tmp_path, monkeypatch):
+    into(tmp_path / "run")
+    loop = make_loop(data=Ending(5, UserError("an image")), max_steps=9)
+
+    def full(*args):
+        raise UserError("No space left on device")
+
+    loop.hooks = [(4, lambda loop: monkeypatch.setattr(sets, "write_set", full))]
+    with pytest.raises(UserError, match="an image"):
+        loop.run_loop()
+    assert "No space left on device" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_after_ctrl_c_nothing_writes_into_the_folder(out_dir, monkeypatch):
+    """A second one ends a run at once, in the midst of a save too."""
+    began, go_on = threading.Event(), threading.Event()
+    to_bytes = checkpoint.to_bytes
+
+    def slow(part):
+        began.set()
+        go_on.wait(0.5)
+        return to_bytes(part)
+
+    def interrupt(loop):
+        began.wait(30)
+        raise KeyboardInterrupt
+
+    loop = make_loop(hooks=[(2, interrupt)])
+    monkeypatch.setattr(checkpoint, "to_bytes", slow)
+    with pytest.raises(KeyboardInterrupt, match="after 2 steps"):
+        loop.run_loop()
+    assert loop.checkpointer.writer.thread is None
+    before = os.listdir(out_dir)
+    go_on.set()
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint writer"]
+    assert os.listdir(out_dir) == before and not complete_sets(str(out_dir), ["0.9"])
+
+
+# Several runs of a process
+
+
+@pytest.mark.parametrize("where", ["given", "default", "blob"])
+def test_a_second_run_of_a_process_has_a_folder_of_its_own(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    logger.reset()
+    if where != "default":
+        into(tmp_path / "run")
+    if where == "blob":
+        monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "blob"))
+    folders = []
+    make_loop()  # forgets the runs of other tests
+    for steps in (2, 3):
+        loop = TrainLoop(
+            model=small_model(), diffusion=small_diffusion(), data=Data(), batch_size=4, microbatch=-1, lr=1e-3,
+            ema_rate="0.9", log_interval=1, save_interval=10, resume_checkpoint="", max_steps=steps,
+        )  # fmt: skip
+        loop.run_loop()
+        folders.append(loop.checkpointer.folder)
+        assert len(log_rows(Path(logger.get_dir()))) == steps
+    assert [complete_sets(folder, ["0.9"]) for folder in folders] == [[0, 2], [0, 3]]
+    assert folders[0] == {"given": str(tmp_path / "run"), "blob": str(tmp_path / "blob")}.get(where, folders[0])
+
+
+def test_a_run_that_goes_on_from_an_earlier_one_of_the_process_shares_its_folder(out_dir):
+    loop = finished(max_steps=2)
+    token = loop.checkpointer.token
+    resumed = make_loop(max_steps=4, resume_checkpoint=str(out_dir / "model000002.pt"))
+    checkpointer._owners[str(out_dir)] = token
+    resumed.run_loop()
+    assert complete_sets(str(out_dir), ["0.9"]) == [0, 2, 4]
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is(out_dir):

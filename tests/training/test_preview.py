@@ -40,6 +40,15 @@ def test_a_grid_of_the_model_and_one_of_its_first_average(tmp_path):
         assert np.abs(grids[name].astype(int) - expected).max() <= 1  # batches of other sizes round differently
 
 
+def test_classes_are_written_below_the_pictures(tmp_path):
+    plain, loop = previewed(Loop(), tmp_path)["samples_raw"], Loop()
+    kwargs = {"y": th.arange(4) % 3}
+    PreviewGrid(make_diffusion(4), (3, 8, 8), 4, kwargs, str(tmp_path / "new"), 3, ["cat", "dog", "owl", "cat"])(loop)
+    named = pixels(tmp_path / "new/previews/step_000005_raw.png")
+    np.testing.assert_array_equal(named[:50, :102], plain[:50, :102])
+    assert named.shape == (2 * 65 + 2, 102, 3) and (named[50:65] < 128).any()
+
+
 def test_the_grid_is_the_same_every_time_and_in_every_batch(tmp_path):
     first = previewed(Loop(), tmp_path)
     th.manual_seed(1)

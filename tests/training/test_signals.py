@@ -8,7 +8,7 @@ import pytest
 from script_helpers import run
 
 from improved_diffusion.training import signals as stop_signals
-from improved_diffusion.training.signals import EXIT_RESUME, SIGNALS, Agreement, StopSignals
+from improved_diffusion.training.signals import EXIT_RESUME, SIGNALS, Agreement, Stopped, StopSignals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -36,14 +36,28 @@ def test_a_second_ctrl_c_interrupts_at_once():
         assert signals.received == signal.SIGINT
 
 
-def test_a_warning_that_comes_before_the_loop_is_kept_for_it(monkeypatch):
-    monkeypatch.setattr(stop_signals, "_early", 0)
-    before = signal.getsignal(signal.SIGUSR1)
-    stop_signals.catch_early_warning()
-    os.kill(os.getpid(), signal.SIGUSR1)
-    with StopSignals() as signals:
+def test_a_warning_that_comes_before_the_loop_is_kept_for_it():
+    with StopSignals(starting=True) as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signals.begin()
         assert signals.received == signal.SIGUSR1
-    signal.signal(signal.SIGUSR1, before)
+
+
+def test_before_the_loop_sigterm_stops_at_once():
+    with pytest.raises(Stopped) as ended, StopSignals(starting=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == EXIT_RESUME and "before the first step" in str(ended.value)
+
+
+def test_before_the_loop_the_first_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopSignals(starting=True):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_to_a_command_that_is_done_change_nothing():
+    stop_signals.ignore_until_exit()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_handlers_are_put_back_after_an_error():
@@ -69,7 +83,6 @@ def test_outside_the_main_thread_nothing_is_caught():
 def test_a_platform_without_usr1_has_the_other_signals(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     monkeypatch.setattr(stop_signals, "SIGNALS", (signal.SIGTERM, signal.SIGINT))
-    stop_signals.catch_early_warning()
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM

@@ -147,6 +147,22 @@ def test_two_runs_may_not_write_into_one_folder(training, tmp_path):
     assert_stopped(wait(process), folder, signal.SIGTERM, 75)
 
 
+# Errors
+
+
+@pytest.mark.parametrize("launcher, place, ranks", [("mpiexec", "hook", "01"), ("torchrun", "data", "0")])
+def test_an_error_of_rank_0_ends_several_ranks_with_a_checkpoint(launcher, place, ranks, tmp_path):
+    result = run(launcher, 2, WORKER, tmp_path / "run", place, ranks, cwd=tmp_path, env=with_tests())
+    assert result.code != 0 and "an odd image" in result.err
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0, 5], result.out
+
+
+def test_an_error_of_another_rank_alone_ends_all_in_time(tmp_path):
+    result = run("mpiexec", 2, WORKER, tmp_path / "run", "data", "1", cwd=tmp_path, env=with_tests())
+    assert result.code != 0 and "an odd image" in result.err
+    assert complete_sets(str(tmp_path / "run"), ["0.9"]) == [0]
+
+
 # Kills
 
 
@@ -257,7 +273,7 @@ def test_rows_after_the_checkpoint_are_written_again(finished, training, tmp_pat
     for path in (tmp_path / "run").glob("*000008.*"):
         path.unlink()
     result = call("image_train", "--out_dir", "run", "--resume", "auto", cwd=tmp_path).succeed()
-    assert "discarded 3 rows" in result.out
+    assert "discarded 3 rows" in result.out  # those of steps that the checkpoint does not have
     assert steps_in_log(tmp_path / "run") == list(range(8))
     lines = [json.loads(line) for line in (tmp_path / "run" / "progress.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(8))
@@ -325,7 +341,7 @@ def test_bad_steps_for_ever_end_all_ranks_with_one_message(launcher, ranks, tmp_
     assert result.code != 0
     message = (
         "4 steps in a row had no finite loss and gradient (--max_bad_steps 4), the first at step 3: resume from the "
-        f"last good checkpoint, {tmp_path}/run/model000003.pt"
+        f"last good checkpoint, {tmp_path}/run/model000000.pt"
     )
     assert result.err.count(message) == 1 and "train_util.py" not in result.err  # torchrun has a traceback of its own
 
