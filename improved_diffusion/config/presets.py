@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import UserError, unknown_name
+from .messages import UserError, unknown_name
 from .recipes import AUTO, RECIPES, Recipe
 from .settings import ImageTraining, Settings
 

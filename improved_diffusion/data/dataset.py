@@ -47,7 +47,6 @@ class ImageDataset(Dataset):
         self, resolution, image_paths, classes=None, shard=0, num_shards=1, channels=3, reading=_DEFAULT_READING
     ):
         super().__init__()
-        images.colour(reading.background)  # fails early
         self.resolution = height_width(resolution)
         self.source = FolderImages("", image_paths) if isinstance(image_paths, (list, tuple)) else image_paths
         self.local_indices = range(len(self.source))[shard::num_shards]
@@ -73,7 +72,7 @@ class ImageDataset(Dataset):
             return images.as_shown(image, self.reading)
         except Exception as error:  # Pillow and zipfile raise many kinds for damaged files
             raise UnreadableImage(
-                f"{self.name(idx)} is not a readable image: {error or type(error).__name__}"
+                f"{self.name(idx)} is not a readable image: {str(error) or type(error).__name__}"
             ) from None
 
     def decode(self, idx: int) -> images.Decoded:
@@ -197,4 +196,4 @@ def check_images(dataset: ImageDataset) -> Check:
             f"{first}: repair or remove them"
         )
     done = Counter(what for outcome in found.values() if not isinstance(outcome, str) for what in outcome)
-    return Check(list(problems), dict(sorted(done.items())), len(indices))
+    return Check(list(problems), dict(done.most_common()), len(indices))

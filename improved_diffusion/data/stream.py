@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import signal
-import warnings
-from collections.abc import Iterator, Sequence
+import math
+import os
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch as th
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from .. import distributed
 from ..config import ReadingConfig, UserError
+from ..logs import logger
 from ..nn import NULL_LABEL
 from .classes import read_classes
-from .dataset import Check, ImageDataset, UnreadableImage, check_images, max_unreadable
+from .dataset import Check, ImageDataset, check_images, max_unreadable
 from .sources import open_images
+from .workers import BatchReader
+
+PAUSES = (0.1, 1.0)  # seconds before reading a file again that storage did not give
 
 
 class _Stream(Dataset):
@@ -29,55 +35,76 @@ class _Stream(Dataset):
         self.seed, self.shuffle, self.random_flip, self.label_drop = seed, shuffle, random_flip, label_drop
         self.usable = np.setdiff1d(np.arange(len(dataset)), np.array(skip, dtype=int))
         self.epoch, self.order = -1, self.usable
-        self.unreadable: set[int] = set()
+        self.failed: dict[int, str] = {}  # images that could not be used: index -> why
 
     def __getitem__(self, position: int):
         epoch, place = divmod(position, len(self.usable))
         if self.shuffle and epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.usable)
         try:
-            array, out = self._readable(place, key=(self.seed, epoch, place, 2))
+            array, out, failed = self._fitting(place, key=(self.seed, epoch, place, 2))
         except UserError as error:
             return error  # raised in a worker, it would be wrapped in the worker's traceback
         if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
             array = np.ascontiguousarray(array[:, :, ::-1])
         if self.label_drop and np.random.default_rng((self.seed, epoch, place, 1)).random() < self.label_drop:
             out = {**out, "y": np.array(NULL_LABEL, dtype=np.int64)}
-        return array, out
+        return array, out, failed
 
-    def _readable(self, place: int, key: Sequence[int]):
-        """The image at a place of the order; the next one if it is unreadable, for a few of the images."""
+    def _fitting(self, place: int, key: Sequence[int]):
+        """(the image at a place of the order, its kwargs, {}); instead of an image that cannot be used, the next one,
+        with why: index -> message."""
+        pauses = list(PAUSES)
+        failed: dict[int, str] = {}
         while True:
             i = int(self.order[place % len(self.order)])
             try:
-                return self.dataset.sample(i, key)
-            except UnreadableImage as error:
-                known = i in self.unreadable
-                self.unreadable.add(i)
-                if len(self.unreadable) > max_unreadable(len(self.dataset)):
-                    raise
-                if not known:
-                    warnings.warn(f"{error}; another image is used instead", stacklevel=1)
+                return *self.dataset.sample(i, key), failed
+            except UserError as error:
+                if pauses and i not in self.failed and _is_of_storage(error):
+                    time.sleep(pauses.pop(0))
+                    continue
+                failed[i] = self.failed[i] = str(error)
+                _check_number(self.failed, len(self.dataset))
                 place += 1
 
 
+def _is_of_storage(error: BaseException | None) -> bool:
+    """Whether an image could not be read, rather than decoded: a network file system may have it again soon."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return True
+        error = error.__context__
+    return False
+
+
+def _check_number(failed: Mapping[int, str], total: int) -> None:
+    if len(failed) > max_unreadable(total):
+        first = "; ".join(list(failed.values())[:3])
+        raise UserError(f"{len(failed)} of {total} images cannot be used any more: {first}: repair or remove them")
+
+
 def _collate(samples: list[Any]) -> Any:
-    """A batch, or the first error among its images."""
-    return next((s for s in samples if isinstance(s, UserError)), None) or default_collate(samples)
+    """(images, kwargs, what could not be used); or the first error among the samples."""
+    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    if error is not None:
+        return error
+    images, kwargs = default_collate([(array, out) for array, out, _ in samples])
+    return images, kwargs, {i: why for *_, failed in samples for i, why in failed.items()}
 
 
-class _Positions:
-    """The positions of one rank's batches from a step on: every world_size-th position of each step."""
+def _check_workers(num_workers: Any) -> None:
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise UserError(f"--num_workers {num_workers!r} must be a whole number of processes, 0 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > cores:
+        logger.warn(f"--num_workers {num_workers} is more than the {cores} CPU cores: more than {cores} are not faster")
 
-    def __init__(self, first_step: int, batch_size: int, rank: int, world_size: int):
-        self.first_step, self.batch_size, self.rank, self.world_size = first_step, batch_size, rank, world_size
 
-    def __iter__(self):
-        total = self.batch_size * self.world_size
-        start = self.first_step * total
-        while True:
-            yield list(range(start + self.rank, start + total, self.world_size))
-            start += total
+def _positions(batch_size: int, rank: int, world_size: int, step: int) -> list[int]:
+    """The positions of one rank's batch: every world_size-th position of the step."""
+    total = batch_size * world_size
+    return list(range(step * total + rank, (step + 1) * total, world_size))
 
 
 class BatchStream:
@@ -103,6 +130,7 @@ class BatchStream:
     ):
         if label_drop and dataset.local_classes is None:
             raise ValueError("label_drop needs a data set with classes")
+        _check_workers(num_workers)
         self.class_names = class_names
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -116,40 +144,44 @@ class BatchStream:
         self.checked: Check = distributed.from_rank0(check_images, dataset) if check else Check([], {}, 0)
         self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable)
         self.num_images = len(self.stream.usable)
-        self.batches: Iterator[Any] | None = None
-        self.first_step = 0
+        self.failed: dict[int, str] = {}  # images that could not be used since: index -> why
+        positions = partial(_positions, batch_size, self.rank, self.world_size)
+        batch_bytes = 4 * batch_size * dataset.channels * math.prod(dataset.resolution)
+        self.reader = BatchReader(self.stream, positions, _collate, num_workers, batch_bytes)
+        weakref.finalize(self, self.reader.close).atexit = False  # at exit the reader ends its workers by itself
 
     def seek(self, step: int) -> None:
         """Continue with the batch of step `step`."""
-        self.first_step, self.batches = step, None
+        self.reader.seek(step)
 
     def close(self) -> None:
-        """End the worker processes; the next batch would start them again."""
-        workers = getattr(self.batches, "_workers", [])
-        self.batches = None  # lets them end by themselves
-        for worker in workers:
-            if worker.is_alive():  # it hangs and ignores SIGTERM
-                worker.kill()
+        """End the worker processes; the next batch would start them again. Also done when the stream is no longer
+        used, and when the program ends."""
+        self.reader.close()
+
+    def __enter__(self) -> BatchStream:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
 
     def __iter__(self) -> BatchStream:
         return self
 
     def __next__(self):
-        if self.batches is None:
-            self.batches = iter(DataLoader(
-                self.stream,
-                batch_sampler=_Positions(self.first_step, self.batch_size, self.rank, self.world_size),
-                num_workers=self.num_workers,
-                collate_fn=_collate,
-                pin_memory=distributed.pins_memory(distributed.dev()),
-                # The workers draw nothing at random; the generators of training must not advance.
-                generator=th.Generator(),
-                worker_init_fn=_start_worker if self.num_workers else None,
-            ))  # fmt: skip
-        batch = next(self.batches)
+        batch = next(self.reader)
         if isinstance(batch, UserError):
             raise batch
-        return batch
+        images, kwargs, failed = batch
+        self._count(failed)
+        return images, kwargs
+
+    def _count(self, failed: Mapping[int, str]) -> None:
+        """Warn once of each image that could not be used. Raises UserError if they are too many."""
+        for i in failed.keys() - self.failed.keys():
+            logger.warn(f"{failed[i]}; another image is used instead")
+        self.failed.update(failed)
+        _check_number(self.failed, len(self.stream.dataset))
 
     @property
     def seen_classes(self) -> list[int]:
@@ -159,14 +191,6 @@ class BatchStream:
     def skipped_names(self) -> list[str]:
         """The names of the unreadable images that are skipped."""
         return [self.stream.dataset.name(i) for i in self.checked.unreadable]
-
-
-def _start_worker(worker: int) -> None:
-    th.set_num_threads(1)
-    # Stop signals often go to all processes of a run. The training process acts on them and ends its workers.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, channels=3, labels="prefix",
