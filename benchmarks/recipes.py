@@ -10,8 +10,8 @@ Prints the table of docs/training.md and writes benchmarks/results/recipes_<mach
 
 import argparse
 import json
-import os
 import platform
+import tempfile
 import time
 
 import torch as th
@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     distributed.setup_dist()
-    logger.configure(dir=os.devnull, format_strs=[])
+    logger.configure(dir=tempfile.mkdtemp(), format_strs=[])
     device = distributed.dev()
     name = (
         th.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}_{th.get_num_threads()}_threads"

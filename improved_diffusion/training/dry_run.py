@@ -37,8 +37,9 @@ def dry_run(loop: TrainLoop) -> None:
     with ticking("dry run: a pass over one image"):
         one = _time_one_image(loop, batch, cond)
     logger.log(f"dry run: a pass over one image took {one.seconds:.2g} s")
-    measured = distributed.all_gather_object((one.seconds * loop.batch_size, _estimated_microbatch(loop, one)))
-    per_step, how, largest = max(s for s, _ in measured), "estimated from one image", min(n for _, n in measured)
+    largest = min(distributed.all_gather_object(_estimated_microbatch(loop, one)))
+    part = min(loop.microbatch, largest)
+    per_step, how = max(distributed.all_gather_object(_estimated_step(loop, batch, cond, one, part))), "estimated"
     if per_step <= LONGEST and largest >= loop.microbatch:
         per_step, how = _time_steps(loop), "measured"
         if _tells_out_of_memory(loop.device):
@@ -61,6 +62,24 @@ def _time_one_image(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor
     saved = _saved_bytes(loop, batch, cond, 1)
     distributed.synchronize(loop.device)
     return _OneImage(time.perf_counter() - start, saved)
+
+
+def _estimated_step(loop: TrainLoop, batch: th.Tensor, cond: dict[str, th.Tensor], one: _OneImage, part: int) -> float:
+    """Seconds of a step, by passes over 1, 4, 16, ... and `part` images.
+
+    As many as it takes to say that a step takes less than LONGEST, or that a pass itself takes long. The first pass is
+    slower than the next, and a larger one takes less time for each image.
+    """
+    seconds, each = one.seconds, one.seconds
+    for size in sorted({*(4**n for n in range(7) if 4**n < part), part}):
+        if each * loop.batch_size <= LONGEST or seconds > LONGEST / 4:
+            break
+        start = time.perf_counter()
+        _forward_backward(loop, batch, cond, size)
+        distributed.synchronize(loop.device)
+        seconds = time.perf_counter() - start
+        each = seconds / size
+    return each * loop.batch_size
 
 
 def _time_steps(loop: TrainLoop) -> float:

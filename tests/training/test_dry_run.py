@@ -14,6 +14,7 @@ from improved_diffusion.training import dry_run as dry_run_module
 from improved_diffusion.training import patience
 from improved_diffusion.training.dry_run import (
     _estimated_microbatch,
+    _estimated_step,
     _OneImage,
     _time_one_image,
     check_memory,
@@ -92,9 +93,19 @@ def test_what_takes_too_long_or_has_no_memory_is_not_tried(tmp_path, monkeypatch
     dry_run(loop)
     assert loop.step == 0
     text = (tmp_path / "run" / "log.txt").read_text()
-    assert "estimated from one image" in text
+    assert "; estimated)" in text
     assert ("400 s a step is too slow" in text and "--preset auto" in text) == (seconds > 60)
     assert ("--microbatch 1" in text) == (bytes_each > 2**50)
+
+
+def test_a_slow_first_pass_is_not_held_against_the_step(monkeypatch):
+    loop = make_loop()
+    sizes = []
+    monkeypatch.setattr(dry_run_module, "_forward_backward", lambda loop, batch, cond, size: sizes.append(size))
+    batch, cond = next(loop.data)
+    loop.batch_size = 1000
+    assert _estimated_step(loop, batch, cond, _OneImage(2.0, 1000), part=64) < 60 and sizes == [1]
+    assert _estimated_step(loop, batch, cond, _OneImage(20.0, 1000), part=64) == 20_000 and sizes == [1]
 
 
 def test_steps_that_turn_out_slow_are_not_repeated(tmp_path, monkeypatch):
