@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .. import distributed
 from ..config import ReadingConfig, UserError, height_width
 from ..utils import images
 from ..utils.resizing import resize
@@ -159,7 +160,8 @@ def check_images(dataset: ImageDataset) -> Check:
     # The members of a zip are read one by one: its file has one position.
     threads = 1 if isinstance(dataset.source, ZipImages) else 4
     with quiet(), ThreadPoolExecutor(threads) as pool:
-        found = {int(i): outcome for i, outcome in zip(indices, pool.map(problem_or_done, indices))}
+        outcomes = distributed.watched(pool.map(problem_or_done, indices), "one of the first images to be read")
+        found = {int(i): outcome for i, outcome in zip(indices, outcomes)}
     problems = {i: outcome for i, outcome in found.items() if isinstance(outcome, str)}
     if len(problems) > max_unreadable(len(indices)):
         first = "; ".join(list(problems.values())[:3])
