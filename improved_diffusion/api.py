@@ -27,7 +27,7 @@ from .bound import BoundSummary
 from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
-from .config.presets import options_for
+from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
     Encoding,
@@ -271,10 +271,8 @@ class Model:
             return self._draw(Interpolate(prepared), progress)
         prepared = Interpolate.prepare(self._with(Interpolation, asked))
         ends = [self._pixels(given, prepared) for given in (first, last)]
-        arrays, labels = (
-            np.concatenate([array for array, _ in ends]),
-            [label for _, found in ends for label in found or ()],
-        )
+        arrays = np.concatenate([end.arrays for end in ends])
+        labels = [label for end in ends for label in end.labels or ()]
         return self._draw(Interpolate(prepared, arrays, labels or None), progress)
 
     def inpaint(
@@ -288,9 +286,11 @@ class Model:
         """
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         prepared = Inpaint.prepare(self._with(Inpainting, asked))
-        pixels, labels = self._pixels(images, prepared)
-        masks = _masks(mask, prepared.shape[1:], len(pixels), prepared.settings.reading)
-        return self._draw(Inpaint(prepared, pixels, masks, labels), progress)
+        found = self._pixels(images, prepared)
+        masks = _masks(mask, prepared.shape[1:], len(found.arrays), prepared.settings.reading)
+        edit = Inpaint(prepared, found.arrays, masks, found.labels)
+        edit.sources = found.file_names
+        return self._draw(edit, progress)
 
     def variations(
         self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
@@ -307,13 +307,15 @@ class Model:
 
     def _edit_images(self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any]) -> Any:
         prepared = edit.prepare(self._with(kind, asked))
-        return edit(prepared, *self._pixels(images, prepared))
+        found = self._pixels(images, prepared)
+        made = edit(prepared, found.arrays, found.labels)
+        made.sources = found.file_names
+        return made
 
-    def _pixels(self, given: Any, prepared: EditingModel) -> tuple[np.ndarray, list[int] | None]:
-        """(uint8 [N, H, W, C] of the model's size, the classes that came with the images)."""
+    def _pixels(self, given: Any, prepared: EditingModel) -> GivenImages:
+        """The images, of the model's size."""
         _, height, width = prepared.shape
-        found = self._given(given, "images", f"{height}x{width}", prepared.settings.reading)
-        return found.arrays, found.labels
+        return self._given(given, "images", f"{height}x{width}", prepared.settings.reading)
 
     def _given(self, given: Any, what: str, size: Any, reading: ReadingConfig) -> GivenImages:
         """Images that were given, resized, with the classes that come with them: of Images, an npz or file names."""
@@ -321,6 +323,8 @@ class Model:
         found = as_pixels(_plain(what, given), what, size, channels, self.class_names, reading)
         if isinstance(given, Images) and given.labels is not None:
             found = found._replace(labels=given.labels.tolist())
+        if isinstance(given, Images) and given.names is not None:
+            found = found._replace(names=list(given.names), from_files=True)
         return found
 
     def _draw(self, edit: Edit, progress: bool) -> Images:
@@ -332,7 +336,9 @@ class Model:
                 done.append(edit.draw(batch))
                 if bar:
                     bar.update(len(batch))
-        return Images(np.concatenate(done), *_labels(edit.labels, numbers), numbers)
+        file_names = edit.file_names
+        names = [file_names(i).removesuffix(".png") for i in numbers] if edit.sources else None
+        return Images(np.concatenate(done), *_labels(edit.labels, numbers), numbers, names)
 
     # Evaluation
 
@@ -404,6 +410,8 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
     :param options: what a published checkpoint without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
+    if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
+        raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
     return _load(path_argument("path", path), average, options)
 
 
@@ -429,7 +437,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
         raise UserError(f"preset {shown(preset)}: expected a name")
     if preset:
         asked = merge_options([options_for(preset, kind), asked])
-    settings: Any = kind.of(asked)
+    settings: Any = kind.of(merge_options([until_chosen(preset), asked]))
     if settings.train.dry_run:
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
     default = "super_res_train" if superres else "image_train"

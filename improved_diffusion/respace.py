@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch as th
 
-from .config import UserError
+from .config import UserError, shown
 from .gaussian_diffusion import GaussianDiffusion, ModelMeanType, _extract_into_tensor, _on_device
 from .schedules import alpha_bar_at
 
@@ -27,7 +27,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             section_counts = [int(count) for count in section_counts.split(",")]
         except ValueError:
             raise UserError(
-                f"timestep_respacing {section_counts!r}: expected a count (250), counts (10,15,20) or a stride (ddim50)"
+                f"timestep_respacing {shown(section_counts)}: expected a count (250), counts (10,15,20) or a stride "
+                "(ddim50)"
             ) from None
     sections = len(section_counts)
     kept: set[int] = set()
@@ -37,7 +38,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         if not 1 <= count <= size:
             raise UserError(
                 f"timestep_respacing: section {i + 1} of {sections} holds {size} of the {num_timesteps} steps, "
-                f"cannot take {count} of them: give 1 to {size}"
+                f"cannot take {shown(count)} of them: give 1 to {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1
         # Accumulated by addition: another order of operations rounds to other steps.
@@ -53,13 +54,14 @@ def _ddim_stride(num_timesteps: int, text: str) -> set[int]:
     try:
         desired = int(text[len("ddim") :])
     except ValueError:
-        raise UserError(f"timestep_respacing {text!r}: expected ddim and a number, such as ddim50") from None
+        raise UserError(f"timestep_respacing {shown(text)}: expected ddim and a number, such as ddim50") from None
     for stride in range(1, max(num_timesteps, 2)):
         if len(range(0, num_timesteps, stride)) == desired:
             return set(range(0, num_timesteps, stride))
     possible = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps)}
+    number = shown(desired)
     near = min(possible, key=lambda n: (abs(n - desired), n), default=1)
-    raise UserError(f"no integer stride keeps exactly {desired} of {num_timesteps} steps: try ddim{near}, or {desired}")
+    raise UserError(f"no integer stride keeps exactly {number} of {num_timesteps} steps: try ddim{near}, or {number}")
 
 
 class SpacedDiffusion(GaussianDiffusion):

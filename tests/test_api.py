@@ -184,6 +184,24 @@ def test_upscale_is_the_commands(upscaler, photos, tmp_path):
     assert np.array_equal(upscaler.upscale(as_pil, batch_size=2, progress=False).array, large.array)
 
 
+def test_upscale_takes_any_size_that_the_levels_divide(upscaler):
+    small = np.random.default_rng(0).integers(0, 256, (2, 12, 6, 3), dtype=np.uint8)
+    for base in (small, [Image.fromarray(array) for array in small]):
+        large = upscaler.upscale(base, any_size=True, steps=2, progress=False)
+        assert large.array.shape == (2, 24, 12, 3)
+    with pytest.raises(UserError, match="one size, found 6x12, 12x6"):
+        upscaler.upscale([Image.new("RGB", (6, 12)), Image.new("RGB", (12, 6))], any_size=True)
+
+
+def test_images_are_read_as_in_training_or_as_told(photos, tmp_path):
+    model = idf.train(photos, image_size=8, max_steps=1, out_dir=str(tmp_path), background="black", **TINY)
+    clear = Image.new("RGBA", (8, 8), (9, 9, 9, 0))
+    assert model.settings.reading.background == "black"
+    options = dict(seed=0, strength=0.01, progress=False)
+    grey = [model.variations(clear, **options, **more).array.mean() for more in ({}, {"background": "white"})]
+    assert grey[0] < 60 and grey[1] > 190
+
+
 def test_each_kind_of_model_says_what_it_can_do(model, upscaler):
     with pytest.raises(UserError, match="upscale"):
         upscaler.sample(1)
@@ -264,6 +282,19 @@ def test_inpainting_is_the_commands_and_keeps_the_known_pixels(model, originals,
     assert np.array_equal(painted.array, command)
     assert np.array_equal(painted.array[:, :, :4], originals[:, :, :4])
     assert np.array_equal(model.inpaint(originals, tmp_path / "mask.png", **options).array, command)
+
+
+def test_edited_images_keep_the_names_of_files(model, photos, tmp_path):
+    paths = sorted(photos.glob("*.png"))[:2]
+    options = {"steps": 2, "progress": False}
+    varied = model.variations([str(path) for path in paths], 4, **options)
+    assert list(varied.names) == [f"{path.stem}_{k}" for k in (1, 2) for path in paths]
+    varied.save(tmp_path / "out")
+    assert sorted(path.stem for path in (tmp_path / "out/samples").iterdir()) == sorted(varied.names)
+    assert list(model.variations(varied[:1], **options).names) == [varied.names[0]]
+    latents = model.encode([str(path) for path in paths], steps=2)
+    assert list(model.decode(latents, progress=False).names) == [path.stem for path in paths]
+    assert model.variations(varied.array, classes=[0], **options).names is None
 
 
 def test_variations_are_the_commands(model, originals, tmp_path):
@@ -348,6 +379,12 @@ def test_what_is_no_path_is_one_error(wrong, model):
     ):  # fmt: skip
         with pytest.raises(UserError):
             use()
+
+
+@pytest.mark.parametrize("wrong", [True, [1], {}, b"raw", np.zeros(3), 0.7, "0.90"], ids=repr)
+def test_an_average_that_is_not_there_is_one_error(wrong, run_folder):
+    with pytest.raises(UserError, match="average"):
+        idf.load(run_folder, average=wrong)
 
 
 @pytest.mark.parametrize(("options", "culprit"), [

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import UserError, shown
+from ..config.model import MAX_CLASS_NAME, MAX_CLASSES
 from ..utils import files
 
 MAX_STEPS = 10**12
-MAX_CLASSES = 10**6
-MAX_NAME = 1000  # characters of a class's name
 
 
 def read_description(text: Any, path: str) -> dict[str, Any]:
@@ -26,6 +25,8 @@ def read_description(text: Any, path: str) -> dict[str, Any]:
     for name, (is_sound, expected) in _EXPECTED.items():
         if name in found and not is_sound(found[name]):
             raise UserError(f"{damaged}: {name} is {shown(found[name])}, expected {expected}: use another file")
+    if max(found.get("seen_classes") or [-1]) >= len(found.get("class_names") or ()):
+        raise UserError(f"{damaged}: seen_classes names classes that it does not have: use another file")
     return found
 
 
@@ -40,8 +41,12 @@ def _is_number(value: Any) -> bool:
 def _is_class_names(value: Any) -> bool:
     if value is None:
         return True
-    names = isinstance(value, list) and all(isinstance(name, str) and len(name) <= MAX_NAME for name in value)
+    names = isinstance(value, list) and all(isinstance(name, str) and len(name) <= MAX_CLASS_NAME for name in value)
     return names and 1 <= len(value) <= MAX_CLASSES
+
+
+def _is_seen(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and value != [] and all(type(i) is int and i >= 0 for i in value))
 
 
 def is_best(value: Any) -> bool:
@@ -58,6 +63,7 @@ def is_best(value: Any) -> bool:
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (lambda value: isinstance(value, dict), "options by their names"),
     "class_names": (_is_class_names, f"a list of up to {MAX_CLASSES:,} names, or null"),
+    "seen_classes": (_is_seen, "a list of indices of classes, or null"),
     "step": (_is_whole, "a number of steps"),
     "num_images": (_is_whole, "a number of images"),
     "version": (lambda value: isinstance(value, str), "text"),

@@ -315,7 +315,7 @@ class LoadedClassifier:
     classifier: NoisyClassifier
     config: Mapping[str, Any]
     class_names: list[str] | None
-    seen_classes: Any = None  # indices of those that had images in training, where not all had; not checked
+    seen_classes: list[int] | None = None  # those that had images in training, where not all had
 
 
 def load_classifier(path: str) -> LoadedClassifier:

@@ -1,7 +1,9 @@
 """Train a diffusion model on images."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
+from ..config import ReadingConfig
 from ..config.recipes import AUTO
 from ..config.settings import ImageTraining
 from .command import Command
@@ -20,6 +22,7 @@ COMMAND = Command(
 
 # Flags that say nothing of the model and its training.
 _OF_A_START = {"--data_dir", "--labels", "--num_workers", "--seed", "--out_dir", "--resume", "--dry_run"}
+_OF_A_START |= {f"--{f.name}" for f in fields(ReadingConfig)}
 
 
 def with_recipe(words: Sequence[str]) -> list[str]:

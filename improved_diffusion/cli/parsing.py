@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
 from ..config import UserError, path_argument, repeated, shown, str2bool, unknown_name
-from ..config.presets import PRESETS, options_for
+from ..config.presets import PRESETS, options_for, until_chosen
 from ..config.recipes import AUTO, RECIPES
 from ..config.settings import Settings, commands_with, merge_options
 from ..utils import files
@@ -83,7 +83,7 @@ def parse(
         values,
     ]
     given = merge_options(sources)
-    return Parsed(kind.of(given), frozenset(given), preset)
+    return Parsed(kind.of(merge_options([until_chosen(preset), given])), frozenset(given), preset)
 
 
 def _build_parser(kind: type[Settings], program: str, description: str, first: Sequence[str]) -> _Parser:

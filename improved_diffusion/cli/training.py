@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ..config import UserError
 from ..config.settings import Training
 from ..distributed import STOPPED
 from ..training.run import train
@@ -13,6 +14,12 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
     """What a training command runs; see training.run.train for the run's name."""
 
     def run(parsed: Parsed[Training]) -> None:
+        options = parsed.settings
+        if not (options.data.data_dir or options.train.resume or options.train.resume_checkpoint):
+            raise UserError(
+                "--data_dir is missing: name a folder of images, a .zip or an .npz; for your own images "
+                "improved-diffusion train photos/ is a whole command"
+            )
         try:
             stopped = train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped
         finally:

@@ -1,28 +1,10 @@
 """Every option of every command, written once: name, type, default, help, choices.
 
 From the fields of these dataclasses come the flags, `--help`, the JSON inside each checkpoint and the factories'
-arguments. Standard library only.
+arguments. Standard library only, but for the names of colours.
 """
 
-from .base import (
-    NUM_CLASSES,
-    PRECISIONS,
-    Config,
-    UserError,
-    comma_list,
-    from_dict,
-    height_width,
-    number_list,
-    one_line,
-    parse_size,
-    path_argument,
-    repeated,
-    shorten,
-    shown,
-    str2bool,
-    unknown_name,
-    whole_number,
-)
+from .base import NUM_CLASSES, PRECISIONS, Config, from_dict
 from .editing import (
     CopiesConfig,
     EditConfig,
@@ -33,6 +15,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import SWEEP_OPTIONS, CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
+from .messages import UNSEEN, UserError, one_line, shorten, shown, unknown_name
 from .model import (
     KINDS,
     ClassifierConfig,
@@ -58,6 +41,7 @@ from .training import (
     TrainConfig,
     WatchConfig,
 )
+from .values import comma_list, height_width, number_list, parse_size, path_argument, repeated, str2bool, whole_number
 
 __all__ = [
     "KINDS",
@@ -69,6 +53,7 @@ __all__ = [
     "SAMPLERS",
     "SWEEP_OPTIONS",
     "TRACKERS",
+    "UNSEEN",
     "BaseSamplesConfig",
     "ClassifierConfig",
     "CompareConfig",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import MOST_SAMPLES, Config, UserError, comma_list, extra, number_list, path_of, paths_of
+from .base import MOST_SAMPLES, Config, extra
+from .messages import UserError
+from .values import comma_list, number_list, path_of, paths_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,8 @@ class InpaintConfig(Config):
 
     mask: str = extra(
         "",
-        "an image, white where to paint and black where to keep the image; or a folder, a zip or an npz with one for "
-        "each image, by name or in order",
+        "an image, white where to paint and black where to keep the image, or on a transparent layer any paint where "
+        "there is no white; or a folder, a zip or an npz with one for each image, by name or in order",
         parse=path_of,
     )
     jump_length: int = extra(10, "steps that RePaint goes back at a time", low=1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .base import Config, UserError, extra, height_width, path_of, paths_of
+from .base import Config, extra
+from .messages import UserError
+from .values import height_width, path_of, paths_of
 
 # The options of a sweep that may have several values.
 SWEEP_OPTIONS = (

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from .base import Config, UserError, comma_list, extra, height_width, option, parse_size, shown
+from .base import Config, extra, option
+from .messages import UserError, shown
+from .values import comma_list, height_width, parse_size
 
 # Bounds, beyond all real use: a value from a damaged file must not take all memory.
 MAX_SIDE = 2**13
 MAX_CLASSES = 10**6
+MAX_CLASS_NAME = 1000  # characters
 MAX_LEVELS = 12
 MAX_MULT = 64
 MAX_WIDTH = 2**13

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import UserError, unknown_name
+from .messages import UserError, unknown_name
 from .recipes import AUTO, RECIPES, Recipe
 from .settings import ImageTraining, Settings
 
@@ -125,6 +125,12 @@ def options_for(name: str, kind: type[Settings]) -> dict[str, Any]:
         other = "super-resolution" if "large_size" in options else "image"
         raise UserError(f"--preset {name} is for the {other} commands: choose a preset of the other kind")
     return {key: value for key, value in options.items() if key in known}
+
+
+def until_chosen(name: str | None) -> dict[str, Any]:
+    """With `--preset auto`, options that stand in for those that training will choose, so that the ones given with them
+    can be checked before; {} for other presets."""
+    return dict(next(iter(RECIPES.values())).options) if name == AUTO else {}
 
 
 def preset_options(name: str) -> dict[str, Any]:

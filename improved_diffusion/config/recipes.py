@@ -136,6 +136,6 @@ def adapt(options: Mapping[str, Any], survey: Survey, ranks: int, given: Mapping
     if {"batch_size", "total_batch_size"} & given.keys():
         del adapted["total_batch_size"]
     if given.get("image_size", options["image_size"]) != options["image_size"]:
-        for name in {"channel_mult", "attention_resolutions", "schedule_shift"} & adapted.keys():
-            del adapted[name]  # the defaults follow the size
+        adapted |= {"channel_mult": "", "attention_resolutions": "16,8"}  # the defaults follow the size
+        adapted.pop("schedule_shift", None)
     return {name: value for name, value in adapted.items() if name not in given}

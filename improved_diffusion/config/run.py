@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LONGEST_WAIT, Config, UserError, extra, path_of
+from .base import LONGEST_WAIT, Config, extra
+from .messages import UserError
+from .values import path_of
 
 
 @dataclass(frozen=True, kw_only=True)

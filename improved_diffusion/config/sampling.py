@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import (
-    MOST_SAMPLES,
-    PRECISIONS,
-    Config,
-    UserError,
-    comma_list,
-    extra,
-    number_list,
-    option,
-    path_of,
-    real_number,
-    shown,
-)
+from .base import MOST_SAMPLES, PRECISIONS, Config, extra, option
+from .messages import UserError, shown
+from .values import comma_list, number_list, path_of, real_number
 
 SAMPLERS = (
     "auto", "ancestral", "ddim", "plms", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "unipc_3", "euler", "heun",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, TypeVar, get_type_hints
 
-from .base import Config, unknown_name
+from .base import Config
 from .editing import (
     CopiesConfig,
     EditConfig,
@@ -17,6 +17,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
+from .messages import unknown_name
 from .model import (
     ClassifierConfig,
     DiffusionConfig,

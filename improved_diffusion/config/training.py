@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import LONGEST_WAIT, PRECISIONS, Config, UserError, comma_list, extra, option, path_of, unknown_name
+from .base import LONGEST_WAIT, PRECISIONS, Config, extra, option
+from .messages import UserError, unknown_name
+from .values import comma_list, path_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import NUM_CLASSES, UserError
+from ..config import NUM_CLASSES, UserError, one_line
+from ..config.model import MAX_CLASS_NAME
 from ..logs import logger
-from ..utils.text import class_index, listed, one_line
+from ..utils.text import class_index, listed
 from .label_file import KEYWORDS, Label, LabelFile
 from .sources import ArrayImages
 
@@ -73,6 +74,8 @@ def _has_names(found: Sequence[Label]) -> bool:
 def _by_name(found: Iterable[Label], where: str) -> list[str]:
     names = sorted({str(label) for label in found})
     for name in names:
+        if len(name) > MAX_CLASS_NAME:
+            raise UserError(f"{where} has a class whose name is longer than {MAX_CLASS_NAME} characters: shorten it")
         try:
             name.encode()
         except UnicodeEncodeError:  # a file name in another encoding than the system's

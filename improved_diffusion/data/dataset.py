@@ -6,11 +6,13 @@ position in the stream follows from the step.
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils.data import Dataset
 
 from .. import distributed
 from ..config import ReadingConfig, UserError, height_width
+from ..logs.progress import Progress
 from ..utils import images
 from ..utils.resizing import resize
 from .sources import FolderImages, ZipImages
@@ -27,6 +30,7 @@ _DEFAULT_READING = ReadingConfig()
 MAX_CHECKED = 10_000  # images read before training starts; of more, a `selection`
 MAX_CACHED_BYTES = 2**28  # resized data sets up to this size stay in the memory of each reading process
 MAX_UNREADABLE = 0.01  # fraction of unreadable images that may be skipped
+SILENT = 5.0  # seconds of reading before its progress is shown
 FEW_UNREADABLE = 5  # may be skipped in small sets too, up to half of the images
 
 
@@ -44,7 +48,6 @@ class ImageDataset(Dataset):
         self, resolution, image_paths, classes=None, shard=0, num_shards=1, channels=3, reading=_DEFAULT_READING
     ):
         super().__init__()
-        images.colour(reading.background)  # fails early
         self.resolution = height_width(resolution)
         self.source = FolderImages("", image_paths) if isinstance(image_paths, (list, tuple)) else image_paths
         self.local_indices = range(len(self.source))[shard::num_shards]
@@ -70,7 +73,7 @@ class ImageDataset(Dataset):
             return images.as_shown(image, self.reading)
         except Exception as error:  # Pillow and zipfile raise many kinds for damaged files
             raise UnreadableImage(
-                f"{self.name(idx)} is not a readable image: {error or type(error).__name__}"
+                f"{self.name(idx)} is not a readable image: {str(error) or type(error).__name__}"
             ) from None
 
     def decode(self, idx: int) -> images.Decoded:
@@ -91,10 +94,27 @@ class ImageDataset(Dataset):
             key = None
         if key is None and idx in self.cache:
             return self.cache[idx]
-        array = images.to_array(resize(self.read(idx), self.resolution, self.reading, key), self.channels)
-        if key is None and len(self) * array.nbytes <= MAX_CACHED_BYTES:
+        return self._resized(idx, self.read(idx), key)
+
+    def check(self, idx: int) -> tuple[str, ...]:
+        """Read an image, and say what was done to it. Its pixels are kept, so that training need not read it again.
+
+        Pillow's warnings are not suppressed. Raises UnreadableImage, and UserError for other channels.
+        """
+        image, done = self.decode(idx)
+        if self.reading.resize_mode != "random_crop" and self._has_room():
+            self._resized(idx, image, None)
+        return done
+
+    def _resized(self, idx: int, image: Image.Image, key: Sequence[int] | None) -> np.ndarray:
+        array = images.to_array(resize(image, self.resolution, self.reading, key), self.channels)
+        if key is None and self._has_room():
             self.cache[idx] = array
         return array
+
+    def _has_room(self) -> bool:
+        """Whether the pixels of all images are kept in memory."""
+        return len(self) * self.channels * math.prod(self.resolution) <= MAX_CACHED_BYTES
 
     def sample(self, idx: int, key: Sequence[int] | None = None):
         """The item at `idx`; with `key` see `pixels`."""
@@ -153,15 +173,23 @@ def check_images(dataset: ImageDataset) -> Check:
 
     def problem_or_done(idx: int) -> str | tuple[str, ...]:
         try:
-            return dataset.decode(idx).done
+            return dataset.check(idx)
         except UnreadableImage as error:
             return str(error)
 
     # The members of a zip are read one by one: its file has one position.
     threads = 1 if isinstance(dataset.source, ZipImages) else 4
-    with quiet(), ThreadPoolExecutor(threads) as pool:
+    found: dict[int, str | tuple[str, ...]] = {}
+    start = time.monotonic()
+    with quiet(), ThreadPoolExecutor(threads) as pool, ExitStack() as until_read:
+        bar = None
         outcomes = distributed.watched(pool.map(problem_or_done, indices), "one of the first images to be read")
-        found = {int(i): outcome for i, outcome in zip(indices, outcomes)}
+        for i, outcome in zip(indices, outcomes):
+            found[int(i)] = outcome
+            if bar is None and time.monotonic() - start > SILENT:
+                bar = until_read.enter_context(closing(Progress("reading images", len(indices), "image", len(found))))
+            elif bar is not None:
+                bar.update(1)
     problems = {i: outcome for i, outcome in found.items() if isinstance(outcome, str)}
     if len(problems) > max_unreadable(len(indices)):
         first = "; ".join(list(problems.values())[:3])
@@ -170,4 +198,4 @@ def check_images(dataset: ImageDataset) -> Check:
             f"{first}: repair or remove them"
         )
     done = Counter(what for outcome in found.values() if not isinstance(outcome, str) for what in outcome)
-    return Check(list(problems), dict(sorted(done.items())), len(indices))
+    return Check(list(problems), dict(done.most_common()), len(indices))

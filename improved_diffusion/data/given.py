@@ -25,7 +25,13 @@ class GivenImages(NamedTuple):
 
     arrays: np.ndarray  # uint8 [N, H, W, C]
     labels: Any  # their classes, an integer for each, where the images tell; of an npz, not yet checked
-    names: list[str]  # of the files, without what stands after the dot
+    names: list[str]  # of the files, without what stands after the dot; of arrays, their numbers
+    from_files: bool = False
+
+    @property
+    def file_names(self) -> list[str] | None:
+        """The names of the files, which edited images keep; None where there are no files."""
+        return self.names if self.from_files else None
 
 
 def read_images(
@@ -69,7 +75,8 @@ def read_images(
         index = class_index(class_names)
         if set(prefixes) <= index.keys():
             labels = [index[prefix] for prefix in prefixes]
-    return GivenImages(array, labels, [stem(source.name(i)) for i in range(len(source))])
+    names = [stem(source.name(i)) for i in range(len(source))]
+    return GivenImages(array, labels, names, not isinstance(source, ArrayImages))
 
 
 def as_pixels(

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import UserError
 from ..utils import files
+from ..utils.text import one_line
 
 KEYWORDS = ("prefix", "folder")  # of --labels; anything else is a file
 Label = int | str  # a class's number or its name
@@ -40,7 +41,9 @@ class LabelFile:
             label = int(label)
         if isinstance(label, bool) or not isinstance(label, (int, str)):
             shown = repr(label) if not isinstance(label, (dict, list)) else f"a {type(label).__name__}"
-            raise UserError(f"--labels {self.path}: the label of {name} must be a name or an integer, not {shown}")
+            raise UserError(
+                f"--labels {self.path}: the label of {one_line(name)} must be a name or an integer, not {shown}"
+            )
         return label
 
     def of(self, names: Sequence[str]) -> list[Label]:
@@ -51,8 +54,10 @@ class LabelFile:
             found = [stems.get(_stem(name)) if label is None else label for name, label in zip(names, found)]
         missing = [name for name, label in zip(names, found) if label is None]
         if missing:
+            first = f"; its first is for {one_line(next(iter(self.labels)))}" if self.labels else ""
             raise UserError(
-                f"--labels {self.path} has no label for {missing[0]} and {len(missing) - 1} more of {len(names)} images"
+                f"--labels {self.path} has no label for {one_line(missing[0])} and {len(missing) - 1} more of "
+                f"{len(names)} images{first}"
             )
         return found  # type: ignore[return-value]
 

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config import MAX_IMAGE_PIXELS, UserError
+from ..config import MAX_IMAGE_PIXELS, UserError, one_line
 from ..logs import logger
 from ..utils import files, images
-from ..utils.text import one_line
 from .listing import HEAD_BYTES, LeftOut, is_image_head, list_folder, list_zip, parts_of
 
 MAX_MEMBER_BYTES = 2**30  # of an image in a zip, which is unpacked in memory

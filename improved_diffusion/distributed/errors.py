@@ -12,7 +12,6 @@ from typing import Any
 
 from ..config import UserError
 from ..utils.terminal import close_streams, complain, open_streams
-from ..utils.text import as_one
 from . import launchers, watchdog
 from .collectives import get_rank, get_world_size
 from .devices import is_out_of_memory
@@ -41,7 +40,7 @@ def run_script(main: Callable[[], None]) -> None:
 def describe_error(error: BaseException) -> str:
     """What a message says of the error that ends a command; "" where there is nothing to say."""
     if isinstance(error, UserError):
-        return f"error: {as_one(str(error))}"
+        return f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted{': ' + str(error) if str(error) else ''}"
     if is_out_of_memory(error):

@@ -127,7 +127,7 @@ class ImageEdit(Edit):
     def read(cls: type[E], model: EditingModel) -> E:
         given = read_given(model)
         edit = cls(model, given.arrays, given.labels)  # type: ignore[call-arg, arg-type]
-        edit.sources = names_of(model, given)
+        edit.sources = given.file_names
         return edit
 
     @property
@@ -161,11 +161,6 @@ def read_given(prepared: EditingModel) -> GivenImages:
     names = prepared.classes.names if prepared.classes else None
     model = settings.model
     return read_images("--images", path, "--image_size", model.size, model.channels, names, settings.reading)
-
-
-def names_of(model: EditingModel, given: GivenImages) -> Sequence[str] | None:
-    """The names of the files of --images, which their edited versions keep; None for an npz, whose images have none."""
-    return None if model.settings.images.images.lower().endswith(".npz") else given.names
 
 
 def source_name(settings: Any) -> str:

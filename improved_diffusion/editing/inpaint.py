@@ -14,7 +14,7 @@ from ..config import UserError, height_width
 from ..sampling import solvers
 from ..sampling.sampler import Sampler
 from ..sampling.timestep_grids import repaint_path
-from .base import ImageEdit, names_of, read_given, sha256
+from .base import ImageEdit, read_given, sha256
 from .masks import GREY, read_masks
 from .model import EditingModel
 from .options import renoising_settings
@@ -52,7 +52,7 @@ class Inpaint(ImageEdit):
         size = height_width(settings.model.size)
         masks = read_masks(settings.inpaint.mask, size, given.names, settings.reading)
         edit = cls(model, given.arrays, masks, given.labels)
-        edit.sources = names_of(model, given)
+        edit.sources = given.file_names
         return edit
 
     def masks_of(self, numbers: Sequence[int]) -> np.ndarray:

@@ -10,12 +10,11 @@ import numpy as np
 from PIL import Image
 
 from .. import distributed
-from ..config import UserError
+from ..config import UserError, one_line
 from ..config.settings import SuperResSampling
 from ..data.given import GivenImages, read_images
 from ..logs import logger
 from ..utils import files, images
-from ..utils.text import one_line
 from .metrics.paired import WINDOW, agreement, fits_window, load_torchmetrics
 
 RESULT_FILE = "psnr_ssim.json"

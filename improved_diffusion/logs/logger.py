@@ -23,6 +23,7 @@ from ..utils import files
 from ..utils.text import as_one
 from .outputs import CSVOutputFormat, HumanOutputFormat, make_output_format
 
+TERMINAL_FORMATS = ("stdout", "line")
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
@@ -135,27 +136,25 @@ def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple[Any, fl
 
 
 def configure(
-    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None, log_suffix: str = ""
-) -> None:
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Any = None, log_suffix: str = "",
+    held: Held | None = None,
+) -> None:  # fmt: skip
     """Log into a folder: `dir`, else OPENAI_LOGDIR, else a new ./runs/<script>-<time>.
 
     :param format_strs: the outputs; unless given, by OPENAI_LOG_FORMAT on rank 0, OPENAI_LOG_FORMAT_MPI on the others.
     :param comm: an MPI communicator over whose ranks the values are averaged.
+    :param held: by `hold`; its messages begin the log's files.
     """
     if dir is None:
         dir = os.environ.get("OPENAI_LOGDIR") or distributed.from_rank0(_new_run_dir)
     dir = os.path.abspath(os.path.expanduser(dir))
     files.make_dirs(dir)
-    format_strs = None if format_strs is None else list(format_strs)
-    configured = {"format_strs": format_strs, "comm": comm, "log_suffix": log_suffix}
-    rank = distributed.get_rank()
-    if rank > 0:
-        log_suffix += f"-rank{rank:03d}"
-    if format_strs is None:
-        names = ("OPENAI_LOG_FORMAT", "stdout,log,csv,jsonl") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
-        format_strs = os.environ.get(*names).split(",")
+    names = format_names(format_strs)
+    configured = {"format_strs": names, "comm": comm, "log_suffix": log_suffix}
+    if distributed.get_rank() > 0:
+        log_suffix += f"-rank{distributed.get_rank():03d}"
     try:
-        outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+        outputs = [make_output_format(name, dir, log_suffix) for name in names]
     except ValueError as error:
         raise files.UserError(f"OPENAI_LOG_FORMAT: {error}") from None
     except OSError as error:
@@ -164,7 +163,50 @@ def configure(
         Logger.CURRENT.close()
     Logger.CURRENT = Logger(dir, outputs, comm)
     Logger.CURRENT.configured = configured
+    if held is None:
+        log(f"logging to {dir}")
+    else:
+        held.write([output for name, output in zip(names, outputs) if name not in TERMINAL_FORMATS])
+
+
+def format_names(given: Iterable[str] | None) -> list[str]:
+    """The outputs that `configure` makes."""
+    if given is None:
+        first = distributed.get_rank() == 0
+        names = ("OPENAI_LOG_FORMAT", "stdout,log,csv,jsonl") if first else ("OPENAI_LOG_FORMAT_MPI", "log")
+        given = os.environ.get(*names).split(",")
+    return [name for name in given if name]
+
+
+class Held:
+    """An output that keeps messages for the files of a folder that does not exist yet."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Any, ...]] = []
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        self.messages.append(tuple(seq))
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """A row needs a folder."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def write(self, outputs: Iterable[Any]) -> None:
+        """Write the messages to those of the outputs that take text."""
+        for output in outputs:
+            for message in self.messages if hasattr(output, "writeseq") else ():
+                output.writeseq(message)
+
+
+def hold(dir: str, format_strs: Iterable[str] | None) -> Held:
+    """Print messages until `configure(dir, format_strs, held=...)` makes the folder."""
+    held = Held()
+    shown = [make_output_format(name, dir) for name in format_names(format_strs) if name in TERMINAL_FORMATS]
+    Logger.CURRENT = Logger(dir, [*shown, held])
     log(f"logging to {dir}")
+    return held
 
 
 def configure_anew() -> None:

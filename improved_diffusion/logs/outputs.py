@@ -17,9 +17,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
 
+from ..config import one_line
 from ..utils import files
 from ..utils.terminal import complain, encodable
-from ..utils.text import one_line, printable
+from ..utils.text import printable
 
 
 class PatientFile:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import distributed
+from ..config import one_line
 from ..utils.terminal import encodable
-from ..utils.text import one_line
 from . import logger
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
-from typing import Any
 
 from .. import distributed
 from ..config import RunConfig, UserError
 from ..utils import files
 from . import logger
-from .outputs import make_output_format
 
 LOCK = ".lock"
 
@@ -22,18 +19,9 @@ def run_folder(config: RunConfig, default_name: str) -> str:
 
 
 def _formats() -> list[str] | None:
-    """The outputs of the log of one of our commands; None for those that the environment or the rank chooses."""
-    if "OPENAI_LOG_FORMAT" in os.environ or distributed.get_rank() > 0:
-        return None
-    return ["line", "log", "csv", "jsonl"]
-
-
-def _printed() -> list[str]:
-    """Those of them that print, for the time before there is a folder."""
-    if distributed.get_rank() > 0:
-        return []
-    chosen = os.environ.get("OPENAI_LOG_FORMAT", "line").split(",")
-    return [name for name in chosen if name in ("line", "stdout")]
+    """The outputs of the log; None for those that the logger chooses."""
+    chosen = distributed.get_rank() > 0 or "OPENAI_LOG_FORMAT" in os.environ
+    return None if chosen else ["line", "log", "csv", "jsonl"]
 
 
 def open_run(config: RunConfig, default_name: str) -> str:
@@ -47,22 +35,6 @@ def open_run(config: RunConfig, default_name: str) -> str:
     return logger.get_dir()
 
 
-class _Held:
-    """Messages for the log of a folder that does not exist yet."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[Any, ...]] = []
-
-    def writeseq(self, seq: Iterable[Any]) -> None:
-        self.messages.append(tuple(seq))
-
-    def writekvs(self, kvs: Any) -> None:
-        """Rows are logged in a folder only."""
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-
 class RunFolder:
     """The folder of a run whose inputs are checked first: a mistake leaves no folder behind.
 
@@ -73,18 +45,12 @@ class RunFolder:
         distributed.join_ranks(config)
         self.path = os.path.abspath(os.path.expanduser(run_folder(config, default_name)))
         _check_place(self.path)
-        self.held = _Held()
-        outputs = [make_output_format(name, self.path) for name in _printed()]
-        logger.Logger.CURRENT = logger.Logger(self.path, [*outputs, self.held])
+        self.held = logger.hold(self.path, _formats())
         logger.log(distributed.describe_ranks())
 
     def open(self) -> None:
         """Make the folder, and log into it from now on."""
-        logger.configure(dir=self.path, format_strs=_formats())
-        for output in logger.get_current().output_formats:
-            if hasattr(output, "writeseq") and getattr(output, "file", None) is not sys.stdout:
-                for message in self.held.messages:
-                    output.writeseq(message)
+        logger.configure(self.path, _formats(), held=self.held)
 
 
 def _check_place(folder: str) -> None:

@@ -16,7 +16,7 @@ from ..logs import logger
 from ..respace import SpacedDiffusion
 from ..schedules import sigma_at, timestep_of_sigma
 from .guidance import EVERYWHERE, Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
-from .labels import Classes, checked_seen, classes_of
+from .labels import Classes, classes_of
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
@@ -125,7 +125,7 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
             )
     names = theirs.class_names
     num = len(names) if names else theirs.config["num_classes"]
-    their_classes = Classes(num, names, checked_seen(theirs.seen_classes, num, theirs.path))
+    their_classes = Classes(num, names, theirs.seen_classes)
     if classes is not None:
         _compare_classes(flag, their_classes, loaded.path, classes)
         their_classes = their_classes._replace(seen=classes.seen or their_classes.seen)

@@ -12,9 +12,9 @@ import numpy as np
 import torch as th
 from PIL import Image
 
-from ..config import UserError, path_argument, shown
+from ..config import UserError, one_line, path_argument, shown
 from ..utils import files, images
-from ..utils.text import class_parts, one_line
+from ..utils.text import class_parts
 from .labels import caption_of, class_name
 from .names import BySource, numbered_name
 from .writer import PNG_DIR, REQUEST_FILE, SHOWN

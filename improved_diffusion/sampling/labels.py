@@ -11,10 +11,10 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError, shorten
+from ..config import NUM_CLASSES, UserError, one_line, shorten
 from ..data.classes import integer_labels
 from ..utils.captions import caption
-from ..utils.text import class_parts, listed, one_line
+from ..utils.text import class_parts, listed
 from .noise import image_generator
 
 
@@ -94,14 +94,7 @@ def classes_of(loaded: LoadedModel) -> Classes | None:
     if not config.class_cond:
         return None
     num = len(names) if names else config.num_classes or NUM_CLASSES
-    return Classes(num, names, checked_seen(loaded.metadata.get("seen_classes"), num, loaded.path))
-
-
-def checked_seen(seen: Any, num: int, path: str) -> Sequence[int] | None:
-    """The `seen_classes` of a checkpoint's description. Raises UserError where they are not among its classes."""
-    if seen is None or (isinstance(seen, list) and seen and all(type(i) is int and 0 <= i < num for i in seen)):
-        return seen
-    raise UserError(f"{path} has a damaged description: its seen_classes are not among the classes 0..{num - 1}")
+    return Classes(num, names, loaded.metadata.get("seen_classes"))
 
 
 def choose_labels(classes: Classes | None, wanted: str, seed: int, model_path: str) -> Labels | None:

@@ -93,6 +93,8 @@ class SamplingPipeline:
         sample = self.loaded.settings.sample
         logger.log(self.sampler.describe())
         numbers = self.numbers
+        if len(numbers) == sample.num_samples and not {"num_samples", "seeds"} & self.loaded.given:
+            logger.log(f"drawing {len(numbers):,} images, as --num_samples is not given: --num_samples 16 draws 16")
         path = write_samples(
             self.draw,
             out_dir=out_dir,

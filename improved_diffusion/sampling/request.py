@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import Any
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import fixed_names
+from ..config import ReadingConfig, fixed_names
 from ..utils import files
 from ..utils.text import file_name
 from .noise import SEED_SCHEME
@@ -26,6 +27,9 @@ def describe_request(loaded: LoadedModel, sampler: Sampler) -> dict[str, Any]:
             request[f"{name}_sha256"] = distributed.from_rank0(files.sha256, path)
     if "base_samples" in values:
         request["base_samples"] = files.full_path(values["base_samples"])
+        # Entries that older folders of samples lack, only where they change the base images.
+        options = [f for f in fields(ReadingConfig) if f.name != "max_image_pixels"]
+        request |= {f.name: values[f.name] for f in options if values[f.name] != f.default}
     model = {"model_path": files.full_path(loaded.path), "model_step": loaded.metadata.get("step")}
     return {"seed_scheme": SEED_SCHEME, **model, **sampler.request(), **request}
 

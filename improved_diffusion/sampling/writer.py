@@ -13,12 +13,11 @@ import numpy as np
 import torch as th
 
 from .. import distributed
-from ..config import UserError
+from ..config import UserError, one_line
 from ..data.low_res import pairs
 from ..logs import logger
 from ..logs.progress import Progress
 from ..utils import files, images
-from ..utils.text import one_line
 from .labels import Labels
 from .names import ByNumber, FileNames
 

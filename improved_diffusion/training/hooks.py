@@ -12,7 +12,8 @@ import torch as th
 class TrainingView(Protocol):
     """A training run as a hook sees it. TrainLoop is one; a hook is called as hook(view), after a step, on all ranks.
 
-    A hook that has a `name`, state_dict() and load_state_dict(state) is saved with the checkpoints and restored.
+    A hook that has a `name`, state_dict() and load_state_dict(state) is saved with the checkpoints and restored. Its
+    state is made of tensors, numbers and text, in dicts and lists.
     """
 
     model: th.nn.Module

@@ -16,7 +16,7 @@ from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
 from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
-from ..config import TrainConfig, UserError, comma_list
+from ..config import TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
 from ..data.classes import read_classes
@@ -30,7 +30,7 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
-from ..utils.text import listed, one_line
+from ..utils.text import listed
 from .auto import take_recipe
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir

@@ -10,7 +10,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import kind_of, read, refuse_contradictions
-from ..config import KINDS, ProcessConfig, UserError, height_width
+from ..config import KINDS, ProcessConfig, ReadingConfig, UserError, height_width, one_line
 from ..config.settings import ClassifierTraining, ImageTraining, SuperResTraining, Training
 from ..data.classes import classes_not_in, read_labels
 from ..data.dataset import ImageDataset, selection
@@ -20,7 +20,7 @@ from ..data.stream import BatchStream
 from ..logs import logger
 from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
 from ..sampling.labels import caption_of
-from ..utils.text import class_index, listed, one_line
+from ..utils.text import class_index, listed
 from .classifier import ClassifierObjective, ClassifierValidation
 from .hooks import Hook
 from .preview import PREVIEWS, PreviewGrid, preview_diffusion
@@ -186,8 +186,9 @@ def take_guided_process(
         raise UserError(f"--model_path {path} is {KINDS[kind_of(stored)][0]}: a classifier guides an image model")
     stored = {**{f.name: f.default for f in fields(ProcessConfig)}, **stored}  # an older file lacks newer options
     refuse_contradictions(settings.values(), given, path, stored, names)
+    reading = {f.name: stored[f.name] for f in fields(ReadingConfig) if f.name in stored and f.name not in given}
     try:
-        settings = settings.replace(**{name: stored[name] for name in names})
+        settings = settings.replace(**{name: stored[name] for name in names}, **reading)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     logger.log(f"to guide {path}: {', '.join(f'{name}={stored[name]}' for name in names)}")

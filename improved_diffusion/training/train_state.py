@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch as th
 
 from .. import distributed
@@ -164,11 +165,15 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _to_host(obj: Any) -> Any:
-    """A copy whose tensors are in host memory."""
+    """A copy whose tensors are in host memory. Raises TypeError for what a checkpoint cannot hold."""
     if isinstance(obj, th.Tensor):
         return obj.detach().to("cpu", copy=True)
     if isinstance(obj, dict):
         return {key: _to_host(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):
         return type(obj)(_to_host(value) for value in obj)
-    return obj
+    if isinstance(obj, np.generic):
+        return obj.item()
+    if obj is None or isinstance(obj, (str, int, float)):
+        return obj
+    raise TypeError(f"the state of a part of training, or of a hook, holds a {type(obj).__name__}: make it a tensor")

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch as th
-from PIL import Image, ImageChops, ImageColor
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from ..config import MAX_IMAGE_PIXELS, ReadingConfig, UserError
 from . import files
@@ -83,7 +83,10 @@ def load(f: IO[bytes], max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
 
 
 def _load(f: IO[bytes], max_pixels: int) -> Image.Image:
-    image = Image.open(f, formats=formats())
+    try:
+        image = Image.open(f, formats=formats())
+    except UnidentifiedImageError:  # whose message is the address of an object
+        raise UnidentifiedImageError("its content is of no image format that is read") from None
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels are more than --max_image_pixels {max_pixels}")
@@ -138,7 +141,7 @@ def as_shown(image: Image.Image, reading: ReadingConfig = _DEFAULT_READING) -> D
         image = image.transpose(turn)
         done.append("rotated by EXIF")
     if image.mode[0] in "IF":
-        done.append("of floats" if image.mode == "F" else "of 16 bits")
+        done.append("floating-point" if image.mode == "F" else "16-bit")
         image = _to_8_bits(image)
     mode = _native_mode(image)
     return Decoded(image if image.mode == mode else image.convert(mode), tuple(done))
@@ -189,7 +192,7 @@ def with_channels(decoded: Decoded, channels: int, reading: ReadingConfig, name:
     has = len(image.getbands())
     if channels in (1, 3) and has in (2, 4):
         if image.getchannel("A").getextrema() != (255, 255):
-            done = (*done, f"transparent, on {reading.background}")
+            done = (*done, f"transparent on {reading.background}")
         image = _on_background(image, reading.background, grey=channels == 1)
     if channels in (1, 2) and has in (3, 4):
         if not is_grey(image):
@@ -197,7 +200,7 @@ def with_channels(decoded: Decoded, channels: int, reading: ReadingConfig, name:
                 f"{name} has {has} channels ({decoded.image.mode}) and colour, but --channels {channels} was given: "
                 f"give --channels {has}, or convert the images"
             )
-        done = (*done, "grey, stored as colour")
+        done = (*done, "grey stored as colour")
     return Decoded(to_mode(image, channels), done)
 
 
@@ -216,21 +219,11 @@ def is_grey(image: Image.Image) -> bool:
     return all(ImageChops.difference(red, other).getbbox() is None for other in (green, blue))
 
 
-def colour(background: str, mode: str = "RGB") -> Any:
-    """The pixel of a mode for a colour's name or #rrggbb. Raises UserError for anything else."""
-    try:
-        if len(ImageColor.getrgb(background)) != 3:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--background {background!r}: expected a colour such as white or #ff8000") from None
-    return ImageColor.getcolor(background, mode)
-
-
 def _on_background(image: Image.Image, background: str, grey: bool = False) -> Image.Image:
     """An LA or RGBA image on a colour, as RGB; `grey`: on the colour's lightness, and as L if the image is LA."""
     mode = "L" if grey and image.mode == "LA" else "RGB"
     shade = "L" if grey else "RGB"
-    pixel = Image.new(shade, (1, 1), colour(background, shade)).convert(mode).getpixel((0, 0))
+    pixel = Image.new(shade, (1, 1), background).convert(mode).getpixel((0, 0))
     ground = Image.new(mode, image.size, pixel)
     ground.paste(image.convert(mode), mask=image.getchannel("A"))
     return ground
@@ -396,7 +389,7 @@ def _open_npz(path: str) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds for damaged files
-        raise UserError(f"{path} is not a readable npz: {error or type(error).__name__}") from None
+        raise UserError(f"{path} is not a readable npz: {str(error) or type(error).__name__}") from None
 
 
 class _WrongArray(ValueError):

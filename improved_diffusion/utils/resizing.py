@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from ..config import ReadingConfig
-from .images import colour
 
 PREPARED = {  # what each --resize_mode does to images, for messages and reports
     "crop": "resized and centre-cropped", "random_crop": "resized and cropped at random", "pad": "resized and padded",
@@ -60,7 +59,7 @@ def resize_pad(image: Image.Image, size: Sequence[int], background: str) -> Imag
     height, width = size
     (inner_width, inner_height), corner = fitting(image.size, size)
     inner = _halve(image, inner_width, inner_height).resize((inner_width, inner_height), Image.Resampling.BICUBIC)
-    canvas = Image.new(image.mode, (width, height), colour(background, image.mode))
+    canvas = Image.new(image.mode, (width, height), background)
     canvas.paste(inner, corner)
     return canvas
 

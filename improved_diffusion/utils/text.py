@@ -7,30 +7,16 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-# What moves the cursor, sets colours and titles, or changes the order of what is shown: control characters (C0, DEL,
-# C1), line and paragraph separators, bidirectional overrides; and halves of surrogate pairs, which stand for bytes that
-# are not UTF-8.
-_UNSEEN = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
-_HARMFUL = re.compile(f"(?![\\n\\t])[{_UNSEEN}]")
-_HARMFUL_IN_NAMES = re.compile(f"[{_UNSEEN}]")
-_REFUSED = re.compile(f'[{_UNSEEN}/\\\\:*?"<>|]+')  # in a file name, by Windows, macOS or Linux
+from ..config import UNSEEN, one_line
+
+_REFUSED = re.compile(f'[{UNSEEN}/\\\\:*?"<>|]+')  # in a file name, by Windows, macOS or Linux
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(?=\.|$)", re.IGNORECASE)
 NAME_BYTES = 100  # of a class in a file name
 
 
-def _escape(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(match[0], f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
-
-
 def printable(text: Any) -> str:
-    """The text as a terminal or a log may show it: control characters are escaped, but for new lines and tabs."""
-    return _HARMFUL.sub(_escape, str(text))
-
-
-def one_line(name: Any) -> str:
-    """A name within a message: like `printable`, and new lines are escaped too."""
-    return _HARMFUL_IN_NAMES.sub(_escape, str(name))
+    """The text as a terminal or a log may show it: `one_line` for each of its lines; tabs stay."""
+    return re.sub(r"[^\n\t]+", lambda match: one_line(match[0]), str(text))
 
 
 def as_one(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from improved_diffusion.cli import parsing
 from improved_diffusion.config import UserError, settings
-from improved_diffusion.config.base import LONGEST_TEXT, comma_list, number_list, shown
+from improved_diffusion.config.messages import shown
 from improved_diffusion.config.settings import (
     ImageSampling,
     ImageTraining,
@@ -23,6 +23,7 @@ from improved_diffusion.config.settings import (
     Scoring,
     Settings,
 )
+from improved_diffusion.config.values import LONGEST_TEXT, comma_list, number_list
 
 KINDS = [kind for _, kind in inspect.getmembers(settings, inspect.isclass)
          if issubclass(kind, Settings) and kind is not Settings]  # fmt: skip

@@ -99,7 +99,10 @@ def test_names_that_look_like_numbers_stay_names():
     assert read_classes(source, "prefix", "d") == ([0, 0, 1, 1], ["01", "1"])
 
 
-def test_a_name_that_no_file_could_hold_is_refused():
+def test_a_name_that_no_checkpoint_could_hold_is_refused():
+    source = names_as_source([f"{'x' * 1001}_{i}.png" for i in range(2)])
+    with pytest.raises(UserError, match="longer than 1000 characters"):
+        read_classes(source, "prefix", "d")
     broken = os.fsdecode(b"caf\xe9")  # Latin-1, of an older system
     source = names_as_source([f"{broken}_{i}.png" for i in range(2)])
     with pytest.raises(UserError, match=r"caf\\udce9.*not valid Unicode"):

@@ -18,12 +18,13 @@ from PIL import Image
 from script_helpers import write_images
 
 from improved_diffusion import distributed
-from improved_diffusion.config import UserError
+from improved_diffusion.config import ReadingConfig, UserError
 from improved_diffusion.data import dataset as dataset_module
 from improved_diffusion.data.classes import read_classes
-from improved_diffusion.data.dataset import ImageDataset, selection
+from improved_diffusion.data.dataset import ImageDataset, check_images, selection
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.data.stream import BatchStream, load_data
+from improved_diffusion.logs import logger
 from improved_diffusion.nn import NULL_LABEL
 from improved_diffusion.utils import images
 
@@ -518,3 +519,26 @@ def test_a_selection_is_the_same_each_time_and_of_all_kinds():
     # Of ten classes, one after another or in turn, about ten each.
     for classes in (chosen // 100, chosen % 10):
         assert np.bincount(classes, minlength=10).min() >= 3
+
+
+@pytest.mark.parametrize("mode, kept", [("crop", True), ("random_crop", False)])
+def test_checking_keeps_the_pixels_so_that_each_file_is_read_once(tmp_path, monkeypatch, mode, kept):
+    for i in range(3):
+        Image.fromarray(np.full((20, 20, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    dataset = ImageDataset(8, open_images(str(tmp_path)), reading=ReadingConfig(resize_mode=mode))
+    other = ImageDataset(8, open_images(str(tmp_path)), reading=ReadingConfig(resize_mode=mode))
+    check_images(dataset)
+    assert len(dataset.cache) == (3 if kept else 0)
+    if kept:
+        monkeypatch.setattr(dataset, "read", lambda idx: pytest.fail("read again"))
+    for i in range(3):
+        np.testing.assert_array_equal(dataset[i][0], other[i][0])
+
+
+def test_a_long_check_shows_its_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "SILENT", -1.0)
+    logger.configure(str(tmp_path / "log"), format_strs=["log"])
+    for i in range(3):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    check_images(ImageDataset(8, open_images(str(tmp_path))))
+    assert "reading images: 100%" in (tmp_path / "log" / "log.txt").read_text()

@@ -4,6 +4,7 @@ import io
 import os
 import socket
 import stat
+import sys
 import zipfile
 from pathlib import Path
 
@@ -315,7 +316,7 @@ class Blobs:
 
 
 def test_files_below_a_url_go_by_their_names(monkeypatch):
-    monkeypatch.setattr("improved_diffusion.utils.files._blobfile", Blobs)
+    monkeypatch.setitem(sys.modules, "blobfile", Blobs())
     source = open_images("gs://b")
     assert source.paths == ["gs://b/a.png", "gs://b/d.webp", "gs://b/x/y.JPG"]
     assert source.left_out.counts == {"hidden": 1, "folder of a run": 1, "without a known suffix": 1}

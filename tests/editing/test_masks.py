@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from script_helpers import save_mask
 
-from improved_diffusion.config import UserError
+from improved_diffusion.config import ReadingConfig, UserError
 from improved_diffusion.editing.masks import read_masks
 
 
@@ -28,6 +28,71 @@ def test_masks_of_any_mode(tmp_path, mode):
     image.convert(mode).save(tmp_path / "m.png")
     mask = read_masks(str(tmp_path / "m.png"), (4, 4), ["a"])
     np.testing.assert_array_equal(mask[0], np.array([[True, True, False, False]] * 4))
+
+
+LEFT = np.array([[True, True, False, False]] * 4)
+
+
+def painted_on_transparency(paint, hidden, rest=None):
+    """RGBA: opaque paint on the left half; on the right transparent, or an opaque colour in the last column."""
+    array = np.full((4, 4, 4), (*hidden, 0), np.uint8)
+    array[:, :2] = (*paint, 255)
+    if rest is not None:
+        array[:, 3] = (*rest, 255)
+    return array
+
+
+@pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 255, 255), (10, 240, 10)])
+@pytest.mark.parametrize("paint", [(255, 255, 255), (0, 0, 0), (200, 30, 30)])
+@pytest.mark.parametrize("form", ["RGBA", "LA", "P", "npz"])
+def test_on_a_transparent_mask_the_paint_says_where(tmp_path, paint, hidden, form):
+    array = painted_on_transparency(paint, hidden)
+    path = tmp_path / ("m.npz" if form == "npz" else "m.png")
+    if form == "npz":
+        np.savez(path, array[None])
+    elif form == "P":
+        image = Image.fromarray((~LEFT).astype(np.uint8), "P")
+        image.putpalette([*paint, *hidden])
+        image.save(path, transparency=1)
+    else:
+        Image.fromarray(array).convert(form).save(path)
+    np.testing.assert_array_equal(read_masks(str(path), (4, 4), ["a"])[0], LEFT)
+
+
+def test_black_paint_beside_white_on_a_transparent_mask_keeps_the_image(tmp_path):
+    array = painted_on_transparency((255, 255, 255), (255, 255, 255), rest=(0, 0, 0))
+    Image.fromarray(array).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read_masks(str(tmp_path / "m.png"), (4, 4), ["a"])[0], LEFT)
+
+
+def test_an_empty_transparent_mask_is_an_error(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 255, 255, 0)).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match="nothing would be painted"):
+        read_masks(str(tmp_path / "m.png"), (4, 4), ["a"])
+
+
+def test_a_mask_is_turned_as_exif_says_and_may_have_sixteen_bits(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    white = Image.fromarray(LEFT.astype(np.uint8) * 255)
+    white.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "m.png", exif=exif)
+    Image.fromarray(LEFT.astype(np.uint16) * 65535).save(tmp_path / "n.png")
+    for name in "mn":
+        np.testing.assert_array_equal(read_masks(str(tmp_path / f"{name}.png"), (4, 4), ["a"])[0], LEFT)
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("pad", [[0] * 8] * 2 + [[1, 1, 0, 0, 0, 0, 0, 0]] * 4 + [[0] * 8] * 2),
+    ("stretch", [[1, 1, 0, 0, 0, 0, 0, 0]] * 8), ("crop", [[0] * 8] * 8), ("random_crop", [[0] * 8] * 8),
+])  # fmt: skip
+def test_masks_are_resized_like_the_images(tmp_path, mode, expected):
+    path = save_mask(tmp_path / "m.png", np.arange(16)[None].repeat(8, 0) < 4)
+    reading = ReadingConfig(resize_mode=mode)
+    if not np.any(expected):
+        with pytest.raises(UserError, match="is black"):
+            read_masks(path, (8, 8), ["a"], reading)
+        return
+    np.testing.assert_array_equal(read_masks(path, (8, 8), ["a"], reading)[0], np.array(expected, bool))
 
 
 def test_masks_go_with_images_by_name_else_in_order(tmp_path):

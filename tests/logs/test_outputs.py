@@ -510,7 +510,7 @@ def test_an_error_goes_into_the_files_alone(tmp_path, capsys):
         except BaseException as raised:
             logger.log_error(raised)
     text = (tmp_path / "log.txt").read_text()
-    assert f"error: bad {SHOWN}\n  error: forged\ninterrupted: saved\nTraceback" in text
+    assert f"error: bad {SHOWN}\\nerror: forged\ninterrupted: saved\nTraceback" in text
     assert text.endswith("RuntimeError: odd\n") and capsys.readouterr().out == ""
 
 

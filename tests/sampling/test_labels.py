@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from improved_diffusion.config import UserError
-from improved_diffusion.sampling.labels import Classes, checked_seen, choose_labels, image_labels, parse_classes
+from improved_diffusion.sampling.labels import Classes, choose_labels, image_labels, parse_classes
 from improved_diffusion.sampling.noise import image_generator
 
 
@@ -52,10 +52,3 @@ def test_labels_that_the_model_does_not_take_are_refused_where_it_needs_them(fou
         image_labels(Classes(3, None), "", 0, "m.pt", found, 2, "--images x")
     assert image_labels(None, "", 0, "m.pt", found, 2, "--images x") is None
     assert image_labels(Classes(3, None), "2", 0, "m.pt", found, 2, "--images x").index(0) == 2
-
-
-@pytest.mark.parametrize("seen", [[], [3], [-1], [True], [0.0], ["0"], "012", {"0": 1}, 5, [None]])
-def test_a_description_with_other_classes_is_refused(seen):
-    with pytest.raises(UserError, match=r"m\.pt has a damaged description: its seen_classes"):
-        checked_seen(seen, 3, "m.pt")
-    assert checked_seen(None, 3, "m.pt") is None and checked_seen([0, 2], 3, "m.pt") == [0, 2]

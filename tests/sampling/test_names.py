@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from improved_diffusion.data.sources import open_images, read_classes
+from improved_diffusion.data.classes import read_classes
+from improved_diffusion.data.sources import open_images
 from improved_diffusion.sampling.labels import Labels
 from improved_diffusion.sampling.names import ByNumber, BySource, numbered_name
 from improved_diffusion.utils import images

@@ -3,6 +3,7 @@
 import itertools
 import os
 
+import numpy as np
 import pytest
 import torch as th
 from train_helpers import (
@@ -259,6 +260,16 @@ def test_hooks_and_what_they_have_logged_since_the_last_row_are_restored(tmp_pat
     )
     assert [row["count"] for row in log_rows(tmp_path / "whole")] == ["", "2", "4"]
     assert rows_without_times(tmp_path / "rest") == rows_without_times(tmp_path / "whole")
+
+
+def test_a_state_that_could_not_be_read_again_is_not_saved(out_dir):
+    hook = Counting()
+    hook.count = np.int64(3)
+    finished(max_steps=2, hooks=[(9, hook)])
+    assert load(out_dir / "opt000002.pt")["improved_diffusion"]["counting"] == {"count": 3}
+    hook.count = {1, 2}
+    with pytest.raises(TypeError, match="holds a set"):
+        make_loop(max_steps=2, hooks=[(9, hook)]).save()
 
 
 def test_parameters_without_a_gradient_have_no_state_to_resume(tmp_path):

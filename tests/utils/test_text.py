@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from improved_diffusion.config import one_line
 from improved_diffusion.utils import text
 
 CONTROLS = [*map(chr, [*range(32), *range(127, 160)]), "\u2028", "\u2029", "\u202a", "\u202e", "\u2066", "\u2069"]
@@ -11,19 +12,19 @@ CONTROLS = [*map(chr, [*range(32), *range(127, 160)]), "\u2028", "\u2029", "\u20
 
 @pytest.mark.parametrize("character", [c for c in CONTROLS if c not in "\n\t"])
 def test_control_characters_are_escaped(character):
-    for shown in (text.printable(f"a{character}b"), text.one_line(f"a{character}b")):
+    for shown in (text.printable(f"a{character}b"), one_line(f"a{character}b")):
         assert re.fullmatch(r"a\\(x[0-9a-f]{2}|u[0-9a-f]{4}|r)b", shown)
 
 
 def test_a_text_keeps_its_lines_and_a_name_is_one():
     assert text.printable("a\n\tb") == "a\n\tb"
-    assert text.one_line("a\n\tb") == r"a\n\tb"
+    assert one_line("a\n\tb") == r"a\n\tb"
     assert text.as_one("a\nerror: b") == "a\n  error: b"
 
 
 @pytest.mark.parametrize("plain", ["cat", "ice cream", "猫", "Жук", "émeu", "a\u200db", "50%", "[x](y)", "🐈"])
 def test_other_text_stays_as_it_is(plain):
-    assert text.printable(plain) == text.one_line(plain) == text.file_name(plain) == plain
+    assert text.printable(plain) == one_line(plain) == text.file_name(plain) == plain
 
 
 def test_bytes_that_are_not_utf_8_can_be_shown():

@@ -1,0 +1,69 @@
+"""Messages to users: mistakes, and names and values of theirs in one short line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+FEW_NAMES = 20  # are all listed where one is misspelt
+LONGEST_SHOWN = 80  # of a value in a message, in characters
+# What moves the cursor, sets colours and titles, or changes the order of what is shown: control characters (C0, DEL,
+# C1), line and paragraph separators, bidirectional overrides; and halves of surrogate pairs, which stand for bytes that
+# are not UTF-8.
+UNSEEN = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+
+
+class UserError(ValueError):
+    """A mistake of the user's that one clear message explains: it names the culprit and the remedy.
+
+    The message becomes one line that any terminal can show, whatever a name or a value in it holds.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(one_line(str(message)))
+
+
+def _escape(match: re.Match[str]) -> str:
+    """What stands for a character that must not be shown."""
+    code = ord(match[0])
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(match[0], f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def one_line(text: Any) -> str:
+    """A text in one line that any terminal can show: control characters and new lines are escaped."""
+    return re.sub(f"[{UNSEEN}]", _escape, str(text))
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    name, known = shorten(name), sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hints = [f"did you mean {near[0]}?"] if near else []
+    if not near or len(known) <= FEW_NAMES:
+        hints.append(f"choose from: {', '.join(known)}")
+    return UserError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+
+
+def shorten(text: str) -> str:
+    """A text for a message, cut where it is long."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text):,} characters)"
+
+
+def shown(value: Any) -> str:
+    """The repr of a value for a message, cut where it is long. The whole repr is never made: it may not fit memory."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 3 * LONGEST_SHOWN else f"a number of {x.bit_length():,} bits"
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x) if len(x) <= LONGEST_SHOWN else f"{x[:LONGEST_SHOWN]!r}..."
+
+
+_SHORT = _Short()
+_SHORT.maxother, _SHORT.maxlevel = LONGEST_SHOWN, 3
