@@ -21,7 +21,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 COMMON_FLAGS = {"--help", "--help-all", "--config", "--preset"}
-FLAGS_OF_OTHERS = {"--version", "--index-url", "--nproc-per-node", "--ntasks-per-node", "--signal"}
+FLAGS_OF_OTHERS = {"--version", "--index-url", "--nproc-per-node", "--ntasks-per-node", "--shm-size", "--signal"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 
 

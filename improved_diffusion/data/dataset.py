@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .. import distributed
 from ..config import ReadingConfig, UserError, height_width
 from ..logs.progress import Progress
 from ..utils import images
@@ -182,7 +183,8 @@ def check_images(dataset: ImageDataset) -> Check:
     start = time.monotonic()
     with quiet(), ThreadPoolExecutor(threads) as pool, ExitStack() as until_read:
         bar = None
-        for i, outcome in zip(indices, pool.map(problem_or_done, indices)):
+        outcomes = distributed.watched(pool.map(problem_or_done, indices), "one of the first images to be read")
+        for i, outcome in zip(indices, outcomes):
             found[int(i)] = outcome
             if bar is None and time.monotonic() - start > SILENT:
                 bar = until_read.enter_context(closing(Progress("reading images", len(indices), "image", len(found))))

@@ -6,11 +6,14 @@ import faulthandler
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ..config import UserError
+
+PARENT_INTERVAL = 2.0  # seconds between looks at the launcher
 
 
 @dataclass
@@ -58,6 +63,26 @@ def rank_by_environment() -> int:
         "mpiexec": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"),
     }
     return next((int(os.environ[name]) for name in names[detect_launcher()] if name in os.environ), 0)
+
+
+def is_child_of_launcher(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process and waits for it: not a shell in which ranks are started by hand."""
+    launcher = detect_launcher(env)
+    return "TORCHELASTIC_RUN_ID" in env if launcher == "torchrun" else launcher in ("mpiexec", "srun")
+
+
+def stop_with_launcher() -> None:
+    """Send this process a SIGTERM when its parent, a launcher, is gone: nobody would stop this rank any more."""
+    if is_child_of_launcher():
+        threading.Thread(target=_wait_for_launcher, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _wait_for_launcher(parent: int) -> None:
+    while os.getppid() == parent:  # on Windows for ever
+        time.sleep(PARENT_INTERVAL)
+    with suppress(OSError):  # whoever read the output may be gone too
+        os.write(2, f"{detect_launcher()} has ended: its ranks stop as after SIGTERM\n".encode())
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def join(timeout: float) -> Joined:

@@ -34,8 +34,8 @@ def setup_dist(
 ) -> None:
     """Join the other ranks: gloo on CPUs, nccl between GPUs. A process started alone is rank 0 of 1.
 
-    From then on, a rank that dies, freezes or is disconnected ends the others within a minute, with a message. Once the
-    ranks have joined, further calls have no effect.
+    From then on, a rank that dies, freezes or is disconnected ends the others within a minute, with a message; a rank
+    whose launcher is killed gets a SIGTERM. Once the ranks have joined, further calls have no effect.
     :param start_timeout: seconds that a rank waits at the start for the others.
     :param collective_timeout: hours that a collective may take. Long, because rank 0 may work while the others wait in
         one; lost ranks are noticed earlier.
@@ -50,6 +50,7 @@ def setup_dist(
     if launcher != "python":
         sys.excepthook = end_by_exception
         watchdog.identify(f"rank {get_rank()} on {socket.gethostname()}: ", abort if launcher == "mpiexec" else None)
+    launchers.stop_with_launcher()
     watchdog.set_limit(hang_timeout)
     limit_s = start_timeout + 15  # the steps of the start have their own limits, with better messages
     with working("the other ranks to start: check their output and that all were started", limit_s):

@@ -13,10 +13,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 import torch.distributed as dist
@@ -29,6 +29,7 @@ SILENCE = 30.0  # seconds that a check waits for a rank before it counts as lost
 ABORT_LIMIT = 5.0  # seconds that the launcher gets to end the job; then this process ends alone
 GRACE = 2.0  # seconds for a main thread that failed too to report why, and for rank 0 to report first
 
+T = TypeVar("T")
 _ADVICE = "rerun the same command to continue (training: with --resume auto)"
 
 
@@ -71,6 +72,18 @@ class working:
 
     def __exit__(self, *exc: Any) -> None:
         _process.work = self.outer
+
+
+def watched(items: Iterable[T], what: str, limit_s: float | None = None) -> Iterator[T]:
+    """The items; waiting for each of them is limited as in `working`."""
+    items = iter(items)
+    while True:
+        with working(what, limit_s):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
 
 
 class Watchdog(threading.Thread):

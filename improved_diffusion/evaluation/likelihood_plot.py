@@ -15,8 +15,8 @@ BINS = 40  # at most, for estimates from some timesteps, which evaluate few time
 
 
 def write_terms_plot(path: str | os.PathLike, result: BoundSummary, num_timesteps: int) -> None:
-    """Plot the terms of `vb` over t, and their cumulative share. Raises UserError without matplotlib."""
-    save_figure(path, figure_of(result, num_timesteps))
+    """Plot the terms of `vb` over t, and their cumulative share. Raises UserError if it cannot be drawn."""
+    save_figure(path, figure_of, result, num_timesteps)
 
 
 def figure_of(result: BoundSummary, num_timesteps: int) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import UserError, shown
+from ..logs import logger
 from ..utils import files, images
 from ..utils.figures import new_figure, png_of
 from .metrics.scores import METRICS
@@ -116,7 +117,10 @@ class Pictures:
         if self.neighbours is not None:
             found[NEIGHBOURS_FILE] = images.encode_png(self.neighbours.picture())
         if self.distances is not None:
-            found[DISTANCES_FILE] = png_of(plot_distances(*self.distances))
+            try:
+                found[DISTANCES_FILE] = png_of(plot_distances, *self.distances)
+            except UserError as error:
+                logger.warn(f"no {DISTANCES_FILE}: {error}")
         return found
 
 

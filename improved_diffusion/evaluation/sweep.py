@@ -191,7 +191,10 @@ def find_checkpoint(model_path: str, ema: str) -> str:
 
 def write_table(out_dir: str, rows: Sequence[Row], last: Report) -> str:
     """Write sweep.md, sweep.json and sweep.png; returns the path of the first. :param last: one of the reports."""
-    save_figure(files.join(out_dir, PLOT_FILE), figure_of(rows))
+    try:
+        save_figure(files.join(out_dir, PLOT_FILE), figure_of, rows)
+    except UserError as error:
+        logger.warn(f"no {files.join(out_dir, PLOT_FILE)}: {error}")
     content = json.dumps([row.to_dict() for row in rows], indent=1) + "\n"
     files.write_bytes(files.join(out_dir, JSON_FILE), content.encode())
     path = files.join(out_dir, TABLE_FILE)

@@ -73,9 +73,9 @@ PANELS = (
 def write_curves(csv_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
     """Plot the columns of a run's progress.csv against the step, without panels that have no column.
 
-    Raises UserError if there is nothing to plot.
+    Raises UserError if there is nothing to plot, or if it cannot be drawn.
     """
-    save_figure(png_path, figure_of(csv_path))
+    save_figure(png_path, figure_of, csv_path)
 
 
 def figure_of(csv_path: str | os.PathLike) -> Any:
@@ -89,7 +89,7 @@ def figure_of(csv_path: str | os.PathLike) -> Any:
     down = -(-len(panels) // across)
     figure = new_figure((5.4 * across, 3.4 * down + 0.4))
     run = os.path.basename(os.path.dirname(os.path.abspath(csv_path)))
-    figure.suptitle(f"{run}: {len(steps):,} rows up to step {int(steps[-1]):,}", fontsize=12)
+    figure.suptitle(f"{run}: {len(steps):,} rows up to step {int(steps[-1]):,}", fontsize=12, parse_math=False)
     for i, (panel, keys) in enumerate(panels):
         _draw(figure.add_subplot(down, across, i + 1), panel, keys, steps, columns)
     return figure

@@ -124,7 +124,8 @@ def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tupl
         state_dict, metadata = checkpoint.load(resumed)
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
         settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
-    source = open_images(settings.data.data_dir)
+    with distributed.working(f"the list of the images in {settings.data.data_dir}"):
+        source = open_images(settings.data.data_dir)
     if preset == AUTO and not resumed:
         settings = take_recipe(settings, given, source)
     if not resumed and settings.train.init_checkpoint:

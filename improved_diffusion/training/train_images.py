@@ -39,5 +39,5 @@ def first_images(data: BatchStream) -> np.ndarray:
     for sample in samples:
         if isinstance(sample, UserError):
             raise sample
-    batch = th.stack([th.from_numpy(array) for array, _ in samples])
+    batch = th.stack([th.from_numpy(array) for array, *_ in samples])
     return images.to_uint8(batch + 0.5 / 127.5)  # to_uint8 truncates

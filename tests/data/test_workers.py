@@ -22,6 +22,7 @@ from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.data.stream import BatchStream, load_data
 from improved_diffusion.data.workers import BatchReader
+from improved_diffusion.distributed import watchdog
 
 BATCH = "import sys\nfrom improved_diffusion.image_datasets import load_data\n"
 BATCH += "def load(**kwargs):\n    return load_data(data_dir=sys.argv[1], batch_size=2, image_size=8, **kwargs)\n"
@@ -290,3 +291,11 @@ def test_more_workers_than_cores_are_one_line_of_ours(folder, capsys):
     with open_stream(folder, num_workers=len(os.sched_getaffinity(0)) + 1) as data:
         next(data)  # torch's warning would be an error here
     assert capsys.readouterr().out.count("CPU cores") == 1
+
+
+def test_a_hang_while_images_are_checked_is_noticed(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ImageDataset, "decode", lambda self, i: seen.append(watchdog._process.work) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_stream(folder)
+    assert any(work is not None for work in seen)

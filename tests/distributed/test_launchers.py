@@ -1,6 +1,7 @@
 """How ranks find each other: what the launcher says, and what they say where that leads nowhere."""
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -155,3 +156,29 @@ def test_on_one_host_gloo_is_left_alone(monkeypatch):
 def test_the_interface_of_an_address_is_found():
     assert launchers._interface_with("127.0.0.1").startswith("lo")
     assert launchers._interface_with("192.0.2.1") == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "waits"),
+    [
+        ({}, False),  # the shell may end, as after nohup
+        (TORCHRUN, False),  # started by hand, one rank in each shell
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none"}, True),
+        (MPICH, True),
+        (OPEN_MPI, True),
+        (SRUN, True),
+    ],
+)
+def test_a_launcher_that_waits_for_its_ranks_is_known(variables, waits):
+    assert launchers.is_child_of_launcher(variables) == waits
+
+
+def test_a_rank_is_asked_to_stop_when_its_launcher_is_gone(monkeypatch):
+    sent = []
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(launchers, "PARENT_INTERVAL", 0)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "write", lambda handle, text: len(text))
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    launchers._wait_for_launcher(7)
+    assert sent == [(os.getpid(), signal.SIGTERM)]

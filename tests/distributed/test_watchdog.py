@@ -7,7 +7,7 @@ import time
 import pytest
 
 from improved_diffusion.distributed import watchdog
-from improved_diffusion.distributed.watchdog import Watchdog, working
+from improved_diffusion.distributed.watchdog import Watchdog, watched, working
 
 
 class Ended(BaseException):
@@ -90,6 +90,19 @@ def test_the_limit_is_of_one_wait_and_not_of_all_together(said):
         with working("a batch", 0.4):
             time.sleep(0.1)
     assert not said
+
+
+def test_each_item_that_is_waited_for_has_its_own_limit(said):
+    def slow():
+        for i in range(5):
+            time.sleep(0.1)
+            yield i
+        time.sleep(1)
+
+    items = watched(slow(), "an image", 0.4)
+    assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4] and not said
+    assert list(items) == [] and any("for an image" in text for text in said.values())
+    watchdog._process.watch = None
 
 
 def test_an_inner_wait_has_its_own_limit(said):

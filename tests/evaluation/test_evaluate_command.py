@@ -374,7 +374,7 @@ def test_a_sweep_reports_every_combination_and_goes_on_where_it_stopped(place, t
 @pytest.fixture
 def without_plots(monkeypatch):
     monkeypatch.setattr(
-        "improved_diffusion.evaluation.sweep.save_figure", lambda path, figure: None
+        "improved_diffusion.evaluation.sweep.save_figure", lambda path, *figure: None
     )  # the slowest part
 
 

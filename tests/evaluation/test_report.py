@@ -191,7 +191,7 @@ def test_what_comes_from_files_is_one_line_of_plain_text(value):
     ],
 )
 def test_any_distances_can_be_drawn(samples, held_out):
-    assert images.decode_png(png_of(report.plot_distances(samples, held_out))).shape == (400, 700, 4)
+    assert images.decode_png(png_of(report.plot_distances, samples, held_out)).shape == (400, 700, 4)
 
 
 # Several

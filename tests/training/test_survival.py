@@ -106,6 +106,14 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_documented_code(
         assert f"resumed after {steps} steps" in resumed.succeed().out
 
 
+def test_ranks_whose_launcher_is_killed_save_and_end(training, tmp_path):
+    folder = tmp_path / "run"
+    process = start("torchrun", 2, "image_train", *training, "--out_dir", folder, cwd=tmp_path)
+    wait_for(is_training(folder), "first checkpoint", process)
+    process.kill()  # the ranks go on, and keep its output open until they end
+    assert_stopped(wait(process), folder, signal.SIGTERM, -signal.SIGKILL)
+
+
 def test_a_schedulers_warning_before_the_first_step_is_not_lost(training, tmp_path):
     """MPI libraries have a handler for it that does nothing."""
     folder = tmp_path / "run"
