@@ -47,7 +47,7 @@ class TrainConfig(Config):
         "which timesteps to train on (loss-second-moment: IDDPM eq. 18)",
         choices=("uniform", "loss-second-moment"),
     )
-    lr: float = option(1e-4, "learning rate", high=100)
+    lr: float = option(1e-4, "learning rate")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", low=0)
     lr_anneal_steps: int = option(
         0, "steps over which the learning rate falls to 0; training ends there; 0: no annealing", low=0
