@@ -20,6 +20,7 @@ from .lr_schedule import LRSchedule
 from .patience import first_step
 from .run_log import RunLog, log_loss_dict
 from .signals import TIME_IS_UP, Agreement, LastSave, Stopped, StopSignals, TimeLimit
+from .step import Unfinished
 
 __all__ = [
     "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict",
@@ -112,7 +113,7 @@ class TrainLoop(CheckpointedStep):
         """Train until max_steps or max_hours, or without end, logging and saving on the way and at the end.
 
         SIGTERM, SIGUSR1 or SIGINT on any rank ends it after the same step on all, with a checkpoint; then Stopped is
-        raised. A second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are not handled.
+        raised. With one rank, a step of several microbatches is left unfinished, as if it had not begun. A second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are not handled.
         Before any other error is raised, the last whole step is saved. Raises UserError for a run that ends in a row of
         bad steps, whose weights are not saved.
         """
@@ -155,12 +156,17 @@ class TrainLoop(CheckpointedStep):
     def _train(self, signals: StopSignals) -> int:
         """Steps until the end; returns why it ended: 0 if finished, TIME_IS_UP, or the number of a signal."""
         agreement, reason = Agreement(), 0
+        self.signals = signals
         while not reason and not self._is_finished():
             distributed.heartbeat(self.absolute_step + 1)
             with self.run_log.clock.waiting(), distributed.working("the next batch of images"):
                 batch, cond = next(self.data)
-            with first_step(self):
-                self.run_step(batch, cond)
+            try:
+                with first_step(self):
+                    self.run_step(batch, cond)
+            except Unfinished:
+                reason = signals.received
+                break
             self._call_hooks()
             if self.absolute_step % self.log_interval == 0:
                 self._write_row()
@@ -189,6 +195,10 @@ class TrainLoop(CheckpointedStep):
             what = f"the run ended without a checkpoint of its last weights: {row.describe()}"
             raise self.checkpointer.diverged(what, row.first)
         return reason
+
+    def _is_stopped(self) -> bool:
+        # A step may take minutes, and schedulers kill soon after their signal. Several ranks end after the same step.
+        return distributed.get_world_size() == 1 and bool(self.signals and self.signals.received)
 
     def _is_save_due(self) -> bool:
         if self.absolute_step % self.save_interval:

@@ -23,6 +23,10 @@ from .lr_schedule import LRSchedule
 from .run_log import RunLog
 
 
+class Unfinished(Exception):
+    """A step was left between two microbatches, before it changed anything but gradients."""
+
+
 class TrainStep:
     """The parameters of a model in training, and how a step changes them.
 
@@ -173,6 +177,8 @@ class TrainStep:
         scale = self.loss_scale.scale if self.use_fp16 else 1.0
         parts = []
         for start in range(0, len(batch), self.microbatch):
+            if start and self._is_stopped():
+                raise Unfinished
             part = slice(start, start + self.microbatch)
             last = part.stop >= len(batch)
             with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
@@ -191,6 +197,10 @@ class TrainStep:
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, all_losses["loss"])
         self.run_log.add_losses(self.diffusion.num_timesteps, t, {k: v * weights for k, v in all_losses.items()})
+
+    def _is_stopped(self) -> bool:
+        """Whether to leave the step at hand unfinished, of which nothing is kept."""
+        return False
 
     def optimize_normal(self) -> None:
         """Clip the gradient, step, and move the averages; a gradient that is not finite changes no parameter."""

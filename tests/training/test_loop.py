@@ -16,6 +16,7 @@ from train_helpers import (
     STEADY,
     Data,
     assert_same,
+    assert_sets_equal,
     finished,
     into,
     load,
@@ -432,6 +433,32 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_that_step(tmp_path, number):
     before = parameters_of(loop)
     resumed = make_loop(max_steps=4, resume_checkpoint=str(tmp_path / "run" / "model000003.pt"))
     assert resumed.absolute_step == 3 and th.equal(parameters_of(resumed), before)
+
+
+def test_a_signal_between_microbatches_leaves_the_step_as_if_it_had_not_begun(tmp_path):
+    """Steps may take minutes, and a scheduler's patience ends sooner."""
+
+    def loop_into(folder, max_steps):
+        into(tmp_path / folder)
+        diffusion = small_diffusion()
+        sampler = LossSecondMomentResampler(diffusion, 1)
+        return make_loop(diffusion=diffusion, schedule_sampler=sampler, microbatch=1, max_steps=max_steps)
+
+    loop_into("whole", 2).run_loop()
+    loop = loop_into("stopped", 5)
+    losses, calls = loop.diffusion.training_losses, []
+
+    def stop_in_the_third_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*args, **kwargs)
+
+    loop.diffusion.training_losses = stop_in_the_third_step
+    with pytest.raises(Stopped) as ended:
+        loop.run_loop()
+    assert ended.value.steps_done == 2 and len(calls) == 2 * 4 + 2
+    assert_sets_equal(tmp_path / "stopped", tmp_path / "whole", 2)
 
 
 def test_a_signal_during_the_last_step_leaves_a_finished_run():
