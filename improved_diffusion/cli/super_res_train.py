@@ -10,6 +10,6 @@ COMMAND = Command(
     train_command("super_res_train"),
     first=(
         "data_dir", "large_size", "small_size", "class_cond", "batch_size", "max_steps", "lr",
-        "precision", "val_dir", "resize_mode", "background", "resume", "out_dir",
+        "precision", "val_dir", "resume", "out_dir",
     ),
 )  # fmt: skip

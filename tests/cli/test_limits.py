@@ -18,9 +18,9 @@ WORDS = {
     "nll": [],
     "edit": ["encode"],
     "evaluate": ["--samples", "s", "--reference", "r"],
-    "train": [],
-    "super-res-train": [],
-    "classifier-train": [],
+    "train": ["photos"],
+    "super-res-train": ["--data_dir", "photos"],
+    "classifier-train": ["--data_dir", "photos"],
 }
 
 

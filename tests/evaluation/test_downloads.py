@@ -231,7 +231,7 @@ def test_a_download_without_end_ends(server, monkeypatch, name, why):
 
 @pytest.mark.parametrize("url", ["s3://b/f.pt", "ftp://h/f.pt", "htp://h/f.pt", "file:///etc/passwd", "://f.pt"])
 def test_a_url_of_an_unknown_scheme_is_named_with_those_that_are_known(server, url):
-    with pytest.raises(UserError, match=r"not known.* gs://, az://, https://"):
+    with pytest.raises(UserError, match=r"gs://, az://, https://"):
         downloads.fetch(url, "--features")
 
 

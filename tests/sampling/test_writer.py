@@ -279,7 +279,7 @@ def test_a_damaged_request_is_named_and_nothing_is_lost(tmp_path, damage):
 def test_a_request_of_other_values_is_another_one(tmp_path, held):
     write(tmp_path, 2)
     (tmp_path / "samples.json").write_text(json.dumps(held))
-    with pytest.raises(UserError, match="holds samples made"):
+    with pytest.raises(UserError, match="holds samples"):
         write(tmp_path, 2)
 
 
