@@ -1,5 +1,6 @@
 """Samples on disk: whole, resumable, and in a memory that does not grow with their number."""
 
+import gc
 import json
 import os
 import signal
@@ -95,12 +96,15 @@ def test_the_grid_shows_pairs_where_there_is_something_beside(tmp_path):
 
 def peak_bytes(folder, n, side):
     pattern = picture(0, side)
+    gc.collect()
+    gc.freeze()  # the objects of other tests, beside which Python would collect garbage later
     tracemalloc.start()
     try:
         write(folder, n, lambda indices: np.stack([pattern] * len(indices)), labels=LABELS, batch_size=50)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
