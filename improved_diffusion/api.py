@@ -24,9 +24,9 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints import checkpoint
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
+from .config.exchange import ExportConfig
 from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
@@ -55,6 +55,7 @@ from .editing.variations import Vary
 from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation
 from .evaluation.report import Report
+from .exchange import formats
 from .logs.progress import Progress
 from .models.build import build_diffusion
 from .respace import SpacedDiffusion
@@ -63,7 +64,6 @@ from .sampling.labels import Labels
 from .sampling.pipeline import SamplingPipeline, SuperResPipeline, base_size
 from .sampling.writer import last_images
 from .training import run
-from .utils import files
 
 _OF_COMMANDS = {"model_path", "out_dir", "save_steps", "print_steps"}
 
@@ -361,11 +361,17 @@ class Model:
 
         Raises UserError where that fails.
         """
-        config = {**self.settings.values(), **self._loaded.metadata.get("config", {})}
-        metadata = {**self._loaded.metadata, "config": config}
-        path = path_argument("path", path)
-        files.make_dirs(files.folder_of(path))
-        checkpoint.save_state_dict(self.network.state_dict(), path, metadata)
+        self.export(path)
+
+    def export(self, path: str | os.PathLike, to: str = "pt", **options: Any) -> None:
+        """Write the model in a format, which the log says the losses of.
+
+        :param path: the file or the folder to write; one that is there is replaced.
+        :param to: one of the formats of `improved-diffusion export`.
+        :param options: others of that command.
+        Raises UserError for a model that the format cannot express.
+        """
+        formats.export(self._loaded, ExportConfig(out=path_argument("path", path), to=to, **options))
 
 
 def _classes(classes: Any) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class LoadedModel(Generic[S]):
     diffusion: SpacedDiffusion
     metadata: Mapping[str, Any]
 
+    def description(self) -> dict[str, Any]:
+        """What a file of this model says of itself."""
+        config = {**self.settings.values(), **self.metadata.get("config", {})}
+        return {**self.metadata, "config": config}
+
 
 def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = True) -> LoadedModel[S]:
     """The model of a checkpoint. What training fixed need not be given. Collective.

@@ -21,6 +21,7 @@ COMMANDS = {
     "super-res-sample": ("super_res_sample", "enlarge images with a super-resolution model"),
     "classifier-train": ("classifier_train", "train a classifier for guidance"),
     "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
+    "export": ("export", "write a model in the format of another program"),
 }
 
 

@@ -17,6 +17,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
+from .exchange import ExportConfig
 from .messages import unknown_name
 from .model import (
     ClassifierConfig,
@@ -169,6 +170,16 @@ class PosthocEMA(Settings):
     """Averages made after training."""
 
     posthoc: PosthocConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporting(Settings):
+    """Writing a model of any kind in another program's format."""
+
+    export: ExportConfig
+    model: ModelConfig
+    super_res: SuperResModelConfig
+    diffusion: DiffusionConfig
 
 
 # Sampling
@@ -332,6 +343,7 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "super-res-sample": (SuperResSampling,),
     "classifier-train": (ClassifierTraining,),
     "posthoc-ema": (PosthocEMA,),
+    "export": (Exporting,),
 }
 
 
