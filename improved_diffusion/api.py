@@ -24,7 +24,7 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
+from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
 from .checkpoints.safetensors_file import has_suffix
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import ExportConfig
@@ -425,8 +425,9 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, **optio
 
 def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
     file = distributed.from_rank0(find_file, path, average)
-    kind = read_kind(file)
-    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
+    found = read(file)
+    kind = read_kind(file, found)
+    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn, found=found))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
