@@ -52,6 +52,12 @@ def extra(default: Any, help: str, **kwargs: Any) -> Any:
     return option(default, help, published=False, **kwargs)
 
 
+def with_default(config: type, name: str, default: Any) -> Any:
+    """The option of a config with another default, for a class derived from it."""
+    (found,) = (f for f in fields(config) if f.name == name)
+    return field(default=default, metadata=found.metadata)
+
+
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the config `cls` from a mapping; a name it does not have raises with the nearest one."""
     known = {f.name for f in fields(cls)}
