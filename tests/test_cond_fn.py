@@ -9,12 +9,16 @@ import math
 import numpy as np
 import pytest
 import torch as th
+from adm_helpers import ADM, DESCRIBED, build, normal
 from gaussian_world import MU, GaussianWorld, S
 from helpers import make_diffusion, stand_in_network
 
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.sampling.guidance import ClassifierGradient
+from improved_diffusion.sampling.solvers import RULES, sample_loop
 from improved_diffusion.schedules import get_named_beta_schedule, zero_terminal_snr
+from improved_diffusion.script_util import create_gaussian_diffusion
 
 TILT = 4.0
 MEAN_TYPES = pytest.mark.parametrize("mean", list(ModelMeanType), ids=lambda m: m.name)
@@ -133,6 +137,81 @@ def test_a_process_that_ends_in_pure_noise_is_guided_in_finite_numbers():
     assert (out["pred_xstart"][1] != plain["pred_xstart"][1]).any()
     for loop in (diffusion.p_sample_loop, diffusion.ddim_sample_loop):
         assert loop(model, x.shape, device="cpu", cond_fn=some_gradient).isfinite().all()
+
+
+# The published code's numbers (golden/adm)
+
+PROCESS = DESCRIBED["guidance"]["guided_a"]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(ADM / "networks.npz") as arrays:
+        prefix = "guided_a:"
+        return {name.removeprefix(prefix): arrays[name] for name in arrays.files if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def published():
+    """(diffusion, model, classifier, x) of the process."""
+    diffusion = create_gaussian_diffusion(
+        steps=PROCESS["steps"], learn_sigma=True, noise_schedule=PROCESS["noise_schedule"], rescale_timesteps=False,
+        timestep_respacing=PROCESS["timestep_respacing"],
+    )  # fmt: skip
+    assert diffusion.timestep_map == PROCESS["timestep_map"]
+    x = th.from_numpy(normal("guided_a:x", (2, 3, 16, 16)))
+    return diffusion, build("unet", PROCESS["model"]), build("encoder", PROCESS["classifier"]), x
+
+
+@pytest.fixture(scope="module")
+def theirs(published):
+    """The arguments of a sampling method, with a cond_fn as in guided-diffusion's classifier_sample.py."""
+    classifier = published[2]
+
+    def cond_fn(x, t, y):
+        with th.enable_grad():
+            x = x.detach().requires_grad_(True)
+            chosen = th.log_softmax(classifier(x, t), dim=-1)[range(len(x)), y]
+            return th.autograd.grad(chosen.sum(), x)[0] * PROCESS["classifier_scale"]
+
+    return {"cond_fn": cond_fn, "model_kwargs": {"y": th.tensor(PROCESS["labels"])}}
+
+
+def assert_published(actual, expected):
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=0, atol=2e-4)
+
+
+def test_a_step_is_the_published_one(published, theirs, golden):
+    diffusion, model, _, x = published
+    t = th.full((2,), PROCESS["index"])
+    with th.no_grad():
+        plain = diffusion.p_mean_variance(model, x, t, model_kwargs=theirs["model_kwargs"])
+        mean = diffusion.condition_mean(p_mean_var=plain, x=x, t=t, **theirs)
+        score = diffusion.condition_score(p_mean_var=plain, x=x, t=t, **theirs)
+        ddim = diffusion.ddim_sample(model, x, t, **theirs)
+    for name in ("mean", "log_variance", "pred_xstart"):
+        assert_published(plain[name], golden[f"p_{name}"])
+    assert_published(mean, golden["condition_mean"])
+    assert_published(score["mean"], golden["condition_score_mean"])
+    assert_published(score["pred_xstart"], golden["condition_score_pred_xstart"])
+    assert_published(ddim["sample"], golden["ddim_sample"])
+    assert np.abs(golden["condition_mean"] - golden["p_mean"]).max() > 0.02  # a gradient left out would be seen
+
+
+LOOPS = {"ancestral": ("p_sample_loop", "p_sample_loop_seed7"), "ddim": ("ddim_sample_loop", "ddim_loop")}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_all_steps_are_the_published_ones(name, published, theirs, golden):
+    """By the published methods, and by the rules that the commands sample with."""
+    diffusion, model, classifier, x = published
+    method, key = LOOPS[name]
+    th.manual_seed(7)
+    assert_published(getattr(diffusion, method)(model, x.shape, noise=x, **theirs), golden[key])
+    ours = ClassifierGradient(classifier, PROCESS["classifier_scale"])
+    th.manual_seed(7)
+    kwargs = {**theirs, "cond_fn": ours}
+    assert_published(sample_loop(RULES[name](), diffusion, model, x.shape, noise=x, **kwargs), golden[key])
 
 
 # What a cond_fn sees
