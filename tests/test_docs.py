@@ -40,7 +40,8 @@ def flags_by_command():
 
 
 def flags_of(kind):
-    return COMMON_FLAGS | {f"--{name}" for name in kind.options()}
+    options = kind.options()
+    return COMMON_FLAGS | {f"--{name}" for f in options.values() for name in (f.name, *f.metadata["flags"])}
 
 
 def flags_in_source(path):

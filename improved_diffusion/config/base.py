@@ -27,12 +27,14 @@ def option(
     high: float | None = None,
     fixed: bool = False,
     published: bool = True,
+    flags: Mapping[str, Callable[[str], str]] | None = None,
 ) -> Any:
     """One option.
 
     :param low, high: the smallest and the largest value; a whole number is at most LARGEST unless `high` is given.
     :param fixed: training decides it and sampling may not contradict it.
     :param published: the method's original code has it too.
+    :param flags: published flags that set it as well, each with what turns its value into this option's.
     """
     if parse is None:
         parse = _KINDS[type(default)]
@@ -40,7 +42,16 @@ def option(
         high = LARGEST
     return field(
         default=default,
-        metadata=dict(help=help, choices=choices, parse=parse, low=low, high=high, fixed=fixed, published=published),
+        metadata=dict(
+            help=help,
+            choices=choices,
+            parse=parse,
+            low=low,
+            high=high,
+            fixed=fixed,
+            published=published,
+            flags=flags or {},
+        ),
     )
 
 
