@@ -10,6 +10,7 @@ from helpers import make_diffusion
 from PIL import Image
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, pixels, python, run, write_images
 
+import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_classifier, load_model
 from improved_diffusion.config.sampling import SAMPLERS
@@ -357,6 +358,11 @@ def test_published_guidance_gives_what_the_published_loop_gives_with_a_cond_fn(
         model_kwargs={"y": th.from_numpy(labels)}, noise_fn=SeededNoise(0, range(4)),
     )  # fmt: skip
     assert labels.tolist() == [1, 0, 1, 0] and (samples == to_uint8(expected)).all()
+    from_python = idf.load(unconditional).sample(
+        4, classes=["dog", "cat"], sampler=name, timestep_respacing="5", classifier_path=str(classifier),
+        classifier_scale=3, classifier_guidance="published", progress=False,
+    )  # fmt: skip
+    assert (from_python.array == samples).all()
 
 
 def test_what_the_classifier_guides_is_chosen_by_an_option(unconditional, classifier, tmp_path):
@@ -382,6 +388,20 @@ def test_what_the_classifier_guides_is_chosen_by_an_option(unconditional, classi
         unconditional, *flags, "--classifier_guidance", "published", "--out_dir", folder, cwd=tmp_path
     )  # fmt: skip
     assert "classifier_guidance" in message
+
+
+def test_published_guidance_of_edited_images(unconditional, classifier):
+    """Where the way to the noise is needed, no classifier guides, whatever it moves."""
+    images, mask = np.full((2, 8, 8, 3), 128, np.uint8), np.zeros((8, 8), bool)
+    mask[:, 4:] = True
+    options = dict(classes=["dog"], classifier_path=str(classifier), classifier_scale=9, steps=3, progress=False)
+    drawn = [
+        idf.load(unconditional).inpaint(images, mask, classifier_guidance=kind, **options).array
+        for kind in ("prediction", "published")
+    ]
+    assert (drawn[0] != drawn[1]).any() and (drawn[1][:, :, :4] == 128).all()
+    with pytest.raises(idf.UserError, match="classifier_path"):
+        idf.load(unconditional).encode(images, classifier_path=str(classifier), classifier_guidance="published")
 
 
 def test_published_guidance_acts_in_its_interval_and_with_the_hidden_class(model, classifier, tmp_path):
