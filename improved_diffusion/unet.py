@@ -158,7 +158,7 @@ class AttentionBlock(nn.Module):
     def _forward(self, x):
         flat = x.reshape(*x.shape[:2], -1)  # [N, C, L]
         qkv = self.qkv(self.norm(flat))  # [N, 3C, L], head by head: q, k, v
-        h = self.attention(qkv.reshape(len(x) * self.num_heads, -1, qkv.shape[2]))
+        h = self.attention(qkv.reshape(x.shape[0] * self.num_heads, -1, qkv.shape[2]))
         return (flat + self.proj_out(h.reshape(flat.shape))).reshape(x.shape)
 
 
