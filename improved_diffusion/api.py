@@ -178,7 +178,7 @@ class Model:
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
         """The model with the settings of a command, by name."""
-        for name in options.keys() & fixed_names():
+        for name in options.keys() & fixed_names() & self.settings.options().keys():
             raise UserError(f"{name}: training decided it, {self.path} has {self.settings.values()[name]}")
         for name in options.keys() & _OF_COMMANDS:
             raise UserError(f"{name} is for the command only: in Python, the result is returned")
