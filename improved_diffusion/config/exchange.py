@@ -8,7 +8,7 @@ from .base import Config, extra
 from .messages import UserError
 from .values import path_of
 
-EXPORT_FORMATS = ("pt", "onnx", "exported-program")
+EXPORT_FORMATS = ("pt", "safetensors", "onnx", "exported-program")
 
 
 @dataclass(frozen=True, kw_only=True)

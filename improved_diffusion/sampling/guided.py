@@ -132,9 +132,9 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
     their_classes = Classes(num, names, theirs.seen_classes)
     if classes is not None:
         _compare_classes(flag, their_classes, loaded.path, classes)
-        their_classes = their_classes._replace(seen=classes.seen or their_classes.seen)
+        named = their_classes.names or classes.names  # a published checkpoint has no names
+        their_classes = their_classes._replace(names=named, seen=classes.seen or their_classes.seen)
     logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
-    # A published checkpoint has no class names; the classifier's are used.
     sampler = loaded.settings.sampler
     precision = "fp16" if options.classifier_use_fp16 else sampler.precision
     return prepare_model(sampler, theirs.classifier, precision), their_classes

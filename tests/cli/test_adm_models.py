@@ -124,7 +124,8 @@ def test_a_classifier_without_description_is_read_off_its_shapes(model, classifi
 
 def test_float16_for_the_model_leaves_the_classifier_alone(model, classifier):
     loaded = idf.load(model)
-    asked = dict(classes=["below"], classifier_path=str(classifier / "model000020.pt"), seed=2, steps=2, progress=False)
+    guide = str(classifier / "model000020.pt")
+    asked = dict(classes=["below"], classifier_path=guide, seed=2, steps=2, progress=False)
     exact, half = loaded.sample(2, **asked), loaded.sample(2, use_fp16=True, **asked)
     assert np.abs(exact.array.astype(int) - half.array.astype(int)).max() <= 8
     with pytest.raises(UserError, match="use_fp16"):
