@@ -261,3 +261,31 @@ def test_a_file_is_read_up_to_a_limit(tmp_path):
     assert files.read_bytes(tmp_path / "a", limit=5) == b"12345"
     with pytest.raises(UserError, match="4 bytes"):
         files.read_bytes(tmp_path / "a", limit=4)
+
+
+def stage(path, contents):
+    with files.staging(path) as folder:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+
+
+def test_a_staged_file_and_what_belongs_to_it_replace_the_old_ones(tmp_path):
+    for number in (b"1", b"2"):
+        stage(tmp_path / "new" / "a.bin", {"a.bin": number, "a.bin.data": number * 2})
+    assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == {"a.bin": b"2", "a.bin.data": b"22"}
+
+
+def test_a_staged_file_that_is_not_finished_leaves_the_old_one(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), files.staging(tmp_path / "a.bin") as folder:
+        (folder / "a.bin").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["folder", "file/a.bin", "gs://bucket/a.bin"])
+def test_what_cannot_be_staged_is_named_before_the_work(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="folder" if name == "folder" else "file" if "file" in name else "gs://"):
+        stage(name if "://" in name else tmp_path / name, None)
