@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def unwrap(content: Any, path: str, network: str = "") -> tuple[dict[str, th.Ten
 def networks(content: Any) -> list[Network]:
     """Every network in what a checkpoint file holds, the one to prefer first: one of ours, a moving average."""
     found = list(_search(content, ()))
-    ours = [network for network in found if _FIRST in network.state_dict] or found
+    ours = [network for network in found if is_ours(network.state_dict)] or found
     return sorted(ours, key=lambda network: network.rank)
 
 
@@ -149,7 +149,7 @@ def _shown(content: Any) -> str:
         return f"it holds a {type(content).__name__}"
     keys = [str(key) for key in content]
     more = ", ..." if len(keys) > _SHOWN else ""
-    return f"it holds {', '.join(key[:40] for key in keys[:_SHOWN])}{more}" if keys else "it is empty"
+    return f"it holds {', '.join(key[:40] for key in keys[:_SHOWN])}{more}" if keys else "it holds no tensors"
 
 
 # Networks that are not ours
@@ -191,6 +191,11 @@ _FOREIGN = (
     (r"\.adaLN_modulation\.", "a diffusion transformer (DiT)", _THEIRS),
     (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet", "train a classifier of noisy images with classifier-train"),
 )
+
+
+def is_ours(names: Container[str]) -> bool:
+    """Whether a state dict has the names of a network of this package."""
+    return _FIRST in names
 
 
 def refuse_foreign(names: Iterable[str], path: str) -> None:

@@ -17,3 +17,18 @@ class ExportConfig(Config):
     model_path: str = extra("", "checkpoint to export, or a run's folder", parse=path_of)
     to: str = extra("pt", "format to write", choices=EXPORT_FORMATS)
     out: str = extra("", "file or folder to write; a file that is there is replaced", parse=path_of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Config):
+    """Convert."""
+
+    model_path: str = extra("", "checkpoint of another program: .pt, .pth, .ckpt, .bin or .safetensors", parse=path_of)
+    out: str = extra(
+        "", "file to write: a .safetensors by its name, else a .pt; a file that is there is replaced", parse=path_of
+    )
+    network: str = extra("", "which network of a file that holds several, as the log names them; empty: an average")
+    trust: bool = extra(
+        False,
+        "read a file that holds objects of other programs: their classes are not imported, the objects are left out",
+    )

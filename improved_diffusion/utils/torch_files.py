@@ -118,7 +118,7 @@ def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
         f.seek(0)
         data = io.BytesIO(f.read())  # of a file on the disk, torch would unpack a tar archive
         content = th.load(data, map_location="cpu", weights_only=False, pickle_module=stand_ins)
-        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content), ""), _listed(left_out)
+        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), _listed(left_out)
 
 
 @contextmanager
