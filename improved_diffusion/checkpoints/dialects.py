@@ -204,10 +204,3 @@ def refuse_foreign(names: Iterable[str], path: str) -> None:
     for pattern, what, remedy in _FOREIGN:
         if re.search(pattern, text, re.MULTILINE):
             raise UserError(f"{path} is {what}: {remedy}")
-
-
-def foreign_feature(names: Iterable[str]) -> str | None:
-    """What a U-Net's state dict has that networks of this package do not; None for ours."""
-    if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in names):
-        return "residual blocks that change the size (guided-diffusion's --resblock_updown True)"
-    return None

@@ -10,7 +10,7 @@ from helpers import ROOT
 
 import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.checkpoints.dialects import foreign_feature, networks, refuse_foreign, unwrap
+from improved_diffusion.checkpoints.dialects import networks, refuse_foreign, unwrap
 from improved_diffusion.checkpoints.loading import load_classifier
 from improved_diffusion.config import UserError
 
@@ -210,8 +210,3 @@ def test_no_published_network_is_taken_for_one_of_another_program(layout):
     refuse_foreign(names, "x.pt")
     found = networks({f"module.{name}": th.ones(1) for name in names})
     assert [list(network.state_dict) for network in found] == [names]
-
-
-def test_residual_blocks_that_change_the_size_are_recognised():
-    assert foreign_feature(["output_blocks.1.0.in_layers.0.weight", "output_blocks.1.1.conv.weight"]) is None
-    assert foreign_feature(["output_blocks.1.2.in_layers.0.weight"])
