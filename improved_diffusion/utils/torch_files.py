@@ -65,6 +65,7 @@ _KINDS = (
     (b"%PDF", "a PDF", _GIVE),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\x93NUMPY", "an array of numpy", _GIVE),
+    (b"\x89HDF", "an HDF5 file, such as Keras writes", _GIVE),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with git lfs pull"),
     (b"<", "a web page or XML", "the download went wrong: download the file again"),
     (b"\x80", "a pickle of another program", _GIVE),
@@ -160,6 +161,8 @@ def _kind(head: bytes) -> str:
     kind, remedy = "damaged", "copy or download it again, or use another file"
     if not head:
         kind, remedy = "empty", "copy or download it again"
+    elif b"torch_utils.persistence" in head:
+        kind, remedy = "a network of EDM or StyleGAN with its code", "sample from it with the code that made it"
     elif head[257:262] == b"ustar":
         kind, remedy = "a tar archive", "unpack it first"
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
