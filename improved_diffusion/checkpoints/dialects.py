@@ -18,6 +18,7 @@ _WRAPPED = (
     "weights",
 )  # fmt: skip
 _AVERAGE = re.compile(r"(?<![a-z])(emas?|averaged?|avg|swa|shadow)(?![a-z])")  # in a key or a prefix
+_COUNTERS = ("initted", "n_averaged", "num_updates")  # ema-pytorch's, AveragedModel's, LitEma's: 0 before it begins
 _DEEPEST = 4  # wrappers inside each other
 _PARALLEL = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel, torch.compile
 _FIRST = "time_embed.0.weight"  # a name that every network of ours has
@@ -126,9 +127,12 @@ def _without_dots(
 
 
 def _has_begun(tensors: Mapping[str, th.Tensor], prefix: str) -> bool:
-    """Whether an average has taken in any weights, as ema-pytorch notes it in `initted`."""
-    flags = (name.removesuffix("initted") for name in tensors if name.rpartition(".")[2] == "initted")
-    return all(bool(tensors[f"{flag}initted"].any()) for flag in flags if prefix.startswith(flag))
+    """Whether an average has taken in any weights, by the counters beside it."""
+    return all(
+        bool(tensor.any())
+        for name, tensor in tensors.items()
+        if (at := name.rfind(".") + 1) <= len(prefix) and name[at:] in _COUNTERS and prefix.startswith(name[:at])
+    )
 
 
 def _parallel_prefix(names: Mapping[str, Any]) -> str:

@@ -47,7 +47,8 @@ _GLOBALS = {
 _OTHER_CONSTRUCTORS = {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _MADE = (("multiarray.scalar", "numpy scalar"), ("multiarray._reconstruct", "numpy array"))
 _OTHER = "other objects"
-_PARTS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode", _OTHER}  # of objects with names of their own
+# Parts of objects that have names of their own.
+_PARTS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode", "__builtin__.set", "builtins.set", _OTHER}
 _SHOWN = 4
 
 _ZIP = b"PK\x03\x04"

@@ -154,9 +154,16 @@ def test_each_network_can_be_had_by_its_name(content, expected, first):
         assert all(th.equal(state_dict[name], WEIGHTS[name] + 9 * online) for name in WEIGHTS)
 
 
-def test_an_average_that_has_not_begun_does_not_come_first():
-    content = lucidrains(initted=False)
-    content["ema"] |= prefixed("ema_model.model.", 20)
+@pytest.mark.parametrize(
+    "content",
+    [
+        {**lucidrains(), "ema": {**lucidrains(initted=False)["ema"], **prefixed("ema_model.model.", 20)}},
+        {"state_dict": {**prefixed("model.", 9), **prefixed("ema.module."), "ema.n_averaged": th.tensor(0)}},
+        {"state_dict": {**lit_ema()["state_dict"], "model_ema.num_updates": th.tensor(0)}},
+    ],
+    ids=["ema-pytorch", "AveragedModel", "LitEma"],
+)
+def test_an_average_that_has_not_begun_does_not_come_first(content):
     assert all(th.equal(tensor, WEIGHTS[name] + 9) for name, tensor in unwrap(content, "x")[0].items())
 
 

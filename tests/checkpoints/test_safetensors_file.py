@@ -3,7 +3,6 @@
 import json
 import os
 import struct
-import subprocess
 import sys
 import tracemalloc
 from collections import OrderedDict
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
-from helpers import ROOT
 from model_helpers import CLASSES, TINY, save_checkpoint, tiny_settings
 from script_helpers import call, write_images
 
@@ -236,20 +234,13 @@ def test_a_pipe_and_a_folder_are_refused(tmp_path, suffix):
             checkpoint.load(str(tmp_path / f"{name}.{suffix}"))
 
 
-def test_without_the_package_the_message_names_it(tmp_path):
+def test_without_the_package_the_message_names_it(tmp_path, monkeypatch):
     (tmp_path / "x.safetensors").write_bytes(WHOLE)
-    code = (
-        "import sys; sys.modules['safetensors'] = None\n"
-        "from improved_diffusion.checkpoints import checkpoint\n"
-        "from improved_diffusion.config import UserError\n"
-        "for action in (lambda: checkpoint.load('x.safetensors'),\n"
-        "               lambda: checkpoint.save_state_dict({}, 'y.safetensors', {})):\n"
-        "    try: action()\n"
-        "    except UserError as error: print(error)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.count("improved_diffusion[safetensors]") == 2, done.stderr
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match=r"improved_diffusion\[safetensors\]"):
+        checkpoint.load(str(tmp_path / "x.safetensors"))
+    with pytest.raises(UserError, match=r"improved_diffusion\[safetensors\]"):
+        checkpoint.save_state_dict(WEIGHTS, str(tmp_path / "y.safetensors"), {})
 
 
 # By the commands
@@ -281,10 +272,9 @@ def test_the_files_serve_as_model_guide_and_classifier(tmp_path):
 
 def test_a_run_starts_from_such_a_file(model, tmp_path):
     model.save(tmp_path / "x.safetensors")
-    options = dict(TINY, max_steps=1, batch_size=2, num_workers=0, class_cond=True)
     write_images(tmp_path / "images", 4)
-    trained = [
-        idf.train(tmp_path / "images", init_checkpoint=path, out_dir=tmp_path / name, **options)
-        for path, name in ((tmp_path / "x.safetensors", "one"), (model.path, "two"))
-    ]
-    assert_same(trained[0].network.state_dict(), trained[1].network.state_dict())
+    options = dict(TINY, max_steps=1, batch_size=2, num_workers=0, class_cond=True, out_dir=tmp_path / "run")
+    idf.train(tmp_path / "images", init_checkpoint=tmp_path / "x.safetensors", **options)
+    trained, before = checkpoint.load(str(tmp_path / "run" / "model000000.pt"))[0], model.network.state_dict()
+    for name in before:  # after one step of Adam, of at most lr = 1e-4
+        th.testing.assert_close(trained[name], before[name], rtol=0, atol=2e-4)
