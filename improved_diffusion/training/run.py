@@ -34,7 +34,7 @@ from ..utils.text import listed
 from .auto import take_recipe
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
-from .resume import find_resume
+from .resume import find_resume, folder_of_run
 from .signals import EXIT_RESUME, Stopped, StopSignals
 from .tasks import Task, take_guided_process, task_of
 from .train_images import write_train_images
@@ -78,9 +78,13 @@ def _train(
 ) -> TrainedRun:
     with contextlib.ExitStack() as until_end:
         claims = until_end.enter_context(Claims())
+        own_folder = "" if settings.run.out_dir else folder_of_run(settings.train)
+        settings = settings.replace(out_dir=own_folder or settings.run.out_dir)
         folder = RunFolder(settings.run, _run_name(settings, default_name, preset))
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
         until_end.push(lambda kind, error, traceback: logger.log_error(error))
+        if own_folder:
+            logger.log(f"the run continues in its own folder, {own_folder}: --out_dir chooses another")
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
