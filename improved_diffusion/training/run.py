@@ -19,7 +19,7 @@ from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
-from ..data.classes import read_classes
+from ..data.classes import check_several, read_classes
 from ..data.dataset import ImageDataset
 from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
@@ -195,6 +195,8 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     classes, names = None, None
     if needs_classes:
         classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
+        if not model.num_classes:
+            check_several(source, data_options.labels, data_options.data_dir, names)
     data = BatchStream(
         ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
