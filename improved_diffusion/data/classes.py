@@ -140,16 +140,19 @@ def read_labels(source: Any, labels: str, data_dir: str, few: bool = False, mode
     return found
 
 
-def check_several(source: Any, labels: str, data_dir: str, names: Sequence[str]) -> None:
-    """Raise UserError for images of one class only, which is seldom meant: phones call all their photos IMG_NNNN."""
+def check_several(source: Any, labels: str, data_dir: str, names: Sequence[str], otherwise: str) -> None:
+    """Raise UserError for images of one class only, which is seldom meant: phones call all their photos IMG_NNNN.
+
+    :param otherwise: ends the message: what to do where it is meant.
+    """
     if len(names) != 1:
         return
     found = {source.name(i).replace("\\", "/").rpartition("/")[0] for i in range(len(source))}
     in_folders = labels == "prefix" and len(found) > 1 and "" not in found
-    remedy = f"--labels folder finds {listed(sorted(found), 8)}" if in_folders else f"{NAMED}, or drop --class_cond"
+    remedy = f"--labels folder finds {listed(sorted(found), 8)}" if in_folders else NAMED
     raise UserError(
-        f"--class_cond True, but with --labels {labels} every image in {data_dir} is of the one class "
-        f"{one_line(names[0])}: {remedy}; --num_classes 1 trains with one class"
+        f"with --labels {labels} every image in {data_dir} is of the one class {one_line(names[0])}: {remedy}; "
+        f"{otherwise}"
     )
 
 
