@@ -189,17 +189,16 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     """(the batches of the training images, which are described in the log and checked; the settings with the number of
     classes). Collective."""
     data_options, model, needs_classes = settings.data, settings.model, task_of(settings).needs_classes
-    is_classifier = isinstance(settings, ClassifierTraining)
-    label_drop = 0.0 if is_classifier else settings.model.label_drop
+    label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
     if label_drop and not needs_classes:
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
     classes, names = None, None
     if needs_classes:
         classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
         if not model.num_classes:
-            otherwise = (
-                "a classifier needs two or more" if is_classifier else "drop --class_cond, or give --num_classes 1"
-            )
+            otherwise = "drop --class_cond, or give --num_classes 1 to train with one class"
+            if isinstance(settings, ClassifierTraining):
+                otherwise = "a classifier needs two classes or more"
             check_several(source, data_options.labels, data_options.data_dir, names, otherwise)
     data = BatchStream(
         ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
