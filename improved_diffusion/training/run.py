@@ -30,7 +30,7 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
-from ..utils.text import listed
+from ..utils.text import counted, listed
 from .auto import take_recipe
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
@@ -237,13 +237,13 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 
 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
-    text = f"{settings.data.data_dir}: {num_images} images"
+    text = f"{settings.data.data_dir}: {counted(num_images, 'image')}"
     if names is not None:
-        text += f" of {len(names)} classes ({listed(names, 10)})"
+        text += f" of {counted(len(names), 'class', 'classes')} ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images
-    logger.log(f"{text}; {steps:,} steps are {epochs:,.1f} epochs")
+    logger.log(f"{text}; {counted(steps, 'step')}: {epochs:,.1f} epochs")
     if end and epochs > MANY_EPOCHS:
         logger.warn(
             f"the run sees each image {epochs:,.0f} times and may overfit (memorise the images): --val_dir shows "
