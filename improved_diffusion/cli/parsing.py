@@ -221,9 +221,9 @@ def _flag_before(word: str, argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _check_quotes(words: Sequence[str]) -> None:
-    """Raise UserError for words that are the parts of a path with blanks."""
+    """Raise UserError for words that are the parts of a path with blanks, and no paths themselves."""
     path = " ".join(words)
-    if len(words) > 1 and os.path.exists(path):
+    if os.path.exists(path) and not all(map(os.path.exists, words)):
         raise UserError(f'{path} exists, but blanks separate arguments: put it in quotes, "{path}"')
 
 

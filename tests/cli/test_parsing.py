@@ -129,6 +129,10 @@ def test_a_path_with_blanks_needs_quotes(argv, words, tmp_path, monkeypatch):
         return
     with pytest.raises(UserError, match='put it in quotes, "My Photos 2024"'):
         parse(Searching, argv, words=words)
+    for name in ("My", "Photos", "2024"):
+        (tmp_path / name).mkdir()
+    if argv[0] == "My":
+        assert parse(Searching, argv, words=words).settings.images.images == "My,Photos,2024"
 
 
 # Lists of values
