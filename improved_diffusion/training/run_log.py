@@ -10,6 +10,7 @@ import torch as th
 
 from ..logs import logger
 from ..logs.progress import Progress
+from ..utils.text import counted
 from .metrics import BadSteps, LossMeter, StepClock
 
 
@@ -116,7 +117,7 @@ class RunLog:
         """
         lost = logger.drop_rows(steps_done)
         if lost:
-            logger.log(f"discarded {lost} row{'s' * (lost > 1)} of the log that are newer than the checkpoint")
+            logger.log(f"discarded {counted(lost, 'row')} of the log after the checkpoint's step")
         logger.drop_rows(self.first_row)
 
 
