@@ -175,8 +175,9 @@ def handlers():
 
 
 @pytest.mark.parametrize("stage", ["open_data", "build_loop", "resolve"])
-def test_sigterm_while_a_run_starts_stops_it(photos, tmp_path, monkeypatch, handlers, stage):
-    monkeypatch.setattr(run, stage, signalling(signal.SIGTERM, getattr(run, stage)))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_run_starts_stops_it(photos, tmp_path, monkeypatch, handlers, number, stage):
+    monkeypatch.setattr(run, stage, signalling(number, getattr(run, stage)))
     with pytest.raises(Stopped) as ended:
         idf.train(photos, out_dir=str(tmp_path / "run"), **TINY)
     assert ended.value.code == 75 and not (tmp_path / "run").exists()
