@@ -236,6 +236,7 @@ class TrainLoop(CheckpointedStep):
     def _seek(self) -> None:
         """Continue the data after the steps done."""
         assert self.resumed is not None
+        self.checkpointer.writer.start = self.resume_step
         self.checkpointer.writer.saved = [(self.resume_step, self.resume_checkpoint)]
         if hasattr(self.data, "seek"):
             self.data.seek(self.resume_step)
