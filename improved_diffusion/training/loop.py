@@ -122,8 +122,8 @@ class TrainLoop(CheckpointedStep):
             logger.log(f"nothing to do: {self.resume_step} of --max_steps {self.max_steps} steps are done")
             return
         self.checkpointer.take_folder()
+        self.run_log.discard_later_rows(self.steps_done)
         if self.resumed:
-            self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
         warn_of_slow_averages(self.emas, self.max_steps)
         self.run_log.start(self.max_steps, self.resume_step)
