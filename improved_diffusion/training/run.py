@@ -61,7 +61,8 @@ def train(settings: Training, given: frozenset[str], default_name: str, preset: 
     :param preset: names the folder; `auto`, after which the images name it, also chooses the options that were not
         given, unless the run is resumed.
     Raises UserError for what cannot work, before training starts and before the folder is made. However it ends, the
-    log is then closed and the folder free for another run. Raises Stopped for a SIGTERM before the first step.
+    log is then closed and the folder free for another run. Raises Stopped for a SIGTERM or SIGHUP before the first
+    step.
     """
     with StopSignals(starting=True) as signals:
         try:
