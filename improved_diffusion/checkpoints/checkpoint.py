@@ -100,6 +100,16 @@ def _read(path: str, trust: bool = False) -> Any:
     return distributed.load_state_dict(path, map_location="cpu")
 
 
+def described_step(path: str) -> int | None:
+    """The training steps that a checkpoint says it has, None where it says none or cannot be read. Not collective."""
+    try:
+        with files.open_read(path) as f:
+            state_dict, _ = unwrap(torch_files.load(f, path, mapped=not files.is_url(path), map_location="cpu"), path)
+        return _description(state_dict, path).get("step")
+    except UserError:
+        return None
+
+
 def _description(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, Any]:
     kept = getattr(state_dict, "_metadata", {})
     entry = kept.get(METADATA_KEY, {"json": "{}"}) if isinstance(kept, dict) else None

@@ -15,7 +15,12 @@ from ..checkpoints.loading import LoadedModel
 from ..config.exchange import ExportConfig
 from ..logs import logger
 
-_MODULES = {"pt": "weights", "safetensors": "weights"}
+_MODULES = {
+    "pt": "weights",
+    "safetensors": "weights",
+    "onnx": "onnx",
+    "exported-program": "exported_program",
+}
 
 
 def export(loaded: LoadedModel, options: ExportConfig) -> None:

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickletools
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -58,6 +59,7 @@ _OLD_PICKLES = 5  # magic number, version, system, contents, keys of the storage
 _DAMAGED = "it is damaged, or not a checkpoint: copy or download it again, or use another file"
 _TOO_MANY = "it holds too many objects for a checkpoint: use another file"
 _GIVE = "give one, such as ema_0.9999_010000.pt"
+_ONNX = rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]"  # ModelProto's ir_version, and the key of its next field
 # (first bytes, what such a file is, what to do)
 _KINDS = (
     (b"\x89PNG\r\n\x1a\n", "a PNG image", _GIVE),
@@ -181,6 +183,8 @@ def _kind(head: bytes) -> str:
         kind, remedy = "a tar archive", "unpack it first"
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         kind, remedy = "a safetensors file", "only weights are read from one, and a URL of one ends in .safetensors"
+    elif re.match(_ONNX, head):
+        kind, remedy = "an ONNX model", _GIVE
     elif found := next((entry for entry in _KINDS if head.lstrip().startswith(entry[0])), None):
         _, kind, remedy = found
     elif all(byte >= 32 or byte in b"\t\n\r" for byte in head):
