@@ -24,3 +24,18 @@ class ExportConfig(Config):
     def validate(self) -> None:
         if self.dynamic_batch and self.export_batch != 1:
             raise UserError(f"--export_batch {self.export_batch} needs --dynamic_batch False")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Config):
+    """Convert."""
+
+    model_path: str = extra("", "checkpoint of another program: .pt, .pth, .ckpt, .bin or .safetensors", parse=path_of)
+    out: str = extra(
+        "", "file to write: a .safetensors by its name, else a .pt; a file that is there is replaced", parse=path_of
+    )
+    network: str = extra("", "which network of a file that holds several, as the log names them; empty: an average")
+    trust: bool = extra(
+        False,
+        "read a file that holds objects of other programs: their classes are not imported, the objects are left out",
+    )

@@ -28,6 +28,7 @@ _URL_FORMS = ("gs://", "az://", "https://ACCOUNT.blob.core.windows.net/")  # tha
 _KNOWN_URL = re.compile(r"gs://|az://|https://\w+\.blob\.core\.windows\.net/")
 MAX_TEXT_BYTES = 2**26  # of a JSON, YAML or CSV file that is read whole
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_OTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # a folder, a file as a folder, a link to itself
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
 
 
@@ -97,6 +98,8 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
     try:
         yield
     except OSError as error:
+        if advice:
+            advice = remedy(error, advice)
         raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
     except MemoryError:
         raise UserError(f"cannot {what} {path}: it needs more memory than there is") from None
@@ -104,6 +107,11 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
         if is_url(path) and isinstance(error, getattr(_blobfile(path), "Error", ())):
             raise UserError(f"cannot {what} {path}: {error}{advice}") from None
         raise
+
+
+def remedy(error: OSError, usual: str) -> str:
+    """What to do about a file that cannot be written: the usual, unless something of another kind is in its place."""
+    return ": remove what is in its place, or choose another --out_dir" if error.errno in _OTHER_KIND else usual
 
 
 def list_dir(path: str | os.PathLike) -> list[str]:

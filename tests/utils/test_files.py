@@ -104,6 +104,26 @@ def test_what_cannot_be_read_or_made_is_named(tmp_path):
         files.make_dirs(tmp_path / "file" / "sub")
 
 
+def written(path):
+    files.write_bytes(path, b"1")
+
+
+def written_in_pieces(path):
+    with files.open_write(path) as f:
+        f.write(b"1")
+
+
+@pytest.mark.parametrize("write", [written, written_in_pieces])
+@pytest.mark.parametrize("name", ["a_folder", "a_file/below", "a_loop/below"])
+def test_what_is_in_the_place_of_a_file_to_write_is_to_be_removed(tmp_path, write, name):
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a_loop").symlink_to(tmp_path / "a_loop")
+    with pytest.raises(UserError, match=f"cannot write .*{name}: .*remove what is in its place") as error:
+        write(tmp_path / name)
+    assert "free some space" not in str(error.value)
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/a", "ftp://host/a", "htp://host/a", "file:///a", "http://host/a", "://a"])
 def test_schemes_that_are_not_known_are_named_with_those_that_are(url):
     uses = (
