@@ -261,3 +261,10 @@ def test_a_file_is_read_up_to_a_limit(tmp_path):
     assert files.read_bytes(tmp_path / "a", limit=5) == b"12345"
     with pytest.raises(UserError, match="4 bytes"):
         files.read_bytes(tmp_path / "a", limit=4)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_folder_whose_lock_is_no_plain_file_is_not_claimed(tmp_path, make):
+    make(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"cannot write .*\.lock: it is a (link|folder|pipe)"):
+        files.lock(tmp_path)
