@@ -6,6 +6,7 @@ import io
 import math
 import os
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ _TURNS = {
 }  # fmt: skip
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ICONS = (b"\0\0\1\0", b"icns")  # the first bytes of ICO and ICNS
 _LIMIT_LOCK = threading.Lock()
 _DEFAULT_READING = ReadingConfig()
 _ARRAY_MAGIC = b"\x93NUMPY"
@@ -74,12 +76,15 @@ def load(f: IO[bytes], max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     Raises ValueError for more pixels, before they are decoded, and many kinds of errors for damaged files.
     """
     f = _without_texts(f)
-    try:
-        return _load(f, max_pixels)
-    except Image.DecompressionBombError:  # Pillow's own limit
-        f.seek(0)
-        with _no_limit_of_pillows():
+    is_icon = f.read(4) in _ICONS
+    f.seek(0)
+    if not is_icon:
+        try:
             return _load(f, max_pixels)
+        except Image.DecompressionBombError:  # Pillow's own limit
+            f.seek(0)
+    with _limit_in_pillow(max_pixels):
+        return _load(f, max_pixels)
 
 
 def _load(f: IO[bytes], max_pixels: int) -> Image.Image:
@@ -95,12 +100,19 @@ def _load(f: IO[bytes], max_pixels: int) -> Image.Image:
 
 
 @contextmanager
-def _no_limit_of_pillows() -> Iterator[None]:
-    """Pillow has one limit for the whole process: lifted for as short as possible, by one thread at a time."""
-    with _LIMIT_LOCK:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def _limit_in_pillow(max_pixels: int) -> Iterator[None]:
+    """Let Pillow itself refuse more pixels, with ValueError: also of an image inside an icon, which it decodes when it
+    opens the icon.
+
+    Its limit is one for the whole process: changed for as short as possible, by one thread at a time.
+    """
+    with _LIMIT_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, (max_pixels + 1) // 2  # it refuses twice that
         try:
             yield
+        except Image.DecompressionBombError:
+            raise ValueError(f"it has more pixels than --max_image_pixels {max_pixels}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -541,6 +541,33 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(size, mo
         images.load(io.BytesIO(data))
 
 
+def icon(form, png):
+    """An icon that says 16 x 16 or 128 x 128 pixels, whatever the PNG in it is."""
+    if form == "ICO":
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+    part = b"ic07" + struct.pack(">I", 8 + len(png)) + png
+    return b"icns" + struct.pack(">I", 8 + len(part)) + part
+
+
+@pytest.mark.parametrize("form", ["ICO", "ICNS"])
+@pytest.mark.parametrize("size, limit", [((20_000, 15_001), 300_000_000), ((20_000, 8_000), 10**8), ((40, 40), 1598)])
+def test_a_large_image_in_an_icon_is_refused_before_it_is_decoded(form, size, limit, monkeypatch):
+    data = icon(form, sparse_png(*size))
+    before = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match=f"--max_image_pixels {limit}"):
+        images.load(io.BytesIO(data), limit)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("form", ["ICO", "ICNS"])
+def test_an_icon_up_to_the_limit_is_read(form):
+    side = 16 if form == "ICO" else 128
+    pixels = random_uint8(side, side, 3)
+    image = images.load(io.BytesIO(icon(form, images.encode_png(pixels))), side**2)
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
 # The published way
 
 
