@@ -27,6 +27,8 @@ FORMATS = (
     "TIFF", "WEBP",
 )  # fmt: skip
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+MAX_EXPANSION = 100  # of a compressed array that unpacks to more than these bytes
+MAX_EXPANDED_BYTES = 2**30
 SHOWN_SIDE = 48  # small images are enlarged to this side for viewing
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
@@ -418,6 +420,13 @@ def _read_array(archive: zipfile.ZipFile, member: str, name: str) -> np.ndarray:
     # Before memory is allocated. A compressed member is at most about 1030 times as long as it is in the file.
     if size != info.file_size - start or info.file_size > 2000 * info.compress_size:
         raise _WrongArray(f"is not a readable npz: {name} is not {dtype} of shape {shape}, as it says")
+    if not size and shape[:1] != (0,):  # a small file may state any number of them
+        raise _WrongArray(f"has {name} of {dtype} {shape}, which holds no values: save it again with np.savez")
+    if size > max(MAX_EXPANDED_BYTES, MAX_EXPANSION * info.compress_size):
+        raise _WrongArray(
+            f"unpacks {name} from {info.compress_size:,} bytes to {size / 2**30:,.1f} GiB: save it again with np.savez "
+            "if that is right"
+        )
     if size > _memory_bytes():
         raise _WrongArray(f"needs {size / 2**30:,.0f} GiB of memory for {name}, more than this machine has: split it")
     with archive.open(info) as f:
