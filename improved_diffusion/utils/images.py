@@ -243,7 +243,8 @@ def _on_background(image: Image.Image, background: str, grey: bool = False) -> I
     return ground
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
+    """An image of a mode in `MODES` without its alpha: on white."""
     return image if image.mode in ("L", "RGB") else _on_background(image, "white")
 
 
@@ -268,10 +269,10 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def is_whole_png(data: bytes) -> bool:
-    """Whether the bytes are a complete PNG, by its checksums; nothing is decoded."""
+    """Whether the bytes are a complete PNG of a size that Pillow reads, by its checksums; nothing is decoded."""
     try:
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
 
@@ -284,6 +285,8 @@ def decode_png(data: bytes) -> np.ndarray:
         array = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
     except (OSError, SyntaxError) as error:
         raise ValueError(str(error)) from None
+    if array.dtype != np.uint8:
+        raise ValueError(f"a PNG of {array.dtype}")
     return array[..., None] if array.ndim == 2 else array
 
 
@@ -333,7 +336,7 @@ def save_gif(path: str, frames: np.ndarray, milliseconds: int = 100) -> None:
 
     :param milliseconds: the time of each frame; GIF rounds it to tens.
     """
-    first, *others = [_opaque(to_image(frame)) for frame in enlarge(frames, SHOWN_SIDE)]
+    first, *others = [opaque(to_image(frame)) for frame in enlarge(frames, SHOWN_SIDE)]
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     files.write_bytes(path, buffer.getvalue())
