@@ -294,7 +294,7 @@ def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     temporary = _temporary(target)
     with _storage("write", path, _ADVICE):
         try:
-            with open(temporary, "wb") as f:
+            with _create(temporary) as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
@@ -310,8 +310,14 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
+def _create(path: Path) -> IO[bytes]:
+    """A new file; a link of that name, which a copied folder may hold, is replaced and not followed."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
 def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
-    with open(path, "wb") as f:
+    with _create(path) as f:
         f.write(data)
         f.flush()
         if durable:

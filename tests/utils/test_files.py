@@ -268,3 +268,25 @@ def test_a_folder_whose_lock_is_no_plain_file_is_not_claimed(tmp_path, make):
     make(tmp_path / ".lock")
     with pytest.raises(UserError, match=r"cannot write .*\.lock: it is a (link|folder|pipe)"):
         files.lock(tmp_path)
+
+
+def write_whole(path):
+    files.write_bytes(path, b"new")
+
+
+def write_in_pieces(path):
+    with files.open_write(path) as f:
+        f.write(b"new")
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "file"])
+@pytest.mark.parametrize("write", [write_whole, write_in_pieces])
+def test_a_link_in_the_place_of_a_written_file_is_replaced_and_not_followed(tmp_path, write, kind):
+    target, other = tmp_path / "a.txt", tmp_path / "other"
+    if kind == "link":
+        other.write_text("not ours")
+    for path in (target, tmp_path / f".a.txt.{os.getpid()}.tmp"):
+        {"pipe": os.mkfifo, "file": Path.touch}.get(kind, lambda path: path.symlink_to(other))(path)
+    write(str(target))
+    assert target.read_text() == "new" and not target.is_symlink()
+    assert other.read_text() == "not ours" if kind == "link" else not other.exists()
