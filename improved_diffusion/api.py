@@ -273,7 +273,7 @@ class Model:
         prepared = Interpolate.prepare(self._with(Interpolation, asked))
         ends = [self._pixels(given, prepared) for given in (first, last)]
         arrays = np.concatenate([end.arrays for end in ends])
-        labels = [label for end in ends for label in end.labels or ()]
+        labels = [label for end in ends if end.labels is not None for label in end.labels]
         return self._draw(Interpolate(prepared, arrays, labels or None), progress)
 
     def inpaint(
