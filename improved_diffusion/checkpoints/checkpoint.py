@@ -19,10 +19,10 @@ from .. import distributed
 from ..config import UserError
 from ..logs import logger
 from ..utils import files, torch_files
+from . import diffusers_folder
+from .description import KEY as METADATA_KEY
 from .description import read_description
 from .dialects import unwrap
-
-METADATA_KEY = "improved_diffusion"
 
 
 def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -> dict[str, th.Tensor]:
@@ -60,6 +60,8 @@ def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     state_dict, note = unwrap(distributed.load_state_dict(path, map_location="cpu"), path)
     if note:
         logger.log(note)
+    if diffusers_folder.is_weights(path):
+        state_dict = diffusers_folder.convert(state_dict, path)
     check_finite(state_dict, path)
     return state_dict, _description(state_dict, path)
 

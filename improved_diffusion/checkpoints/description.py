@@ -10,6 +10,7 @@ from ..config import UserError, shown
 from ..config.model import MAX_CLASS_NAME, MAX_CLASSES
 from ..utils import files
 
+KEY = "improved_diffusion"  # of the description, beside the tensors
 MAX_STEPS = 10**12
 
 
