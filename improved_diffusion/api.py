@@ -25,6 +25,7 @@ import torch as th
 from . import distributed
 from .bound import BoundSummary
 from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
+from .checkpoints.safetensors_file import has_suffix
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import ExportConfig
 from .config.presets import options_for, until_chosen
@@ -357,11 +358,12 @@ class Model:
     # Files
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the weights, with their description, to a .pt file that `load`, the commands and published code read.
+        """Write the weights, with their description, to a file that `load` and the commands read.
 
+        :param path: ends in .safetensors for a file of that format; any other is a .pt, which published code reads too.
         Raises UserError where that fails.
         """
-        self.export(path)
+        self.export(path, "safetensors" if has_suffix(str(path)) else "pt")
 
     def export(self, path: str | os.PathLike, to: str = "pt", **options: Any) -> None:
         """Write the model in a format, which the log says the losses of.

@@ -1,7 +1,7 @@
 """Checkpoint files that describe themselves.
 
 A checkpoint is a plain state dict. Its description is JSON in the state dict's `_metadata`, which torch keeps and other
-code ignores: {"config": {...}, "class_names": [...], "step": n}.
+code ignores: {"config": {...}, "class_names": [...], "step": n}. A .safetensors file has it in its own metadata.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .. import distributed
 from ..config import UserError
 from ..logs import logger
 from ..utils import files, torch_files
-from . import diffusers_folder
+from . import diffusers_folder, safetensors_file
 from .description import KEY as METADATA_KEY
 from .description import read_description
 from .dialects import unwrap
@@ -34,8 +34,14 @@ def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -
 
 
 def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Mapping[str, Any]) -> None:
-    """Write a state dict with its description. Raises UserError if that fails; an old file is then unchanged."""
-    save(describe(state_dict, metadata), path)
+    """Write a state dict with its description, in the format that the path's suffix names: .safetensors, else .pt.
+
+    Raises UserError if that fails; an old file is then unchanged.
+    """
+    if safetensors_file.has_suffix(path):
+        files.write_bytes(path, safetensors_file.to_bytes(state_dict, metadata))
+    else:
+        save(describe(state_dict, metadata), path)
 
 
 def to_bytes(obj: Any) -> memoryview:
@@ -51,13 +57,13 @@ def save(obj: Any, path: str) -> None:
 
 
 def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
-    """(state dict on the CPU, its description, {} for a foreign file). Collective.
+    """(state dict on the CPU, its description, {} for a foreign file) of a .pt or .safetensors file. Collective.
 
     Weights in a wrapper, or under the longer names of wrapped modules, are found, and a line says so. Nothing in the
     file is executed. Raises UserError for a missing, damaged or unsafe file, for other contents, for a description that
     no run writes, and for weights that are not finite numbers.
     """
-    state_dict, note = unwrap(distributed.load_state_dict(path, map_location="cpu"), path)
+    state_dict, note = unwrap(_read(path), path)
     if note:
         logger.log(note)
     if diffusers_folder.is_weights(path):
@@ -72,10 +78,20 @@ def read_outline(path: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]
     Raises UserError as `load` does, but not for numbers that are not finite.
     """
     if files.is_url(path):
-        state_dict, _ = unwrap(distributed.load_state_dict(path, map_location="cpu"), path)
+        content = _read(path)
+    elif safetensors_file.recognises(path):
+        content = safetensors_file.read_outline(path)
     else:
-        state_dict, _ = unwrap(torch_files.load_mapped(path), path)
+        content = torch_files.load_mapped(path)
+    state_dict, _ = unwrap(content, path)
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, _description(state_dict, path)
+
+
+def _read(path: str) -> Any:
+    """What a file of either format holds. Collective."""
+    if distributed.from_rank0(safetensors_file.recognises, path):
+        return safetensors_file.load(path)
+    return distributed.load_state_dict(path, map_location="cpu")
 
 
 def _description(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, Any]:

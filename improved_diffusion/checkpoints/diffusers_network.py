@@ -133,7 +133,7 @@ def _plain(ours: str, theirs: str, table: Mapping[str, str], names: Any) -> Iter
 
 
 def _attention(ours: str, theirs: str, block: AttentionBlock) -> Iterator[Row]:
-    by_head = not getattr(block, "use_new_attention_order", False)
+    by_head = not block.use_new_attention_order
     for kind in ("weight", "bias"):
         qkv = tuple(f"{theirs}.{name}.{kind}" for name in ("to_q", "to_k", "to_v"))
         pointwise = kind == "weight"
@@ -167,7 +167,7 @@ def _blocks(network: UNetModel) -> Iterator[tuple[str, str]]:
 
 
 def _resamples(layer: nn.Module) -> bool:
-    return isinstance(layer, (Upsample, Downsample)) or getattr(layer, "updown", False)
+    return isinstance(layer, (Upsample, Downsample)) or (isinstance(layer, ResBlock) and layer.updown)
 
 
 def to_theirs(state_dict: Mapping[str, th.Tensor], table: list[Row]) -> dict[str, th.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .base import Config, extra
 from .values import path_of
 
-EXPORT_FORMATS = ("pt", "diffusers")
+EXPORT_FORMATS = ("pt", "safetensors", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)

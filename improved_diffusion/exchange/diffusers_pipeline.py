@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch as th
 
 from ..checkpoints import diffusers_folder as folders
 from ..checkpoints import diffusers_network as networks
-from ..checkpoints.description import KEY
+from ..checkpoints import safetensors_file
 from ..checkpoints.loading import LoadedModel
 from ..config import UserError
 from ..config.exchange import ExportConfig
@@ -87,13 +86,10 @@ def _check_folder(folder: str) -> None:
 
 def _save(pipeline: Any, folder: str, description: dict[str, Any]) -> None:
     """Write the folder as the library does, model_index.json last: without it nothing loads."""
-    import safetensors.torch
-
     unet = files.join(folder, folders.UNET)
     files.make_dirs(unet)
-    metadata = {"format": "pt", KEY: json.dumps(description)}
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in pipeline.unet.state_dict().items()}
-    files.write_bytes(files.join(unet, folders.WEIGHTS[0]), safetensors.torch.save(tensors, metadata))
+    data = safetensors_file.to_bytes(pipeline.unet.state_dict(), description)
+    files.write_bytes(files.join(unet, folders.WEIGHTS[0]), data)
     pipeline.unet.save_config(unet)
     pipeline.scheduler.save_pretrained(files.join(folder, folders.SCHEDULER))
     pipeline.save_config(folder)
@@ -104,9 +100,7 @@ def _lost(settings: Any, dropped: bool) -> list[str]:
     if settings.diffusion.learn_sigma:
         lost.append("sampling by DDIMPipeline, which takes no learned variance: give --drop_variance True for it")
     if settings.model.class_cond:
-        lost.append(
-            "sampling by a pipeline, which passes no classes: see docs/exchange.md for the loop with class_labels"
-        )
+        lost.append("sampling by a pipeline, which passes no class_labels: docs/exchange.md has the loop that does")
     if settings.model.label_drop:
         lost.append("the hidden class, for guidance without a classifier")
     return lost

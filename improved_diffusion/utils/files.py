@@ -138,6 +138,12 @@ def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
     return data
 
 
+def read_start(path: str | os.PathLike, count: int) -> bytes:
+    """The first bytes of a file, fewer where it is shorter. Raises UserError as `open_read` does."""
+    with _storage("read", path), open_read(path) as f:
+        return f.read(count)
+
+
 def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> Any:
     """The value in a JSON file. Raises UserError as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path, limit), str(path))

@@ -140,7 +140,7 @@ def _kind(head: bytes) -> str:
     elif head[257:262] == b"ustar":
         kind, remedy = "a tar archive", "unpack it first"
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-        kind, remedy = "a safetensors file", "write its tensors with torch.save first"
+        kind, remedy = "a safetensors file", "only weights are read from one, and a URL of one ends in .safetensors"
     elif found := next((entry for entry in _KINDS if head.lstrip().startswith(entry[0])), None):
         _, kind, remedy = found
     elif all(byte >= 32 or byte in b"\t\n\r" for byte in head):

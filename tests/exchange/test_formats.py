@@ -1,5 +1,7 @@
 """Exporting a model, by the command and in Python."""
 
+import re
+
 import pytest
 import torch as th
 from model_helpers import CLASSES, save_checkpoint, tiny_settings
@@ -27,10 +29,20 @@ def test_an_exported_state_dict_is_the_same_model(model, tmp_path):
     assert_same(idf.load(tmp_path / "new" / "mine.pt"), model)
 
 
-def test_the_command_writes_the_same_bytes(model, tmp_path):
-    model.export(tmp_path / "mine.pt", to="pt")
-    call("export", "--model_path", model.path, "--out", tmp_path / "theirs.pt", cwd=tmp_path).succeed()
-    assert (tmp_path / "theirs.pt").read_bytes() == (tmp_path / "mine.pt").read_bytes()
+@pytest.mark.parametrize("to", ["pt", "safetensors"])
+def test_the_command_writes_the_same_bytes(model, to, tmp_path):
+    model.export(tmp_path / f"mine.{to}", to=to)
+    flags = ["--model_path", model.path, "--to", to, "--out", tmp_path / f"theirs.{to}"]
+    call("export", *flags, cwd=tmp_path).succeed()
+    assert (tmp_path / f"theirs.{to}").read_bytes() == (tmp_path / f"mine.{to}").read_bytes()
+    assert_same(idf.load(tmp_path / f"theirs.{to}"), model)
+
+
+@pytest.mark.parametrize(("out", "to"), [("x.safetensors", "pt"), ("x.pt", "safetensors"), ("x", "safetensors")])
+def test_a_name_of_the_other_format_is_an_error_and_nothing_is_written(model, out, to, tmp_path):
+    with pytest.raises(UserError, match=re.escape(out)):
+        model.export(tmp_path / out, to=to)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("out", "to"), [("", "pt"), ("x", "keras")])
