@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
 
 from .. import distributed
-from ..config import DiffusionConfig, UserError, shown
+from ..config import Config, DiffusionConfig, ModelConfig, UserError, shown
 from ..config.model import MAX_DIFFUSION_STEPS
-from ..config.settings import ImageModel
 from ..logs import logger
 from ..models.build import build_diffusion, build_model
 from ..schedules import get_named_beta_schedule, shift_schedule, zero_terminal_snr
@@ -27,6 +27,8 @@ from ..utils import files
 from . import diffusers_network as networks
 from .description import KEY, read_description
 from .foreign_config import ForeignConfig
+
+C = TypeVar("C", bound=Config)
 
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one that is there
@@ -98,26 +100,33 @@ def convert(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, th.Tens
     options |= networks.timestep_options(config, table, options.get("diffusion_steps"), path)
     if scheduler is None:
         logger.log(f"{path}: there is no {SCHEDULER_CONFIG}, so flags or their defaults give the noise schedule")
-    description = _description(getattr(state_dict, "_metadata", {}), options, path)
-    network = _outline(_settings(description["config"], path))
-    converted: Any = OrderedDict(
-        networks.to_ours(tensors, network, networks.rows(network, networks.sines_first(config.values)), path)
-    )
+    with _naming(path):
+        description = _description(getattr(state_dict, "_metadata", {}), options, path)
+        network = _outline(_group(ModelConfig, description["config"]), options["learn_sigma"])
+    table_of_names = networks.rows(network, networks.sines_first(config.values))
+    converted: Any = OrderedDict(networks.to_ours(tensors, network, table_of_names, path))
     converted._metadata = {KEY: {"json": json.dumps(description)}}
     return converted
 
 
-def _settings(options: Mapping[str, Any], path: str) -> ImageModel:
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the file in errors about options that come from it."""
     try:
-        return ImageModel.of({name: value for name, value in options.items() if name in ImageModel.options()})
+        yield
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from None
 
 
-def _outline(settings: ImageModel) -> UNetModel:
+def _group(kind: type[C], options: Mapping[str, Any]) -> C:
+    """The options of one group."""
+    return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
+
+
+def _outline(model: ModelConfig, learn_sigma: bool) -> UNetModel:
     """The network of these options, without memory for its numbers."""
     with th.device("meta"):
-        return build_model(settings.model, settings.diffusion.learn_sigma)
+        return build_model(model, learn_sigma)
 
 
 def _description(metadata: Any, options: dict[str, Any], path: str) -> dict[str, Any]:
@@ -125,22 +134,20 @@ def _description(metadata: Any, options: dict[str, Any], path: str) -> dict[str,
     entry = metadata.get(KEY) if isinstance(metadata, dict) else None
     if not entry:
         return {"config": options}
-    described = read_description(entry.get("json"), path)
+    described = read_description(entry.get("json") if isinstance(entry, dict) else None, path)
     config = {**options, **described.get("config", {})}
-    if _same_model(_settings(config, path), _settings({**config, **options}, path)):
+    if _meaning(config) == _meaning({**config, **options}):
         own = {"sigma_small": options["sigma_small"]} if "sigma_small" in options else {}  # both need not agree on it
         return {**described, "config": {**config, **own}}
     logger.log(f"{path}: {CONFIG} and {SCHEDULER_CONFIG} are not those of its description, and count instead of it")
     return {"config": options}
 
 
-def _same_model(one: ImageModel, other: ImageModel) -> bool:
-    """Whether two descriptions mean the same network and noise schedule."""
-    network, schedule = (
-        [networks.config_of(settings.model, settings.diffusion, _outline(settings)) for settings in (one, other)],
-        [{**scheduler_config(settings.diffusion), "variance_type": ""} for settings in (one, other)],
-    )
-    return network[0] == network[1] and schedule[0] == schedule[1]
+def _meaning(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a model's options make of a network and of a noise schedule of theirs."""
+    model, diffusion = _group(ModelConfig, options), _group(DiffusionConfig, options)
+    network = networks.config_of(model, diffusion, _outline(model, diffusion.learn_sigma))
+    return network, {**scheduler_config(diffusion), "variance_type": ""}
 
 
 # The scheduler
@@ -235,5 +242,6 @@ def _schedule_options(config: ForeignConfig, betas: np.ndarray) -> dict[str, Any
         shifted = shift_schedule(ours, shift) if shift != 1 else ours
         if np.allclose(zero_terminal_snr(shifted) if ends_in_noise else shifted, betas, rtol=1e-4, atol=1e-8):
             return {"noise_schedule": name, "schedule_shift": shift, "zero_terminal_snr": bool(ends_in_noise)}
-    name = "trained_betas" if config["trained_betas"] is not None else "beta_start"
-    raise config.refused(name, "those of the schedules linear (0.1/T to 20/T), cosine or sigmoid, shifted or not")
+    if config["trained_betas"] is not None:
+        raise config.refused("trained_betas", "those of one of this package's schedules")
+    raise config.refused("beta_start", f"0.1/T with a beta_end of 20/T, which is {shown(config['beta_end'])}")

@@ -10,6 +10,7 @@ import torch as th
 from torch import nn
 
 from ..config import DiffusionConfig, ModelConfig, UserError, height_width, parse_size, shown
+from ..config.model import MAX_BLOCKS, MAX_CLASSES, MAX_DIFFUSION_STEPS, MAX_SIDE, MAX_WIDTH
 from ..models.factories import attention_factors, resolve_channel_mult
 from ..nn import timestep_embedding
 from ..unet import AttentionBlock, Downsample, ResBlock, UNetModel, Upsample
@@ -221,7 +222,10 @@ def timestep_options(config: ForeignConfig, table: th.Tensor | None, steps: int 
     """
     if config["time_embedding_type"] == "positional":
         return {} if steps is None else {"rescale_timesteps": steps == 1000}  # t * 1000/1000 is t
-    width, rows = config.wholes("block_out_channels", 1, _LARGEST)[0], config.whole("num_train_timesteps", 1, _LARGEST)
+    width, rows = (
+        config.wholes("block_out_channels", 1, MAX_WIDTH)[0],
+        config.whole("num_train_timesteps", 1, MAX_DIFFUSION_STEPS),
+    )
     if steps not in (None, rows):
         raise config.refused("num_train_timesteps", f"that of the scheduler, {steps}")
     if table is None or table.shape != (rows, width):
@@ -287,7 +291,6 @@ def _head_channels(model: ModelConfig, network: UNetModel) -> int | None:
     )
 
 
-_LARGEST = 10**6  # of a number in their config; our options have bounds of their own
 _DOWN, _UP = ("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
 _FIXED = {  # what our network is
     "center_input_sample": (False,), "time_embedding_dim": (None,), "mid_block_type": ("UNetMidBlock2D",),
@@ -316,14 +319,14 @@ def read_config(values: Mapping[str, Any], path: str) -> ForeignConfig:
 
 def options_of(config: ForeignConfig) -> dict[str, Any]:
     """Our options of a network of theirs. Raises UserError, by name and value, for what our network does not do."""
-    widths = config.wholes("block_out_channels", 1, _LARGEST)
+    widths = config.wholes("block_out_channels", 1, MAX_WIDTH)
     attends = [kind == _DOWN[1] for kind in config.texts("down_block_types", _DOWN)]
     up = [kind == _UP[1] for kind in config.texts("up_block_types", _UP)]
     if not len(widths) == len(attends) == len(up):
         raise config.refused("block_out_channels", "as many as block types")
     if up[::-1] != attends:
         raise config.refused("up_block_types", "attention on the levels of down_block_types")
-    size = config.size("sample_size", _LARGEST)
+    size = config.size("sample_size", MAX_SIDE)
     side, heads = min(height_width(size)), _heads(config, widths, attends)
     scale_shift = config.choice("resnet_time_scale_shift", ("default", "scale_shift")) == "scale_shift"
     config.choice("attn_norm_num_groups", (32,) if scale_shift else (None, 32))
@@ -333,14 +336,14 @@ def options_of(config: ForeignConfig) -> dict[str, Any]:
     config.choice("norm_eps", (1e-5,))
     config.choice("flip_sin_to_cos", (True, False))
     channels = config.whole("in_channels", 1, 4)
-    classes = config.whole("num_class_embeds", 1, _LARGEST) if config["num_class_embeds"] is not None else 0
+    classes = config.whole("num_class_embeds", 1, MAX_CLASSES) if config["num_class_embeds"] is not None else 0
     return {
         "image_size": parse_size(size),
         "channels": channels,
         "learn_sigma": config.choice("out_channels", (channels, 2 * channels)) == 2 * channels,
         "num_channels": widths[0],
         "channel_mult": ",".join(_multiple(width, widths[0]) for width in widths),
-        "num_res_blocks": config.whole("layers_per_block", 1, _LARGEST),
+        "num_res_blocks": config.whole("layers_per_block", 1, MAX_BLOCKS),
         "attention_resolutions": ",".join(str(side // 2**i) for i, attention in enumerate(attends) if attention),
         "class_cond": classes > 0,
         "num_classes": classes,
@@ -359,7 +362,7 @@ def _heads(config: ForeignConfig, widths: list[int], attends: list[bool]) -> dic
     """Our options for the attention heads of theirs."""
     if config["attention_head_dim"] is None:
         return {"num_heads": 1}
-    size = config.whole("attention_head_dim", 1, _LARGEST)
+    size = config.whole("attention_head_dim", 1, MAX_WIDTH)
     heads = {width / size for width, attention in zip(widths, attends) if attention} | {widths[-1] / size}
     if len(heads) > 1 or not (found := heads.pop()).is_integer():
         raise config.refused("attention_head_dim", "a divisor of the channels of all attentions")

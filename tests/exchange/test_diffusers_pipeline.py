@@ -194,7 +194,5 @@ def test_the_command_writes_the_same_files_and_says_what_is_lost(load, tmp_path,
     call("export", *words, cwd=tmp_path).succeed()
     for path in sorted((tmp_path / "mine").rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "theirs" / path.relative_to(tmp_path / "mine")).read_bytes()
-    refused(
-        call("export", *words[:-1], tmp_path / "x.pt", "--to", "pt", "--drop_variance", "True", cwd=tmp_path),
-        "drop_variance",
-    )
+    pt = [*words[:3], "pt", "--out", tmp_path / "x.pt", "--drop_variance", "True"]
+    refused(call("export", *pt, cwd=tmp_path), "drop_variance")

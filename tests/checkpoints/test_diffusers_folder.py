@@ -1,0 +1,275 @@
+"""Models of diffusers as models of ours: the same numbers, and the same files again."""
+
+import json
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch as th
+from model_helpers import CLASSES, save_checkpoint, tiny_settings
+from script_helpers import call, cut, refused
+
+import improved_diffusion as idf
+from improved_diffusion.config import UserError
+
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """A function from options to a model with random weights."""
+
+    @cache
+    def load(**options):
+        settings = tiny_settings(**options)
+        names = CLASSES if settings.model.class_cond else None
+        path = tmp_path_factory.mktemp("model") / "model000003.pt"
+        return idf.load(save_checkpoint(path, settings, class_names=names))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def exports(load, tmp_path_factory):
+    @cache
+    def export(**options):
+        folder = tmp_path_factory.mktemp("exports") / "out"
+        load(**options).to_diffusers(folder)
+        return folder
+
+    return export
+
+
+@pytest.fixture
+def exported(exports, tmp_path):
+    """A function from options to a pipeline's folder, which the test may change."""
+    return lambda **options: shutil.copytree(exports(**options), tmp_path / "out")
+
+
+def edited(path, **values):
+    """Change values in a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def assert_same_weights(one, other):
+    weights, theirs = one.network.state_dict(), other.network.state_dict()
+    assert list(weights) == list(theirs)
+    assert all(th.equal(weights[name], theirs[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(class_cond=True), dict(diffusion_steps=4000), dict(num_heads=2, use_scale_shift_norm=False),
+        dict(schedule_shift=2.5), dict(zero_terminal_snr=True, predict_v=True), dict(image_size="8x16"),
+        dict(noise_schedule="sigmoid"), dict(rescale_timesteps=False),
+        dict(noise_schedule="linear", diffusion_steps=50), dict(learn_sigma=False, sigma_small=True),
+        dict(attention_resolutions="8,4", channel_mult="1,3"),
+    ],
+    ids=str,
+)  # fmt: skip
+class TestRoundTrips:
+    def test_everything_comes_back(self, load, tmp_path, options):
+        model = load(**options)
+        model.to_diffusers(tmp_path / "out")
+        again = idf.load(tmp_path / "out")
+        assert_same_weights(again, model)
+        assert again.settings == model.settings
+        assert again.class_names == model.class_names and again.step == model.step
+
+    def test_files_that_diffusers_has_saved_anew_are_the_same_model(self, load, tmp_path, options):
+        """It keeps no description: network and schedule are in its configs."""
+        model = load(**options)
+        model.to_diffusers(tmp_path / "out")
+        diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "theirs")
+        again = idf.load(tmp_path / "theirs")
+        assert_same_weights(again, model)
+        names = {*options, "learn_sigma", "num_classes", "image_size", "noise_schedule", "num_res_blocks"}
+        ours, theirs = model.settings.values(), again.settings.values()
+        assert {name: theirs[name] for name in names} == {name: ours[name] for name in names}
+        again.to_diffusers(tmp_path / "again")
+        for part in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+            assert (tmp_path / "again" / part).read_bytes() == (tmp_path / "out" / part).read_bytes()
+
+
+def test_a_model_without_its_variance_comes_back_without_it(load, tmp_path):
+    model = load(class_cond=True)
+    model.to_diffusers(tmp_path / "out", drop_variance=True)
+    again = idf.load(tmp_path / "out")
+    assert again.settings == model.settings.replace(learn_sigma=False) and again.class_names == CLASSES
+    weights, whole = again.network.state_dict(), model.network.state_dict()
+    assert th.equal(weights["out.2.weight"], whole["out.2.weight"][:3])
+
+
+@pytest.mark.parametrize("place", ["", "unet", WEIGHTS])
+def test_the_folder_the_network_and_the_weights_are_ways_to_name_a_model(load, tmp_path, place):
+    model = load()
+    model.to_diffusers(tmp_path / "out")
+    assert idf.load(tmp_path / "out" / place).settings == model.settings
+
+
+def test_a_network_alone_takes_the_noise_schedule_from_options(load, exported, tmp_path, capfd):
+    model = load()
+    diffusers.UNet2DModel.from_pretrained(exported(), subfolder="unet").save_pretrained(tmp_path / "net")
+    again = idf.load(tmp_path / "net", noise_schedule="cosine", diffusion_steps=20)
+    assert "scheduler_config.json" in capfd.readouterr().out
+    assert_same_weights(again, model)
+    assert again.settings.diffusion.noise_schedule == "cosine" and again.settings.diffusion.learn_sigma
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        (dict(beta_schedule="squaredcos_cap_v2"), dict(noise_schedule="cosine")),
+        (dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, beta_schedule="squaredcos_cap_v2"),
+         dict(predict_v=True, zero_terminal_snr=True, noise_schedule="cosine")),
+        (dict(prediction_type="sample"), dict(predict_xstart=True)),
+        (dict(variance_type="fixed_small"), dict(sigma_small=True)),
+        (dict(variance_type="fixed_small_log"), dict(sigma_small=True)),
+        (dict(_class_name="DDIMScheduler"), dict(sigma_small=False)),
+        (dict(_class_name="PNDMScheduler", skip_prk_steps=True), dict(sigma_small=False)),
+        (dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+         dict(diffusion_steps=1000, noise_schedule="linear", rescale_timesteps=True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_scheduler_becomes_options(exported, values, options):
+    folder = exported(learn_sigma=False, rescale_timesteps=False)
+    edited(folder / "scheduler/scheduler_config.json", **values)
+    found = idf.load(folder).settings.values()
+    assert {name: found[name] for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("unet/config.json", "_class_name", "UNet2DConditionModel"),
+        ("unet/config.json", "center_input_sample", True),
+        ("unet/config.json", "act_fn", "mish"),
+        ("unet/config.json", "norm_num_groups", 16),
+        ("unet/config.json", "class_embed_type", "timestep"),
+        ("unet/config.json", "mid_block_type", None),
+        ("unet/config.json", "mid_block_scale_factor", 1.4),
+        ("unet/config.json", "add_attention", False),
+        ("unet/config.json", "attn_norm_num_groups", None),
+        ("unet/config.json", "time_embedding_type", "fourier"),
+        ("unet/config.json", "down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]),
+        ("unet/config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"]),
+        ("unet/config.json", "resnet_time_scale_shift", "ada_group"),
+        ("unet/config.json", "attention_head_dim", 7),
+        ("unet/config.json", "dual_cross_attention", True),
+        ("unet/config.json", "sample_size", None),
+        ("unet/config.json", "sample_size", 10**30),
+        ("unet/config.json", "in_channels", 3.0),
+        ("unet/config.json", "out_channels", 5),
+        ("unet/config.json", "block_out_channels", [32, 10**12]),
+        ("unet/config.json", "block_out_channels", [[32], 32]),
+        ("unet/config.json", "block_out_channels", {}),
+        ("unet/config.json", "layers_per_block", 10**5),
+        ("unet/config.json", "num_class_embeds", -1),
+        ("unet/config.json", "dropout", "0.1"),
+        ("unet/config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "_class_name", "ScoreSdeVeScheduler"),
+        ("scheduler/scheduler_config.json", "beta_schedule", "scaled_linear"),
+        ("scheduler/scheduler_config.json", "beta_schedule", ["linear"]),
+        ("scheduler/scheduler_config.json", "beta_end", 0.5),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.1] * 49),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.0] * 50),
+        ("scheduler/scheduler_config.json", "trained_betas", "betas"),
+        ("scheduler/scheduler_config.json", "variance_type", "learned"),
+        ("scheduler/scheduler_config.json", "variance_type", "fixed_large"),
+        ("scheduler/scheduler_config.json", "prediction_type", "flow"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "use_karras_sigmas", True),
+        ("model_index.json", "_class_name", "StableDiffusionPipeline"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_our_network_and_schedules_are_not_is_named(exported, file, name, value):
+    folder = exported(noise_schedule="linear", diffusion_steps=4000 if name == "num_train_timesteps" else 50)
+    edited(folder / file, **{name: value})
+    with pytest.raises(UserError, match=name) as error:
+        idf.load(folder)
+    assert str(folder) in str(error.value)
+    assert len(str(error.value)) < 800 and "\n" not in str(error.value)
+
+
+def test_a_config_of_another_network_than_the_weights_is_an_error(exported):
+    folder = exported()
+    edited(folder / "unet/config.json", layers_per_block=2)
+    with pytest.raises(UserError, match=r"lacks the tensor 'down_blocks\.0\.resnets\.1"):
+        idf.load(folder)
+    edited(folder / "unet/config.json", layers_per_block=1, num_class_embeds=3)
+    with pytest.raises(UserError, match="class_embedding"):
+        idf.load(folder)
+
+
+def test_edited_configs_count_instead_of_the_description(exported, capfd):
+    folder = exported(diffusion_steps=50)
+    edited(folder / "scheduler/scheduler_config.json", beta_schedule="linear", beta_start=0.002, beta_end=0.4)
+    assert idf.load(folder).settings.diffusion.noise_schedule == "linear"
+    assert "not those of its description" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", WEIGHTS])
+def test_a_missing_file_is_named(exported, missing):
+    folder = exported()
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=re.escape(Path(missing).name)):
+        idf.load(folder)
+
+
+def test_damaged_files_are_errors(exported):
+    folder = exported()
+    index = (folder / "model_index.json").read_text()
+    for text in ("[]", "{", "null", '{"_class_name": ' + "[" * 10**5):
+        (folder / "model_index.json").write_text(text)
+        with pytest.raises(UserError, match=r"model_index\.json"):
+            idf.load(folder)
+    (folder / "model_index.json").write_text(index)
+    for text in ("[]", "", '"UNet2DModel"', '{"_class_name": "UNet2DModel", "_class_name": 1}'):
+        (folder / "unet/config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            idf.load(folder)
+
+
+def test_cut_weights_are_an_error(exported):
+    folder = exported()
+    cut(folder / WEIGHTS)
+    with pytest.raises(UserError, match="safetensors"):
+        idf.load(folder)
+
+
+class Harm:
+    def __reduce__(self):
+        return (Path.touch, (Path("harm"),))
+
+
+def test_a_bin_file_is_read_without_running_code(load, exported, tmp_path, monkeypatch):
+    model = load()
+    folder = exported()
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    weights = folder / "unet/diffusion_pytorch_model.bin"
+    th.save(tensors, weights)
+    assert_same_weights(idf.load(folder), model)
+    monkeypatch.chdir(tmp_path)
+    th.save({**tensors, "x": Harm()}, weights)
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin"):
+        idf.load(folder)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_commands_take_the_folder(exported, tmp_path):
+    folder = exported()
+    drawn = call("image_sample", "--model_path", folder, "--num_samples", 2, "--out_dir", "samples", cwd=tmp_path)
+    assert drawn.succeed() and len(list((tmp_path / "samples").rglob("*.npz"))) == 1
+    edited(folder / "unet/config.json", act_fn="relu")
+    refused(call("image_sample", "--model_path", folder, cwd=tmp_path), "act_fn", "relu")
