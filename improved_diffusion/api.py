@@ -179,7 +179,7 @@ class Model:
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
         """The model with the settings of a command, by name."""
-        for name in options.keys() & fixed_names():
+        for name in options.keys() & fixed_names() & self.settings.options().keys():
             raise UserError(f"{name}: training decided it, {self.path} has {self.settings.values()[name]}")
         for name in options.keys() & _OF_COMMANDS:
             raise UserError(f"{name} is for the command only: in Python, the result is returned")
@@ -195,7 +195,7 @@ class Model:
 
     def _network(self, sampler: Any) -> th.nn.Module:
         """The network to prepare for these options: other precisions and layouts get a copy of their own."""
-        key = (sampler.precision, sampler.channels_last, sampler.compile)
+        key = ("fp16" if sampler.use_fp16 else sampler.precision, sampler.channels_last, sampler.compile)
         if key == ("fp32", False, False):
             return self.network
         if key not in self._prepared:
@@ -418,23 +418,25 @@ def _plain(name: str, given: Any) -> Any:
     return given.array if isinstance(given, Images) else given
 
 
-def load(path: str | os.PathLike, *, average: str | float | None = None, **options: Any) -> Model:
+def load(path: str | os.PathLike, *, average: str | float | None = None, preset: str = "", **options: Any) -> Model:
     """The model in a checkpoint file, or the newest of a run's folder.
 
     :param average: of a run's folder, which moving average, such as 0.9999; "raw" for the weights themselves; the first
         average unless given.
-    :param options: what a published checkpoint without a description does not say, such as num_heads=4.
+    :param preset: the published model that a file without a description holds, such as "adm-imagenet64".
+    :param options: what such a file does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
     if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
         raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
-    return _load(path_argument("path", path), average, options)
+    return _load(path_argument("path", path), average, preset, options)
 
 
-def _load(path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True) -> Model:
+def _load(path: str, average: str | float | None, preset: str, options: Mapping[str, Any], warn: bool = True) -> Model:
     file = distributed.from_rank0(find_file, path, average)
     kind = read_kind(file)
-    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
+    given = merge_options([options_for(preset, kind) if preset else {}, options])
+    return Model(load_model(kind.of(given), frozenset(given), file, warn=warn))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
@@ -458,7 +460,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
     default = "super_res_train" if superres else "image_train"
     trained = run.train(settings, frozenset(asked), default, preset)
-    return _load(trained.checkpoints, None, {}, warn=False)  # training has warned at its start
+    return _load(trained.checkpoints, None, "", {}, warn=False)  # training has warned at its start
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch as th
@@ -73,10 +72,3 @@ def _shown(content: Any) -> str:
     keys = [str(key) for key in content]
     more = ", ..." if len(keys) > _SHOWN else ""
     return f"it holds {', '.join(key[:40] for key in keys[:_SHOWN])}{more}" if keys else "it is empty"
-
-
-def foreign_feature(names: Iterable[str]) -> str | None:
-    """What a U-Net's state dict has that networks of this package do not; None for ours."""
-    if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in names):
-        return "residual blocks that change the size (guided-diffusion's --resblock_updown True)"
-    return None

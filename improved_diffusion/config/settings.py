@@ -25,6 +25,7 @@ from .model import (
     GuidedModelConfig,
     ModelConfig,
     ProcessConfig,
+    SizesConfig,
     SuperResModelConfig,
 )
 from .reading import ReadingConfig
@@ -178,7 +179,7 @@ class Exporting(Settings):
 
     export: ExportConfig
     model: ModelConfig
-    super_res: SuperResModelConfig
+    sizes: SizesConfig
     diffusion: DiffusionConfig
 
 
