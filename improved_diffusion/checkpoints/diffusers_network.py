@@ -202,15 +202,19 @@ def _present_name(name: str) -> str:
 
 # Options
 
+# What resamples between the levels -> the blocks of a level without and with attention.
+_DOWN = {"conv": ("DownBlock2D", "AttnDownBlock2D"), "resnet": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")}
+_UP = {"conv": ("UpBlock2D", "AttnUpBlock2D"), "resnet": ("ResnetUpsampleBlock2D", "AttnUpBlock2D")}
+
 
 def has_table(diffusion: DiffusionConfig) -> bool:
     """Whether the network sees fractional timesteps, which theirs can only look up in a table."""
     return diffusion.rescale_timesteps and diffusion.diffusion_steps != 1000
 
 
-def table_of_timesteps(steps: int, width: int) -> th.Tensor:
+def table_of_timesteps(steps: int, width: int, freq_shift: int) -> th.Tensor:
     """What the network sees of each timestep t * 1000/T, [T, width]."""
-    return timestep_embedding(th.arange(steps).float() * (1000.0 / steps), width)
+    return timestep_embedding(th.arange(steps).float() * (1000.0 / steps), width, freq_shift=freq_shift)
 
 
 def timestep_options(config: ForeignConfig, table: th.Tensor | None, steps: int | None, path: str) -> dict[str, Any]:
@@ -230,7 +234,8 @@ def timestep_options(config: ForeignConfig, table: th.Tensor | None, steps: int 
         raise config.refused("num_train_timesteps", f"that of the scheduler, {steps}")
     if table is None or table.shape != (rows, width):
         raise UserError(f"{path} has no {TIMESTEPS} of {rows} x {width} numbers: use another file")
-    if not th.allclose(table.float(), table_of_timesteps(rows, width), atol=1e-3):
+    expected = table_of_timesteps(rows, width, config.whole("freq_shift", 0, 1))
+    if not th.allclose(table.float(), expected, atol=1e-3):
         raise UserError(f"{path}: {TIMESTEPS} is not that of t * 1000/T, which networks of this package see")
     return {"diffusion_steps": rows, "rescale_timesteps": True}
 
@@ -252,25 +257,28 @@ def config_of(model: ModelConfig, diffusion: DiffusionConfig, network: UNetModel
     with_attention = [2**level in factors for level in range(len(mult))]
     height, width = height_width(model.image_size)
     table = has_table(diffusion)
+    resampling = "resnet" if model.resblock_updown else "conv"
     return {
         "sample_size": height if height == width else [height, width],
         "in_channels": network.in_channels,
         "out_channels": network.out_channels,
         "time_embedding_type": "learned" if table else "positional",
         "num_train_timesteps": diffusion.diffusion_steps if table else None,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in with_attention],
-        "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(with_attention)],
+        "flip_sin_to_cos": table or not model.time_freq_shift,  # DDPM's code has the sines first
+        "freq_shift": model.time_freq_shift,
+        "down_block_types": [_DOWN[resampling][attends] for attends in with_attention],
+        "up_block_types": [_UP[resampling][attends] for attends in reversed(with_attention)],
         "block_out_channels": [int(m * model.num_channels) for m in mult],
         "layers_per_block": model.num_res_blocks,
-        "downsample_padding": 1,
+        "downsample_padding": model.downsample_padding,
+        "downsample_type": resampling,
+        "upsample_type": resampling,
         "dropout": model.dropout,
         "act_fn": "silu",
         "attention_head_dim": _head_channels(model, network),
         "norm_num_groups": 32,
         "attn_norm_num_groups": 32,  # the middle's attention has no norm otherwise
-        "norm_eps": 1e-5,
+        "norm_eps": model.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if model.use_scale_shift_norm else "default",
         "num_class_embeds": network.num_classes,
     }  # fmt: skip
@@ -279,7 +287,7 @@ def config_of(model: ModelConfig, diffusion: DiffusionConfig, network: UNetModel
 def _head_channels(model: ModelConfig, network: UNetModel) -> int | None:
     """The channels of an attention head, None for one head of all channels."""
     blocks = [block for block in network.modules() if isinstance(block, AttentionBlock)]
-    if all(block.num_heads == 1 for block in blocks):
+    if model.num_head_channels == -1 and all(block.num_heads == 1 for block in blocks):
         return None
     widths = {block.channels // block.num_heads for block in blocks}
     if len(widths) == 1:
@@ -291,7 +299,6 @@ def _head_channels(model: ModelConfig, network: UNetModel) -> int | None:
     )
 
 
-_DOWN, _UP = ("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
 _FIXED = {  # what our network is
     "center_input_sample": (False,), "time_embedding_dim": (None,), "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,), "act_fn": ("silu", "swish"), "norm_num_groups": (32,), "add_attention": (True,),
@@ -320,20 +327,14 @@ def read_config(values: Mapping[str, Any], path: str) -> ForeignConfig:
 def options_of(config: ForeignConfig) -> dict[str, Any]:
     """Our options of a network of theirs. Raises UserError, by name and value, for what our network does not do."""
     widths = config.wholes("block_out_channels", 1, MAX_WIDTH)
-    attends = [kind == _DOWN[1] for kind in config.texts("down_block_types", _DOWN)]
-    up = [kind == _UP[1] for kind in config.texts("up_block_types", _UP)]
-    if not len(widths) == len(attends) == len(up):
+    attends, resampling = _levels(config)
+    if len(widths) != len(attends):
         raise config.refused("block_out_channels", "as many as block types")
-    if up[::-1] != attends:
-        raise config.refused("up_block_types", "attention on the levels of down_block_types")
     size = config.size("sample_size", MAX_SIDE)
     side, heads = min(height_width(size)), _heads(config, widths, attends)
     scale_shift = config.choice("resnet_time_scale_shift", ("default", "scale_shift")) == "scale_shift"
     config.choice("attn_norm_num_groups", (32,) if scale_shift else (None, 32))
     config.choice("time_embedding_type", ("positional", "learned"))
-    config.choice("downsample_padding", (1,))
-    config.choice("freq_shift", (0,))
-    config.choice("norm_eps", (1e-5,))
     config.choice("flip_sin_to_cos", (True, False))
     channels = config.whole("in_channels", 1, 4)
     classes = config.whole("num_class_embeds", 1, MAX_CLASSES) if config["num_class_embeds"] is not None else 0
@@ -349,9 +350,33 @@ def options_of(config: ForeignConfig) -> dict[str, Any]:
         "num_classes": classes,
         "use_scale_shift_norm": scale_shift,
         "dropout": config.number("dropout", 0, 1),
-        "num_heads_upsample": -1,
+        "resblock_updown": resampling == "resnet",
+        "norm_eps": config.number("norm_eps", 1e-12, 0.1),
+        "downsample_padding": config.whole("downsample_padding", 0, 1),
+        "time_freq_shift": config.whole("freq_shift", 0, 1),
         **heads,
     }
+
+
+def _levels(config: ForeignConfig) -> tuple[list[bool], str]:
+    """(which levels have attention, what resamples between them)."""
+    attends: list[list[bool]] = []
+    resampling = set()
+    for name, kinds, of_attention in (
+        ("down_block_types", _DOWN, "downsample_type"), ("up_block_types", _UP, "upsample_type"),
+    ):  # fmt: skip
+        blocks = config.texts(name, sorted({block for kind in kinds.values() for block in kind}))
+        chosen = config.choice(of_attention, tuple(kinds))
+        attends.append(["Attn" in block for block in blocks])
+        # Nothing resamples behind the last block.
+        resampling |= {
+            chosen if "Attn" in block else "resnet" if "Resnet" in block else "conv" for block in blocks[:-1]
+        }
+    if attends[1] != attends[0][::-1]:
+        raise config.refused("up_block_types", "as many as down_block_types, with attention on the same levels")
+    if len(resampling) > 1:
+        raise config.refused("down_block_types", "one way of resampling between all levels, on the way up too")
+    return attends[0], resampling.pop() if resampling else "conv"
 
 
 def _multiple(width: int, first: int) -> str:
@@ -361,9 +386,11 @@ def _multiple(width: int, first: int) -> str:
 def _heads(config: ForeignConfig, widths: list[int], attends: list[bool]) -> dict[str, Any]:
     """Our options for the attention heads of theirs."""
     if config["attention_head_dim"] is None:
-        return {"num_heads": 1}
+        return {"num_heads": 1, "num_heads_upsample": -1, "num_head_channels": -1}
     size = config.whole("attention_head_dim", 1, MAX_WIDTH)
-    heads = {width / size for width, attention in zip(widths, attends) if attention} | {widths[-1] / size}
-    if len(heads) > 1 or not (found := heads.pop()).is_integer():
+    attended = {width for width, attention in zip(widths, attends) if attention} | {widths[-1]}
+    if any(width % size for width in attended):
         raise config.refused("attention_head_dim", "a divisor of the channels of all attentions")
-    return {"num_heads": int(found)}
+    if len(attended) > 1:
+        return {"num_heads_upsample": -1, "num_head_channels": size}
+    return {"num_heads": widths[-1] // size, "num_heads_upsample": -1, "num_head_channels": -1}

@@ -47,8 +47,9 @@ def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool) -> An
     config = networks.config_of(settings.model, settings.diffusion, network)
     tensors = networks.to_theirs(state_dict, networks.rows(network, networks.sines_first(config)))
     if networks.has_table(settings.diffusion):
-        width = settings.model.num_channels
-        tensors[networks.TIMESTEPS] = networks.table_of_timesteps(settings.diffusion.diffusion_steps, width)
+        tensors[networks.TIMESTEPS] = networks.table_of_timesteps(
+            settings.diffusion.diffusion_steps, settings.model.num_channels, settings.model.time_freq_shift
+        )
     with th.device("meta"):
         unet = diffusers.UNet2DModel(**config)
     unet.load_state_dict(tensors, assign=True)

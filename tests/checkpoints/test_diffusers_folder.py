@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch as th
 from model_helpers import CLASSES, save_checkpoint, tiny_settings
-from script_helpers import call, cut, refused
+from script_helpers import call, cut, refused, write_images
 
 import improved_diffusion as idf
 from improved_diffusion.config import UserError
@@ -69,7 +69,9 @@ def assert_same_weights(one, other):
     [
         dict(class_cond=True), dict(diffusion_steps=4000), dict(num_heads=2, use_scale_shift_norm=False),
         dict(schedule_shift=2.5), dict(zero_terminal_snr=True, predict_v=True), dict(image_size="8x16"),
-        dict(noise_schedule="sigmoid"), dict(rescale_timesteps=False),
+        dict(num_head_channels=16, channel_mult="1,2", attention_resolutions="8,4"),
+        dict(resblock_updown=True, channel_mult="1,2,1"), dict(norm_eps=1e-3, downsample_padding=0, time_freq_shift=1),
+        dict(time_freq_shift=1, diffusion_steps=4000), dict(noise_schedule="sigmoid"), dict(rescale_timesteps=False),
         dict(noise_schedule="linear", diffusion_steps=50), dict(learn_sigma=False, sigma_small=True),
         dict(attention_resolutions="8,4", channel_mult="1,3"),
     ],
@@ -97,6 +99,18 @@ class TestRoundTrips:
         again.to_diffusers(tmp_path / "again")
         for part in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
             assert (tmp_path / "again" / part).read_bytes() == (tmp_path / "out" / part).read_bytes()
+
+
+def test_the_order_of_the_attention_is_the_description_s(load, tmp_path):
+    model = load(num_heads=4, use_new_attention_order=True)
+    model.to_diffusers(tmp_path / "out")
+    assert_same_weights(idf.load(tmp_path / "out"), model)
+    diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "theirs")
+    again = idf.load(tmp_path / "theirs")
+    assert not again.settings.model.use_new_attention_order
+    x = th.randn(2, 3, 8, 8)
+    with th.no_grad():
+        assert th.equal(again.network(x, th.tensor([3, 9])), model.network(x, th.tensor([3, 9])))
 
 
 def test_a_model_without_its_variance_comes_back_without_it(load, tmp_path):
@@ -161,7 +175,13 @@ def test_a_scheduler_becomes_options(exported, values, options):
         ("unet/config.json", "attn_norm_num_groups", None),
         ("unet/config.json", "time_embedding_type", "fourier"),
         ("unet/config.json", "down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"]),
+        ("unet/config.json", "down_block_types", ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]),
+        ("unet/config.json", "down_block_types", "DownBlock2D"),
         ("unet/config.json", "up_block_types", ["UpBlock2D", "UpBlock2D"]),
+        ("unet/config.json", "downsample_type", "fir"),
+        ("unet/config.json", "downsample_padding", 2),
+        ("unet/config.json", "freq_shift", 0.5),
+        ("unet/config.json", "norm_eps", 0),
         ("unet/config.json", "resnet_time_scale_shift", "ada_group"),
         ("unet/config.json", "attention_head_dim", 7),
         ("unet/config.json", "dual_cross_attention", True),
@@ -273,3 +293,91 @@ def test_commands_take_the_folder(exported, tmp_path):
     assert drawn.succeed() and len(list((tmp_path / "samples").rglob("*.npz"))) == 1
     edited(folder / "unet/config.json", act_fn="relu")
     refused(call("image_sample", "--model_path", folder, cwd=tmp_path), "act_fn", "relu")
+
+
+# Models of DDPM's code: google/ddpm-cifar10-32 and its kin
+
+CIFAR10 = {
+    "_class_name": "UNet2DModel", "_diffusers_version": "0.0.4", "act_fn": "silu", "attention_head_dim": None,
+    "block_out_channels": [128, 256, 256, 256], "center_input_sample": False,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "downsample_padding": 0,
+    "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06, "norm_num_groups": 32, "out_channels": 3, "sample_size": 32, "time_embedding_type": "positional",
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+SCHEDULER = {
+    "_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "beta_end": 0.02, "beta_schedule": "linear",
+    "beta_start": 0.0001, "clip_sample": True, "num_train_timesteps": 1000, "trained_betas": None,
+    "variance_type": "fixed_large",
+}  # fmt: skip
+INDEX = {
+    "_class_name": "DDPMPipeline", "_diffusers_version": "0.1.1", "scheduler": ["diffusers", "DDPMScheduler"],
+    "unet": ["diffusers", "UNet2DModel"],
+}  # fmt: skip
+
+
+def ddpm_folder(folder, **changes):
+    """(a folder as these models were published: all files in one, the network in it)."""
+    th.manual_seed(0)
+    config = {**CIFAR10, **changes}
+    unet = diffusers.UNet2DModel(**{name: value for name, value in config.items() if not name.startswith("_")})
+    folder.mkdir()
+    for name, content in (("config", config), ("scheduler_config", SCHEDULER), ("model_index", INDEX)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    safetensors.torch.save_file(unet.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    return folder, unet
+
+
+def test_the_published_ddpm_of_cifar_10_becomes_a_model_of_ours_and_the_same_files_again(tmp_path):
+    folder, unet = ddpm_folder(tmp_path / "ddpm")
+    model = idf.load(folder)
+    config, diffusion = model.settings.model, model.settings.diffusion
+    assert (config.image_size, config.num_channels, config.channel_mult) == (32, 128, "1,2,2,2")
+    assert (config.attention_resolutions, config.num_heads, config.use_scale_shift_norm) == ("16", 1, False)
+    assert (config.norm_eps, config.downsample_padding, config.time_freq_shift) == (1e-6, 0, 1)
+    assert (diffusion.noise_schedule, diffusion.diffusion_steps) == ("linear", 1000)
+    assert not diffusion.learn_sigma and not diffusion.sigma_small
+
+    x, t = th.randn(2, 3, 32, 32, generator=th.Generator().manual_seed(0)), th.tensor([0, 777])
+    with th.no_grad():
+        th.testing.assert_close(model.network(x, t), unet(x, t).sample, rtol=0, atol=1e-5)
+    assert model.sample(1, sampler="ddim", steps=2, progress=False).array.shape == (1, 32, 32, 3)
+
+    model.to_diffusers(tmp_path / "out")
+    again = safetensors.torch.load_file(tmp_path / "out" / WEIGHTS)
+    assert again.keys() == unet.state_dict().keys()
+    assert all(th.equal(again[name], tensor) for name, tensor in unet.state_dict().items())
+    for name, published in (("unet/config.json", CIFAR10), ("scheduler/scheduler_config.json", SCHEDULER)):
+        ours = json.loads((tmp_path / "out" / name).read_text())
+        assert {key: ours[key] for key in published if key != "_diffusers_version"} == {
+            key: value for key, value in published.items() if key != "_diffusers_version"
+        }
+
+
+SMALL = dict(block_out_channels=[32, 64, 64, 64], layers_per_block=1, sample_size=8)
+
+
+def test_a_ddpm_is_finetuned_by_the_normal_command(tmp_path):
+    folder, _ = ddpm_folder(tmp_path / "ddpm", **SMALL)
+    write_images(tmp_path / "images", 4, size=(8, 8))
+    options = dict(init_checkpoint=folder, max_steps=1, batch_size=2, num_workers=0, out_dir=tmp_path / "run")
+    tuned = idf.train(tmp_path / "images", lr=1e-3, **options)
+    before = idf.load(folder)
+    assert tuned.settings.model == before.settings.model
+    moved = [name for name, tensor in idf.load(tmp_path / "run", average="raw").network.state_dict().items()
+             if not th.equal(tensor, before.network.state_dict()[name])]  # fmt: skip
+    assert len(moved) > 50
+    tuned.to_diffusers(tmp_path / "out")
+    assert diffusers.DDPMPipeline.from_pretrained(tmp_path / "out").unet.config.norm_eps == 1e-6
+
+
+def test_former_names_of_attention_weights_in_a_bin_file(tmp_path):
+    folder, unet = ddpm_folder(tmp_path / "ddpm", **SMALL)
+    model = idf.load(folder)
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    pattern = re.compile(r"(?<=\.attentions\.\d\.)(to_q|to_k|to_v|to_out\.0)")
+    tensors = {pattern.sub(lambda m: former[m[0]], name): tensor for name, tensor in unet.state_dict().items()}
+    assert sum("proj_attn" in name for name in tensors) == 8
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    th.save(tensors, folder / "diffusion_pytorch_model.bin")
+    assert_same_weights(idf.load(folder), model)

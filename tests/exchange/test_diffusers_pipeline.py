@@ -27,6 +27,14 @@ MODELS = {
     "attention in the middle only": dict(attention_resolutions=""),
     "4000 cosine steps": dict(diffusion_steps=4000),
     "timesteps not rescaled": dict(rescale_timesteps=False),
+    "heads of 16 channels": dict(
+        num_head_channels=16, channel_mult="1,2", attention_resolutions="8,4", use_new_attention_order=True
+    ),
+    "new attention order": dict(num_heads=4, use_new_attention_order=True),
+    "residual blocks between levels": dict(resblock_updown=True, channel_mult="1,2,1", attention_resolutions="4"),
+    "residual blocks, added embedding": dict(resblock_updown=True, use_scale_shift_norm=False),
+    "details of DDPM's code": dict(norm_eps=1e-3, downsample_padding=0, time_freq_shift=1),
+    "details of DDPM's code, 4000 steps": dict(time_freq_shift=1, diffusion_steps=4000),
     "grey, not square": dict(channels=1, image_size="8x16"),
 }
 
