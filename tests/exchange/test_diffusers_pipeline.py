@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch as th
 from model_helpers import CLASSES, save_checkpoint, tiny_settings
-from script_helpers import call, refused
+from script_helpers import ROOT, call, refused
 
 import improved_diffusion as idf
 from improved_diffusion.config import UserError
@@ -204,3 +204,22 @@ def test_the_command_writes_the_same_files_and_says_what_is_lost(load, tmp_path,
         assert path.read_bytes() == (tmp_path / "theirs" / path.relative_to(tmp_path / "mine")).read_bytes()
     pt = [*words[:3], "pt", "--out", tmp_path / "x.pt", "--drop_variance", "True"]
     refused(call("export", *pt, cwd=tmp_path), "drop_variance")
+
+
+def test_the_loop_in_the_docs_draws_the_classes(load, tmp_path, monkeypatch):
+    model = load(class_cond=True)
+    model.to_diffusers(tmp_path / "pipelines/mine")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/exchange.md").read_text(), flags=re.S)
+    (loop,) = [block for block in blocks if "class_labels=labels" in block]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(loop.replace("250", "20"), names)
+
+    generator = th.Generator().manual_seed(0)
+    x = th.randn(2, 3, 8, 8, generator=generator)
+    noise = lambda like: th.randn(like.shape, generator=generator)  # noqa: E731
+    ours = model.diffusion.p_sample_loop(
+        model.network, x.shape, noise=x, noise_fn=noise, model_kwargs={"y": th.tensor([0, 1])}
+    )
+    th.testing.assert_close(names["x"], ours, rtol=0, atol=1e-3)
+    assert (tmp_path / "first.png").exists()
