@@ -24,7 +24,7 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
+from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
 from .checkpoints.safetensors_file import has_suffix
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import ExportConfig
@@ -434,9 +434,10 @@ def load(path: str | os.PathLike, *, average: str | float | None = None, preset:
 
 def _load(path: str, average: str | float | None, preset: str, options: Mapping[str, Any], warn: bool = True) -> Model:
     file = distributed.from_rank0(find_file, path, average)
-    kind = read_kind(file)
+    found = read(file)
+    kind = read_kind(file, found)
     given = merge_options([options_for(preset, kind) if preset else {}, options])
-    return Model(load_model(kind.of(given), frozenset(given), file, warn=warn))
+    return Model(load_model(kind.of(given), frozenset(given), file, warn=warn, found=found))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:

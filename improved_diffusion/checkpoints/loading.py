@@ -37,8 +37,10 @@ from ..unet import EncoderUNetModel, count_heads
 from ..utils import files
 from . import checkpoint, diffusers_folder, sets
 from .averages import warn_of_initial_weights
+from .dialects import refuse_foreign
 
 S = TypeVar("S", bound=Settings)
+Found = tuple[str, dict[str, th.Tensor], dict[str, Any]]  # file, state dict, description
 
 MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
@@ -69,15 +71,18 @@ class LoadedModel(Generic[S]):
         return {**self.metadata, "config": config}
 
 
-def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = True) -> LoadedModel[S]:
+def load_model(
+    settings: S, given: Iterable[str], path: str, *, warn: bool = True, found: Found | None = None
+) -> LoadedModel[S]:
     """The model of a checkpoint. What training fixed need not be given. Collective.
 
     :param settings: a command's, with groups `model` and `diffusion`.
     :param given: the options that the user gave.
     :param warn: of an average that is still the initial weights in part.
+    :param found: what `read` gave for the path, where that is known.
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
-    path, state_dict, metadata = read(path)
+    path, state_dict, metadata = found or read(path)
     settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
     with _naming(path):
         model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
@@ -87,17 +92,20 @@ def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = Tru
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
 
 
-def read(path: str, flag: str = "--model_path") -> tuple[str, dict[str, th.Tensor], dict[str, Any]]:
+def read(path: str, flag: str = "--model_path") -> Found:
     """(file, state dict, description) of a checkpoint; of a folder, the newest moving average in it. Collective.
 
-    Raises UserError where there is none, and for a file that is not a checkpoint.
+    Raises UserError where there is none, for a file that is not a checkpoint, and for another program's network.
     """
     if not path:
         raise UserError(f"{flag} is missing: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
     found = distributed.from_rank0(find_file, path, None, flag)
     if found != path:
         logger.log(f"{flag} {path}: loading {found}")
-    return found, *checkpoint.load(found)
+    state_dict, metadata = checkpoint.load(found)
+    if not metadata:
+        refuse_foreign(state_dict, found)
+    return found, state_dict, metadata
 
 
 def find_file(path: str, average: str | float | None = None, flag: str = "") -> str:
@@ -137,12 +145,13 @@ def _newest(folder: str, average: str | float | None) -> str:
     return files.join(folder, found[label])
 
 
-def read_kind(path: str) -> type[ImageModel] | type[SuperResModel]:
+def read_kind(path: str, found: Found | None = None) -> type[ImageModel] | type[SuperResModel]:
     """Which kind of model a checkpoint holds, by its description or its shapes. Collective.
 
+    :param found: what `read` gave for the path, where that is known.
     Raises UserError for a classifier, which makes no images, and for a file of something else.
     """
-    path, state_dict, metadata = read(path)
+    path, state_dict, metadata = found or read(path)
     stored = metadata.get("config", {})
     if stored:
         kind = kind_of(stored)
