@@ -100,8 +100,9 @@ def convert(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, th.Tens
     options |= networks.timestep_options(config, table, options.get("diffusion_steps"), path)
     if scheduler is None:
         logger.log(f"{path}: there is no {SCHEDULER_CONFIG}, so flags or their defaults give the noise schedule")
+    described = _described(getattr(state_dict, "_metadata", {}), path)
     with _naming(path):
-        description = _description(getattr(state_dict, "_metadata", {}), options, path)
+        description = _agreed(described, options, path)
         network = _outline(_group(ModelConfig, description["config"]), options["learn_sigma"])
     table_of_names = networks.rows(network, networks.sines_first(config.values))
     converted: Any = OrderedDict(networks.to_ours(tensors, network, table_of_names, path))
@@ -115,7 +116,7 @@ def _naming(path: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(str(error) if path in str(error) else f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _group(kind: type[C], options: Mapping[str, Any]) -> C:
@@ -129,12 +130,16 @@ def _outline(model: ModelConfig, learn_sigma: bool) -> UNetModel:
         return build_model(model, learn_sigma)
 
 
-def _description(metadata: Any, options: dict[str, Any], path: str) -> dict[str, Any]:
-    """What the model says of itself: options from the configs, or what was beside the tensors where it agrees."""
+def _described(metadata: Any, path: str) -> dict[str, Any]:
+    """What is beside the tensors; {} where nothing is."""
     entry = metadata.get(KEY) if isinstance(metadata, dict) else None
-    if not entry:
+    return read_description(entry.get("json") if isinstance(entry, dict) else None, path) if entry else {}
+
+
+def _agreed(described: dict[str, Any], options: dict[str, Any], path: str) -> dict[str, Any]:
+    """The description where it agrees with the options from the configs, otherwise those."""
+    if not described:
         return {"config": options}
-    described = read_description(entry.get("json") if isinstance(entry, dict) else None, path)
     config = {**options, **described.get("config", {})}
     if _meaning(config) == _meaning({**config, **options}):
         own = {"sigma_small": options["sigma_small"]} if "sigma_small" in options else {}  # both need not agree on it
@@ -206,14 +211,19 @@ def _diffusion_options(config: ForeignConfig, learn_sigma: bool) -> dict[str, An
         kind = config.choice("variance_type", allowed)
         if not learn_sigma:
             options["sigma_small"] = kind != "fixed_large"
-    for name, usual, flag in (
-        ("clip_sample", True, "--clip_denoised False"),
-        ("thresholding", False, "--dynamic_threshold"),
-        ("clip_sample_range", 1.0, "--clip_denoised False"),
-    ):
-        if config[name] != usual:
-            logger.log(f"{config.path}: {name} is {shown(config[name])}, for which sampling has the flag {flag}")
+    _say_how_they_sample(config)
     return options
+
+
+def _say_how_they_sample(config: ForeignConfig) -> None:
+    """Log what sampling here does otherwise unless a flag says it."""
+    clips, bound = config.choice("clip_sample", (True, False)), config.number("clip_sample_range", 0, 1e9)
+    if not clips or bound != 1:
+        clipped = f"x_0 to [-{bound:g}, {bound:g}]" if clips else "nothing"
+        here = "sampling here clips x_0 to [-1, 1], or nothing with --clip_denoised False"
+        logger.log(f"{config.path} clips {clipped}: {here}")
+    if config.choice("thresholding", (True, False)):
+        logger.log(f"{config.path} has dynamic thresholding: sampling has the flag --dynamic_threshold for it")
 
 
 def _betas(config: ForeignConfig, steps: int) -> np.ndarray:
@@ -226,7 +236,8 @@ def _betas(config: ForeignConfig, steps: int) -> np.ndarray:
         betas = np.linspace(config.number("beta_start", 1e-9, 1), config.number("beta_end", 1e-9, 1), steps)
     else:
         betas = get_named_beta_schedule("cosine", steps)
-    return zero_terminal_snr(betas) if config["rescale_betas_zero_snr"] and steps > 1 else betas
+    rescaled = config.choice("rescale_betas_zero_snr", (False, True)) and steps > 1
+    return zero_terminal_snr(betas) if rescaled else betas
 
 
 def _schedule_options(config: ForeignConfig, betas: np.ndarray) -> dict[str, Any]:

@@ -101,7 +101,7 @@ _ENDS = {
     "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
     "label_emb": "class_embedding", "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
 }  # fmt: skip
-_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names before diffusers 0.12
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of its early versions
 
 
 def rows(network: UNetModel, sines_first: bool) -> list[Row]:
@@ -110,9 +110,8 @@ def rows(network: UNetModel, sines_first: bool) -> list[Row]:
     :param sines_first: theirs takes the sines of the timesteps before the cosines.
     """
     names = network.state_dict().keys()
-    blocks = {theirs: ours for ours, theirs in _blocks(network)}
     found = list(_plain("", "", _ENDS, names))
-    for theirs, ours in blocks.items():
+    for ours, theirs in _blocks(network):
         block = network.get_submodule(ours)
         if isinstance(block, AttentionBlock):
             found += _attention(ours, theirs, block)
@@ -226,10 +225,8 @@ def timestep_options(config: ForeignConfig, table: th.Tensor | None, steps: int 
     """
     if config["time_embedding_type"] == "positional":
         return {} if steps is None else {"rescale_timesteps": steps == 1000}  # t * 1000/1000 is t
-    width, rows = (
-        config.wholes("block_out_channels", 1, MAX_WIDTH)[0],
-        config.whole("num_train_timesteps", 1, MAX_DIFFUSION_STEPS),
-    )
+    rows = config.whole("num_train_timesteps", 1, MAX_DIFFUSION_STEPS)
+    width = config.wholes("block_out_channels", 1, MAX_WIDTH)[0]
     if steps not in (None, rows):
         raise config.refused("num_train_timesteps", f"that of the scheduler, {steps}")
     if table is None or table.shape != (rows, width):
@@ -330,6 +327,9 @@ def options_of(config: ForeignConfig) -> dict[str, Any]:
     attends, resampling = _levels(config)
     if len(widths) != len(attends):
         raise config.refused("block_out_channels", "as many as block types")
+    mult = [_multiple(width, widths[0]) for width in widths]
+    if any(int(float(m) * widths[0]) != width for m, width in zip(mult, widths)):
+        raise config.refused("block_out_channels", "widths that a multiple of the first one gives exactly")
     size = config.size("sample_size", MAX_SIDE)
     side, heads = min(height_width(size)), _heads(config, widths, attends)
     scale_shift = config.choice("resnet_time_scale_shift", ("default", "scale_shift")) == "scale_shift"
@@ -343,7 +343,7 @@ def options_of(config: ForeignConfig) -> dict[str, Any]:
         "channels": channels,
         "learn_sigma": config.choice("out_channels", (channels, 2 * channels)) == 2 * channels,
         "num_channels": widths[0],
-        "channel_mult": ",".join(_multiple(width, widths[0]) for width in widths),
+        "channel_mult": ",".join(mult),
         "num_res_blocks": config.whole("layers_per_block", 1, MAX_BLOCKS),
         "attention_resolutions": ",".join(str(side // 2**i) for i, attention in enumerate(attends) if attention),
         "class_cond": classes > 0,

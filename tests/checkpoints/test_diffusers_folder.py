@@ -162,6 +162,20 @@ def test_a_scheduler_becomes_options(exported, values, options):
 
 
 @pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        (dict(clip_sample=False), "--clip_denoised"), (dict(clip_sample_range=2), "[-2, 2]"),
+        (dict(thresholding=True), "--dynamic_threshold"),
+    ],
+)  # fmt: skip
+def test_how_a_scheduler_samples_otherwise_is_said(exported, capfd, values, flag):
+    folder = exported()
+    edited(folder / "scheduler/scheduler_config.json", **values)
+    idf.load(folder)
+    assert flag in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("file", "name", "value"),
     [
         ("unet/config.json", "_class_name", "UNet2DConditionModel"),
