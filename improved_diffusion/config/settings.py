@@ -17,7 +17,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
-from .exchange import ExportConfig
+from .exchange import ConvertConfig, ExportConfig
 from .messages import unknown_name
 from .model import (
     ClassifierConfig,
@@ -190,6 +190,13 @@ class Exporting(Settings):
     diffusion: DiffusionConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Converting(Settings):
+    """Writing the weights in another program's checkpoint to a plain file."""
+
+    convert: ConvertConfig
+
+
 # Sampling
 
 
@@ -359,6 +366,7 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "classifier-train": (ClassifierTraining,),
     "posthoc-ema": (PosthocEMA,),
     "export": (Exporting,),
+    "convert": (Converting,),
 }
 
 
