@@ -22,6 +22,7 @@ COMMANDS = {
     "classifier-train": ("classifier_train", "train a classifier for guidance"),
     "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
     "export": ("export", "write a model in the format of another program"),
+    "push": ("push", "upload a model to the Hugging Face Hub, with a model card"),
 }
 
 

@@ -17,7 +17,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
-from .exchange import ExportConfig
+from .exchange import ExportConfig, PushCommandConfig
 from .messages import unknown_name
 from .model import (
     ClassifierConfig,
@@ -31,6 +31,7 @@ from .reading import ReadingConfig
 from .run import RunConfig
 from .sampling import BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
 from .training import DataConfig, PosthocConfig, ProgressConfig, SourceConfig, TrainConfig, WatchConfig
+from .values import path_of, paths_of
 
 S = TypeVar("S", bound="Settings")
 
@@ -177,6 +178,16 @@ class Exporting(Settings):
     """Writing a model of any kind in another program's format."""
 
     export: ExportConfig
+    model: ModelConfig
+    super_res: SuperResModelConfig
+    diffusion: DiffusionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushing(Settings):
+    """Uploading a model of any kind to the Hugging Face Hub."""
+
+    push: PushCommandConfig
     model: ModelConfig
     super_res: SuperResModelConfig
     diffusion: DiffusionConfig
@@ -344,9 +355,16 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "classifier-train": (ClassifierTraining,),
     "posthoc-ema": (PosthocEMA,),
     "export": (Exporting,),
+    "push": (Pushing,),
 }
 
 
 def commands_with(option: str) -> list[str]:
     """The commands that have an option of this name."""
     return [name for name, kinds in _COMMANDS.items() if any(option in kind.options() for kind in kinds)]
+
+
+def path_options() -> set[str]:
+    """The options of all commands whose values are paths."""
+    options = (option for kinds in _COMMANDS.values() for kind in kinds for option in kind.options().items())
+    return {name for name, f in options if f.metadata["parse"] in (path_of, paths_of)}
