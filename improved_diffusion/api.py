@@ -24,7 +24,7 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints.loading import LoadedModel, find_file, load_model, read_kind
+from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
 from .checkpoints.safetensors_file import has_suffix
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import CardConfig, ExportConfig, PushConfig
@@ -181,7 +181,7 @@ class Model:
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
         """The model with the settings of a command, by name."""
-        for name in options.keys() & fixed_names():
+        for name in options.keys() & fixed_names() & self.settings.options().keys():
             raise UserError(f"{name}: training decided it, {self.path} has {self.settings.values()[name]}")
         for name in options.keys() & _OF_COMMANDS:
             raise UserError(f"{name} is for the command only: in Python, the result is returned")
@@ -197,7 +197,7 @@ class Model:
 
     def _network(self, sampler: Any) -> th.nn.Module:
         """The network to prepare for these options: other precisions and layouts get a copy of their own."""
-        key = (sampler.precision, sampler.channels_last, sampler.compile)
+        key = ("fp16" if sampler.use_fp16 else sampler.precision, sampler.channels_last, sampler.compile)
         if key == ("fp32", False, False):
             return self.network
         if key not in self._prepared:
@@ -442,30 +442,34 @@ def _plain(name: str, given: Any) -> Any:
 
 
 def load(
-    path: str | os.PathLike, *, average: str | float | None = None, revision: str = "", token: str | None = None,
-    **options: Any,
+    path: str | os.PathLike, *, average: str | float | None = None, preset: str = "", revision: str = "",
+    token: str | None = None, **options: Any,
 ) -> Model:  # fmt: skip
     """The model in a checkpoint file, the newest of a run's folder, or "user/name" on the Hugging Face Hub.
 
     :param average: of a run's folder, which moving average, such as 0.9999; "raw" for the weights themselves; the first
         average unless given.
+    :param preset: the published model that a file without a description holds, such as "adm-imagenet64".
     :param revision: of a model on the Hub: a branch, a tag or a commit; the newest unless given.
     :param token: for the Hub; HF_TOKEN, or the token of its own login, unless given.
-    :param options: what a published checkpoint without a description does not say, such as num_heads=4.
+    :param options: what a file without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
     if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
         raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
     path = path_argument("path", path)
-    return _load(f"{path}@{revision}" if revision else path, average, options, token=token)
+    return _load(f"{path}@{revision}" if revision else path, average, preset, options, token=token)
 
 
 def _load(
-    path: str, average: str | float | None, options: Mapping[str, Any], warn: bool = True, token: str | None = None
-) -> Model:
+    path: str, average: str | float | None, preset: str, options: Mapping[str, Any], *, warn: bool = True,
+    token: str | None = None,
+) -> Model:  # fmt: skip
     file = distributed.from_rank0(find_file, path, average, "", token)
-    kind = read_kind(file)
-    return Model(load_model(kind.of(options), frozenset(options), file, warn=warn))
+    found = read(file)
+    kind = read_kind(file, found)
+    given = merge_options([options_for(preset, kind) if preset else {}, options])
+    return Model(load_model(kind.of(given), frozenset(given), file, warn=warn, found=found))
 
 
 def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> Model:
@@ -489,7 +493,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
         raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
     default = "super_res_train" if superres else "image_train"
     trained = run.train(settings, frozenset(asked), default, preset)
-    return _load(trained.checkpoints, None, {}, warn=False)  # training has warned at its start
+    return _load(trained.checkpoints, None, "", {}, warn=False)  # training has warned at its start
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:

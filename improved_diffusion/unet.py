@@ -86,11 +86,12 @@ class ResBlock(TimestepBlock):
     :param emb_channels: E, the width of the embedding.
     :param use_conv: change the width of the skip connection by a 3x3 rather than a 1x1 convolution.
     :param use_scale_shift_norm: the embedding scales and shifts the second norm, rather than being added before it.
+    :param up, down: also resample both branches, to twice or half the size (Dhariwal & Nichol 2021, sec. 3).
     """
 
     def __init__(
         self, channels, emb_channels, dropout, out_channels=None, use_conv=False, use_scale_shift_norm=False, dims=2,
-        use_checkpoint=False,
+        use_checkpoint=False, up=False, down=False,
     ):  # fmt: skip
         super().__init__()
         self.channels = channels
@@ -100,6 +101,9 @@ class ResBlock(TimestepBlock):
         self.use_conv = use_conv
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
+        self.updown = up or down
+        if self.updown:
+            self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims)
         self.in_layers = nn.Sequential(
             normalization(channels), SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
         )
@@ -125,7 +129,11 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
-        h = self.in_layers(x)
+        if self.updown:
+            h = self.in_layers[-1](self.resample(self.in_layers[:-1](x)))
+            x = self.resample(x)
+        else:
+            h = self.in_layers(x)
         emb_out = self.emb_layers(emb).type(h.dtype)
         emb_out = emb_out.view(*emb_out.shape, *[1] * (h.ndim - emb_out.ndim))
         if self.use_scale_shift_norm:
@@ -137,16 +145,34 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(x) + h
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over all positions, as a residual block."""
+def count_heads(channels, num_heads=1, num_head_channels=-1):
+    """The heads of an attention: as many as have `num_head_channels` channels each, or `num_heads` where that is -1.
 
-    def __init__(self, channels, num_heads=1, use_checkpoint=False):
+    Raises ValueError unless the heads divide the channels evenly.
+    """
+    by_channels = num_head_channels != -1
+    if channels % (num_head_channels if by_channels else num_heads):
+        given = f"num_head_channels {num_head_channels}" if by_channels else f"num_heads {num_heads}"
+        raise ValueError(f"{given} must divide the {channels} channels of the attention")
+    return channels // num_head_channels if by_channels else num_heads
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, as a residual block.
+
+    :param num_head_channels: the channels of a head, instead of the number of heads; -1: `num_heads`.
+    :param use_new_attention_order: the channels of `qkv` are q of all heads, k of all, v of all, rather than q, k, v of
+        the first head, of the second, and so on.
+    """
+
+    def __init__(
+        self, channels, num_heads=1, use_checkpoint=False, num_head_channels=-1, use_new_attention_order=False
+    ):
         super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"num_heads {num_heads} must divide the {channels} channels of the attention")
         self.channels = channels
-        self.num_heads = num_heads
+        self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
         self.norm = normalization(channels)
         self.qkv = conv_nd(1, channels, channels * 3, 1)
         self.attention = QKVAttention()
@@ -157,9 +183,16 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x):
         flat = x.reshape(*x.shape[:2], -1)  # [N, C, L]
-        qkv = self.qkv(self.norm(flat))  # [N, 3C, L], head by head: q, k, v
+        qkv = self.qkv(self.norm(flat))  # [N, 3C, L]
+        if self.use_new_attention_order:
+            qkv = head_by_head(qkv, self.num_heads)
         h = self.attention(qkv.reshape(len(x) * self.num_heads, -1, qkv.shape[2]))
         return (flat + self.proj_out(h.reshape(flat.shape))).reshape(x.shape)
+
+
+def head_by_head(qkv, num_heads):
+    """[N, 3C, L] with q of all heads, then k, then v, to q, k, v of the first head, of the second, and so on."""
+    return qkv.unflatten(1, (3, num_heads, -1)).transpose(1, 2).flatten(1, 3)
 
 
 class QKVAttention(nn.Module):
@@ -218,12 +251,13 @@ def time_embedding(model_channels: int) -> nn.Sequential:
 
 def down_blocks(
     res_block, attention, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
-    conv_resample=True, dims=2,
+    conv_resample=True, dims=2, resblock_updown=False,
 ):  # fmt: skip
     """(the downsampling blocks as a ModuleList, the output channels of each).
 
-    :param res_block: (channels, out_channels=...) -> a residual block.
+    :param res_block: (channels, out_channels=..., down=...) -> a residual block.
     :param attention: channels -> an attention block.
+    :param resblock_updown: residual blocks halve the size, whatever conv_resample is.
     """
     ch = int(channel_mult[0] * model_channels)
     blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))])
@@ -237,13 +271,36 @@ def down_blocks(
             blocks.append(TimestepEmbedSequential(*layers))
             widths.append(ch)
         if level != len(channel_mult) - 1:
-            blocks.append(TimestepEmbedSequential(Downsample(ch, conv_resample, dims=dims)))
+            down = res_block(ch, down=True) if resblock_updown else Downsample(ch, conv_resample, dims=dims)
+            blocks.append(TimestepEmbedSequential(down))
             widths.append(ch)
     return blocks, widths
 
 
+# guided-diffusion's order of the U-Net's arguments.
+_GUIDED_ARGUMENTS = (
+    "image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "dropout",
+    "channel_mult", "conv_resample", "dims", "num_classes", "use_checkpoint", "use_fp16", "num_heads",
+    "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order",
+)  # fmt: skip
+
+
+def _in_either_order(init):
+    """Accept the arguments of a U-Net in guided-diffusion's order too, which begins with image_size."""
+
+    @functools.wraps(init)
+    def accepting(self, *args, **kwargs):
+        twice = set(_GUIDED_ARGUMENTS[1 : 1 + len(args)]) & kwargs.keys()
+        # The fifth argument is attention_resolutions, a list, or in guided's order num_res_blocks.
+        if args and (twice or (len(args) > 4 and isinstance(args[4], int))):
+            args, kwargs = (), {**dict(zip(_GUIDED_ARGUMENTS, args, strict=False)), **kwargs}
+        init(self, *args, **kwargs)
+
+    return accepting
+
+
 class UNetModel(Torso):
-    """The U-Net of DDPM and IDDPM.
+    """The U-Net of DDPM, IDDPM and ADM (Dhariwal & Nichol 2021).
 
     :param in_channels, out_channels: of the images; with a learned variance out_channels is twice in_channels.
     :param model_channels: width of the first level.
@@ -252,12 +309,18 @@ class UNetModel(Torso):
     :param conv_resample: resample by convolutions instead of pooling.
     :param num_classes: make the model class-conditional; the label NULL_LABEL stands for a hidden class.
     :param num_heads_upsample: attention heads of the output blocks; -1: as num_heads.
+    :param num_head_channels, use_new_attention_order: see AttentionBlock.
+    :param resblock_updown: residual blocks resample, whatever conv_resample is.
+    :param image_size, use_fp16: accepted as guided-diffusion's constructor does; they change nothing, since images may
+        have any size that the levels divide, and `convert_to_fp16` converts the network.
     """
 
+    @_in_either_order
     def __init__(
         self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
         channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None, use_checkpoint=False, num_heads=1,
-        num_heads_upsample=-1, use_scale_shift_norm=False,
+        num_heads_upsample=-1, use_scale_shift_norm=False, num_head_channels=-1, use_new_attention_order=False,
+        resblock_updown=False, image_size=None, use_fp16=False,
     ):  # fmt: skip
         super().__init__()
         if num_heads_upsample == -1:
@@ -274,6 +337,8 @@ class UNetModel(Torso):
         self.use_checkpoint = use_checkpoint
         self.num_heads = num_heads
         self.num_heads_upsample = num_heads_upsample
+        self.num_head_channels = num_head_channels
+        self.image_size = image_size
 
         time_embed_dim = model_channels * 4
         self.time_embed = time_embedding(model_channels)
@@ -284,11 +349,14 @@ class UNetModel(Torso):
             ResBlock, emb_channels=time_embed_dim, dropout=dropout, dims=dims, use_checkpoint=use_checkpoint,
             use_scale_shift_norm=use_scale_shift_norm,
         )  # fmt: skip
-        attention = functools.partial(AttentionBlock, use_checkpoint=use_checkpoint)
+        attention = functools.partial(
+            AttentionBlock, use_checkpoint=use_checkpoint, num_head_channels=num_head_channels,
+            use_new_attention_order=use_new_attention_order,
+        )  # fmt: skip
 
         self.input_blocks, skip_channels = down_blocks(
             res_block, functools.partial(attention, num_heads=num_heads), in_channels, model_channels, num_res_blocks,
-            attention_resolutions, channel_mult, conv_resample, dims,
+            attention_resolutions, channel_mult, conv_resample, dims, resblock_updown,
         )  # fmt: skip
         ch = skip_channels[-1]
         self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch, num_heads=num_heads), res_block(ch))
@@ -301,7 +369,7 @@ class UNetModel(Torso):
                 if 2**level in attention_resolutions:
                     layers.append(attention(ch, num_heads=num_heads_upsample))
                 if level and i == num_res_blocks:
-                    layers.append(Upsample(ch, conv_resample, dims=dims))
+                    layers.append(res_block(ch, up=True) if resblock_updown else Upsample(ch, conv_resample, dims=dims))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
@@ -354,6 +422,7 @@ class UNetModel(Torso):
 class SuperResModel(UNetModel):
     """A UNetModel that also takes a low-resolution image: `low_res` [N, C, h, w], upsampled bilinearly."""
 
+    @_in_either_order
     def __init__(self, in_channels, *args, **kwargs):
         super().__init__(in_channels * 2, *args, **kwargs)
 
@@ -367,3 +436,117 @@ class SuperResModel(UNetModel):
 
     def get_feature_vectors(self, x, timesteps, low_res=None, **kwargs):  # type: ignore[override]
         return super().get_feature_vectors(self._with_low_res(x, low_res), timesteps, **kwargs)
+
+
+class AttentionPool2d(nn.Module):
+    """One vector out of all positions: what their mean attends to (Radford et al. 2021, arXiv 2103.00020, sec. 2.4).
+
+    :param spatial_size: (height, width) of the input, or its side.
+    :param embed_dim: channels of the input.
+    :param num_heads_channels: channels of an attention head.
+    :param output_dim: length of the vector; `embed_dim` unless given.
+    """
+
+    def __init__(self, spatial_size, embed_dim, num_heads_channels, output_dim=None):
+        super().__init__()
+        height, width = _height_width(spatial_size)
+        self.positional_embedding = nn.Parameter(th.randn(embed_dim, height * width + 1) / embed_dim**0.5)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.num_heads = count_heads(embed_dim, num_head_channels=num_heads_channels)
+        self.attention = QKVAttention()
+
+    def forward(self, x):
+        """[N, C, ...] -> [N, output_dim]."""
+        flat = x.flatten(2)  # [N, C, L]
+        tokens = th.cat([flat.mean(dim=2, keepdim=True), flat], dim=2) + self.positional_embedding  # the mean first
+        qkv = head_by_head(self.qkv_proj(tokens), self.num_heads)  # always in the new order
+        h = self.attention(qkv.reshape(len(x) * self.num_heads, -1, qkv.shape[2])).reshape(tokens.shape)
+        return self.c_proj(h[:, :, :1])[:, :, 0]
+
+
+def _height_width(size):
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+
+class EncoderUNetModel(Torso):
+    """The half of a U-Net that goes down, and a pool: ADM's classifier of noisy images (Dhariwal & Nichol 2021).
+
+    :param image_size: (height, width) of the images, or their side: 2 must divide it for each level after the first.
+    :param out_channels: length of the output, the number of classes.
+    :param num_head_channels: channels of an attention head; 32 on levels that it does not divide. -1: `num_heads`.
+    :param pool: "attention" (AttentionPool2d), "adaptive" (the mean over positions), "spatial" or "spatial_v2" (the
+        means of all blocks, and two linear layers).
+    Other arguments as in UNetModel.
+    """
+
+    def __init__(
+        self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
+        channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, use_checkpoint=False, use_fp16=False, num_heads=1,
+        num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
+        use_new_attention_order=False, pool="adaptive",
+    ):  # fmt: skip
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f"pool {pool!r}: expected one of {', '.join(POOLS)}")
+        if pool == "attention" and num_head_channels == -1:
+            raise ValueError("attention pooling needs num_head_channels")
+        self.image_size = _height_width(image_size)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.pool = pool
+        self.time_embed = time_embedding(model_channels)
+
+        def heads_of(channels):
+            fits = num_head_channels == -1 or channels % num_head_channels == 0
+            return num_head_channels if fits else 32
+
+        def attention(channels):
+            return AttentionBlock(channels, num_heads, use_checkpoint, heads_of(channels), use_new_attention_order)
+
+        res_block = functools.partial(
+            ResBlock, emb_channels=4 * model_channels, dropout=dropout, dims=dims, use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+        )  # fmt: skip
+        self.input_blocks, widths = down_blocks(
+            res_block, attention, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
+            conv_resample, dims, resblock_updown,
+        )  # fmt: skip
+        ch = widths[-1]
+        self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch), res_block(ch))
+        last = [side // 2 ** (len(channel_mult) - 1) for side in self.image_size]
+        self.out = _head(pool, ch, out_channels, [*widths, ch], last, heads_of(ch), dims)
+
+    def forward(self, x, timesteps):
+        """Logits [N, out_channels] of noisy images x [N, in_channels, H, W] at timesteps [N]."""
+        if self.pool == "attention" and tuple(x.shape[2:]) != self.image_size:
+            raise ValueError(f"the classifier takes images of {self.image_size}, not {tuple(x.shape[2:])}")
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        h = x.type(self.inner_dtype)
+        means = []
+        for block in [*self.input_blocks, self.middle_block]:
+            h = block(h, emb)
+            if self.pool.startswith("spatial"):
+                means.append(h.type(x.dtype).flatten(2).mean(dim=2))
+        return self.out(th.cat(means, dim=1) if means else h.type(x.dtype))
+
+
+def _head(pool, channels, out_channels, widths, last_size, head_channels, dims):
+    """The layers of an encoder behind its last block, or behind the means of all blocks.
+
+    :param widths: the channels of all blocks; :param last_size: (height, width) of the last one's output.
+    """
+    if pool == "adaptive":
+        conv = zero_module(conv_nd(dims, channels, out_channels, 1))
+        return nn.Sequential(normalization(channels), SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
+    if pool == "attention":
+        attention = AttentionPool2d(last_size, channels, head_channels, out_channels)
+        return nn.Sequential(normalization(channels), SiLU(), attention)
+    first, last = nn.Linear(sum(widths), 2048), nn.Linear(2048, out_channels)
+    if pool == "spatial":
+        return nn.Sequential(first, nn.ReLU(), last)
+    return nn.Sequential(first, normalization(2048), SiLU(), last)

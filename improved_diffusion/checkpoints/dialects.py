@@ -1,62 +1,134 @@
-"""State dicts as other programs save them: inside a wrapper, or under longer names."""
+"""State dicts as other programs save them: inside a wrapper, beside others, or under longer names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
 
-from ..config import UserError
+from ..config import UserError, unknown_name
 
-# Where programs keep the weights in a wrapper, the moving average first: it makes the better samples.
+# Where programs keep the weights in a wrapper.
 _WRAPPED = (
-    "ema", "ema_state_dict", "model_ema", "ema_model", "params_ema", "state_dict", "model_state_dict", "model", "net",
-    "network", "module", "params", "weights",
+    "state_dict", "model_state_dict", "model", "net", "network", "unet", "denoiser", "diffusion", "module", "params",
+    "weights",
 )  # fmt: skip
+_AVERAGE = re.compile(r"(?<![a-z])(emas?|averaged?|avg|swa|shadow)(?![a-z])")  # in a key or a prefix
 _DEEPEST = 4  # wrappers inside each other
 _PARALLEL = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel, torch.compile
 _FIRST = "time_embed.0.weight"  # a name that every network of ours has
 _SHOWN = 8
 
 
-def unwrap(content: Any, path: str) -> tuple[dict[str, th.Tensor], str]:
+@dataclass(frozen=True)
+class Network:
+    """A network in what a checkpoint file holds.
+
+    :param where: its keys and the prefix of its names; "" where the file is its state dict.
+    :param rank: 0 for a moving average, 2 for one that has not begun, 1 for other weights.
+    :param beside: all names in the state dict that it comes from.
+    """
+
+    where: str
+    state_dict: dict[str, th.Tensor]
+    rank: int
+    beside: Iterable[str]
+
+
+def unwrap(content: Any, path: str, network: str = "") -> tuple[dict[str, th.Tensor], str]:
     """(the state dict in what a checkpoint file holds, a line on what was done to find it or "").
 
-    Raises UserError, naming what the file holds, where there is none.
+    :param network: where it is, of several; a moving average unless given.
+    Raises UserError, naming what the file holds, where there is none, and for a network of latents.
     """
-    keys: list[str] = []
-    state_dict = content
-    while isinstance(state_dict, Mapping) and not _is_state_dict(state_dict) and len(keys) < _DEEPEST:
-        key = next((key for key in _WRAPPED if isinstance(state_dict.get(key), Mapping) and state_dict[key]), None)
-        if key is None:
-            break
-        keys.append(key)
-        state_dict = state_dict[key]
-    if not isinstance(state_dict, dict) or not _is_state_dict(state_dict):
+    found = networks(content)
+    if not found:
         raise UserError(f"{path} is not a model's state dict: {_shown(content)}; give a modelNNNNNN.pt or an ema_*.pt")
-    state_dict, prefix = _without_prefix(state_dict)
-    notes = [f"the weights under {'/'.join(map(repr, keys))}"] if keys else []
-    notes += [f"names without {prefix!r}"] if prefix else []
-    return state_dict, f"{path}: read {', '.join(notes)}" if notes else ""
+    by_name = {each.where: each for each in found}
+    if network and network not in by_name:
+        raise unknown_name(f"network in {path}", network, by_name)
+    chosen = by_name[network] if network else found[0]
+    if any(re.search(_LATENTS, name) for name in chosen.beside):
+        refuse_foreign(chosen.beside, path)
+    others = [where for where in by_name if where != chosen.where]
+    note = f"{path}: read the weights under {chosen.where!a}" if chosen.where else ""
+    note += ", a moving average" if note and chosen.rank == 0 else ""
+    if others:
+        note = note or f"{path}: read the weights"
+        note += f"; it also holds {_listed(others)}: improved-diffusion convert --network writes another one to a file"
+    return chosen.state_dict, note
 
 
-def _is_state_dict(content: Mapping[Any, Any]) -> bool:
-    return all(isinstance(name, str) and isinstance(value, th.Tensor) for name, value in content.items())
+def networks(content: Any) -> list[Network]:
+    """Every network in what a checkpoint file holds, the one to prefer first: one of ours, a moving average."""
+    found = list(_search(content, ()))
+    ours = [network for network in found if _FIRST in network.state_dict] or found
+    return sorted(ours, key=lambda network: network.rank)
 
 
-def _without_prefix(state_dict: dict[str, th.Tensor]) -> tuple[dict[str, th.Tensor], str]:
-    """(the state dict with the network's own names, the prefix that was taken off). Of several networks under prefixes,
-    as Lightning saves them, a moving average comes first."""
-    found = [name.removesuffix(_FIRST) for name in state_dict if name.endswith(_FIRST)]
-    prefix = min(found, key=lambda prefix: ("ema" not in prefix, len(prefix)), default=_parallel_prefix(state_dict))
-    if not prefix.endswith("."):
-        return state_dict, ""
-    own: Any = type(state_dict)((n.removeprefix(prefix), t) for n, t in state_dict.items() if n.startswith(prefix))
-    if hasattr(state_dict, "_metadata"):
-        own._metadata = state_dict._metadata
-    return own, prefix
+def _search(content: Any, keys: tuple[str, ...]) -> Iterator[Network]:
+    """The networks under the keys of wrappers, in the order of the wrappers and the lengths of their prefixes."""
+    if not isinstance(content, Mapping) or len(keys) > _DEEPEST:
+        return
+    tensors = OrderedDict((n, t) for n, t in content.items() if isinstance(n, str) and isinstance(t, th.Tensor))
+    found = _by_prefix(tensors)
+    if not found and tensors and len(tensors) == len(content):  # some other module
+        prefix = _parallel_prefix(tensors)
+        found = {prefix: _without(tensors, prefix)}
+    for prefix, state_dict in found.items():
+        where = "/".join((*keys, prefix) if prefix else keys)
+        if hasattr(content, "_metadata"):
+            state_dict._metadata = content._metadata  # type: ignore[attr-defined]
+        is_average = _AVERAGE.search(where.lower()) and "online" not in where
+        rank = (0 if _has_begun(tensors, prefix) else 2) if is_average else 1
+        yield Network(where, state_dict, rank, tensors)
+    averages = [key for key in content if isinstance(key, str) and _AVERAGE.search(key.lower())]
+    for key in dict.fromkeys([*averages, *_WRAPPED]):
+        yield from _search(content.get(key), (*keys, key))
+
+
+def _by_prefix(tensors: Mapping[str, th.Tensor]) -> dict[str, OrderedDict[str, th.Tensor]]:
+    """The networks of ours in one state dict, each with its own names, by the prefix that stands before them."""
+    prefixes = [name.removesuffix(_FIRST) for name in tensors if name.endswith(_FIRST)]
+    prefixes = sorted((p for p in prefixes if not p or p.endswith(".")), key=len)
+    found = {prefix: _without(tensors, prefix, prefixes) for prefix in prefixes}
+    return found | _without_dots(tensors, found)
+
+
+def _without(
+    tensors: Mapping[str, th.Tensor], prefix: str, prefixes: Iterable[str] = ()
+) -> OrderedDict[str, th.Tensor]:
+    """The tensors under a prefix, without it; those under longer ones of the prefixes are left out."""
+    longer = tuple(p for p in prefixes if len(p) > len(prefix) and p.startswith(prefix))
+    return OrderedDict(
+        (name.removeprefix(prefix), tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix) and not name.startswith(longer)
+    )
+
+
+def _without_dots(
+    tensors: Mapping[str, th.Tensor], found: Mapping[str, Mapping[str, th.Tensor]]
+) -> dict[str, OrderedDict[str, th.Tensor]]:
+    """Averages under names without dots, as latent-diffusion's LitEma keeps them beside the networks found."""
+    first = _FIRST.replace(".", "")
+    averages: dict[str, OrderedDict[str, th.Tensor]] = {}
+    for prefix in (name.removesuffix(first) for name in tensors if name.endswith(first)):
+        for network in found.values():
+            names = {name: prefix + name.replace(".", "") for name in network}
+            if tensors.keys() >= set(names.values()):
+                averages[prefix] = OrderedDict((name, tensors[long]) for name, long in names.items())
+    return averages
+
+
+def _has_begun(tensors: Mapping[str, th.Tensor], prefix: str) -> bool:
+    """Whether an average has taken in any weights, as ema-pytorch notes it in `initted`."""
+    flags = (name.removesuffix("initted") for name in tensors if name.rpartition(".")[2] == "initted")
+    return all(bool(tensors[f"{flag}initted"].any()) for flag in flags if prefix.startswith(flag))
 
 
 def _parallel_prefix(names: Mapping[str, Any]) -> str:
@@ -67,6 +139,11 @@ def _parallel_prefix(names: Mapping[str, Any]) -> str:
     return prefix
 
 
+def _listed(names: Iterable[str]) -> str:
+    shown = [f"{name[:80]!a}" for name in names]
+    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")
+
+
 def _shown(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"it holds a {type(content).__name__}"
@@ -75,8 +152,50 @@ def _shown(content: Any) -> str:
     return f"it holds {', '.join(key[:40] for key in keys[:_SHOWN])}{more}" if keys else "it is empty"
 
 
-def foreign_feature(names: Iterable[str]) -> str | None:
-    """What a U-Net's state dict has that networks of this package do not; None for ours."""
-    if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in names):
-        return "residual blocks that change the size (guided-diffusion's --resblock_updown True)"
-    return None
+# Networks that are not ours
+
+_THEIRS = "sample from it with the code that made it"
+# (pattern of a name, what has such names, what to do)
+_LATENTS = r"(^|\.)(first|cond)_stage_model\.|\.transformer_blocks\.\d+\.attn2\."
+_FOREIGN = (
+    (
+        _LATENTS,
+        "a latent diffusion model such as Stable Diffusion, which draws latents of an autoencoder, not pixels",
+        "use it with the package diffusers",
+    ),
+    (r"^(encoder|decoder)\.(down|up|mid)(_blocks)?\.|^quant_conv\.", "an autoencoder of latent diffusion", _THEIRS),
+    (r"\.encoder_kv\.", "a U-Net of GLIDE, which needs text", _THEIRS),
+    (r"\.lora_(A|B|up|down)\.|^lora_", "a LoRA, which changes another network", "use it with the package diffusers"),
+    (
+        r"(^|\.)down_blocks\.\d+\.(resnets|attentions)\.",
+        "a network of diffusers",
+        "give the folder of its pipeline, not the file in it",
+    ),
+    (
+        r"(^|\.)(init_conv\.weight$|downs\.\d+\.\d+\.)",
+        "the U-Net of denoising-diffusion-pytorch, which is another one than this package's",
+        _THEIRS,
+    ),
+    (
+        r"(^|\.)temb\.dense\.\d+\.",
+        "a U-Net of DDPM or DDIM, in the names of pytorch_diffusion",
+        "use its form for diffusers, such as the folder of google/ddpm-cifar10-32",
+    ),
+    (
+        r"(^|/)(conv_in|conv_out|temb|down_\d+|mid|up_\d+)/",
+        "a network of TensorFlow, such as the U-Net of DDPM",
+        "use its form for diffusers, such as the folder of google/ddpm-cifar10-32",
+    ),
+    (r"(^|\.)(enc|dec)\.\d+x\d+_", "a network of EDM or EDM2", _THEIRS),
+    (r"(^|\.)all_modules\.\d+\.", "a network of score_sde", _THEIRS),
+    (r"\.adaLN_modulation\.", "a diffusion transformer (DiT)", _THEIRS),
+    (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet", "train a classifier of noisy images with classifier-train"),
+)
+
+
+def refuse_foreign(names: Iterable[str], path: str) -> None:
+    """Raise UserError for the names of a network of another program, where it is known."""
+    text = "\n".join(names)
+    for pattern, what, remedy in _FOREIGN:
+        if re.search(pattern, text, re.MULTILINE):
+            raise UserError(f"{path} is {what}: {remedy}")

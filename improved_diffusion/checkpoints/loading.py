@@ -16,6 +16,7 @@ from ..config import (
     ClassifierConfig,
     Config,
     DiffusionConfig,
+    EncoderConfig,
     ModelConfig,
     NetworkConfig,
     ProcessConfig,
@@ -25,19 +26,21 @@ from ..config import (
     fixed_names,
     height_width,
 )
+from ..config.presets import presets_like
 from ..config.settings import ImageModel, Settings, SuperResModel
 from ..logs import logger
-from ..models.architecture import read_architecture
+from ..models.architecture import is_encoder, read_architecture, read_encoder
 from ..models.build import build_classifier, build_model, build_model_and_diffusion
-from ..models.classifier import NoisyClassifier
 from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
+from ..unet import EncoderUNetModel, count_heads
 from ..utils import files, hub
 from . import checkpoint, hub_model, sets
 from .averages import warn_of_initial_weights
-from .dialects import foreign_feature
+from .dialects import refuse_foreign
 
 S = TypeVar("S", bound=Settings)
+Found = tuple[str, dict[str, th.Tensor], dict[str, Any]]  # file, state dict, description
 
 MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
@@ -68,15 +71,18 @@ class LoadedModel(Generic[S]):
         return {**self.metadata, "config": config}
 
 
-def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = True) -> LoadedModel[S]:
+def load_model(
+    settings: S, given: Iterable[str], path: str, *, warn: bool = True, found: Found | None = None
+) -> LoadedModel[S]:
     """The model of a checkpoint. What training fixed need not be given. Collective.
 
     :param settings: a command's, with groups `model` and `diffusion`.
     :param given: the options that the user gave.
     :param warn: of an average that is still the initial weights in part.
+    :param found: what `read` gave for the path, where that is known.
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
-    path, state_dict, metadata = read(path)
+    path, state_dict, metadata = found or read(path)
     settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
     with _naming(path):
         model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
@@ -86,17 +92,20 @@ def load_model(settings: S, given: Iterable[str], path: str, *, warn: bool = Tru
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
 
 
-def read(path: str, flag: str = "--model_path") -> tuple[str, dict[str, th.Tensor], dict[str, Any]]:
+def read(path: str, flag: str = "--model_path") -> Found:
     """(file, state dict, description) of a checkpoint; of a folder, the newest moving average in it. Collective.
 
-    Raises UserError where there is none, and for a file that is not a checkpoint.
+    Raises UserError where there is none, for a file that is not a checkpoint, and for another program's network.
     """
     if not path:
         raise UserError(f"{flag} is missing: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
     found = distributed.from_rank0(find_file, path, None, flag)
     if found != path:
         logger.log(f"{flag} {path}: loading {found}")
-    return found, *checkpoint.load(found)
+    state_dict, metadata = checkpoint.load(found)
+    if not metadata:
+        refuse_foreign(state_dict, found)
+    return found, state_dict, metadata
 
 
 def find_file(path: str, average: str | float | None = None, flag: str = "", token: str | None = None) -> str:
@@ -137,12 +146,13 @@ def _newest(folder: str, average: str | float | None) -> str:
     return files.join(folder, found[label])
 
 
-def read_kind(path: str) -> type[ImageModel] | type[SuperResModel]:
+def read_kind(path: str, found: Found | None = None) -> type[ImageModel] | type[SuperResModel]:
     """Which kind of model a checkpoint holds, by its description or its shapes. Collective.
 
+    :param found: what `read` gave for the path, where that is known.
     Raises UserError for a classifier, which makes no images, and for a file of something else.
     """
-    path, state_dict, metadata = read(path)
+    path, state_dict, metadata = found or read(path)
     stored = metadata.get("config", {})
     if stored:
         kind = kind_of(stored)
@@ -235,18 +245,43 @@ def stored_options(
     Raises UserError for a model of another kind than the settings'.
     """
     stored = dict(metadata.get("config", {}))
-    known, values = settings.options(), settings.values()
+    groups: Any = (settings.model, settings.diffusion)  # type: ignore[attr-defined]
+    known, values = {f.name: f for group in groups for f in fields(group)}, settings.values()
     if stored:
         if kind_of(stored) != settings.model.kind:  # type: ignore[attr-defined]
             raise UserError(f"{path} is {': '.join(KINDS[kind_of(stored)])}")
         stored = _validated(settings, path, stored)
-        # An older file lacks newer options, which did not exist when it was trained.
-        newer = [f for f in fields(DiffusionConfig) if f.metadata["fixed"] and not f.metadata["published"]]
-        return {**{f.name: f.default for f in newer if f.name in known}, **stored}
+        older = {f.name: f.metadata["older"] for f in known.values() if f.metadata["older"] is not None}
+        return {**older, **stored}
     stored = _options_from_shapes(settings, given, path, state_dict)
     by_flag = {name: values[name] for name in sorted(fixed_names() & known.keys() - stored.keys())}
+    if groups[0].kind != "classifier":  # whose heads are always alike
+        _check_known(type(settings), fixed_names() & known.keys() & set(given), path, stored, by_flag)
     logger.log(f"{path} has no description. From its shapes: {_shown(stored)}. By flag or default: {_shown(by_flag)}")
     return stored
+
+
+_HEADS = {"num_heads", "num_head_channels"}
+
+
+def _check_known(
+    kind: type[Settings], given: set[str], path: str, stored: Mapping[str, Any], unshown: Mapping[str, Any]
+) -> None:
+    """Raise UserError where nobody has said what the shapes of a checkpoint without a description do not show.
+
+    Who gives flags of the model, as published command lines do, leaves those out that have the default.
+    """
+    if given and (given & _HEADS or not stored.get("resblock_updown")):
+        return
+    names = _HEADS | {"use_new_attention_order"}
+    if not given:
+        names |= {name for name in unshown if kind.options()[name].metadata["published"]}
+    presets = presets_like(stored, kind)
+    hint = f", or --preset {' or '.join(presets)} if it is that model, whose shapes it has" if presets else ""
+    raise UserError(
+        f"{path} has no description, and its shapes do not show {', '.join(sorted(names))}: give the flags of the "
+        f"model that it was trained with{hint}"
+    )
 
 
 def _shown(options: Mapping[str, Any]) -> str:
@@ -268,12 +303,11 @@ def refuse_contradictions(
 
 
 def _read_architecture(path: str, state_dict: Mapping[str, th.Tensor]) -> dict[str, Any]:
-    foreign = foreign_feature(state_dict)
-    if foreign:
-        raise UserError(f"{path} has {foreign}, which this package's networks do not have: it cannot be loaded")
+    if is_encoder(state_dict):
+        raise UserError(f"{path} is {': '.join(KINDS['classifier'])}")
     try:
         return read_architecture(state_dict)
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
         raise UserError(f"{path} is not a checkpoint of this method's networks") from None
 
 
@@ -283,14 +317,16 @@ def _options_from_shapes(
     """What the tensors' shapes say of a checkpoint that comes without a description."""
     config: Any = settings.model  # type: ignore[attr-defined]
     if isinstance(config, ClassifierConfig):
-        raise UserError(f"{path} has no description: a classifier needs one, as classifier-train writes it")
+        return encoder_options(path, state_dict, config, given)
     arch = _read_architecture(path, state_dict)
     superres = isinstance(config, SuperResModelConfig)
     channels = arch["in_channels"] // 2 if superres else arch["in_channels"]
     if channels > 4 or arch["out_channels"] not in (channels, 2 * channels):
         raise UserError(f"{path} is {': '.join(KINDS['image' if superres else 'super_res'])}")
     mult = arch["channel_mult"]
-    by_mult = {(1, 1, 2, 2, 4, 4): 256, (1, 2, 3, 4): 64, (1, 2, 2, 2): 32}
+    by_mult = {
+        (0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64, (1, 2, 2, 2): 32,
+    }  # fmt: skip
     name = "large_size" if superres else "image_size"
     size = config.size if name in given else by_mult.get(mult, config.size)
     stored = {
@@ -303,12 +339,44 @@ def _options_from_shapes(
         "num_classes": arch["num_classes"] or 0,
         "learn_sigma": arch["out_channels"] == 2 * channels,
         "use_scale_shift_norm": arch["use_scale_shift_norm"],
+        "resblock_updown": arch["resblock_updown"],
     }
     listed = {f for f in attention_factors(size, config.attention_resolutions) if f < 2 ** len(mult)}
     if listed != set(arch["attention_resolutions"]):
         side = min(height_width(size))
         stored["attention_resolutions"] = ",".join(str(side // f) for f in arch["attention_resolutions"])
     return stored
+
+
+def encoder_options(
+    path: str, state_dict: Mapping[str, th.Tensor], config: EncoderConfig, given: Iterable[str], size: Any = None
+) -> dict[str, Any]:
+    """What the shapes of a classifier's tensors say of its options.
+
+    :param config: the options that were given for it.
+    :param size: of its images, where the shapes do not show it.
+    Raises UserError where an option that the shapes do not show was not given.
+    """
+    try:
+        arch = read_encoder(state_dict, config.classifier_depth if "classifier_depth" in given else None)
+    except (KeyError, IndexError, ZeroDivisionError):
+        raise UserError(f"{path} is not a classifier of this method's kind") from None
+    except ValueError as error:
+        raise UserError(f"{path} has no description, and {error}: give --classifier_depth") from None
+    size = arch["image_size"] or size or getattr(config, "image_size", None)
+    side = min(height_width(size))
+    return {
+        "image_size": size,
+        "channels": arch["in_channels"],
+        "num_classes": arch["out_channels"],
+        "channel_mult": ",".join(map(str, arch["channel_mult"])),
+        "classifier_width": arch["model_channels"],
+        "classifier_depth": arch["num_res_blocks"],
+        "classifier_attention_resolutions": ",".join(str(side // f) for f in arch["attention_resolutions"]),
+        "classifier_pool": arch["pool"],
+        "classifier_resblock_updown": arch["resblock_updown"],
+        "classifier_use_scale_shift_norm": arch["use_scale_shift_norm"],
+    }
 
 
 def _names(group: type[Config]) -> set[str]:
@@ -320,23 +388,39 @@ class LoadedClassifier:
     """A classifier from a checkpoint: in eval mode on the CPU, its run's options, and its classes' names."""
 
     path: str
-    classifier: NoisyClassifier
+    classifier: EncoderUNetModel
     config: Mapping[str, Any]
     class_names: list[str] | None
     seen_classes: list[int] | None = None  # those that had images in training, where not all had
 
 
-def load_classifier(path: str) -> LoadedClassifier:
-    """The classifier of a checkpoint. Collective. Raises UserError for a file that is not a classifier's."""
+def load_classifier(
+    path: str, like: EncoderConfig | None = None, given: Iterable[str] = (), size: Any = None
+) -> LoadedClassifier:
+    """The classifier of a checkpoint. Collective.
+
+    :param like, given: options of the classifier, and which of them the user gave.
+    :param size: of the images to classify, for a file without a description that does not show it.
+    Raises UserError for a file that is not a classifier's, and for options that contradict it.
+    """
     path, state_dict, metadata = read(path, "--classifier_path")
     stored = metadata.get("config", {})
-    if not stored:
-        raise UserError(f"{path} has no description: a classifier is a file that classifier-train wrote")
-    if kind_of(stored) != "classifier":
+    if stored and kind_of(stored) != "classifier":
         raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier-train makes one")
+    if not is_encoder(state_dict):
+        raise UserError(f"{path} is not a classifier of noisy images: classifier-train makes one")
+    if stored:
+        older = {f.name: f.metadata["older"] for f in fields(ClassifierConfig) if f.metadata["older"] is not None}
+        stored = {**older, **stored}
+    else:
+        stored = encoder_options(path, state_dict, like or ClassifierConfig(), given, size)
+        logger.log(f"{path} has no description. From its shapes: {_shown(stored)}; attention heads of 64 channels")
+    if like is not None:
+        refuse_contradictions(vars(like), given, path, stored, _names(EncoderConfig) - {"classifier_use_fp16"})
     with _naming(path):
         config = ClassifierConfig(**{name: stored[name] for name in _names(ClassifierConfig) & stored.keys()})
         process = ProcessConfig(**{name: stored[name] for name in _names(ProcessConfig) & stored.keys()})
+    state_dict = _with_adm_names(state_dict)
     _check_network(config, False, path, state_dict, metadata.get("class_names"))
     classifier = build_classifier(config)
     checkpoint.load_into(classifier, state_dict, path)
@@ -346,3 +430,16 @@ def load_classifier(path: str) -> LoadedClassifier:
     }
     names, seen = metadata.get("class_names"), metadata.get("seen_classes")
     return LoadedClassifier(path, classifier.eval(), {**stored, **options}, names, seen)
+
+
+def _with_adm_names(state_dict: Mapping[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """The state dict of a classifier from before its pool had ADM's names and order of q, k and v."""
+    renamed = {name.replace("out.2.qkv.", "out.2.qkv_proj.").replace("out.2.proj_out.", "out.2.c_proj."): tensor
+               for name, tensor in state_dict.items()}  # fmt: skip
+    if renamed.keys() == state_dict.keys():
+        return dict(state_dict)
+    for name in ("out.2.qkv_proj.weight", "out.2.qkv_proj.bias"):
+        channels = len(renamed[name]) // 3
+        heads = count_heads(channels, num_head_channels=64 if channels % 64 == 0 else 32)
+        renamed[name] = renamed[name].unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return renamed

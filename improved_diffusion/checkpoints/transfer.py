@@ -11,6 +11,7 @@ from ..config import UserError, height_width
 from ..config.settings import Settings
 from ..logs import logger
 from ..models.factories import attention_factors
+from .dialects import refuse_foreign
 from .loading import MODEL_OPTIONS, stored_options
 
 S = TypeVar("S", bound=Settings)
@@ -30,6 +31,8 @@ def take_network(
     Raises UserError for a checkpoint of another kind of model.
     """
     given = frozenset(given)
+    if not metadata:
+        refuse_foreign(state_dict, path)
     stored = stored_options(settings, given, path, state_dict, metadata)
     taken = {
         name: stored[name]

@@ -27,12 +27,14 @@ def option(
     high: float | None = None,
     fixed: bool = False,
     published: bool = True,
+    older: Any = None,
 ) -> Any:
     """One option.
 
     :param low, high: the smallest and the largest value; a whole number is at most LARGEST unless `high` is given.
     :param fixed: training decides it and sampling may not contradict it.
     :param published: the method's original code has it too.
+    :param older: what models have whose files are from before the option existed.
     """
     if parse is None:
         parse = _KINDS[type(default)]
@@ -40,7 +42,9 @@ def option(
         high = LARGEST
     return field(
         default=default,
-        metadata=dict(help=help, choices=choices, parse=parse, low=low, high=high, fixed=fixed, published=published),
+        metadata=dict(
+            help=help, choices=choices, parse=parse, low=low, high=high, fixed=fixed, published=published, older=older
+        ),
     )
 
 
@@ -76,6 +80,18 @@ class Config:
     def require(self, condition: bool, name: str, must: str) -> None:
         if not condition:
             raise UserError(f"--{name} {shorten(str(getattr(self, name)))} {must}")
+
+    def require_numbers(self, name: str, kind: Callable[[str], Any], most: int, largest: float) -> None:
+        """Raise UserError where an option is not a list of at most `most` positive numbers up to `largest`."""
+        text = getattr(self, name)
+        try:
+            numbers = comma_list(text, kind)
+        except ValueError:
+            raise UserError(f"--{name} {shown(text)}: expected numbers such as 16,8") from None
+        if not all(number > 0 for number in numbers):
+            raise UserError(f"--{name} {shown(text)}: every number must be positive")
+        if len(numbers) > most or any(number > largest for number in numbers):
+            raise UserError(f"--{name} {shown(text)}: expected up to {most} numbers of at most {largest}")
 
     def numbers(self, name: str, example: str) -> list[float]:
         """The numbers of an option that is a list of them. Raises UserError for anything else, and for one given twice.

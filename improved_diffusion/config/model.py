@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from .base import Config, extra, option
-from .messages import UserError, shown
-from .values import comma_list, height_width, parse_size
+from .messages import UserError
+from .values import height_width, parse_size
 
 # Bounds, beyond all real use: a value from a damaged file must not take all memory.
 MAX_SIDE = 2**13
@@ -20,6 +19,8 @@ MAX_WIDTH = 2**13
 MAX_BLOCKS = 100
 MAX_LISTED = 32
 MAX_DIFFUSION_STEPS = 100_000
+
+POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +59,6 @@ class NetworkConfig(Config):
             name = "large_size" if self.kind == "super_res" else "image_size"
             raise UserError(f"--{name} {self.size} is too large: a side must be at most {MAX_SIDE} pixels")
 
-    def require_numbers(self, name: str, kind: Callable[[str], Any], most: int, largest: float) -> None:
-        """Raise UserError where an option is not a list of at most `most` positive numbers up to `largest`."""
-        text = getattr(self, name)
-        try:
-            numbers = comma_list(text, kind)
-        except ValueError:
-            raise UserError(f"--{name} {shown(text)}: expected numbers such as 16,8") from None
-        if not all(number > 0 for number in numbers):
-            raise UserError(f"--{name} {shown(text)}: every number must be positive")
-        if len(numbers) > most or any(number > largest for number in numbers):
-            raise UserError(f"--{name} {shown(text)}: expected up to {most} numbers of at most {largest}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetworkConfig):
@@ -91,9 +80,23 @@ class UNetConfig(NetworkConfig):
     use_scale_shift_norm: bool = option(
         True, "timestep and class embedding scale and shift the norms (AdaGN), rather than being added", fixed=True
     )
+    num_head_channels: int = extra(
+        -1, "channels of an attention head, which decide the number of heads; -1: num_heads", low=-1, high=MAX_WIDTH,
+        fixed=True, older=-1,
+    )  # fmt: skip
+    resblock_updown: bool = extra(
+        False, "residual blocks between the levels, rather than single convolutions (ADM)", fixed=True, older=False
+    )
+    use_new_attention_order: bool = extra(
+        False,
+        "the attention's q of all heads come first, then k, then v, as in some ADM models",
+        fixed=True,
+        older=False,
+    )
 
     def validate(self) -> None:
         super().validate()
+        self.require(self.num_head_channels != 0, "num_head_channels", "must be -1 or positive")
         self.require(self.num_channels > 0 and self.num_channels % 32 == 0, "num_channels", "must be a multiple of 32")
         self.require(0 <= self.label_drop < 1, "label_drop", "must be in [0, 1)")
         self.require(
@@ -118,20 +121,13 @@ class ModelConfig(UNetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperResModelConfig(UNetConfig):
-    """Network."""
-
-    kind = "super_res"
+class SizesConfig(Config):
+    """Sizes of a super-resolution model."""
 
     large_size: Any = option(256, "side of the images to make, in pixels", parse=parse_size, fixed=True)
     small_size: Any = option(64, "side of the low-resolution inputs, in pixels", parse=parse_size, fixed=True)
 
-    @property
-    def size(self) -> Any:
-        return self.large_size
-
     def validate(self) -> None:
-        super().validate()
         large, small = height_width(self.large_size), height_width(self.small_size)
         if large[0] % small[0] or large[1] % small[1] or large[0] // small[0] != large[1] // small[1]:
             raise UserError(
@@ -140,13 +136,23 @@ class SuperResModelConfig(UNetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(NetworkConfig):
-    """Classifier."""
+class SuperResModelConfig(SizesConfig, UNetConfig):
+    """Network."""
 
-    kind = "classifier"
-    attention_option = "classifier_attention_resolutions"
+    kind = "super_res"
 
-    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
+    @property
+    def size(self) -> Any:
+        return self.large_size
+
+    def validate(self) -> None:
+        UNetConfig.validate(self)
+        SizesConfig.validate(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Config):
+    """The classifier's network."""
 
     classifier_width: int = extra(
         128, "channels of the classifier's first level, a multiple of 32", high=MAX_WIDTH, fixed=True
@@ -157,16 +163,39 @@ class ClassifierConfig(NetworkConfig):
     classifier_attention_resolutions: str = extra(
         "32,16,8", "resolutions in pixels with attention in the classifier, comma-separated", fixed=True
     )
+    classifier_pool: str = extra(
+        "attention", "how the classifier makes one vector of an image", choices=POOLS, fixed=True, older="attention"
+    )
+    classifier_resblock_updown: bool = extra(
+        True, "the classifier has residual blocks between its levels, rather than convolutions", fixed=True, older=False
+    )
+    classifier_use_scale_shift_norm: bool = extra(
+        True, "the timestep embedding scales and shifts the classifier's norms", fixed=True, older=True
+    )
+    classifier_use_fp16: bool = extra(False, "the classifier computes in float16")
+
+    def validate(self) -> None:
+        width = self.classifier_width
+        self.require(width > 0 and width % 32 == 0, "classifier_width", "must be a multiple of 32")
+        self.require_numbers("classifier_attention_resolutions", int, MAX_LISTED, MAX_SIDE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(EncoderConfig, NetworkConfig):
+    """Classifier."""
+
+    kind = "classifier"
+    attention_option = "classifier_attention_resolutions"
+
+    image_size: Any = option(64, "side of the images in pixels, or HEIGHTxWIDTH", parse=parse_size, fixed=True)
 
     @property
     def size(self) -> Any:
         return self.image_size
 
     def validate(self) -> None:
-        super().validate()
-        width = self.classifier_width
-        self.require(width > 0 and width % 32 == 0, "classifier_width", "must be a multiple of 32")
-        self.require_numbers("classifier_attention_resolutions", int, MAX_LISTED, MAX_SIDE)
+        EncoderConfig.validate(self)
+        NetworkConfig.validate(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +220,11 @@ class ProcessConfig(Config):
     )
     rescale_timesteps: bool = option(True, "give the network t * 1000/T rather than t", fixed=True)
     schedule_shift: float = extra(
-        1.0, "divide the schedule's SNR by its square: image_size / 64 for larger images (Hoogeboom 2023)", fixed=True
-    )
+        1.0, "divide the schedule's SNR by its square: image_size / 64 for larger images (Hoogeboom 2023)", fixed=True,
+        older=1.0,
+    )  # fmt: skip
     zero_terminal_snr: bool = extra(
-        False, "rescale the schedule to end in pure noise (Lin et al. 2024); needs predict_v", fixed=True
+        False, "rescale the schedule to end in pure noise (Lin et al. 2024); needs predict_v", fixed=True, older=False
     )
 
     def validate(self) -> None:
@@ -220,7 +250,9 @@ class DiffusionConfig(ProcessConfig):
     use_kl: bool = option(False, "train on the variational bound (L_vlb) rather than the hybrid loss")
     predict_xstart: bool = option(False, "the network predicts x_0 rather than the noise", fixed=True)
     rescale_learned_sigmas: bool = option(True, "weight the hybrid loss's bound by T/1000 (IDDPM eq. 16)")
-    predict_v: bool = extra(False, "the network predicts v rather than the noise (Salimans & Ho 2022)", fixed=True)
+    predict_v: bool = extra(
+        False, "the network predicts v rather than the noise (Salimans & Ho 2022)", fixed=True, older=False
+    )
     min_snr_gamma: float = extra(0.0, "min-SNR weighting of the squared error, gamma = 5 in Hang et al. 2023; 0: off")
 
     def validate(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .base import MOST_SAMPLES, PRECISIONS, Config, extra, option
 from .messages import UserError, shown
+from .model import EncoderConfig
 from .values import comma_list, number_list, path_of, real_number
 
 SAMPLERS = (
@@ -45,11 +46,14 @@ class SamplerConfig(Config):
         high=1,
     )
     print_steps: bool = extra(False, "print the steps with their noise levels, and stop")
-    precision: str = extra("fp32", "number format of the network's blocks", choices=PRECISIONS)
+    precision: str = extra("fp32", "number format of the networks' blocks", choices=PRECISIONS)
+    use_fp16: bool = extra(False, "the model, but no classifier that guides it, computes in float16")
     channels_last: bool = extra(False, "channels-last memory layout: faster on GPUs in bf16 and fp16")
     compile: bool = extra(False, "compile the network with torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
+        if self.use_fp16 and self.precision == "bf16":
+            raise UserError("--use_fp16 True contradicts --precision bf16: give one of them")
         if 0 < self.churn_max <= self.churn_min:
             raise UserError(f"--churn_max {self.churn_max} must be more than --churn_min {self.churn_min}")
         if self.use_ddim and self.sampler not in ("auto", "ddim"):
@@ -64,8 +68,8 @@ class SamplerConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidanceConfig(Config):
-    """Guidance options."""
+class GuidanceConfig(EncoderConfig):
+    """Guidance options. Those of the classifier's network are for a checkpoint that does not describe itself."""
 
     guidance_scale: float = extra(
         1.0, "classifier-free guidance: guide + scale x (model - guide); 1: no guidance", low=0, high=1e6
@@ -85,6 +89,7 @@ class GuidanceConfig(Config):
     classifier_scale: float = extra(1.0, "weight of the gradient of --classifier_path", low=0, high=1e6)
 
     def validate(self) -> None:
+        super().validate()
         if self.guidance_interval:
             try:
                 low, high = comma_list(self.guidance_interval, real_number)

@@ -25,6 +25,7 @@ from .model import (
     GuidedModelConfig,
     ModelConfig,
     ProcessConfig,
+    SizesConfig,
     SuperResModelConfig,
 )
 from .reading import ReadingConfig
@@ -179,7 +180,7 @@ class Exporting(Settings):
 
     export: ExportConfig
     model: ModelConfig
-    super_res: SuperResModelConfig
+    sizes: SizesConfig
     diffusion: DiffusionConfig
 
 
@@ -189,7 +190,7 @@ class Pushing(Settings):
 
     push: PushCommandConfig
     model: ModelConfig
-    super_res: SuperResModelConfig
+    sizes: SizesConfig
     diffusion: DiffusionConfig
 
 

@@ -89,7 +89,8 @@ def _read(path: str) -> tuple[str, Report | Bound, str]:
 
 
 def _bound(content: dict[str, Any], path: str) -> Bound:
-    found = Bound(*(content.get(key) for key in ("bits_per_dim", "standard_error", "images", "data_dir")))
+    values: list[Any] = [content.get(key) for key in ("bits_per_dim", "standard_error", "images", "data_dir")]
+    found = Bound(*values)
     numbers = [found.value] if found.error is None else [found.value, found.error]
     is_sound = all(type(each) in (int, float) and abs(each) < 1e300 for each in numbers)
     if not is_sound or type(found.images) is not int or not 0 < found.images < 2**63 or not isinstance(found.data, str):

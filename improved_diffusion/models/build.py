@@ -9,8 +9,7 @@ from typing import Any
 from ..config import ClassifierConfig, DiffusionConfig, NetworkConfig, ProcessConfig, SuperResModelConfig, UNetConfig
 from ..logs import logger
 from ..respace import SpacedDiffusion
-from ..unet import UNetModel
-from .classifier import NoisyClassifier
+from ..unet import EncoderUNetModel, UNetModel
 from .factories import (
     create_classifier,
     create_gaussian_diffusion,
@@ -45,7 +44,7 @@ def build_model_and_diffusion(model: UNetConfig, diffusion: DiffusionConfig) -> 
     return build_model(model, diffusion.learn_sigma), build_diffusion(diffusion)
 
 
-def build_classifier(config: ClassifierConfig) -> NoisyClassifier:
+def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
     """The classifier of noisy images, on the CPU."""
     return create_classifier(**_options(config))
 

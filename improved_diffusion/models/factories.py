@@ -19,15 +19,16 @@ from ..gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_name
 from ..respace import SpacedDiffusion, space_timesteps
 from ..schedules import shift_schedule
 from ..schedules import zero_terminal_snr as rescale_to_zero_terminal_snr
-from ..unet import SuperResModel, UNetModel
-from .classifier import NoisyClassifier
+from ..unet import EncoderUNetModel, SuperResModel, UNetModel
 
 # Defaults of arguments that the published factories do not have, or have without a default.
 _CHANNELS = ModelConfig.channels
 _NUM_CLASSES = ModelConfig.num_classes
 _CHANNEL_MULT = ModelConfig.channel_mult
-_DROPOUT = ClassifierConfig.dropout
-_USE_CHECKPOINT = ClassifierConfig.use_checkpoint
+_NUM_HEAD_CHANNELS = ModelConfig.num_head_channels
+_RESBLOCK_UPDOWN = ModelConfig.resblock_updown
+_NEW_ORDER = ModelConfig.use_new_attention_order
+_CLASSIFIER = ClassifierConfig
 _SIGMA_SMALL = DiffusionConfig.sigma_small
 _PREDICT_V = DiffusionConfig.predict_v
 _SCHEDULE_SHIFT = DiffusionConfig.schedule_shift
@@ -40,12 +41,14 @@ def create_model_and_diffusion(
     attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl, predict_xstart,
     rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, channels=_CHANNELS,
     num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
-    zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA,
+    zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA, num_head_channels=_NUM_HEAD_CHANNELS,
+    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False,
 ):  # fmt: skip
     """(UNetModel, SpacedDiffusion) for the given options; see ModelConfig and DiffusionConfig."""
     model = create_model(
         image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
         num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
+        num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
     )  # fmt: skip
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
@@ -62,13 +65,14 @@ def sr_create_model_and_diffusion(
     rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm,
     sigma_small=_SIGMA_SMALL, channels=_CHANNELS, num_classes=_NUM_CLASSES,
     channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
-    zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA,
+    zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA, num_head_channels=_NUM_HEAD_CHANNELS,
+    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False,
 ):  # fmt: skip
     """(SuperResModel, SpacedDiffusion) for the given options; see SuperResModelConfig and DiffusionConfig."""
     model = sr_create_model(
         large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
-        channel_mult,
+        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
     )  # fmt: skip
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
@@ -82,32 +86,35 @@ def sr_create_model_and_diffusion(
 def create_model(
     image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
     num_heads_upsample, use_scale_shift_norm, dropout, channels=_CHANNELS, num_classes=_NUM_CLASSES,
-    channel_mult=_CHANNEL_MULT,
+    channel_mult=_CHANNEL_MULT, num_head_channels=_NUM_HEAD_CHANNELS, resblock_updown=_RESBLOCK_UPDOWN,
+    use_new_attention_order=_NEW_ORDER, use_fp16=False,
 ):  # fmt: skip
     """A UNetModel for images of `image_size`; see ModelConfig."""
     return _build(
         UNetModel, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
-        channel_mult,
+        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
     )  # fmt: skip
 
 
 def sr_create_model(
     large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels=_CHANNELS,
-    num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT,
+    num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT, num_head_channels=_NUM_HEAD_CHANNELS,
+    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False,
 ):  # fmt: skip
     """A SuperResModel for images of `large_size`; it takes low-resolution images of any size."""
     return _build(
         SuperResModel, large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
-        channel_mult,
+        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
     )  # fmt: skip
 
 
 def _build(
     kind, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
     num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
+    num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
 ):  # fmt: skip
     mult = level_mult(image_size, channel_mult, num_channels)
     try:
@@ -124,29 +131,42 @@ def _build(
             num_heads=num_heads,
             num_heads_upsample=num_heads_upsample,
             use_scale_shift_norm=use_scale_shift_norm,
+            num_head_channels=num_head_channels,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+            use_fp16=use_fp16,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
 def create_classifier(
-    image_size, channels, num_classes, classifier_width, classifier_depth, classifier_attention_resolutions,
-    dropout=_DROPOUT, use_checkpoint=_USE_CHECKPOINT,
-    channel_mult=_CHANNEL_MULT,
+    image_size, classifier_use_fp16=_CLASSIFIER.classifier_use_fp16, classifier_width=_CLASSIFIER.classifier_width,
+    classifier_depth=_CLASSIFIER.classifier_depth,
+    classifier_attention_resolutions=_CLASSIFIER.classifier_attention_resolutions,
+    classifier_use_scale_shift_norm=_CLASSIFIER.classifier_use_scale_shift_norm,
+    classifier_resblock_updown=_CLASSIFIER.classifier_resblock_updown, classifier_pool=_CLASSIFIER.classifier_pool,
+    channels=_CHANNELS, num_classes=NUM_CLASSES, dropout=_CLASSIFIER.dropout,
+    use_checkpoint=_CLASSIFIER.use_checkpoint, channel_mult=_CHANNEL_MULT,
 ):  # fmt: skip
-    """A NoisyClassifier for images of `image_size`; see ClassifierConfig."""
+    """An EncoderUNetModel for images of `image_size`, with attention heads of 64 channels; see ClassifierConfig."""
     if num_classes < 2:
         raise UserError(f"a classifier needs two classes or more, not {num_classes}: look at --labels and --data_dir")
-    return NoisyClassifier(
+    return EncoderUNetModel(
         image_size=height_width(image_size),
         in_channels=channels,
-        num_classes=num_classes,
         model_channels=classifier_width,
+        out_channels=num_classes,
         num_res_blocks=classifier_depth,
         attention_resolutions=attention_factors(image_size, classifier_attention_resolutions),
         dropout=dropout,
         channel_mult=level_mult(image_size, channel_mult, classifier_width),
         use_checkpoint=use_checkpoint,
+        use_fp16=classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
     )
 
 
@@ -177,9 +197,15 @@ def resolve_channel_mult(image_size: Any, channel_mult: str = _CHANNEL_MULT) -> 
     return mult
 
 
-def _default_channel_mult(sides: tuple[int, int]) -> tuple[int, ...]:
+def _default_channel_mult(sides: tuple[int, int]) -> tuple[float, ...]:
     wanted: tuple[int, ...]
-    published = {(256, 256): (1, 1, 2, 2, 4, 4), (64, 64): (1, 2, 3, 4), (32, 32): (1, 2, 2, 2)}
+    published: dict[tuple[int, int], tuple[float, ...]] = {
+        (512, 512): (0.5, 1, 1, 2, 2, 4, 4),
+        (256, 256): (1, 1, 2, 2, 4, 4),
+        (128, 128): (1, 1, 2, 3, 4),
+        (64, 64): (1, 2, 3, 4),
+        (32, 32): (1, 2, 2, 2),
+    }
     if sides in published:
         return published[sides]
     shorter = min(sides)

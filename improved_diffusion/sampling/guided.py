@@ -19,11 +19,15 @@ from .guidance import EVERYWHERE, Autoguidance, ClassifierFreeGuidance, Classifi
 from .labels import Classes, classes_of
 
 
-def prepare_model(config: SamplerConfig, model: th.nn.Module) -> th.nn.Module:
-    """The model on the device, with the precision and memory layout of the options, compiled if they ask for it."""
+def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "") -> th.nn.Module:
+    """The model on the device, with the precision and memory layout of the options, compiled if they ask for it.
+
+    :param precision: instead of the options'.
+    """
     model.to(distributed.dev())
-    if config.precision != "fp32":
-        getattr(model, f"convert_to_{config.precision}")()
+    precision = precision or ("fp16" if config.use_fp16 else config.precision)
+    if precision != "fp32":
+        getattr(model, f"convert_to_{precision}")()
     if config.channels_last:
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
     if config.compile:
@@ -114,7 +118,7 @@ def _load_guide(loaded: LoadedModel, classes: Classes | None) -> tuple[th.nn.Mod
 def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.nn.Module, Classes]:
     """(the prepared classifier, its classes, which are the model's where it has any)."""
     options = loaded.settings.guidance
-    theirs = load_classifier(options.classifier_path)
+    theirs = load_classifier(options.classifier_path, options, loaded.given, loaded.settings.model.size)
     ours: dict[str, Any] = {**loaded.settings.values(), "image_size": loaded.settings.model.size}
     flag = f"--classifier_path {options.classifier_path}"
     for name in (*_NOISE, "image_size", "channels"):
@@ -128,10 +132,12 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
     their_classes = Classes(num, names, theirs.seen_classes)
     if classes is not None:
         _compare_classes(flag, their_classes, loaded.path, classes)
-        their_classes = their_classes._replace(seen=classes.seen or their_classes.seen)
+        named = their_classes.names or classes.names  # a published checkpoint has no names
+        their_classes = their_classes._replace(names=named, seen=classes.seen or their_classes.seen)
     logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
-    # A published checkpoint has no class names; the classifier's are used.
-    return prepare_model(loaded.settings.sampler, theirs.classifier), their_classes
+    sampler = loaded.settings.sampler
+    precision = "fp16" if options.classifier_use_fp16 else sampler.precision
+    return prepare_model(sampler, theirs.classifier, precision), their_classes
 
 
 def _compare_classes(flag: str, theirs: Classes | None, model_path: str, classes: Classes | None) -> None:

@@ -250,7 +250,8 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     settings = task.settings
     train = settings.train
     th.manual_seed(settings.run.seed)
-    precision = "fp16" if train.use_fp16 else train.precision
+    use_fp16 = train.use_fp16 or settings.values().get("classifier_use_fp16")
+    precision = "fp16" if use_fp16 else train.precision
     check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:

@@ -22,7 +22,7 @@ import torch as th
 from torch import nn
 
 from ..config import UserError
-from . import files
+from . import files, stand_ins
 
 MAX_PICKLE_BYTES = 2**23  # of the names and shapes, without the numbers
 MAX_OBJECTS = 10**6
@@ -44,7 +44,11 @@ _GLOBALS = {
     *(f"torch {name}Storage" for name in _STORAGES),
     *(str(dtype).replace(".", " ") for dtype in (*FLOATS, *INTEGERS, th.bool)),
 }
-_OTHER_CONSTRUCTORS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+_OTHER_CONSTRUCTORS = {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+_MADE = (("multiarray.scalar", "numpy scalar"), ("multiarray._reconstruct", "numpy array"))
+_OTHER = "other objects"
+_PARTS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode", _OTHER}  # of objects with names of their own
+_SHOWN = 4
 
 _ZIP = b"PK\x03\x04"
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files from before torch 1.6
@@ -93,8 +97,28 @@ def check(f: IO[bytes], name: str) -> int:
     file little is read."""
     size = f.seek(0, os.SEEK_END)
     with _naming(name, size):
-        _check(f, size)
+        if foreign := _foreign_names(f, size):
+            raise _Unsuitable(
+                f"it holds objects other than plain tensors ({_listed(foreign)}), which could run code or harm when "
+                "loaded; they were not loaded: save its state dict alone, as improved-diffusion convert --trust does"
+            )
     return size
+
+
+def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
+    """(the tensors of a file that may hold objects of other programs, which classes and functions were left out or "").
+
+    Tensors come in dicts by their names, as with `load`. Of the rest nothing is imported or executed; see `stand_ins`.
+    Raises UserError as `load` does, but not for such objects.
+    """
+    size = f.seek(0, os.SEEK_END)
+    with _naming(name, size), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        left_out = [name for name in _foreign_names(f, size) if name != _OTHER]
+        f.seek(0)
+        data = io.BytesIO(f.read())  # of a file on the disk, torch would unpack a tar archive
+        content = th.load(data, map_location="cpu", weights_only=False, pickle_module=stand_ins)
+        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content), ""), _listed(left_out)
 
 
 @contextmanager
@@ -119,17 +143,16 @@ def load_mapped(path: str) -> Any:
 # Before torch reads the file
 
 
-def _check(f: IO[bytes], size: int) -> None:
-    """Raise _Unsuitable for a file of something else, and for one that names more than plain tensors."""
+def _foreign_names(f: IO[bytes], size: int) -> list[str]:
+    """What a file of torch.save names beside plain tensors and dicts. Raises _Unsuitable for any other file."""
     f.seek(0)
     head = f.read(512)
     f.seek(0)
     if head.startswith(_ZIP):
-        _check_names(_pickle_of_zip(f, size), 1)
-    elif head.startswith(_OLD_MAGIC):
-        _check_names(f, _OLD_PICKLES)
-    else:
-        raise _Unsuitable(_kind(head))
+        return _foreign_in(_pickle_of_zip(f, size), 1)
+    if head.startswith(_OLD_MAGIC):
+        return _foreign_in(f, _OLD_PICKLES)
+    raise _Unsuitable(_kind(head))
 
 
 def _kind(head: bytes) -> str:
@@ -171,19 +194,32 @@ def _kind_of_zip(names: Iterable[str]) -> str:
     return "an npz of arrays" if any(name.endswith(".npy") for name in names) else "a zip archive"
 
 
-def _check_names(f: IO[bytes], pickles: int) -> None:
-    """Raise _Unsuitable where the pickles name anything but plain tensors and dicts."""
+def _foreign_in(f: IO[bytes], pickles: int) -> list[str]:
+    """What the pickles name beside plain tensors and dicts: classes, functions, and other ways to make objects."""
+    found: dict[str, None] = {}
     limit = f.tell() + MAX_PICKLE_BYTES
     for _ in range(pickles):
+        texts = ["", ""]  # a STACK_GLOBAL takes the last two
         for opcode, argument, _ in pickletools.genops(f):
-            if opcode.name in _OTHER_CONSTRUCTORS or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
-                what = f" ({str(argument).replace(' ', '.')[:80]!a})" if argument else ""
-                raise _Unsuitable(
-                    f"it holds objects other than plain tensors{what}, which could run code or harm when loaded; they "
-                    "were not loaded: save its state dict alone, or use another file"
-                )
-            if f.tell() > limit:
+            if opcode.name in ("GLOBAL", "INST") and argument not in _GLOBALS:
+                found[str(argument).replace(" ", ".")] = None
+            elif opcode.name == "STACK_GLOBAL":
+                found[_OTHER if " ".join(texts) in _GLOBALS else ".".join(texts)] = None
+            elif opcode.name in _OTHER_CONSTRUCTORS:
+                found[_OTHER] = None
+            elif isinstance(argument, str):
+                texts = [texts[1], argument]
+            if f.tell() > limit or (opcode.name.endswith("PUT") and int(argument or 0) > MAX_PICKLE_BYTES):
                 raise _Unsuitable(_TOO_MANY)
+    return list(found)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of classes and functions for a message, the well-known ones by what they make."""
+    shown = dict.fromkeys(next((made for end, made in _MADE if name.endswith(end)), name) for name in names)
+    telling = [name for name in shown if name not in _PARTS] or list(shown)
+    more = ", ..." if len(telling) > _SHOWN else ""
+    return ", ".join(ascii(name[:60])[1:-1] for name in telling[:_SHOWN]) + more
 
 
 # After torch has read it

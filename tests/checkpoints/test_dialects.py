@@ -7,7 +7,7 @@ import pytest
 import torch as th
 
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.checkpoints.dialects import foreign_feature, unwrap
+from improved_diffusion.checkpoints.dialects import unwrap
 from improved_diffusion.config import UserError
 
 WEIGHTS = OrderedDict(
@@ -66,8 +66,3 @@ def test_a_file_without_weights_names_what_it_holds(content):
         unwrap(content, "x.pt")
     shown = content if isinstance(content, dict) else ["list"]
     assert all(str(key) in str(error.value) for key in shown)
-
-
-def test_residual_blocks_that_change_the_size_are_recognised():
-    assert foreign_feature(["output_blocks.1.0.in_layers.0.weight", "output_blocks.1.1.conv.weight"]) is None
-    assert foreign_feature(["output_blocks.1.2.in_layers.0.weight"])

@@ -109,7 +109,7 @@ def test_a_published_checkpoint_gives_its_shapes(tmp_path):
     settings = tiny_settings(image_size=32, channel_mult="1,2,2,2", attention_resolutions="8", class_cond=True,
                              num_classes=5)  # fmt: skip
     model, _ = build_model_and_diffusion(settings.model, settings.diffusion)
-    taken = take_network(ImageTraining.of({}), (), "x.pt", model.state_dict(), {})
+    taken = take_network(ImageTraining.of({}), {"num_heads"}, "x.pt", model.state_dict(), {})
     assert taken.model.image_size == 32 and taken.model.attention_resolutions == "8"
     assert not taken.model.class_cond and taken.model.num_classes == 0
 

@@ -121,7 +121,8 @@ def test_options_that_training_fixes():
         "class_cond", "use_scale_shift_norm", "channels", "num_classes", "channel_mult", "learn_sigma",
         "diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "large_size", "small_size",
         "classifier_width", "classifier_depth", "classifier_attention_resolutions", "predict_v", "schedule_shift",
-        "zero_terminal_snr",
+        "zero_terminal_snr", "num_head_channels", "resblock_updown", "use_new_attention_order", "classifier_pool",
+        "classifier_resblock_updown", "classifier_use_scale_shift_norm",
     }  # fmt: skip
 
 
@@ -270,7 +271,7 @@ SCORES = {
 
 
 def test_the_published_recipes_are_all_there():
-    assert set(PRESETS) == set(RECIPES)
+    assert {name for name in PRESETS if not name.startswith("adm-")} == set(RECIPES)
     for name, score in SCORES.items():
         assert PRESETS[name].reported == score
 

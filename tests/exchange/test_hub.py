@@ -119,7 +119,12 @@ def test_of_a_pipeline_the_settings_and_the_network_are_fetched(hub, folders):  
         "model_index.json": b"{}", f"{unet}config.json": b"{}", f"{scheduler}scheduler_config.json": b"{}",
         f"{unet}diffusion_pytorch_model.safetensors": b"weights",
     }  # fmt: skip
-    other = {"README.md": b"x", f"{unet}diffusion_pytorch_model.bin": b"y", "vae/config.json": b"{}", "pipeline.py": b""}
+    other = {
+        "README.md": b"x",
+        f"{unet}diffusion_pytorch_model.bin": b"y",
+        "vae/config.json": b"{}",
+        "pipeline.py": b"",
+    }
     hub.add("user/name", {**wanted, **other})
     folder = hub_model.fetch("user/name")
     assert contents(folder) == wanted
@@ -146,7 +151,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model, weights):  # noqa:
         ("user/name@refs/pr/1", HubName("user/name", "refs/pr/1")),
         *((text, None) for text in (
             "name", "/user/name", "user/name/x", "../name", "user/..", "user/na me", "user/a--b", "user/name@",
-            "user/name@../x", "user/name@a/../b", "user/name.git", "user/", "runs/mine/", "gs://user/name", "", "猫/name",
+            "user/name@../x", "user/name@a/../b", "user/name.git", "user/", "runs/mine/", "gs://user/name", "", "猫/n",
             "user/name\n", f"user/{'x' * 100}",
         )),
     ],
@@ -456,7 +461,8 @@ def test_the_size_of_a_file_has_a_limit(hub, name, size, phrase):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/tmp/x.pt", "a/../../x.pt", "..\\x.pt", "folder/x.pt", ".hidden.pt", "x.pt\n", "猫.pt"]
+    "name",
+    ["../x.safetensors", "/tmp/x.pt", "a/../../x.pt", "..\\x.pt", "folder/x.pt", ".hidden.pt", "x.pt\n", "猫.pt"],
 )
 def test_names_that_lead_elsewhere_are_never_asked_for(hub, name, weights, tmp_path):  # noqa: F811
     hub.add("user/name", {name: weights})

@@ -14,12 +14,12 @@ from train_helpers import into
 
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_classifier
-from improved_diffusion.config import ClassifierConfig, UserError
-from improved_diffusion.models.classifier import AttentionPool, NoisyClassifier, heads_of
+from improved_diffusion.config import ClassifierConfig, ProcessConfig, UserError
+from improved_diffusion.models.build import build_classifier
 from improved_diffusion.models.factories import create_classifier
 from improved_diffusion.training.classifier import ClassifierObjective
 from improved_diffusion.training.loop import TrainLoop
-from improved_diffusion.unet import UNetModel
+from improved_diffusion.unet import AttentionBlock, AttentionPool2d, EncoderUNetModel, UNetModel
 
 NETWORK = ["--classifier_width", 32, "--classifier_depth", 1, "--channel_mult", "1,1", "--num_workers", 0]
 FLAGS = [
@@ -30,7 +30,10 @@ FLAGS = [
 
 def small(image_size=(8, 8), num_classes=3, channel_mult=(1, 2), **kwargs):
     """A small classifier in which every weight counts."""
-    model = NoisyClassifier(image_size, 3, num_classes, 32, 1, (1, 2), channel_mult=channel_mult, **kwargs)
+    model = EncoderUNetModel(
+        image_size, 3, 32, num_classes, 1, (1, 2), channel_mult=channel_mult, num_head_channels=64, pool="attention",
+        use_scale_shift_norm=True, **kwargs,
+    )  # fmt: skip
     return set_golden_weights(model).eval()
 
 
@@ -90,7 +93,7 @@ def test_the_gradient_reaches_every_pixel_and_is_that_of_finite_differences():
 
 
 def test_an_image_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=re.escape("takes images of (3, 8, 8), not (3, 16, 16)")):
+    with pytest.raises(ValueError, match=re.escape("takes images of (8, 8), not (16, 16)")):
         small()(*draws(size=(16, 16)))
 
 
@@ -100,7 +103,7 @@ def test_its_torso_computes_in_16_bits_and_comes_back(precision, dtype, close):
     with th.no_grad():
         exact = model(x, t)
         getattr(model, f"convert_to_{precision}")()
-        assert model.inner_dtype == dtype and model.out[2].qkv.weight.dtype == th.float32
+        assert model.inner_dtype == dtype and model.out[2].qkv_proj.weight.dtype == th.float32
         rounded = model(x, t)
         assert rounded.dtype == th.float32 and 0 < (rounded - exact).abs().max() < close
         model.convert_to_fp32()
@@ -108,25 +111,29 @@ def test_its_torso_computes_in_16_bits_and_comes_back(precision, dtype, close):
 
 
 def test_pooling_is_what_the_mean_attends_to():
-    pool = set_golden_weights(AttentionPool(64, 4, 5))
+    pool = set_golden_weights(AttentionPool2d(2, 64, 64, 5))
     x = th.randn(2, 64, 2, 2, generator=th.Generator().manual_seed(0))
     flat = x.reshape(2, 64, 4)
     tokens = th.cat([flat.mean(2, keepdim=True), flat], dim=2) + pool.positional_embedding
-    q, k, v = th.einsum("ocx,ncl->nol", pool.qkv.weight, tokens).add(pool.qkv.bias[:, None]).chunk(3, dim=1)
+    q, k, v = th.einsum("ocx,ncl->nol", pool.qkv_proj.weight, tokens).add(pool.qkv_proj.bias[:, None]).chunk(3, dim=1)
     weights = (th.einsum("nc,ncl->nl", q[:, :, 0], k) / math.sqrt(64)).softmax(dim=1)
     pooled = th.einsum("nl,ncl->nc", weights, v)
-    expected = pooled @ pool.proj_out.weight[:, :, 0].T + pool.proj_out.bias
+    expected = pooled @ pool.c_proj.weight[:, :, 0].T + pool.c_proj.bias
     th.testing.assert_close(pool(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [32 * k for k in range(1, 33)])
 def test_heads_share_the_channels_evenly(channels):
-    assert channels % heads_of(channels) == 0 and channels // heads_of(channels) in (32, 64)
+    encoder = EncoderUNetModel(8, 3, channels, 2, 1, (1,), channel_mult=(1,), num_head_channels=64)
+    heads = next(m.num_heads for m in encoder.modules() if isinstance(m, AttentionBlock))
+    assert channels // heads == (64 if channels % 64 == 0 else 32)
 
 
 def test_a_fresh_classifier_knows_nothing():
     th.manual_seed(0)
-    model = create_classifier(8, 3, 10, 32, 1, "4")
+    model = create_classifier(
+        8, num_classes=10, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="4"
+    )
     x, t = draws(32)
     loss = F.cross_entropy(model(x, t), th.arange(32) % 10)
     assert float(loss.detach()) == pytest.approx(math.log(10), abs=0.3)
@@ -198,7 +205,10 @@ def trained(folder, steps, **kwargs):
     into(folder)
     th.manual_seed(0)
     arguments = dict(
-        model=create_classifier(8, 3, 2, 32, 1, "4", channel_mult="1,1"),
+        model=create_classifier(
+            8, num_classes=2, classifier_width=32, classifier_depth=1, classifier_attention_resolutions="4",
+            channel_mult="1,1",
+        ),
         diffusion=ClassifierObjective(make_diffusion()), data=Stripes(), batch_size=16, microbatch=-1, lr=2e-3,
         ema_rate="0.9", log_interval=100, save_interval=10**6, resume_checkpoint="", max_steps=steps, seed=0,
     )  # fmt: skip
@@ -290,7 +300,7 @@ def diffusion_model(place, striped):
 def test_the_script_trains_a_classifier_that_describes_itself(classifier, striped):
     loaded = load_classifier(str(classifier[0] / "ema_0.9_000020.pt"))
     model, options, names = loaded.classifier, loaded.config, loaded.class_names
-    assert names == ["across", "along"] and model.num_classes == 2 and not model.training
+    assert names == ["across", "along"] and model.out_channels == 2 and not model.training
     assert (options["image_size"], options["noise_schedule"], options["diffusion_steps"]) == (8, "cosine", 20)
     found = []
     for path in sorted(striped.iterdir()):
@@ -306,7 +316,7 @@ def test_validation_watches_loss_and_accuracy(classifier):
     assert float(row["accuracy_q0"]) > float(row["accuracy_q3"])
     line = r"validation after 20 steps: loss 0\.\d+, accuracy \d+\.\d%; EMA 0.9 loss 0\.\d+, accuracy \d+\.\d%"
     assert re.search(line, classifier[1][1].out)
-    assert load_classifier(str(classifier[0] / "best.pt")).classifier.num_classes == 2
+    assert load_classifier(str(classifier[0] / "best.pt")).classifier.out_channels == 2
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(classifier, place, striped):
@@ -347,20 +357,42 @@ def test_checkpoints_of_the_wrong_kind_are_named(classifier, diffusion_model, st
         load_classifier(str(diffusion_model))
     plain = tmp_path / "plain.pt"
     th.save(dict(th.load(own, weights_only=True)), plain)
-    with pytest.raises(UserError, match=r"plain\.pt has no description"):
-        load_classifier(str(plain))
+    assert load_classifier(str(plain)).config["classifier_width"] == 32
     data = ["--data_dir", striped, "--num_workers", 0]
     for script, args, message in (
         ("image_sample", ["--model_path", own], "model000020.pt is a classifier: it makes no images"),
-        ("image_sample", ["--model_path", plain], "plain.pt is not a checkpoint of this method's networks"),
+        ("image_sample", ["--model_path", plain], "plain.pt is a classifier: it makes no images"),
         ("image_train", [*data, "--init_checkpoint", own], "model000020.pt is a classifier"),
         ("classifier_train", [*data, "--init_checkpoint", diffusion_model], "is an image model"),
-        ("classifier_train", [*data, "--init_checkpoint", plain], "plain.pt has no description"),
         ("classifier_train", [*data, "--model_path", own], "is a classifier: a classifier guides an image model"),
         ("classifier_train", [*data, "--model_path", plain], "has no description: leave it out, and give --channels"),
     ):
         result = call(script, *args, "--out_dir", "run", cwd=tmp_path)
         assert result.code == 1 and message in result.err and len(result.err.strip().splitlines()) == 1, result.err
+
+
+def head_by_head_pool(state_dict, heads):
+    """The state dict with the names and the order that the pool had before it took ADM's."""
+    old = {name.replace("qkv_proj", "qkv").replace("c_proj", "proj_out"): t for name, t in state_dict.items()}
+    for name in ("out.2.qkv.weight", "out.2.qkv.bias"):
+        old[name] = old[name].unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+    return old
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_a_file_from_before_adms_names_is_the_same_classifier(width, tmp_path):
+    options = dict(
+        image_size=8, num_classes=3, classifier_width=width, classifier_depth=1, channel_mult="1,1",
+        classifier_attention_resolutions="4", classifier_resblock_updown=False,
+    )  # fmt: skip
+    model = set_golden_weights(build_classifier(ClassifierConfig(**options))).eval()
+    del options["classifier_resblock_updown"]
+    old = head_by_head_pool(model.state_dict(), heads=max(1, width // 64))
+    config = {**options, **vars(ProcessConfig())}
+    checkpoint.save_state_dict(old, str(tmp_path / "old.pt"), {"config": config, "class_names": ["a", "b", "c"]})
+    loaded = load_classifier(str(tmp_path / "old.pt"))
+    x, t = draws()
+    assert th.equal(loaded.classifier(x, t), model(x, t)) and loaded.config["classifier_resblock_updown"] is False
 
 
 def test_weights_of_another_classifier_can_be_started_from(classifier, striped, tmp_path):

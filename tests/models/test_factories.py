@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+from dataclasses import replace
 
 import pytest
 import torch as th
@@ -11,11 +12,13 @@ from published_options import MODEL, SUPER_RES
 
 from improved_diffusion import script_util
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.checkpoints.loading import load_model, read_kind, take_options
+from improved_diffusion.checkpoints.loading import encoder_options, load_model, read_kind, take_options
 from improved_diffusion.cli.published_flags import add_dict_to_argparser, args_to_dict
 from improved_diffusion.config import ClassifierConfig, ModelConfig, UserError, str2bool
+from improved_diffusion.config.presets import options_for
 from improved_diffusion.config.published import model_and_diffusion_defaults, sr_model_and_diffusion_defaults
 from improved_diffusion.config.settings import (
+    ClassifierTraining,
     ImageModel,
     ImageSampling,
     ImageTraining,
@@ -26,7 +29,7 @@ from improved_diffusion.config.settings import (
     SuperResModel as SuperResSettings,
 )
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from improved_diffusion.models.build import build_model_and_diffusion, with_levels
+from improved_diffusion.models.build import build_classifier, build_model, build_model_and_diffusion, with_levels
 from improved_diffusion.models.factories import (
     attention_factors,
     create_gaussian_diffusion,
@@ -316,7 +319,7 @@ def test_a_foreign_checkpoint_has_its_architecture_read_off(tmp_path, flags, cap
     path = tmp_path / "model.pt"
     model = build(ImageSampling, **flags)
     save_foreign(path, model)
-    loaded = load(path)
+    loaded = load(path, diffusion_steps=1000)
     assert loaded.metadata == {} and read_kind(str(path)) is ImageModel
     for name, value in flags.items():
         if name != "num_heads":
@@ -349,13 +352,70 @@ def test_flags_of_the_published_models_are_read_off_their_shapes(name):
     layout = golden_json(f"layouts/{name}")
     shapes = {key: th.empty(shape, device="meta") for key, shape in layout["state_dict"].items()}
     settings = (SuperResSampling if layout["superres"] else ImageSampling).of({})
-    options = take_options(settings, (), "model.pt", shapes, {}).values()
+    options = take_options(settings, {"diffusion_steps"}, "model.pt", shapes, {}).values()
     for flag in ("num_channels", "num_res_blocks", "learn_sigma", "class_cond", "image_size"):
         if flag in layout["flags"]:
             assert options[flag] == layout["flags"][flag]
     if layout["superres"]:
         assert options["large_size"] == 256
     assert options["attention_resolutions"] == "16,8" and options["use_scale_shift_norm"] is True
+
+
+@pytest.mark.parametrize("updown", [False, True])
+def test_what_shapes_do_not_show_must_be_given(tmp_path, updown):
+    flags = dict(image_size=32, num_channels=32, num_res_blocks=1, num_heads=2, resblock_updown=updown)
+    save_foreign(tmp_path / "model.pt", build(ImageSampling, **flags))
+    with pytest.raises(UserError, match=r"model\.pt has no description.*diffusion_steps.*num_heads"):
+        load(tmp_path / "model.pt", timestep_respacing="10")
+    if updown:
+        with pytest.raises(UserError, match=r"do not show num_head_channels, num_heads, use_new_attention_order"):
+            load(tmp_path / "model.pt", noise_schedule="cosine")
+    loaded = load(tmp_path / "model.pt", num_heads=2)
+    assert loaded.model.middle_block[1].num_heads == 2 and loaded.settings.model.resblock_updown is updown
+
+
+ADM_LAYOUTS = {
+    "64x64_diffusion": "adm-imagenet64", "128x128_diffusion": "adm-imagenet128",
+    "256x256_diffusion_uncond": "adm-imagenet256-uncond", "64_256_upsampler": "adm-upsample-64-256",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADM_LAYOUTS)
+def test_published_adm_models_have_a_preset_and_are_never_guessed(name):
+    layout = golden_json(f"adm/layouts/{name}")
+    shapes = {key: th.empty(shape, device="meta") for key, shape in layout["shapes"].items()}
+    words = layout["flags"].replace("--", "").split()
+    flags = dict(zip(words[::2], words[1::2]))
+    settings = SuperResSampling if "large_size" in flags else ImageSampling
+    with pytest.raises(UserError, match=rf"--preset .*{ADM_LAYOUTS[name]}\b"):
+        take_options(settings.of({}), (), "model.pt", shapes, {})
+    by_flags = take_options(settings.of(flags), flags, "model.pt", shapes, {})
+    preset = options_for(ADM_LAYOUTS[name], settings)
+    by_preset = take_options(settings.of(preset), preset, "model.pt", shapes, {})
+    with th.device("meta"):
+        built = build_model(by_preset.model, by_preset.diffusion.learn_sigma)
+    assert {key: list(t.shape) for key, t in built.state_dict().items()} == layout["shapes"]
+    assert sum(p.numel() for p in built.parameters()) == layout["parameters"]
+    differing = {name for name, value in by_flags.values().items() if by_preset.values()[name] != value}
+    assert differing <= {"rescale_timesteps", "rescale_learned_sigmas", "use_fp16"}  # equal for 1000 steps
+
+
+@pytest.mark.parametrize("name", ["64x64_classifier", "128x128_classifier"])
+def test_published_adm_classifiers_are_read_off_their_shapes(name):
+    layout = golden_json(f"adm/layouts/{name}")
+    shapes = {key: th.empty(shape, device="meta") for key, shape in layout["shapes"].items()}
+    options = encoder_options("x.pt", shapes, ClassifierConfig(), ())
+    words = layout["flags"].replace("--", "").split()
+    for flag, value in zip(words[::2], words[1::2]):
+        assert str(options[flag]) == value
+    with th.device("meta"):
+        built = build_classifier(ClassifierConfig(**options))
+    assert {key: list(t.shape) for key, t in built.state_dict().items()} == layout["shapes"]
+    assert sum(p.numel() for p in built.parameters()) == layout["parameters"]
+    preset = ClassifierTraining.of(options_for(f"adm-classifier{options['image_size']}", ClassifierTraining)).model
+    assert replace(preset, **options) == replace(ClassifierConfig(), **options)
+    for flag in ("classifier_width", "classifier_depth", "classifier_pool", "classifier_resblock_updown"):
+        assert getattr(preset, flag) == options[flag]
 
 
 def test_a_state_dict_of_something_else_is_an_error(tmp_path):

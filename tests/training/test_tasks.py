@@ -13,13 +13,12 @@ from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ClassifierTraining, ImageTraining, SuperResTraining
 from improved_diffusion.data.low_res import downsample, pairs
 from improved_diffusion.logs import logger
-from improved_diffusion.models.classifier import NoisyClassifier
 from improved_diffusion.models.factories import create_gaussian_diffusion
 from improved_diffusion.training.classifier import ClassifierObjective, ClassifierValidation
 from improved_diffusion.training.preview import PREVIEWS
 from improved_diffusion.training.tasks import task_of
 from improved_diffusion.training.validation import Validation
-from improved_diffusion.unet import SuperResModel, UNetModel
+from improved_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 from improved_diffusion.utils import images
 
 TINY = dict(num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1,1", attention_resolutions="4")
@@ -55,14 +54,14 @@ def stream_of(dataset, usable=None, class_names=None, seen_classes=(0, 1, 2)):
         (ImageTraining.of({"image_size": 8, **TINY}), UNetModel, False),
         (ImageTraining.of({"image_size": 8, "class_cond": True, **TINY}), UNetModel, True),
         (SuperResTraining.of({**SIZES, **TINY}), SuperResModel, False),
-        (ClassifierTraining.of({"image_size": 8, "num_classes": 3, "classifier_width": 32}), NoisyClassifier, True),
+        (ClassifierTraining.of({"image_size": 8, "num_classes": 3, "classifier_width": 32}), EncoderUNetModel, True),
     ],
 )
 def test_the_kind_of_settings_decides_the_network(settings, network, needs_classes):
     task = task_of(settings)
     model, objective = task.build()
     assert type(model) is network and task.needs_classes is needs_classes
-    assert isinstance(objective, ClassifierObjective) == (network is NoisyClassifier)
+    assert isinstance(objective, ClassifierObjective) == (network is EncoderUNetModel)
     assert objective.num_timesteps == 1000
 
 

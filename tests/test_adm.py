@@ -1,0 +1,170 @@
+"""The networks of Dhariwal & Nichol 2021 give the numbers of their published code (tests/golden/adm)."""
+
+import inspect
+import json
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import GOLDEN
+
+from improved_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
+
+ADM = GOLDEN / "adm"
+CASES = json.loads((ADM / "cases.json").read_text())["networks"]
+LAYOUTS = json.loads((ADM / "layouts" / "cases.json").read_text())
+KINDS = {"unet": UNetModel, "superres": SuperResModel, "encoder": EncoderUNetModel}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(ADM / "networks.npz") as arrays:
+        return dict(arrays)
+
+
+def normal(name, shape):
+    """The inputs that the vectors were made with, float32: they follow from a name and a shape."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def weights(name, shape):
+    """The parameter of a network that the vectors were made with."""
+    values = normal(name, shape)
+    if len(shape) < 2:
+        values = values * np.float32(0.1) + np.float32(name.endswith(".weight"))
+    else:
+        values = values / np.float32(math.sqrt(math.prod(shape[1:])))
+    return th.from_numpy(values)
+
+
+def build(kind, arguments):
+    """A network with those weights, in eval mode."""
+    network = KINDS[kind](**arguments)
+    network.load_state_dict({name: weights(name, tuple(t.shape)) for name, t in network.state_dict().items()})
+    return network.eval()
+
+
+def inputs(case):
+    """(x, timesteps, further arguments) of a case."""
+    described = CASES[case]
+    arguments, batch = described["arguments"], described["batch"]
+    shape = (batch, arguments["in_channels"], arguments["image_size"], arguments["image_size"])
+    more = {}
+    if described["labels"] is not None:
+        more["y"] = th.tensor(described["labels"])
+    if described["kind"] == "superres":
+        more["low_res"] = th.from_numpy(normal(f"{case}:low_res", (*shape[:2], shape[2] // 2, shape[3] // 2)))
+    return th.from_numpy(normal(f"{case}:x", shape)), th.tensor(described["timesteps"]), more
+
+
+@every_case
+def test_outputs_are_the_published_ones(case, golden):
+    network = build(CASES[case]["kind"], CASES[case]["arguments"])
+    x, timesteps, more = inputs(case)
+    with th.no_grad():
+        output = network(x, timesteps, **more)
+    assert output.shape == golden[case].shape
+    np.testing.assert_allclose(output.numpy(), golden[case], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if f"{case}:grad" in CASES[case]["arrays"]])
+def test_gradients_of_classes_are_the_published_ones(case, golden):
+    network = build(CASES[case]["kind"], CASES[case]["arguments"])
+    x, timesteps, _ = inputs(case)
+    x.requires_grad_()
+    log_p = th.log_softmax(network(x, timesteps), dim=-1)
+    gradient = th.autograd.grad(log_p.diagonal().sum(), x)[0]
+    np.testing.assert_allclose(gradient.numpy(), golden[f"{case}:grad"], rtol=0, atol=1e-6)
+
+
+@every_case
+def test_state_dicts_have_the_published_names_and_shapes(case):
+    network = KINDS[CASES[case]["kind"]](**CASES[case]["arguments"])
+    assert {name: list(t.shape) for name, t in network.state_dict().items()} == LAYOUTS[case]
+
+
+@pytest.mark.parametrize("name", ["unet_updown", "encoder_attention"])
+def test_the_same_parameters_are_converted_to_16_bits(name):
+    described = json.loads((ADM / "layouts" / f"fp16_{name}.json").read_text())
+    network = KINDS[described["kind"]](**described["arguments"])
+    network.convert_to_fp16()
+    assert {name: str(t.dtype).removeprefix("torch.") for name, t in network.named_parameters()} == {
+        name: dtype.removeprefix("torch.") for name, dtype in described["dtypes"].items()
+    }
+    network.convert_to_fp32()
+    assert {t.dtype for t in network.parameters()} == {th.float32}
+
+
+def test_a_network_wrapped_in_checkpoints_has_the_same_gradients():
+    case = "unet_updown_head_channels_new_order"
+    x, timesteps, _ = inputs(case)
+    gradients = []
+    for use_checkpoint in (False, True):
+        network = build("unet", {**CASES[case]["arguments"], "use_checkpoint": use_checkpoint})
+        network(x, timesteps).square().mean().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    assert all(th.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# Constructors
+
+GUIDED = (32, 3, 32, 6, 1, (2, 4))  # image_size, in_channels, model_channels, out_channels, num_res_blocks, attention
+OURS = GUIDED[1:]
+
+
+def shapes(network):
+    return {name: t.shape for name, t in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", [UNetModel, SuperResModel])
+@pytest.mark.parametrize("positional", range(len(GUIDED) + 1))
+def test_image_size_may_come_first(kind, positional):
+    names = list(inspect.signature(kind.__init__).parameters) if kind is UNetModel else []
+    expected = shapes(kind(*OURS, channel_mult=(1, 2)))
+    keywords = dict(zip(("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks",
+                         "attention_resolutions"), GUIDED, strict=True))  # fmt: skip
+    left = dict(list(keywords.items())[positional:])
+    assert shapes(kind(*GUIDED[:positional], **left, channel_mult=(1, 2))) == expected
+    assert names[:2] in ([], ["self", "in_channels"])
+
+
+def test_guided_positional_arguments_mean_what_they_mean_there():
+    network = UNetModel(*GUIDED, 0.1, (1, 2), True, 2, 10, True, True, 4, 16, 2, True, True, True)
+    attention = network.middle_block[1]
+    assert (network.dropout, network.num_classes, network.use_checkpoint) == (0.1, 10, True)
+    assert attention.use_new_attention_order and attention.num_heads == 64 // 16
+    assert network.input_blocks[2][0].updown and network.image_size == 32
+
+
+def test_a_subclass_in_the_style_of_guided_diffusion():
+    class Twice(UNetModel):
+        def __init__(self, image_size, in_channels, *args, **kwargs):
+            super().__init__(image_size, in_channels * 2, *args, **kwargs)
+
+    for network in (Twice(*GUIDED), Twice(image_size=32, in_channels=3, model_channels=32, out_channels=6,
+                                          num_res_blocks=1, attention_resolutions=(2, 4))):  # fmt: skip
+        assert network.in_channels == 6 and network.model_channels == 32
+
+
+@pytest.mark.parametrize("option", [dict(num_heads=3), dict(num_head_channels=24)])
+def test_heads_that_do_not_divide_the_channels_are_named(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        UNetModel(*OURS, **option)
+
+
+@pytest.mark.parametrize("option", [dict(pool="max"), dict(pool="attention")])
+def test_an_impossible_pool_is_named(option):
+    with pytest.raises(ValueError, match="pool"):
+        EncoderUNetModel(*GUIDED[:3], 10, 1, (2,), **option)
+
+
+def test_an_encoder_takes_images_that_are_not_square():
+    network = EncoderUNetModel(
+        (16, 32), 3, 32, 10, 1, (2,), channel_mult=(1, 2), num_head_channels=32, pool="attention"
+    )
+    assert network(th.zeros(2, 3, 16, 32), th.zeros(2)).shape == (2, 10)
+    with pytest.raises(ValueError, match="16, 32"):
+        network(th.zeros(2, 3, 32, 16), th.zeros(2))
