@@ -16,8 +16,8 @@ from ..utils.text import listed
 MODEL_FILE = "model.safetensors"  # what we push
 _WEIGHTS = re.compile(r"(?!opt\d|optimizer)\w[\w.-]{0,199}\.(safetensors|pt)", re.ASCII)
 # A pipeline of diffusers: in folders, or, as older ones are, in one.
-_PIPELINE = ("model_index.json", "config.json", "unet/config.json")
-_SETTINGS = (*_PIPELINE, "scheduler_config.json", "scheduler/scheduler_config.json")
+_PIPELINE = ("model_index.json", "config.json")
+_SETTINGS = (*_PIPELINE, "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
 _NETWORKS = tuple(
     f"{folder}diffusion_pytorch_model.{ending}" for ending in ("safetensors", "bin") for folder in ("unet/", "")
 )
@@ -117,16 +117,20 @@ def _download(
     return folder
 
 
-def _bar(kind: Any, name: str, size: int) -> Any:
+def _bar(kind: Any, file: str, size: int) -> Any:
     """A progress bar that ends a download of more bytes than the file has."""
 
     class Bar(kind):
         received = 0.0
 
+        def __init__(self, *args: Any, name: str | None = None, **kwargs: Any):
+            super().__init__(*args, name=name, **kwargs)
+            self.is_limited = name == "huggingface_hub.http_get"  # Xet, the other way, checks what it receives
+
         def update(self, n: float | None = 1) -> Any:
             self.received += n or 0
-            if self.received > size:
-                raise UserError(f"the server sends more of {name} than its {size:,} bytes: use another server")
+            if self.is_limited and self.received > size:
+                raise UserError(f"the server sends more of {file} than its {size:,} bytes: use another server")
             return super().update(n)
 
     return Bar
