@@ -1,7 +1,8 @@
 """The diffusion process: q(x_t | x_0), p(x_{t-1} | x_t), the losses, and the bound in bits per dimension.
 
 DDPM is Ho et al. 2020 (arXiv 2006.11239), IDDPM Nichol & Dhariwal 2021 (arXiv 2102.09672), DDIM Song et al. 2020
-(arXiv 2010.02502). Images are float32 [N, C, ...] in [-1, 1]; timesteps t are int64 [N] in 0..T-1.
+(arXiv 2010.02502), guidance Dhariwal & Nichol 2021 (arXiv 2105.05233). Images are float32 [N, C, ...] in [-1, 1];
+timesteps t are int64 [N] in 0..T-1.
 
 The public methods call each other through `self`, and coefficients through `_extract_into_tensor`, so that a subclass,
 an instance or a patched module changes every computation that depends on what it replaces.
@@ -326,26 +327,65 @@ class GaussianDiffusion:
         """The timesteps as the network sees them."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
+    # Guidance
+
+    def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """The mean of p(x_{t-1} | x_t, y), of x's shape (Dhariwal & Nichol 2021, alg. 1).
+
+        :param cond_fn: (x, timesteps as the network sees them, **model_kwargs) -> the gradient of log p(y | x_t) with
+            respect to x_t, of x's shape, times the scale of the guidance. It is called without gradients: it enables
+            them for itself.
+        :param p_mean_var: from p_mean_variance.
+        """
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient
+
+    def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """What p_mean_variance returns, of p(x_{t-1} | x_t, y) (Dhariwal & Nichol 2021, alg. 2).
+
+        The noise that belongs to the predicted, clipped x_0 is guided; the x_0 of the result is not clipped again.
+        Arguments as in condition_mean.
+        """
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"]) - th.sqrt(1 - alpha_bar) * gradient
+        x0 = self._predict_xstart_from_eps(x, t, eps)
+        if self.alphas_cumprod[-1] == 0:  # x_t without signal says nothing about x_0: the prediction stays
+            x0 = th.where(alpha_bar > 0, x0, p_mean_var["pred_xstart"])
+        mean, _, _ = self.q_posterior_mean_variance(x_start=x0, x_t=x, t=t)
+        return {**p_mean_var, "mean": mean, "pred_xstart": x0}
+
     # Sampling
 
-    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """A draw of x_{t-1} given x = x_t (DDPM alg. 2): dict of `sample` and `pred_xstart`, both of x's shape."""
+    def p_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, *, cond_fn=None):
+        """A draw of x_{t-1} given x = x_t (DDPM alg. 2): dict of `sample` and `pred_xstart`, both of x's shape.
+
+        :param cond_fn: guides the mean; see condition_mean. `pred_xstart` is the model's.
+        """
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
         # Drawn at t = 0 too, where it is not used: a seed's samples depend on the order of the draws.
         noise = draw_noise(x)
-        sample = out["mean"] + _unless_last(t, x) * (th.exp(0.5 * out["log_variance"]) * noise)
+        mean = out["mean"]
+        if cond_fn is not None:
+            mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        sample = mean + _unless_last(t, x) * (th.exp(0.5 * out["log_variance"]) * noise)
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
-    def ddim_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
+    def ddim_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0, *, cond_fn=None
+    ):
         """x_{t-1} given x = x_t (DDIM eq. 12): dict of `sample` and `pred_xstart`, both of x's shape.
 
         :param eta: 0 is deterministic, 1 is as noisy as ancestral sampling.
+        :param cond_fn: guides the noise, and `pred_xstart` with it; see condition_score.
         """
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
         noise = draw_noise(x)  # with eta = 0 too; see p_sample
@@ -377,7 +417,7 @@ class GaussianDiffusion:
 
     def p_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, noise_fn=None,
+        progress=False, noise_fn=None, *, cond_fn=None,
     ):  # fmt: skip
         """Samples of the given shape [N, C, ...] by ancestral sampling (DDPM alg. 2).
 
@@ -386,27 +426,29 @@ class GaussianDiffusion:
         :param device: where to sample; the model's device unless given.
         :param progress: show a progress bar.
         :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
+        :param cond_fn: guides each step; see condition_mean.
         """
         with noise_from(noise_fn):
             return last_sample(
                 self.p_sample_loop_progressive(
                     model, shape, noise=noise, clip_denoised=clip_denoised, denoised_fn=denoised_fn,
-                    model_kwargs=model_kwargs, device=device, progress=progress,
+                    model_kwargs=model_kwargs, device=device, progress=progress, **_if_given(cond_fn=cond_fn),
                 )
             )  # fmt: skip
 
     def p_sample_loop_progressive(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, noise_fn=None,
+        progress=False, noise_fn=None, *, cond_fn=None,
     ):  # fmt: skip
         """p_sample_loop, yielding what p_sample returns at each of the T steps."""
         kwargs = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs)
+        kwargs |= _if_given(cond_fn=cond_fn)
         x = start_noise(model, shape, noise, device, noise_fn)
         yield from self._down(lambda x, t: self.p_sample(model, x, t, **kwargs), x, progress, noise_fn)
 
     def ddim_sample_loop(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, eta=0.0, noise_fn=None,
+        progress=False, eta=0.0, noise_fn=None, *, cond_fn=None,
     ):  # fmt: skip
         """Samples by DDIM; arguments as in p_sample_loop and ddim_sample."""
         with noise_from(noise_fn):
@@ -414,15 +456,17 @@ class GaussianDiffusion:
                 self.ddim_sample_loop_progressive(
                     model, shape, noise=noise, clip_denoised=clip_denoised, denoised_fn=denoised_fn,
                     model_kwargs=model_kwargs, device=device, progress=progress, eta=eta,
+                    **_if_given(cond_fn=cond_fn),
                 )
             )  # fmt: skip
 
     def ddim_sample_loop_progressive(
         self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, model_kwargs=None, device=None,
-        progress=False, eta=0.0, noise_fn=None,
+        progress=False, eta=0.0, noise_fn=None, *, cond_fn=None,
     ):  # fmt: skip
         """ddim_sample_loop, yielding what ddim_sample returns at each of the T steps."""
         kwargs = dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs, eta=eta)
+        kwargs |= _if_given(cond_fn=cond_fn)
         x = start_noise(model, shape, noise, device, noise_fn)
         yield from self._down(lambda x, t: self.ddim_sample(model, x, t, **kwargs), x, progress, noise_fn)
 
@@ -568,6 +612,11 @@ def _extract_into_tensor(arr, timesteps, broadcast_shape):
 def _unless_last(t, x):
     """[N, 1, ...] of x's type: 0 at t = 0, where no noise is added to the image, otherwise 1."""
     return (t != 0).to(x).view(-1, *[1] * (x.ndim - 1))
+
+
+def _if_given(**arguments):
+    """The arguments that are not None: a subclass's method need not know the others."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _repeat(value, n, times):

@@ -104,6 +104,14 @@ class SpacedDiffusion(GaussianDiffusion):
         """GaussianDiffusion.p_mean_variance of a model that sees the base process's timesteps."""
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
 
+    def condition_mean(self, cond_fn, *args, **kwargs):
+        """GaussianDiffusion.condition_mean of a cond_fn that sees the base process's timesteps."""
+        return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
+
+    def condition_score(self, cond_fn, *args, **kwargs):
+        """GaussianDiffusion.condition_score of a cond_fn that sees the base process's timesteps."""
+        return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
+
     def training_losses(self, model, *args, **kwargs):
         """GaussianDiffusion.training_losses of a model that sees the base process's timesteps."""
         return super().training_losses(self._wrap_model(model), *args, **kwargs)

@@ -27,7 +27,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 
 def flags_by_command():
     """The flags of each command, by its name and by its script's; those of a group are named "group command"."""
-    flags = {}
+    flags = {"scripts/classifier_sample.py": flags_of(settings.ClassifierSampling)}
     for name, (module, _) in COMMANDS.items():
         command = importlib.import_module(f"improved_diffusion.cli.{module}").COMMAND
         for script in (name, f"scripts/{module}.py"):
@@ -40,7 +40,8 @@ def flags_by_command():
 
 
 def flags_of(kind):
-    return COMMON_FLAGS | {f"--{name}" for name in kind.options()}
+    options = kind.options()
+    return COMMON_FLAGS | {f"--{name}" for f in options.values() for name in (f.name, *f.metadata["flags"])}
 
 
 def flags_in_source(path):

@@ -276,11 +276,12 @@ def _check_known(
     names = _HEADS | {"use_new_attention_order"}
     if not given:
         names |= {name for name in unshown if kind.options()[name].metadata["published"]}
+    form = ", has the form of guided-diffusion's networks (resblock_updown)" if stored.get("resblock_updown") else ""
     presets = presets_like(stored, kind)
     hint = f", or --preset {' or '.join(presets)} if it is that model, whose shapes it has" if presets else ""
     raise UserError(
-        f"{path} has no description, and its shapes do not show {', '.join(sorted(names))}: give the flags of the "
-        f"model that it was trained with{hint}"
+        f"{path} has no description{form}, and its shapes do not show {', '.join(sorted(names))}: give the flags of "
+        f"the model that it was trained with{hint}"
     )
 
 

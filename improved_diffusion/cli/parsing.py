@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -123,6 +123,20 @@ def _add_option(section: Any, f: Any, hidden: bool) -> None:
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
     section.add_argument(f"--{f.name}", help=argparse.SUPPRESS if hidden else text, **extra)
+    for name, convert in f.metadata["flags"].items():
+        section.add_argument(f"--{name}", dest=f.name, type=_reporting(convert), help=argparse.SUPPRESS)
+
+
+def _reporting(convert: Callable[[str], str]) -> Callable[[str], str]:
+    """What converts a flag's value, with its own words for a wrong one in argparse's error."""
+
+    def converted(value: str) -> str:
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{shown(value)}: {error}") from None
+
+    return converted
 
 
 def _from_file(path: str, kind: type[Settings]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def option(
     fixed: bool = False,
     published: bool = True,
     older: Any = None,
+    flags: Mapping[str, Callable[[str], str]] | None = None,
 ) -> Any:
     """One option.
 
@@ -35,6 +36,7 @@ def option(
     :param fixed: training decides it and sampling may not contradict it.
     :param published: the method's original code has it too.
     :param older: what models have whose files are from before the option existed.
+    :param flags: published flags that set it as well, each with what turns its value into this option's.
     """
     if parse is None:
         parse = _KINDS[type(default)]
@@ -43,9 +45,10 @@ def option(
     return field(
         default=default,
         metadata=dict(
-            help=help, choices=choices, parse=parse, low=low, high=high, fixed=fixed, published=published, older=older
+            help=help, choices=choices, parse=parse, low=low, high=high, fixed=fixed, published=published, older=older,
+            flags=flags or {},
         ),
-    )
+    )  # fmt: skip
 
 
 _KINDS: dict[type, Callable[[Any], Any]] = {bool: str2bool, int: whole_number, float: real_number, str: plain_text}
@@ -54,6 +57,12 @@ _KINDS: dict[type, Callable[[Any], Any]] = {bool: str2bool, int: whole_number, f
 def extra(default: Any, help: str, **kwargs: Any) -> Any:
     """An option that the published code does not have."""
     return option(default, help, published=False, **kwargs)
+
+
+def with_default(config: type, name: str, default: Any) -> Any:
+    """The option of a config with another default, for a class derived from it."""
+    (found,) = (f for f in fields(config) if f.name == name)
+    return field(default=default, metadata=found.metadata)
 
 
 def from_dict(cls: type, values: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import MOST_SAMPLES, PRECISIONS, Config, extra, option
+from .base import MOST_SAMPLES, PRECISIONS, Config, extra, option, with_default
 from .messages import UserError, shown
 from .model import EncoderConfig
 from .values import comma_list, number_list, path_of, real_number
@@ -87,6 +87,12 @@ class GuidanceConfig(EncoderConfig):
     )
     classifier_path: str = extra("", "checkpoint of a classifier to guide by, from classifier-train", parse=path_of)
     classifier_scale: float = extra(1.0, "weight of the gradient of --classifier_path", low=0, high=1e6)
+    classifier_guidance: str = extra(
+        "prediction",
+        "what the gradient moves; prediction: the network's output, with any sampler; published: as guided-diffusion "
+        "does, ancestral's mean and ddim's noise",
+        choices=("prediction", "published"),
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -109,6 +115,13 @@ class GuidanceConfig(EncoderConfig):
                 f"--guidance_interval {self.guidance_interval} does nothing without guidance: give --guidance_scale or "
                 "--classifier_path"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierGuidanceConfig(GuidanceConfig):
+    """Guidance options."""
+
+    classifier_guidance: str = with_default(GuidanceConfig, "classifier_guidance", "published")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,14 @@ from .model import (
 )
 from .reading import ReadingConfig
 from .run import RunConfig
-from .sampling import BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
+from .sampling import (
+    BaseSamplesConfig,
+    ClassifierGuidanceConfig,
+    GuidanceConfig,
+    NLLConfig,
+    SampleConfig,
+    SamplerConfig,
+)
 from .training import DataConfig, PosthocConfig, ProgressConfig, SourceConfig, TrainConfig, WatchConfig
 from .values import path_of, paths_of
 
@@ -207,6 +214,13 @@ class ImageSampling(Settings):
     model: ModelConfig
     diffusion: DiffusionConfig
     run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSampling(ImageSampling):
+    """Sampling as guided-diffusion's classifier_sample.py does."""
+
+    guidance: ClassifierGuidanceConfig
 
 
 @dataclass(frozen=True, kw_only=True)

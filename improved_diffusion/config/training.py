@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .base import LONGEST_WAIT, PRECISIONS, Config, extra, option
 from .messages import UserError, unknown_name
-from .values import comma_list, path_of
+from .values import comma_list, path_of, str2bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ class DataConfig(SourceConfig):
 MIN_SIGMA_REL = 0.001
 MAX_SIGMA_REL = 0.28  # of a power-function average; a little less than that of the plain mean, 12^-1/2
 LR_SCHEDULES = ("auto", "constant", "linear", "cosine", "one-cycle")
+
+
+def _schedule_of_anneal_lr(value: str) -> str:
+    """The lr_schedule of guided-diffusion's --anneal_lr. Raises ValueError for a value that is not a bool's."""
+    return "linear" if str2bool(value) else "constant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,9 @@ class TrainConfig(Config):
         "fp32", "arithmetic of the network's blocks; the master weights stay fp32", choices=PRECISIONS
     )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks", low=0)
-    max_steps: int = extra(0, "steps to train for; 0: until lr_anneal_steps, or until stopped", low=0)
+    max_steps: int = extra(
+        0, "steps to train for; 0: until lr_anneal_steps, or until stopped", low=0, flags={"iterations": str}
+    )
     max_hours: float = extra(
         0.0, "hours of wall-clock time after which training saves and ends; 0: no limit", low=0, high=1e6
     )
@@ -76,6 +83,7 @@ class TrainConfig(Config):
         "auto",
         "learning rate over lr_anneal_steps (or max_steps); auto: linear with lr_anneal_steps, else constant",
         choices=LR_SCHEDULES,
+        flags={"anneal_lr": _schedule_of_anneal_lr},
     )
     lr_warmup_steps: int = extra(0, "steps over which the learning rate rises from 0", low=0)
     grad_clip: float = extra(0.0, "clip the gradient's norm to this; 0: no clipping", low=0)
@@ -147,8 +155,9 @@ class ProgressConfig(Config):
         "",
         "held-out images, in any form of data_dir, to measure the loss and bits/dim (a classifier's accuracy) on",
         parse=path_of,
+        flags={"val_data_dir": str},
     )
-    val_interval: int = extra(5000, "steps between measurements on val_dir", low=1)
+    val_interval: int = extra(5000, "steps between measurements on val_dir", low=1, flags={"eval_interval": str})
     val_images: int = extra(512, "images of val_dir to use, at most all", low=1)
     trackers: str = extra("", "also log to these, comma-separated: tensorboard, wandb")
 

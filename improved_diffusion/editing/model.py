@@ -51,7 +51,7 @@ class EditingModel:
         loaded = replace(loaded, settings=settings, diffusion=diffusion)
         sampler = build_sampler(settings, diffusion)
         sampler = replace(sampler, path=path(settings, sampler))
-        model, classes = guide(loaded, prepare_model(settings.sampler, loaded.model), sampler.diffusion)
+        model, sampler, classes = guide(loaded, prepare_model(settings.sampler, loaded.model), sampler)
         return cls(loaded, sampler, model, classes)
 
     @property

@@ -41,7 +41,8 @@ EXPLAINED = {
 # How samples were made: known keys, in this order.
 MADE_BY = (
     "model_path", "model_sha256", "model_step", "average", "sampler", "steps", "evaluations", "timesteps", "seed",
-    "guidance_scale", "guide_sha256", "classifier_sha256", "classifier_scale", "classes", "clip_denoised", "precision",
+    "guidance_scale", "guide_sha256", "classifier_sha256", "classifier_scale", "classifier_guidance",
+    "classes", "clip_denoised", "precision",
 )  # fmt: skip
 
 

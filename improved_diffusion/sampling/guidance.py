@@ -1,8 +1,8 @@
 """Guided models: predictions are moved away from a guide's prediction, or towards a class.
 
-Each is called like the model, `(x [N, C, ...], timesteps [N], **kwargs)`, and returns the same shape: the mean part is
-guided, a learned variance is the conditional model's. Timesteps are as the network sees them. The mean part is the
-noise, x_0, v or x_{t-1}: each is an affine function of the others at a given x and t, so guiding one guides all.
+Each of them is called like the model, `(x [N, C, ...], timesteps [N], **kwargs)`, and returns the same shape: the mean
+part is guided, a learned variance is the conditional model's. Timesteps are as the network sees them. The mean part is
+the noise, x_0, v or x_{t-1}: each is an affine function of the others at a given x and t, so guiding one guides all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,14 @@ from ..nn import NULL_LABEL
 
 EVERYWHERE = (-math.inf, math.inf)
 ROUNDING = 1e-3  # of timesteps up to 4000
+
+
+def is_inside(interval: tuple[float, float], timesteps: th.Tensor) -> bool:
+    """Whether timesteps are in an interval; all images of a batch are at the same one."""
+    if interval == EVERYWHERE:
+        return True
+    # Timesteps are rounded to float32: a bound that equals one still counts as inside.
+    return interval[0] - ROUNDING <= float(timesteps[0]) <= interval[1] + ROUNDING
 
 
 class Guided(nn.Module):
@@ -35,13 +43,8 @@ class Guided(nn.Module):
         self.model, self.scale, self.interval, self.rescale = model, scale, interval, rescale
 
     def acts_at(self, timesteps: th.Tensor) -> bool:
-        """Whether guidance acts; all images of a batch are at the same timestep."""
-        if self.scale == 1:
-            return False
-        if self.interval == EVERYWHERE:
-            return True
-        # Timesteps are rounded to float32: a bound that equals one still counts as inside.
-        return self.interval[0] - ROUNDING <= float(timesteps[0]) <= self.interval[1] + ROUNDING
+        """Whether guidance acts."""
+        return self.scale != 1 and is_inside(self.interval, timesteps)
 
     def combine(self, output: th.Tensor, guide: th.Tensor, channels: int) -> th.Tensor:
         """The guided output; both are [N, C or 2C, ...] with the mean part, of `channels`, first."""
@@ -93,6 +96,18 @@ class Autoguidance(Guided):
         return self.combine(output, self.guide(x, timesteps, **theirs), x.shape[1])
 
 
+class WithoutClasses(nn.Module):
+    """A model that takes no classes, called with those of a classifier."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, timesteps, y, **kwargs):
+        """y: not used."""
+        return self.model(x, timesteps, **kwargs)
+
+
 class ClassifierGuidance(Guided):
     """Guidance by the gradient of log p(y | x_t) of a classifier of noisy images (Dhariwal & Nichol 2021, sec. 4).
 
@@ -100,31 +115,48 @@ class ClassifierGuidance(Guided):
     :param score_weight: timesteps [N] -> what a unit of the score adds to the network's mean part,
         [N, 1, ...]; see SpacedDiffusion.score_weight. For the noise it is -sigma (their alg. 2).
     :param scale: s, the weight of the gradient; 0 is the model itself.
-    :param model_takes_classes: whether the model is called with y, as well as the classifier.
     """
 
     def __init__(
         self, model: nn.Module, classifier: nn.Module, score_weight: Callable[[th.Tensor, th.Tensor], th.Tensor],
-        scale: float, model_takes_classes: bool = True, interval: tuple[float, float] = EVERYWHERE,
+        scale: float, interval: tuple[float, float] = EVERYWHERE,
     ):  # fmt: skip
         super().__init__(model, 1 + scale, interval)
-        self.classifier, self.score_weight, self.model_takes_classes = classifier, score_weight, model_takes_classes
+        self.classifier, self.score_weight = classifier, score_weight
 
     def forward(self, x, timesteps, y, **kwargs):
         """y [N]: the classes to move towards."""
-        output = self.model(x, timesteps, **({**kwargs, "y": y} if self.model_takes_classes else kwargs))
+        output = self.model(x, timesteps, y=y, **kwargs)
         if not self.acts_at(timesteps):
             return output
         channels = x.shape[1]
-        moved = output[:, :channels] + (self.scale - 1) * self.score_weight(timesteps, x) * self._score(x, timesteps, y)
+        weight = (self.scale - 1) * self.score_weight(timesteps, x)
+        moved = output[:, :channels] + weight * class_score(self.classifier, x, timesteps, y)
         return th.cat([moved, output[:, channels:]], dim=1)
 
-    def _score(self, x, timesteps, y):
-        """The gradient of log p(y | x_t) with respect to x_t, of x's shape."""
-        with th.enable_grad():
-            x = x.detach().requires_grad_(True)
-            log_p = th.log_softmax(self.classifier(x, timesteps).float(), dim=-1)
-            return th.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)[0]
+
+class ClassifierGradient:
+    """The same gradient as a `cond_fn` of the diffusion's sampling methods, which is how guided-diffusion guides.
+
+    :param scale: s, the weight of the gradient; :param interval: see Guided; elsewhere the gradient counts as zero.
+    """
+
+    def __init__(self, classifier: nn.Module, scale: float, interval: tuple[float, float] = EVERYWHERE):
+        self.classifier, self.scale, self.interval = classifier, scale, interval
+
+    def __call__(self, x, timesteps, y, **kwargs):
+        """y [N]: the classes to move towards; kwargs: what else the model takes."""
+        if not self.scale or not is_inside(self.interval, timesteps):
+            return th.zeros_like(x)
+        return self.scale * class_score(self.classifier, x, timesteps, y)
+
+
+def class_score(classifier: nn.Module, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor) -> th.Tensor:
+    """The gradient of log p(y | x_t) with respect to x_t, of x's shape; see ClassifierGuidance."""
+    with th.enable_grad():
+        x = x.detach().requires_grad_(True)
+        log_p = th.log_softmax(classifier(x, timesteps).float(), dim=-1)
+        return th.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)[0]
 
 
 def dynamic_threshold(percentile: float) -> Callable[[th.Tensor], th.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,16 @@ from ..config import SamplerConfig, UserError, comma_list
 from ..logs import logger
 from ..respace import SpacedDiffusion
 from ..schedules import sigma_at, timestep_of_sigma
-from .guidance import EVERYWHERE, Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
+from .guidance import (
+    EVERYWHERE,
+    Autoguidance,
+    ClassifierFreeGuidance,
+    ClassifierGradient,
+    ClassifierGuidance,
+    WithoutClasses,
+)
 from .labels import Classes, classes_of
+from .sampler import PUBLISHED, Sampler
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "") -> th.nn.Module:
@@ -37,15 +46,19 @@ def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "
     return model
 
 
-def guide(loaded: LoadedModel, model: th.nn.Module, diffusion: SpacedDiffusion) -> tuple[th.nn.Module, Classes | None]:
-    """(the model with the guidance of its settings, the classes that it takes, or None).
+def guide(
+    loaded: LoadedModel, model: th.nn.Module, sampler: Sampler
+) -> tuple[th.nn.Module, Sampler, Classes | None]:  # fmt: skip
+    """(the model and the sampler with the guidance of the settings, the classes that the model takes, or None).
 
     :param model: prepared by `prepare_model`.
-    :param diffusion: the sampler's.
-    Raises UserError where the model, the guide or the classifier does not support what is asked. Collective.
+    Raises UserError where the model, the sampler, the guide or the classifier does not support what is asked.
+    Collective.
     """
     options, classes = loaded.settings.guidance, classes_of(loaded)
-    interval = _interval(options.guidance_interval, diffusion)
+    if options.classifier_guidance == "published":
+        _check_published(options.classifier_path, sampler)
+    interval = _interval(options.guidance_interval, sampler.diffusion)
     scale, rescale = options.guidance_scale, options.guidance_rescale
     if options.guide_path:
         weaker, takes_classes = _load_guide(loaded, classes)
@@ -55,10 +68,25 @@ def guide(loaded: LoadedModel, model: th.nn.Module, diffusion: SpacedDiffusion) 
         model = ClassifierFreeGuidance(model, scale, interval, rescale)
     if options.classifier_path:
         classifier, classes = _load_classifier(loaded, classes)
-        takes_classes = loaded.settings.model.class_cond
-        weight = diffusion.score_weight
-        model = ClassifierGuidance(model, classifier, weight, options.classifier_scale, takes_classes, interval)
-    return model, classes
+        if not loaded.settings.model.class_cond:
+            model = WithoutClasses(model)
+        if options.classifier_guidance == "published":
+            sampler = replace(sampler, cond_fn=ClassifierGradient(classifier, options.classifier_scale, interval))
+        else:
+            weight = sampler.diffusion.score_weight
+            model = ClassifierGuidance(model, classifier, weight, options.classifier_scale, interval)
+    return model, sampler, classes
+
+
+def _check_published(classifier_path: str, sampler: Sampler) -> None:
+    """Raise UserError where published guidance lacks a classifier, or has another sampler than the published ones."""
+    if not classifier_path:
+        raise UserError("--classifier_guidance published needs a classifier: give --classifier_path")
+    if not sampler.make_rule().takes_cond_fn:
+        raise UserError(
+            f"--classifier_guidance published is for --sampler {' or '.join(PUBLISHED)}, not {sampler.name}: choose "
+            "one of them, or --classifier_guidance prediction"
+        )
 
 
 def _interval(text: str, diffusion: SpacedDiffusion) -> tuple[float, float]:
@@ -134,7 +162,10 @@ def _load_classifier(loaded: LoadedModel, classes: Classes | None) -> tuple[th.n
         _compare_classes(flag, their_classes, loaded.path, classes)
         named = their_classes.names or classes.names  # a published checkpoint has no names
         their_classes = their_classes._replace(names=named, seen=classes.seen or their_classes.seen)
-    logger.log(f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale}")
+    logger.log(
+        f"guided by the classifier {options.classifier_path}, scale {options.classifier_scale} "
+        f"(--classifier_guidance {options.classifier_guidance})"
+    )
     sampler = loaded.settings.sampler
     precision = "fp16" if options.classifier_use_fp16 else sampler.precision
     return prepare_model(sampler, theirs.classifier, precision), their_classes

@@ -38,9 +38,9 @@ class SamplingPipeline:
         self.loaded = loaded
         self._check_numbers()
         self.seed: int = settings.run.seed
-        self.sampler = build_sampler(settings, loaded.diffusion)
+        sampler = build_sampler(settings, loaded.diffusion)
         prepared = prepare_model(settings.sampler, loaded.model)
-        self.model, self.classes = guide(loaded, prepared, self.sampler.diffusion)
+        self.model, self.sampler, self.classes = guide(loaded, prepared, sampler)
         self.labels = self._choose_labels()
         self.shape = (settings.model.channels, *height_width(settings.model.size))
 

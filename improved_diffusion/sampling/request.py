@@ -20,6 +20,7 @@ def describe_request(loaded: LoadedModel, sampler: Sampler) -> dict[str, Any]:
     values = loaded.settings.values()
     names = {"seed", "classes", "sigma_small", "guidance_scale", "guidance_interval", "guidance_rescale"}
     names |= fixed_names() | ({"classifier_scale"} if values["classifier_path"] else set())
+    names |= {"classifier_guidance"} if values["classifier_guidance"] == "published" else set()  # older folders lack it
     request = {name: values[name] for name in sorted(names & values.keys())}
     paths = {"model": loaded.path, "guide": values["guide_path"], "classifier": values["classifier_path"]}
     for name, path in paths.items():

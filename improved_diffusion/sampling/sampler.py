@@ -35,6 +35,7 @@ class Sampler:
     :param grid: the name of its timestep grid.
     :param make_rule: gives a fresh rule for each batch.
     :param path: the timesteps of `diffusion` to visit; -1 is the image.
+    :param clip_denoised, denoised_fn, cond_fn: see `sample_loop_progressive`.
     :param settings: the other options that its samples depend on.
     """
 
@@ -45,6 +46,7 @@ class Sampler:
     path: Sequence[int]
     clip_denoised: bool
     denoised_fn: Callable[[th.Tensor], th.Tensor] | None
+    cond_fn: Callable[..., th.Tensor] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,6 +77,7 @@ class Sampler:
             noise=noise,
             clip_denoised=self.clip_denoised,
             denoised_fn=self.denoised_fn,
+            cond_fn=self.cond_fn,
             model_kwargs=dict(model_kwargs),
             device=distributed.dev(),
             noise_fn=draw,
@@ -136,7 +139,9 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
     depends_on |= {"churn_noise": options.churn_noise} if options.churn else {}
     depends_on |= {option: getattr(options, option) for option in ("channels_last", "compile")}
     depends_on["precision"] = "fp16" if options.use_fp16 else options.precision
-    return Sampler(name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold, depends_on)
+    return Sampler(
+        name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold, settings=depends_on
+    )
 
 
 def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray]:

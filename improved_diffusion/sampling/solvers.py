@@ -63,11 +63,17 @@ class Prediction(NamedTuple):
 class Denoiser:
     """A model and its diffusion, as the rules see them.
 
+    :param cond_fn: guides the diffusion's own sampling methods; see GaussianDiffusion.condition_mean.
     :param kwargs: `clip_denoised`, `denoised_fn`, `model_kwargs` of p_mean_variance.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion, model: Callable[..., th.Tensor], **kwargs: Any):
+    def __init__(
+        self, diffusion: GaussianDiffusion, model: Callable[..., th.Tensor],
+        cond_fn: Callable[..., th.Tensor] | None = None, **kwargs: Any,
+    ):  # fmt: skip
         self.diffusion, self.model, self.kwargs = diffusion, model, kwargs
+        # Given only where there is one: a subclass's p_sample need not know it.
+        self.guidance = {} if cond_fn is None else {"cond_fn": cond_fn}
 
     def __call__(self, x: th.Tensor, level: Level) -> Prediction:
         """The prediction for x [N, C, ...] at a level."""
@@ -77,7 +83,8 @@ class Denoiser:
 
     def step(self, method: str, x: th.Tensor, level: Level, **kwargs: Any) -> dict[str, Any]:
         """The result of one of the diffusion's own sampling methods, such as p_sample, for x at a level."""
-        return getattr(self.diffusion, method)(self.model, x, _timesteps(x, level), **self.kwargs, **kwargs)
+        sample = getattr(self.diffusion, method)
+        return sample(self.model, x, _timesteps(x, level), **self.kwargs, **self.guidance, **kwargs)
 
 
 def _timesteps(x: th.Tensor, level: Level) -> th.Tensor:
@@ -93,6 +100,7 @@ class Rule:
     order = 1  # of the error in the size of the steps
     skips = True  # can pass over timesteps of the process; otherwise each step must go to the adjacent one
     both_ways = False  # `step` also goes to noisier levels; otherwise `add_noise` does
+    takes_cond_fn = False  # steps by the diffusion's own sampling methods, which a cond_fn guides
     noise_scale = 1.0  # factor of the noise that `add_noise` draws
 
     def step(self, denoise: Denoiser, x: th.Tensor, here: Level, there: Level) -> dict[str, Any]:
@@ -120,7 +128,7 @@ class Rule:
 class Ancestral(Rule):
     """A draw from p(x_{t-1} | x_t) (DDPM alg. 2), by the diffusion's p_sample."""
 
-    skips = False
+    skips, takes_cond_fn = False, True
 
     def step(self, denoise, x, here, there):
         return denoise.step("p_sample", x, here)
@@ -132,7 +140,7 @@ class DDIM(Rule):
     :param eta: 0 is deterministic and works in both directions, 1 is as noisy as ancestral sampling.
     """
 
-    skips = False
+    skips, takes_cond_fn = False, True
 
     def __init__(self, eta: float = 0.0):
         self.eta = eta
@@ -368,7 +376,7 @@ class Inpaint(Rule):
 
     def __init__(self, rule: Rule, image: th.Tensor, unknown: th.Tensor):
         self.rule, self.image, self.unknown = rule, image, unknown
-        self.order, self.skips = rule.order, rule.skips
+        self.order, self.skips, self.takes_cond_fn = rule.order, rule.skips, rule.takes_cond_fn
 
     def step(self, denoise, x, here, there):
         out = self.rule.step(denoise, x, here, there)
@@ -404,7 +412,7 @@ def sample_loop_progressive(
     rule: Rule, diffusion: GaussianDiffusion, model: Any, shape: Sequence[int], noise: th.Tensor | None = None,
     clip_denoised: bool = True, denoised_fn: Callable[[th.Tensor], th.Tensor] | None = None,
     model_kwargs: dict[str, Any] | None = None, device: Any = None, progress: bool = False,
-    noise_fn: Draw | None = None, path: Sequence[int] | None = None,
+    noise_fn: Draw | None = None, path: Sequence[int] | None = None, cond_fn: Callable[..., th.Tensor] | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Sample by any rule, yielding a dict of `sample` and `pred_xstart` [N, C, ...] after each step.
 
@@ -416,8 +424,12 @@ def sample_loop_progressive(
     :param progress: show a progress bar.
     :param noise_fn: gives noise shaped like the tensor it is called with; torch's global generator unless given.
     :param path: the timesteps to visit, of this diffusion; -1 is the clean image; T-1 down to -1 unless given.
-    Raises ValueError for a path of fewer than two levels, and for one that skips timesteps where the rule cannot.
+    :param cond_fn: guides each step of a rule that takes it; see GaussianDiffusion.condition_mean.
+    Raises ValueError for a path of fewer than two levels, for one that skips timesteps where the rule cannot, and for a
+    cond_fn that the rule does not take.
     """
+    if cond_fn is not None and not rule.takes_cond_fn:
+        raise ValueError(f"{type(rule).__name__} does not take a cond_fn: guide the model instead")
     path = range(diffusion.num_timesteps - 1, -2, -1) if path is None else path
     if len(path) < 2:
         raise ValueError(f"a path needs at least two levels, got {list(path)}")
@@ -426,7 +438,7 @@ def sample_loop_progressive(
         raise ValueError(f"{type(rule).__name__} goes from each timestep to the next: use respaced() to skip some")
     levels = levels_of(diffusion)
     denoise = Denoiser(
-        diffusion, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        diffusion, model, cond_fn, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
     )
 
     def move(x, here, there):

@@ -17,10 +17,12 @@ from improved_diffusion.nn import NULL_LABEL
 from improved_diffusion.sampling.guidance import (
     Autoguidance,
     ClassifierFreeGuidance,
+    ClassifierGradient,
     ClassifierGuidance,
+    WithoutClasses,
     dynamic_threshold,
 )
-from improved_diffusion.sampling.solvers import DPMSolverPP, sample_loop
+from improved_diffusion.sampling.solvers import DDIM, RULES, Ancestral, BothWays, DPMSolverPP, Inpaint, sample_loop
 from improved_diffusion.sampling.timestep_grids import timestep_grid
 from improved_diffusion.unet import SuperResModel, UNetModel
 
@@ -235,7 +237,7 @@ def test_the_mixture_guided_by_the_exact_classifier_is_the_conditional_network(m
     world = World(diffusion)
     x, t, y = batch(diffusion)
     with th.no_grad():  # as the sampling loop has it
-        guided = ClassifierGuidance(world, world.classifier, diffusion.score_weight, 1.0, model_takes_classes=False)
+        guided = ClassifierGuidance(WithoutClasses(world), world.classifier, diffusion.score_weight, 1.0)
         th.testing.assert_close(guided(x, t, y=y), world(x, t, y), rtol=1e-3, atol=2e-3)
 
 
@@ -257,6 +259,67 @@ def test_the_gradient_counts_as_often_as_the_scale_says_and_with_the_class_as_we
     ]
     th.testing.assert_close(3 * shifts[0], shifts[1], rtol=1e-4, atol=1e-5)
     assert shifts[0].abs().max() > 0.01
+
+
+# Classifier guidance as published, by a cond_fn
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_gradient_gives_the_mixtures_process_the_score_of_the_class(rescale):
+    diffusion = make_diffusion(50, rescale=rescale)
+    world, index = World(diffusion), th.arange(6) * 49 // 5
+    x, t, y = batch(diffusion)
+    kwargs = dict(clip_denoised=False, model_kwargs={"y": y})
+    with th.no_grad():
+        plain = diffusion.p_mean_variance(WithoutClasses(world), x, index, **kwargs)
+        gradient = ClassifierGradient(world.classifier, 1.0)
+        guided = diffusion.condition_score(gradient, plain, x, index, model_kwargs={"y": y})
+    expected = diffusion.p_mean_variance(world, x, index, **kwargs)
+    th.testing.assert_close(guided["mean"], expected["mean"], rtol=1e-3, atol=1e-3)
+    for scale in (0.0, 1.0, 2.5):
+        scaled = ClassifierGradient(world.classifier, scale)(x, t, y, low_res=x)
+        th.testing.assert_close(scaled, scale * gradient(x, t, y))
+
+
+def test_the_gradient_is_zero_outside_of_the_interval():
+    diffusion = make_diffusion(50, rescale=True)
+    low, high = (diffusion.network_timestep(t) for t in (10, 30))
+    gradient = ClassifierGradient(World(diffusion).classifier, 2.0, (low, high))
+    x, _, y = batch(diffusion)
+    for index in (0, 9, 10, 20, 30, 31, 49):
+        acts = gradient(x, seen_timesteps(diffusion, th.full((6,), index)), y).any()
+        assert acts == (10 <= index <= 30)
+
+
+@pytest.mark.parametrize("rule,method", [(Ancestral(), "p_sample_loop"), (DDIM(0.4), "ddim_sample_loop")])
+def test_the_published_rules_take_a_cond_fn_as_the_published_loops_do(rule, method):
+    diffusion = make_diffusion(30, [0, 7, 15, 22, 29], "linear")
+    world = World(diffusion)
+    gradient = ClassifierGradient(world.classifier, 2.0)
+    kwargs = dict(cond_fn=gradient, model_kwargs={"y": th.tensor([0, 1])}, device="cpu")
+    eta = {"eta": 0.4} if method == "ddim_sample_loop" else {}
+    th.manual_seed(5)
+    expected = getattr(diffusion, method)(world, (2, 1, 2, 2), **kwargs, **eta)
+    th.manual_seed(5)
+    assert th.equal(sample_loop(rule, diffusion, world, (2, 1, 2, 2), **kwargs), expected)
+
+
+def test_inpainting_guides_the_unknown_pixels():
+    diffusion, x = make_diffusion(30, [0, 7, 15, 22, 29], "linear"), th.randn(2, 1, 2, 2)
+    world = World(diffusion)
+    kwargs = dict(
+        noise=x, device="cpu", cond_fn=ClassifierGradient(world.classifier, 2.0), model_kwargs={"y": th.tensor([0, 1])}
+    )
+    expected = sample_loop(DDIM(), diffusion, world, x.shape, **kwargs)
+    assert th.equal(sample_loop(Inpaint(DDIM(), x, th.ones(1)), diffusion, world, x.shape, **kwargs), expected)
+
+
+@pytest.mark.parametrize("name", [*sorted(set(RULES) - {"ancestral", "ddim"}), "both ways"])
+def test_no_other_rule_takes_a_cond_fn(name):
+    rule = BothWays(DDIM()) if name == "both ways" else RULES[name]()
+    diffusion = make_diffusion(5)
+    with pytest.raises(ValueError, match=f"{type(rule).__name__} does not take a cond_fn"):
+        sample_loop(rule, diffusion, World(diffusion), (1, 1, 2, 2), device="cpu", cond_fn=lambda x, t: x)
 
 
 # The hidden class

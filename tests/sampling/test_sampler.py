@@ -1,5 +1,6 @@
 """From options to samples: every rule, grid and guidance from the command line."""
 
+import json
 import math
 
 import numpy as np
@@ -9,16 +10,19 @@ from helpers import make_diffusion
 from PIL import Image
 from script_helpers import TINY_IMAGE, TINY_SUPER_RES, call, pixels, python, run, write_images
 
+import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.checkpoints.loading import load_classifier, load_model
 from improved_diffusion.config.sampling import SAMPLERS
 from improved_diffusion.config.settings import ImageModel, ImageSampling
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.sampling.noise import SeededNoise
 from improved_diffusion.sampling.sampler import build_sampler
 from improved_diffusion.sampling.solvers import RULES, DPMSolverPP, Heun, sample_loop
 from improved_diffusion.sampling.timestep_grids import NAMES, timestep_grid
 from improved_diffusion.schedules import zero_terminal_snr
+from improved_diffusion.utils.images import to_uint8
 
 SAMPLE = ["--num_samples", "4", "--batch_size", "4"]
 
@@ -329,6 +333,103 @@ def test_guided_by_a_classifier(unconditional, classifier, tmp_path):
     guided, labels, out = sample(unconditional, tmp_path / "guided", *flags, "--classifier_scale", "5")
     assert labels.tolist() == [1, 0, 1, 0] and (guided != plain).any() and f"classifier {classifier}" in out
     assert (tmp_path / "guided" / "samples" / "dog_000000.png").exists()
+
+
+@pytest.mark.parametrize("name,method", [("ancestral", "p_sample_loop"), ("ddim", "ddim_sample_loop")])
+def test_published_guidance_gives_what_the_published_loop_gives_with_a_cond_fn(
+    name, method, unconditional, classifier, tmp_path
+):
+    flags = ["--sampler", name, "--timestep_respacing", "5", "--classes", "dog,cat", "--classifier_path", classifier]
+    flags += ["--classifier_scale", "3", "--classifier_guidance", "published"]
+    samples, labels, out = sample(unconditional, tmp_path / "out", *flags)
+    assert f"{classifier}, scale 3.0 (--classifier_guidance published)" in out
+    settings = ImageSampling.of({"model_path": str(unconditional), "timestep_respacing": "5"})
+    loaded = load_model(settings, {"timestep_respacing"}, str(unconditional))
+    network = load_classifier(str(classifier)).classifier
+
+    def cond_fn(x, t, y):
+        with th.enable_grad():
+            x = x.detach().requires_grad_(True)
+            chosen = th.log_softmax(network(x, t), dim=-1)[range(len(x)), y]
+            return th.autograd.grad(chosen.sum(), x)[0] * 3.0
+
+    expected = getattr(loaded.diffusion, method)(
+        lambda x, t, y: loaded.model(x, t), (4, 3, 8, 8), device="cpu", cond_fn=cond_fn,
+        model_kwargs={"y": th.from_numpy(labels)}, noise_fn=SeededNoise(0, range(4)),
+    )  # fmt: skip
+    assert labels.tolist() == [1, 0, 1, 0] and (samples == to_uint8(expected)).all()
+    from_python = idf.load(unconditional).sample(
+        4, classes=["dog", "cat"], sampler=name, timestep_respacing="5", classifier_path=str(classifier),
+        classifier_scale=3, classifier_guidance="published", progress=False,
+    )  # fmt: skip
+    assert (from_python.array == samples).all()
+
+
+def test_what_the_classifier_guides_is_chosen_by_an_option(unconditional, classifier, tmp_path):
+    """classifier_sample.py guides as published, sample guides the prediction, unless the option says otherwise."""
+    flags = ["--sampler", "ddim", "--steps", "4", "--classifier_path", classifier, "--classifier_scale", "9"]
+    drawn, requests = {}, {}
+    for script, chosen in (
+        ("image_sample", ""), ("image_sample", "prediction"), ("image_sample", "published"), ("classifier_sample", ""),
+        ("classifier_sample", "prediction"),
+    ):  # fmt: skip
+        folder = tmp_path / f"{script}_{chosen}"
+        more = ["--classifier_guidance", chosen] if chosen else []
+        drawn[script, chosen] = sample(unconditional, folder, *flags, *more, script=script)[0].tobytes()
+        requests[script, chosen] = json.loads((folder / "samples.json").read_text())
+    prediction, published = drawn["image_sample", ""], drawn["image_sample", "published"]
+    assert prediction != published
+    assert prediction == drawn["image_sample", "prediction"] == drawn["classifier_sample", "prediction"]
+    assert published == drawn["classifier_sample", ""]
+    named = {key: "published" in json.dumps(request) for key, request in requests.items()}
+    assert named == {key: value == published for key, value in drawn.items()}
+    folder = tmp_path / "image_sample_"
+    message = refused(
+        unconditional, *flags, "--classifier_guidance", "published", "--out_dir", folder, cwd=tmp_path
+    )  # fmt: skip
+    assert "classifier_guidance" in message
+
+
+def test_published_guidance_of_edited_images(unconditional, classifier):
+    """Where the way to the noise is needed, no classifier guides, whatever it moves."""
+    images, mask = np.full((2, 8, 8, 3), 128, np.uint8), np.zeros((8, 8), bool)
+    mask[:, 4:] = True
+    options = dict(classes=["dog"], classifier_path=str(classifier), classifier_scale=9, steps=3, progress=False)
+    drawn = [
+        idf.load(unconditional).inpaint(images, mask, classifier_guidance=kind, **options).array
+        for kind in ("prediction", "published")
+    ]
+    assert (drawn[0] != drawn[1]).any() and (drawn[1][:, :, :4] == 128).all()
+    with pytest.raises(idf.UserError, match="classifier_path"):
+        idf.load(unconditional).encode(images, classifier_path=str(classifier), classifier_guidance="published")
+
+
+def test_published_guidance_acts_in_its_interval_and_with_the_hidden_class(model, classifier, tmp_path):
+    flags = ["--steps", "4", "--classes", "cat,dog", "--classifier_path", classifier, "--classifier_scale", "9"]
+    flags += ["--classifier_guidance", "published"]
+    variants = {
+        "everywhere": flags,
+        "some": [*flags, "--guidance_interval", "0.3,2"],
+        "all": [*flags, "--guidance_interval", "0,1e9"],
+        "hidden": [*flags, "--guidance_scale", "3"],
+        "none": [*flags, "--classifier_scale", "0"],
+        "plain": flags[:4],
+    }
+    drawn = {name: sample(model, tmp_path / name, *each)[0].tobytes() for name, each in variants.items()}
+    assert drawn["everywhere"] == drawn["all"] and drawn["none"] == drawn["plain"]
+    assert len({drawn[name] for name in ("everywhere", "some", "hidden", "plain")}) == 4
+
+
+def test_published_guidance_needs_a_published_sampler_and_a_classifier(unconditional, classifier, tmp_path):
+    for script, flags in (("image_sample", ["--classifier_guidance", "published"]), ("classifier_sample", [])):
+        message = refused(unconditional, *flags, script=script, cwd=tmp_path)
+        assert "--classifier_path" in message
+        message = refused(
+            unconditional, *flags, "--classifier_path", classifier, "--sampler", "dpmpp_2m", script=script, cwd=tmp_path
+        )
+        words = ("dpmpp_2m", "ancestral", "ddim", "--classifier_guidance prediction")
+        assert all(word in message for word in words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_guided_by_a_classifier_and_by_the_hidden_class(model, classifier, tmp_path):
