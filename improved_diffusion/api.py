@@ -404,7 +404,7 @@ class Model:
 
     def _grid(self, options: Mapping[str, Any]) -> bytes:
         """The PNG of a grid of samples."""
-        return self.sample(progress=False, **options)._repr_png_()
+        return self.sample(**options)._repr_png_()
 
 
 def _classes(classes: Any) -> dict[str, Any]:

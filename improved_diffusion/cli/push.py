@@ -18,8 +18,8 @@ def push(parsed: Parsed[Pushing]) -> None:
     if not (options.repo or options.out):
         raise UserError("--repo is missing: name the repository on the Hub, such as user/name")
     if distributed.get_rank() == 0:  # one process does it all: the others have nothing to do
-        values, known = parsed.settings.values(), read_kind(find_file(options.model_path)).options()
-        model = load(options.model_path, **{name: values[name] for name in given & known.keys()})
+        path, values = find_file(options.model_path), parsed.settings.values()
+        model = load(path, **{name: values[name] for name in given & read_kind(path).options().keys()})
         asked = {name: value for name, value in vars(options).items() if name not in ("model_path", "out")}
         if options.out:
             card = {name: value for name, value in asked.items() if name not in ("private", "message")}

@@ -80,10 +80,21 @@ def find_token(given: Any = None) -> str | None:
 
     Raises UserError for one that cannot be a token. Its text is in no message.
     """
-    found = package().get_token() if given is None else given
+    found = _own_token() if given is None else given
     if found is not None and not (isinstance(found, str) and _TOKEN.fullmatch(found)):
         raise UserError("the token for the Hugging Face Hub is not one: expected text such as hf_..., without blanks")
     return found
+
+
+def _own_token() -> str | None:
+    get_token = package().get_token
+    try:
+        return get_token()
+    except Exception as error:  # a login that is over is renewed, which can fail in many ways
+        kind = type(error).__name__
+        raise UserError(
+            f"the login of the Hugging Face Hub cannot be used ({kind}): log in again, or set HF_TOKEN"
+        ) from None
 
 
 @contextmanager
@@ -139,7 +150,7 @@ def _explained(error: Exception, name: HubName, token: str | None) -> Exception:
         return UserError(f"{endpoint()} refuses access to {name.repo}: use a token with the permission it needs")
     if status in (409, 412):
         return UserError(f"{name.repo} has changed meanwhile: look at it, then run the same again")
-    why = _without(token, " ".join(f"{type(error).__name__}: {error}".split())[:400])
+    why = " ".join(_without(token, f"{type(error).__name__}: {error}").split())[:400]
     if status == 429:
         return Unreachable(f"{endpoint()} gets too many requests from here: wait some minutes")
     if status >= 500 or isinstance(error, (ConnectionError, TimeoutError)) or _is_of_transport(error):
