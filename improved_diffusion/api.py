@@ -377,6 +377,14 @@ class Model:
         """
         formats.export(self._loaded, ExportConfig(out=path_argument("path", path), to=to, **options))
 
+    def to_diffusers(self, folder: str | os.PathLike, *, drop_variance: bool = False) -> None:
+        """Write a folder that `DDPMPipeline.from_pretrained` of diffusers loads.
+
+        :param drop_variance: leave a learned variance out, for `DDIMPipeline`.
+        Raises UserError for a model that diffusers cannot express.
+        """
+        self.export(folder, "diffusers", drop_variance=drop_variance)
+
     # The Hugging Face Hub
 
     def card(self, **options: Any) -> Card:

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from adm_helpers import ADM, DESCRIBED, KINDS, build, normal
 
+from improved_diffusion.models.architecture import read_architecture, read_encoder
 from improved_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 
 CASES = DESCRIBED["networks"]
@@ -81,6 +82,45 @@ def test_a_network_wrapped_in_checkpoints_has_the_same_gradients():
         network(x, timesteps).square().mean().backward()
         gradients.append([p.grad for p in network.parameters()])
     assert all(th.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# Read off the shapes
+
+UNSHOWN = {"image_size", "dropout", "conv_resample", "num_heads", "num_heads_upsample", "num_head_channels",
+           "use_new_attention_order"}  # fmt: skip
+SHOWN = [case for case in CASES if CASES[case]["arguments"]["conv_resample"]]
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_shapes_show_the_rest_of_a_network(case):
+    kind, arguments = CASES[case]["kind"], CASES[case]["arguments"]
+    with th.device("meta"):
+        state_dict = KINDS[kind](**arguments).state_dict()
+    found = read_encoder(state_dict) if kind == "encoder" else read_architecture(state_dict)
+    expected = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items() if name not in UNSHOWN}
+    if kind == "superres":
+        expected["in_channels"] *= 2
+    assert {name: found[name] for name in expected} == expected
+    if arguments.get("pool") == "attention":
+        assert found["image_size"] == arguments["image_size"]
+
+
+def test_blocks_that_fit_two_depths_are_an_error_unless_the_depth_is_given():
+    with th.device("meta"):
+        encoder = EncoderUNetModel(
+            16, 3, 32, 10, 1, (), channel_mult=(1, 1, 1), resblock_updown=True, num_head_channels=32
+        )
+    state_dict = encoder.state_dict()
+    with pytest.raises(ValueError, match=r"\[1, 2"):
+        read_encoder(state_dict)
+    assert read_encoder(state_dict, 1)["channel_mult"] == (1, 1, 1)
+
+
+@pytest.mark.parametrize("other", [{}, {"time_embed.0.weight": th.zeros(4, 1)}, {"input_blocks.x": th.zeros(1)}])
+def test_shapes_of_something_else_are_an_error(other):
+    for read in (read_architecture, read_encoder):
+        with pytest.raises((KeyError, IndexError, ValueError)):
+            read(other)
 
 
 # Constructors

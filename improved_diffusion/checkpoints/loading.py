@@ -35,7 +35,7 @@ from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
 from ..unet import EncoderUNetModel, count_heads
 from ..utils import files, hub
-from . import checkpoint, hub_model, sets
+from . import checkpoint, diffusers_folder, hub_model, sets
 from .averages import warn_of_initial_weights
 from .dialects import refuse_foreign
 
@@ -122,6 +122,8 @@ def find_file(path: str, average: str | float | None = None, flag: str = "", tok
         named = f"{flag} {path}".lstrip()
         raise UserError(f"{named} does not exist: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
     if files.is_dir(path):
+        if average is None and diffusers_folder.is_folder(path):
+            return diffusers_folder.find_weights(path)
         return _newest(path, average)
     if average is not None:
         raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")

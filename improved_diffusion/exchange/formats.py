@@ -15,7 +15,7 @@ from ..checkpoints.loading import LoadedModel
 from ..config.exchange import ExportConfig
 from ..logs import logger
 
-_MODULES = {"pt": "weights", "safetensors": "weights"}
+_MODULES = {"pt": "weights", "safetensors": "weights", "diffusers": "diffusers_pipeline"}
 
 
 def export(loaded: LoadedModel, options: ExportConfig) -> None:

@@ -17,7 +17,7 @@ def read_architecture(state_dict: Mapping[str, th.Tensor]) -> dict[str, Any]:
     Raises KeyError, IndexError or ValueError where it is not the state dict of a UNetModel.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    last = max(_indices(shapes, "output_blocks."))
+    last = _indices(shapes, "output_blocks.")[-1]
     # A block of the way up that changes the size ends with a residual block, or with an interpolating convolution.
     resampling = [i for i in range(last) if any(f"output_blocks.{i}.{k}.in_layers.0.weight" in shapes for k in (1, 2))]
     blocks = _down_blocks(shapes)

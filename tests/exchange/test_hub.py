@@ -130,6 +130,15 @@ def test_of_a_pipeline_the_settings_and_the_network_are_fetched(hub, folders):
     assert contents(folder) == wanted
 
 
+def test_a_pipeline_of_diffusers_loads(hub, model, tmp_path):
+    pytest.importorskip("diffusers")
+    model.to_diffusers(tmp_path / "pipeline")
+    hub.add("user/name", contents(tmp_path / "pipeline"))
+    assert_same(idf.load("user/name"), idf.load(tmp_path / "pipeline"))
+    hub.stop()
+    assert_same(idf.load("user/name"), idf.load(tmp_path / "pipeline"))
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model, weights):
     repository = hub.add("user/name", {"model.safetensors": weights})
     repository.commits.append({"other.txt": b""})
