@@ -50,7 +50,7 @@ from .editing.encode import Encode
 from .editing.inpaint import Inpaint
 from .editing.interpolate import Interpolate
 from .editing.latents import Latents, read_latents
-from .editing.masks import read_masks
+from .editing.masks import as_masks
 from .editing.model import EditingModel
 from .editing.variations import Vary
 from .evaluation import evaluator
@@ -284,13 +284,15 @@ class Model:
     ) -> Images:  # fmt: skip
         """Paint the masked part of images to fit the rest, which stays exactly as it is (RePaint).
 
-        :param mask: bool [H, W] or [N, H, W], true where to paint; or the path of an image, white where to paint.
+        :param mask: the path of an image or PIL images, white where to paint; or an array [H, W] or [N, H, W] of bool
+            or uint8, true or white where to paint. Masks are resized like the images.
         :param n: images to make, from those given in turn; 0: one from each.
         """
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         prepared = Inpaint.prepare(self._with(Inpainting, asked))
         found = self._pixels(images, prepared)
-        masks = _masks(mask, prepared.shape[1:], len(found.arrays), prepared.settings.reading)
+        _, height, width = prepared.shape
+        masks = as_masks(mask, (height, width), found.names, prepared.settings.reading)
         edit = Inpaint(prepared, found.arrays, masks, found.labels)
         edit.sources = found.file_names
         return self._draw(edit, progress)
@@ -428,16 +430,6 @@ def _labels(labels: Labels | None, numbers: Sequence[int]) -> tuple[np.ndarray |
     if labels is None:
         return None, None
     return np.array([labels.index(i) for i in numbers], np.int64), labels.class_names
-
-
-def _masks(mask: Any, size: Sequence[int], count: int, reading: ReadingConfig) -> np.ndarray:
-    """Masks as bool [1 or N, H, W]. Raises UserError for anything else."""
-    if isinstance(mask, (str, os.PathLike)):
-        masked = [f"{i:06d}" for i in range(count)]
-        return read_masks(path_argument("mask", mask), (size[0], size[1]), masked, reading)
-    if not isinstance(mask, np.ndarray) or mask.dtype != bool:
-        raise UserError("mask: expected the path of an image, or a bool array, true where to paint")
-    return mask[None] if mask.ndim == 2 else mask
 
 
 def _plain(name: str, given: Any) -> Any:

@@ -192,7 +192,7 @@ class AttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(flat))  # [N, 3C, L]
         if self.use_new_attention_order:
             qkv = head_by_head(qkv, self.num_heads)
-        h = self.attention(qkv.reshape(len(x) * self.num_heads, -1, qkv.shape[2]))
+        h = self.attention(qkv.reshape(x.shape[0] * self.num_heads, -1, qkv.shape[2]))
         return (flat + self.proj_out(h.reshape(flat.shape))).reshape(x.shape)
 
 
@@ -479,7 +479,7 @@ class AttentionPool2d(nn.Module):
         flat = x.flatten(2)  # [N, C, L]
         tokens = th.cat([flat.mean(dim=2, keepdim=True), flat], dim=2) + self.positional_embedding  # the mean first
         qkv = head_by_head(self.qkv_proj(tokens), self.num_heads)  # always in the new order
-        h = self.attention(qkv.reshape(len(x) * self.num_heads, -1, qkv.shape[2])).reshape(tokens.shape)
+        h = self.attention(qkv.reshape(x.shape[0] * self.num_heads, -1, qkv.shape[2])).reshape(tokens.shape)
         return self.c_proj(h[:, :, :1])[:, :, 0]
 
 

@@ -1,7 +1,6 @@
 """The command `improved-diffusion nll` under its published file name."""
 
-from improved_diffusion.cli.command import run
-from improved_diffusion.cli.image_nll import COMMAND
+from improved_diffusion.cli.main import run_script
 
 if __name__ == "__main__":
-    run(COMMAND)
+    run_script("image_nll")

@@ -11,12 +11,15 @@ import pytest
 import torch as th
 
 from improved_diffusion.logs import logger
+from improved_diffusion.utils.stop_signals import SIGNALS
 
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
             "DIFFUSION_TRAINING_TEST")  # fmt: skip
 
-# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+# A shell's background job ignores Ctrl-C, and one under nohup a hang-up, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 th.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine cost more
 
 
@@ -33,8 +36,7 @@ def fresh_start(monkeypatch):
     th.manual_seed(0)
     np.random.seed(0)
     logger.reset()
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     logger.reset()
     for number, handler in handlers.items():  # a command that ends ignores them from then on

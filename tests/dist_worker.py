@@ -17,6 +17,7 @@ import numpy as np
 import torch as th
 
 from improved_diffusion import distributed
+from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.config import UserError
 from improved_diffusion.distributed import collectives, watchdog
 from improved_diffusion.logs import logger
@@ -102,7 +103,7 @@ def refused_by_rank0():
 
 
 def files_of_rank0(folder):
-    """What `read_bytes` and `load_state_dict` give on this rank: {case: hex digits, state dict or message}.
+    """What `read_bytes` and those that load checkpoints give on this rank: {case: hex digits, state dict or message}.
 
     `shared`: all ranks have the file. `absent`, `stale`: the others lack it, or have another of the same length.
     """
@@ -127,6 +128,10 @@ def files_of_rank0(folder):
     if rank == 0:
         th.save({"w": th.arange(5.0)}, path)
     found["model"] = distributed.load_state_dict(str(path))
+    other = own / "model.safetensors"
+    if rank == 0:
+        checkpoint.save_state_dict({"w": th.arange(5.0)}, str(other), {"step": 3})
+    found["safetensors"] = checkpoint.load(str(other))
     if rank == 0:
         path.write_bytes(path.read_bytes()[:100])
     for case, name in (("damaged", path), ("missing", folder / "nothing.pt")):

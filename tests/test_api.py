@@ -282,6 +282,9 @@ def test_inpainting_is_the_commands_and_keeps_the_known_pixels(model, originals,
     assert np.array_equal(painted.array, command)
     assert np.array_equal(painted.array[:, :, :4], originals[:, :, :4])
     assert np.array_equal(model.inpaint(originals, tmp_path / "mask.png", **options).array, command)
+    large = mask.repeat(2, 0).repeat(2, 1)
+    assert np.array_equal(model.inpaint(originals, large, **options).array, command)
+    assert np.array_equal(model.inpaint(originals, Image.fromarray(large), **options).array, command)
 
 
 def test_edited_images_keep_the_names_of_files(model, photos, tmp_path):

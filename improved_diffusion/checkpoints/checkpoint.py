@@ -56,14 +56,17 @@ def save(obj: Any, path: str) -> None:
     files.write_bytes(path, to_bytes(obj))
 
 
-def load(path: str) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+def load(path: str, *, network: str = "", trust: bool = False) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """(state dict on the CPU, its description, {} for a foreign file) of a .pt or .safetensors file. Collective.
 
     Weights in a wrapper, or under the longer names of wrapped modules, are found, and a line says so. Nothing in the
-    file is executed. Raises UserError for a missing, damaged or unsafe file, for other contents, for a description that
+    file is executed.
+    :param network: which of several networks in the file; an average unless given.
+    :param trust: leave out objects that are not plain, which are an error otherwise.
+    Raises UserError for a missing, damaged or unsafe file, for other contents, for a description that
     no run writes, and for weights that are not finite numbers.
     """
-    state_dict, note = unwrap(_read(path), path)
+    state_dict, note = unwrap(_read(path, trust), path, network)
     if note:
         logger.log(note)
     if diffusers_folder.is_weights(path):
@@ -87,11 +90,26 @@ def read_outline(path: str) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}, _description(state_dict, path)
 
 
-def _read(path: str) -> Any:
+def _read(path: str, trust: bool = False) -> Any:
     """What a file of either format holds. Collective."""
     if distributed.from_rank0(safetensors_file.recognises, path):
         return safetensors_file.load(path)
+    if trust:
+        content, left_out = torch_files.load_tensors(io.BytesIO(distributed.read_bytes(path)), path)
+        if left_out:
+            logger.log(f"{path}: left out objects of other programs, whose code did not run: {left_out}")
+        return content
     return distributed.load_state_dict(path, map_location="cpu")
+
+
+def described_step(path: str) -> int | None:
+    """The training steps that a checkpoint says it has, None where it says none or cannot be read. Not collective."""
+    try:
+        with files.open_read(path) as f:
+            state_dict, _ = unwrap(torch_files.load(f, path, mapped=not files.is_url(path), map_location="cpu"), path)
+        return _description(state_dict, path).get("step")
+    except UserError:
+        return None
 
 
 def _description(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, Any]:

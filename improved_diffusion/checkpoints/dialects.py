@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ _WRAPPED = (
     "weights",
 )  # fmt: skip
 _AVERAGE = re.compile(r"(?<![a-z])(emas?|averaged?|avg|swa|shadow)(?![a-z])")  # in a key or a prefix
+_COUNTERS = ("initted", "n_averaged", "num_updates")  # ema-pytorch's, AveragedModel's, LitEma's: 0 before it begins
 _DEEPEST = 4  # wrappers inside each other
 _PARALLEL = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel, torch.compile
 _FIRST = "time_embed.0.weight"  # a name that every network of ours has
@@ -66,7 +67,7 @@ def unwrap(content: Any, path: str, network: str = "") -> tuple[dict[str, th.Ten
 def networks(content: Any) -> list[Network]:
     """Every network in what a checkpoint file holds, the one to prefer first: one of ours, a moving average."""
     found = list(_search(content, ()))
-    ours = [network for network in found if _FIRST in network.state_dict] or found
+    ours = [network for network in found if is_ours(network.state_dict)] or found
     return sorted(ours, key=lambda network: network.rank)
 
 
@@ -126,9 +127,12 @@ def _without_dots(
 
 
 def _has_begun(tensors: Mapping[str, th.Tensor], prefix: str) -> bool:
-    """Whether an average has taken in any weights, as ema-pytorch notes it in `initted`."""
-    flags = (name.removesuffix("initted") for name in tensors if name.rpartition(".")[2] == "initted")
-    return all(bool(tensors[f"{flag}initted"].any()) for flag in flags if prefix.startswith(flag))
+    """Whether an average has taken in any weights, by the counters beside it."""
+    return all(
+        bool(tensor.any())
+        for name, tensor in tensors.items()
+        if (at := name.rfind(".") + 1) <= len(prefix) and name[at:] in _COUNTERS and prefix.startswith(name[:at])
+    )
 
 
 def _parallel_prefix(names: Mapping[str, Any]) -> str:
@@ -149,7 +153,7 @@ def _shown(content: Any) -> str:
         return f"it holds a {type(content).__name__}"
     keys = [str(key) for key in content]
     more = ", ..." if len(keys) > _SHOWN else ""
-    return f"it holds {', '.join(key[:40] for key in keys[:_SHOWN])}{more}" if keys else "it is empty"
+    return f"it holds {', '.join(key[:40] for key in keys[:_SHOWN])}{more}" if keys else "it holds no tensors"
 
 
 # Networks that are not ours
@@ -191,6 +195,11 @@ _FOREIGN = (
     (r"\.adaLN_modulation\.", "a diffusion transformer (DiT)", _THEIRS),
     (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet", "train a classifier of noisy images with classifier-train"),
 )
+
+
+def is_ours(names: Container[str]) -> bool:
+    """Whether a state dict has the names of a network of this package."""
+    return _FIRST in names
 
 
 def refuse_foreign(names: Iterable[str], path: str) -> None:

@@ -51,7 +51,7 @@ def load(path: str) -> dict[str, th.Tensor]:
     """
     package = _package()
     if not files.is_url(path):
-        distributed.from_rank0(read_outline, path)  # before a large file is read whole
+        distributed.from_rank0(_check, path)  # before a large file is read whole
     data = distributed.read_bytes(path)
     outline = _outline(data, len(data), path)
     try:
@@ -59,6 +59,10 @@ def load(path: str) -> dict[str, th.Tensor]:
     except package.SafetensorError:
         _refuse(path, len(data), _DAMAGED)
     return outline
+
+
+def _check(path: str) -> None:
+    read_outline(path)
 
 
 def read_outline(path: str) -> dict[str, th.Tensor]:

@@ -122,10 +122,12 @@ class SetWriter:
         self.directory, self.log, self.warn = directory, log, warn
         self.keep_last, self.keep_every = keep_last, keep_every
         self.prepare: Callable[[], str] = lambda: ""  # called before each save; returns a warning, or ""
+        self.start = 0  # steps done before this run
         self.saved: list[tuple[int, str]] = []  # (steps done, model file) of the two newest sets
         self.failures = 0
         self.beside: dict[str, Any] = {}  # file name -> content, written before the next set
         self.taken: dict[str, Any] = {}  # the ones being written now
+        self.own: set[str] = set()  # the ones that this run has written before
         self.partial: set[str] = set()  # the files of sets that could not be completed
         self.abandoned = False
         self.thread: threading.Thread | None = None
@@ -167,7 +169,10 @@ class SetWriter:
         self._remark(self.prepare())
         files.make_dirs(self.directory)
         for name, part in self.taken.items():
+            if name not in self.own:
+                self._keep_newer(files.join(self.directory, name))
             checkpoint.save(part, files.join(self.directory, name))
+            self.own.add(name)
         # The newest set's weights are proven by the steps after it: until then the set before it stays.
         self._prune(step, self.keep_last)
         mine = {name for name, _ in parts}
@@ -178,6 +183,15 @@ class SetWriter:
         self.saved = [*(entry for entry in self.saved[-1:] if entry[1] != path), (done, path)]
         self._prune(step, max(self.keep_last, 2))
         self._remove_partial()
+
+    def _keep_newer(self, path: str) -> None:
+        """Keep as *.newer a file that is not from before this run's start, as `rename_newer` keeps the sets."""
+        if files.exists(path) and (step := checkpoint.described_step(path)) not in range(self.start + 1):
+            newer = f"{path}.newer"
+            kept = files.unused(newer) if files.exists(newer) else newer
+            files.rename(path, kept)
+            after = "unknown" if step is None else step
+            self._remark(f"{path} was there (step {after}), not from before this run's start: it is kept as {kept}")
 
     def _unless_abandoned(self, parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         for part in parts:

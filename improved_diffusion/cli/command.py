@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +11,9 @@ from ..config import UserError, unknown_name
 from ..config.settings import Settings
 from ..distributed import run_script
 from ..logs import logger
+from ..utils.stop_signals import ignore_until_exit
 from ..utils.terminal import show
-from .parsing import Parsed, parse, program_name, split_lists
+from .parsing import Parsed, parse, split_lists
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,8 @@ class CommandGroup:
         )
 
 
-def run(command: Command | CommandGroup) -> None:
-    """Run a command with this process's arguments; a user's mistake ends in one message and exit code 1."""
-    run_logged(lambda: command.main(sys.argv[1:], program_name()))
-
-
 def run_logged(main: Callable[[], None]) -> None:
-    """Run a command; the error that ends it is in its log, where it has one."""
+    """Run a command and end the process; the error that ends it is in its log, where it has one."""
     run_script(partial(_logging_errors, main))
 
 
@@ -100,3 +95,5 @@ def _logging_errors(main: Callable[[], None]) -> None:
     except BaseException as error:
         logger.log_error(error)
         raise
+    finally:
+        ignore_until_exit()

@@ -1,14 +1,16 @@
-"""The console command `improved-diffusion`: the first word names a command."""
+"""The console command `improved-diffusion`, whose first word names a command, and the scripts of the same commands.
+
+Little is imported before the signals of the first moments are caught: torch takes seconds.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from typing import Any
 
-from ..config import UserError, unknown_name
-from ..utils.terminal import show
-from .parsing import program_name
+from ..utils import stop_signals
 
 # Name: (module, what it does). A module is imported when its command runs, so that --help answers at once.
 COMMANDS = {
@@ -22,6 +24,7 @@ COMMANDS = {
     "classifier-train": ("classifier_train", "train a classifier for guidance"),
     "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
     "export": ("export", "write a model in the format of another program"),
+    "convert": ("convert", "write the weights in another program's checkpoint to a plain file"),
     "push": ("push", "upload a model to the Hugging Face Hub, with a model card"),
 }
 
@@ -38,6 +41,10 @@ def help_text(program: str) -> str:
 
 def dispatch(argv: Sequence[str]) -> None:
     """Run the command that the first word names. Raises UserError where there is none of that name."""
+    from ..config import UserError, unknown_name
+    from ..utils.terminal import show
+    from .parsing import program_name
+
     program = program_name()
     if not argv or argv[0] in ("-h", "--help"):
         show(help_text(program))
@@ -51,13 +58,44 @@ def dispatch(argv: Sequence[str]) -> None:
         raise UserError(f"the command comes first, before {argv[0]}: one of {', '.join(COMMANDS)}")
     if argv[0] not in COMMANDS:
         raise unknown_name("command", argv[0], COMMANDS)
-    module = import_module(f".{COMMANDS[argv[0]][0]}", __package__)
+    module = _import(COMMANDS[argv[0]][0])
     words = module.with_recipe(argv[1:]) if argv[0] == "train" else argv[1:]
     module.COMMAND.main(words, f"{program} {argv[0]}")
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point of the console command."""
+    words = sys.argv[1:]
+    _run(COMMANDS[words[0]][0] if words and words[0] in COMMANDS else "", lambda: dispatch(words))
+
+
+def run_script(name: str) -> None:
+    """The whole of a script in scripts/.
+
+    :param name: of the command's module.
+    """
+
+    def run() -> None:
+        from .parsing import program_name
+
+        _import(name).COMMAND.main(sys.argv[1:], program_name())
+
+    _run(name, run)
+
+
+def _run(name: str, command: Callable[[], None]) -> None:
+    """Run a command with this process's arguments; a user's mistake ends in one message and exit code 1.
+
+    :param name: of the module to import before signals are left to the command; "" for none.
+    """
+    handlers = stop_signals.catch_early(trains=name.endswith("_train"))
     from .command import run_logged
 
-    run_logged(lambda: dispatch(sys.argv[1:]))
+    if name:
+        _import(name)
+    stop_signals.put_back(handlers)
+    run_logged(command)
+
+
+def _import(name: str) -> Any:
+    return import_module(f".{name}", __package__)

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +66,7 @@ def parse(
     argv = list(sys.argv[1:] if argv is None else argv)
     if words:
         bare = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+        _check_quotes(bare)
         argv = [*([f"--{words}", ",".join(bare)] if bare else []), *argv[len(bare) :]]
     known = kind.options()
     parser = _build_parser(kind, program, description, first if "--help-all" not in argv else ())
@@ -74,7 +75,7 @@ def parse(
         if word.startswith("--"):
             flag = word.split("=")[0]
             raise _unknown_option("flag", flag, flag.removeprefix("--"), (*known, "preset", "config"))
-        raise UserError(f"unexpected argument {shown(word)}: every option is a flag, such as --batch_size 4")
+        raise _stray_word(word, argv, known, first)
     values = vars(flags)
     preset, config = values.pop("preset", None), values.pop("config", None)
     sources = [
@@ -148,7 +149,12 @@ def _from_file(path: str, kind: type[Settings]) -> dict[str, Any]:
         return {key: value for key, value in content["config"].items() if key in known}
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold names and values, such as lr: 0.0001")
-    for key in content:
+    for key, value in content.items():
+        if key not in known and isinstance(value, dict):
+            raise UserError(
+                f"--config {path}: {shown(key)} holds further names, but options have no groups: move them to the top "
+                f"level and remove {shown(key)}"
+            )
         if key not in known:
             raise _unknown_option(f"option in {path}", str(key), str(key), known)
     return content
@@ -195,9 +201,44 @@ def _unknown_option(what: str, word: str, name: str, known: Iterable[str]) -> Us
     :param what: it is, for the message, :param word: as the user wrote it, :param name: without dashes.
     """
     others = commands_with(name)
-    hint = f"it is an option of {', '.join(others)}, not of this command" if others else ""
+    hint = f"it is an option of {', '.join(others)}, not of this command" if others else "--help-all lists all options"
     dashes = word[: len(word) - len(name)]
     return unknown_name(what, word, [f"{dashes}{option}" for option in known], hint)
+
+
+def _stray_word(word: str, argv: Sequence[str], known: Mapping[str, Any], first: Sequence[str]) -> UserError:
+    """The error for a word of the command line that is neither a flag nor the value of one."""
+    flag, values = _flag_before(word, argv)
+    f = known.get(flag.removeprefix("--"))
+    if f is not None and isinstance(f.default, str) and not f.metadata["choices"]:
+        _check_quotes(values)
+        return UserError(
+            f"unexpected argument {shown(word)} after {flag} {values[0]}: separate several values by commas "
+            f"({flag} {','.join(values)}) and put a value with blanks in quotes"
+        )
+    example = f"did you mean --{first[0]} {word}?" if first else "such as --batch_size 4"
+    return UserError(f"unexpected argument {shown(word)}: every option is a flag; {example}")
+
+
+def _flag_before(word: str, argv: Sequence[str]) -> tuple[str, list[str]]:
+    """(the flag that stands before a word that is not its value, all words between it and the next flag)."""
+    flag, values = "", []
+    for each in [*argv, "--"]:
+        if not each.startswith("--"):
+            values.append(each)
+            continue
+        if word in (values[1:] if flag else values):
+            break
+        flag, equals, value = each.partition("=")
+        values = [value] if equals else []
+    return flag, values
+
+
+def _check_quotes(words: Sequence[str]) -> None:
+    """Raise UserError for words that are the parts of a path with blanks, and no paths themselves."""
+    path = " ".join(words)
+    if os.path.exists(path) and not all(map(os.path.exists, words)):
+        raise UserError(f'{path} exists, but blanks separate arguments: put it in quotes, "{path}"')
 
 
 def split_lists(argv: Sequence[str], lists: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:

@@ -6,7 +6,6 @@ from ..config import UserError
 from ..config.settings import Training
 from ..distributed import STOPPED
 from ..training.run import train
-from ..training.signals import ignore_until_exit
 from .parsing import Parsed
 
 
@@ -20,11 +19,7 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
                 "--data_dir is missing: name a folder of images, a .zip or an .npz; for your own images "
                 "improved-diffusion train photos/ is a whole command"
             )
-        try:
-            stopped = train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped
-        finally:
-            ignore_until_exit()
-        if stopped:
+        if train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped:
             raise SystemExit(STOPPED)
 
     return run

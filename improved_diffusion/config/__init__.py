@@ -15,7 +15,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import SWEEP_OPTIONS, CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
-from .messages import UNSEEN, UserError, one_line, shorten, shown, unknown_name
+from .messages import UNSEEN, UserError, nearest, one_line, shorten, shown, unknown_name
 from .model import (
     KINDS,
     ClassifierConfig,
@@ -95,6 +95,7 @@ __all__ = [
     "fixed_names",
     "from_dict",
     "height_width",
+    "nearest",
     "number_list",
     "one_line",
     "parse_size",

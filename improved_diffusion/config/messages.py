@@ -43,13 +43,23 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
     :param hint: what else it may be, said in place of the list of all known names.
     """
     name, known = shorten(name), sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hints = [f"did you mean {near[0]}?"] if near else []
+    near = nearest(name, known)
+    hints = [f"did you mean {near}?"] if near else []
     if hint:
         hints.append(hint)
     elif not near or len(known) <= FEW_NAMES:
         hints.append(f"choose from: {', '.join(known)}")
     return UserError(f"unknown {kind} {name!r}: {' '.join(hints)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one was meant to be; None where there is none near it. Case and leading dashes
+    count for nothing."""
+    by_name = {each.lstrip("-").lower(): each for each in known}
+    name = name.lstrip("-").lower()
+    # One slip changes a larger share of a short name.
+    found = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6 if len(name) <= 5 else 0.7)
+    return by_name[found[0]] if found else None
 
 
 def shorten(text: str) -> str:

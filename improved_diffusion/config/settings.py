@@ -17,7 +17,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
-from .exchange import ExportConfig, PushCommandConfig
+from .exchange import ConvertConfig, ExportConfig, PushCommandConfig
 from .messages import unknown_name
 from .model import (
     ClassifierConfig,
@@ -189,6 +189,13 @@ class Exporting(Settings):
     model: ModelConfig
     sizes: SizesConfig
     diffusion: DiffusionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converting(Settings):
+    """Writing the weights in another program's checkpoint to a plain file."""
+
+    convert: ConvertConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +377,7 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "classifier-train": (ClassifierTraining,),
     "posthoc-ema": (PosthocEMA,),
     "export": (Exporting,),
+    "convert": (Converting,),
     "push": (Pushing,),
 }
 

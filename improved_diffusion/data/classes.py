@@ -14,6 +14,7 @@ from ..utils.text import class_index, listed
 from .label_file import KEYWORDS, Label, LabelFile
 from .sources import ArrayImages
 
+NAMED = "name the files CLASS_number.png, or give --labels folder or a label file"
 MAX_CLASSES = 100_000  # more are a mistake, and would make an embedding of that many rows
 
 
@@ -45,7 +46,7 @@ def class_indices(
     :param num_classes: the checkpoint's; 0: NUM_CLASSES.
     Raises UserError for a class that the checkpoint does not have.
     """
-    found = read_labels(source, labels, data_dir)
+    found = read_labels(source, labels, data_dir, model_path=model_path)
     count = num_classes or NUM_CLASSES
     if class_names is None and not _has_names(found):
         indices = [int(label) for label in found]
@@ -53,7 +54,10 @@ def class_indices(
         names = list(class_names or _by_name(found, data_dir))
         unknown = classes_not_in(found, names)
         if unknown:
-            raise UserError(f"{data_dir} has the class {one_line(unknown[0])}, which {model_path} was not trained on")
+            raise UserError(
+                f"with --labels {labels}, {data_dir} has the class {one_line(unknown[0])}, which {model_path} was not "
+                f"trained on; its classes are {listed(names, 8)}: {NAMED}"
+            )
         index = class_index(names)
         indices = [index[str(label)] for label in found]
     wrong = [i for i in indices if not 0 <= i < count]
@@ -104,17 +108,19 @@ def _by_number(found: Sequence[Any], where: str, num_classes: int) -> list[str]:
 # Labels
 
 
-def read_labels(source: Any, labels: str, data_dir: str, few: bool = False) -> Sequence[Label]:
+def read_labels(source: Any, labels: str, data_dir: str, few: bool = False, model_path: str = "") -> Sequence[Label]:
     """What the class of each image is called: a name, or a number.
 
-    :param labels: "prefix", the file's name up to the first "_"; "folder"; or the path of a JSON, CSV or TSV file.
-        An npz has its own labels, unless a file is named.
+    :param labels: "prefix", the file's name up to the first "_"; "folder"; or the path of a JSON, JSONL, CSV or TSV
+        file. An npz has its own labels, unless a file is named.
     :param few: allow data sets with only one image of each class.
+    :param model_path: the model that needs the classes, for messages; "" where one is to be trained.
     Raises UserError if the images have no classes of that kind.
     """
     if isinstance(source, ArrayImages) and labels in KEYWORDS:
         if source.labels is None:
-            raise UserError(f"{data_dir} has no arr_1, so its images have no classes: drop --class_cond")
+            remedy = f"{model_path} needs them: give a label file" if model_path else "drop --class_cond"
+            raise UserError(f"{data_dir} has no arr_1, so its images have no classes: {remedy}")
         return integer_labels(source.labels, len(source), f"{data_dir} has arr_1")
     names = [source.name(i).replace("\\", "/") for i in range(len(source))]
     if labels == "prefix":
@@ -126,11 +132,28 @@ def read_labels(source: Any, labels: str, data_dir: str, few: bool = False) -> S
     else:
         found = LabelFile(labels).of(names)
     if len(set(found)) == len(found) > 1 and not few:
+        where = f"{model_path} needs classes" if model_path else "--class_cond True"
         raise UserError(
-            f"--class_cond True with --labels {labels}: each of the {len(found)} images in {data_dir} would be a class "
-            "of its own; name the files class_number.png, or use --labels folder or a label file, or drop --class_cond"
+            f"{where}; with --labels {labels} each of the {len(found)} images in {data_dir} would be a class of its "
+            f"own: {NAMED}{'' if model_path else ', or drop --class_cond'}"
         )
     return found
+
+
+def check_several(source: Any, labels: str, data_dir: str, names: Sequence[str], otherwise: str) -> None:
+    """Raise UserError for images of one class only, which is seldom meant: phones call all their photos IMG_NNNN.
+
+    :param otherwise: ends the message: what to do where it is meant.
+    """
+    if len(names) != 1:
+        return
+    found = {source.name(i).replace("\\", "/").rpartition("/")[0] for i in range(len(source))}
+    in_folders = labels == "prefix" and len(found) > 1 and "" not in found
+    remedy = f"--labels folder finds {listed(sorted(found), 8)}" if in_folders else NAMED
+    raise UserError(
+        f"with --labels {labels} every image in {data_dir} is of the one class {one_line(names[0])}: {remedy}; "
+        f"{otherwise}"
+    )
 
 
 def class_in_name(file_name: str) -> str:

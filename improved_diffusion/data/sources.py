@@ -18,6 +18,10 @@ from ..logs import logger
 from ..utils import files, images
 from .listing import HEAD_BYTES, LeftOut, is_image_head, list_folder, list_zip, parts_of
 
+HEIC = {".heic", ".heif"}  # which Pillow does not read
+HEIC_ADVICE = (
+    ": convert .heic photos to JPEG first (or take JPEGs: on an iPhone, Settings > Camera > Formats > Most Compatible)"
+)
 MAX_MEMBER_BYTES = 2**30  # of an image in a zip, which is unpacked in memory
 
 
@@ -156,7 +160,10 @@ def open_images(data_dir: str, what: str = "--data_dir") -> Any:
         raise UserError(f"{what} {data_dir} is neither a folder nor a .zip nor an .npz{_advice(lower)}")
     if not len(found):
         holds = f"left out: {found.left_out}" if found.left_out else "it is empty"
-        raise UserError(f"{what} {data_dir} holds no images that Pillow reads, such as .jpg, .png or .webp ({holds})")
+        advice = HEIC_ADVICE if HEIC & found.left_out.counts.keys() else ""
+        raise UserError(
+            f"{what} {data_dir} holds no images that Pillow reads, such as .jpg, .png or .webp ({holds}){advice}"
+        )
     if found.left_out:
         logger.log(f"{what} {data_dir}: left out {found.left_out}")
     return found
@@ -172,6 +179,8 @@ def _check_exists(path: str, what: str) -> None:
 def _advice(path: str) -> str:
     if path.endswith(".npy"):
         return ": it is a single array, save it with np.savez"
+    if os.path.splitext(path)[1] in HEIC:
+        return HEIC_ADVICE
     if images.is_image_name(path):
         return ": it is a single image, name its folder"
     if path.endswith((".tar", ".tgz", ".gz", ".7z", ".rar", ".bz2", ".xz")):
@@ -186,7 +195,9 @@ def stem(name: str) -> str:
 
 def open_pictures(path: str, what: str) -> Any:
     """Like open_images; also accepts one or more image files, separated by commas."""
-    if not path or path.lower().endswith((".zip", ".npz")) or files.is_dir(path):
+    if not path:
+        raise UserError(f"{what} is missing: name an image, several separated by commas, a folder, a .zip or an .npz")
+    if path.lower().endswith((".zip", ".npz")) or files.is_dir(path):
         return open_images(path, what)
     paths = [path] if files.exists(path) else path.split(",")
     for each in paths:
@@ -195,7 +206,8 @@ def open_pictures(path: str, what: str) -> Any:
         return open_images(path, what)
     for each in paths:
         if not _is_image(each):
-            raise UserError(f"{what} {each} is not an image that Pillow reads: name images, or one folder")
+            advice = _advice(each.lower()) or ": name images, or one folder"
+            raise UserError(f"{what} {each} is not an image that Pillow reads{advice}")
     return FolderImages("", paths)
 
 

@@ -17,6 +17,7 @@ from .. import distributed
 from ..config import ReadingConfig, UserError
 from ..logs import logger
 from ..nn import NULL_LABEL
+from ..utils.text import counted
 from .classes import read_classes
 from .dataset import Check, ImageDataset, check_images, max_unreadable
 from .sources import open_images
@@ -137,9 +138,12 @@ class BatchStream:
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         share = len(dataset) // self.world_size
         if share < batch_size:
+            images = counted(len(dataset), "image")
+            if self.world_size == 1:
+                raise UserError(f"--batch_size {batch_size} is more than the {images} in the data: lower it")
             raise UserError(
-                f"--batch_size {batch_size} is more than the {share} images that each of {self.world_size} ranks gets "
-                f"of {len(dataset)}: lower it" + (", or run fewer ranks" if self.world_size > 1 else "")
+                f"--batch_size {batch_size} is more than the {share} of {images} that each of {self.world_size} ranks "
+                "gets: lower it, or run fewer ranks"
             )
         self.checked: Check = distributed.from_rank0(check_images, dataset) if check else Check([], {}, 0)
         self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import distributed
 from ..config import UserError
 from ..logs import logger
+from ..utils.stop_signals import SIGNALS, catch
 
 MAX_DEATHS = 3  # of workers, in a row without a batch
 DEATH_LIMIT, CLEAN_UP_LIMIT = 2.0, 10.0  # seconds
@@ -191,6 +192,4 @@ def _mebibytes(count: int) -> str:
 def _start_worker(worker: int) -> None:
     th.set_num_threads(1)
     # Stop signals often go to all processes of a run. The training process acts on them and ends its workers.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    catch(SIGNALS, signal.SIG_IGN)

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import UserError
+from ..utils.stop_signals import STOPPED
 from ..utils.terminal import close_streams, complain, open_streams
 from . import launchers, watchdog
 from .collectives import get_rank, get_world_size
 from .devices import is_out_of_memory
 from .launchers import detect_launcher
-
-STOPPED = 75  # the exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, run it again
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -35,9 +35,10 @@ class Inpaint(ImageEdit):
         super().__init__(model, images, labels)
         _, height, width = model.shape
         if masks.dtype != bool or masks.shape[1:] != (height, width) or len(masks) not in (1, len(images)):
+            each = f" or [{len(images)}, {height}, {width}]" if len(images) > 1 else ""
             raise UserError(
-                f"the masks are {masks.dtype} {list(masks.shape)}: give bool [1 or {len(images)}, {height}, {width}], "
-                "true where to paint"
+                f"the masks are {masks.dtype} {list(masks.shape)}: give bool [1, {height}, {width}]{each}, true where "
+                "to paint"
             )
         self.masks = masks
 

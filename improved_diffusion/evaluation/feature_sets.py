@@ -18,6 +18,7 @@ from ..data.sources import ArrayImages, ZipImages, open_images
 from ..logs.progress import Progress
 from ..utils import files, images
 from ..utils.resizing import PREPARED, resize
+from ..utils.text import counted
 from .features import FeatureNetwork, Outputs
 from .metrics.frechet import Moments, RunningMoments, moments
 
@@ -59,8 +60,7 @@ class ImageSet:
         self.count = count or len(self.source)
         self.indices = selection(len(self.source), self.count)
         if self.count < MIN_IMAGES:
-            plural = "s" * (self.count > 1)
-            too_few = f"--num_samples {count}" if count else f"{flag} {self.path} has {self.count} image{plural}"
+            too_few = f"--num_samples {count}" if count else f"{flag} {self.path} has {counted(self.count, 'image')}"
             raise UserError(
                 f"{too_few}: at least {MIN_IMAGES} are needed, and 10,000 for numbers that will be published"
             )

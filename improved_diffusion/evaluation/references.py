@@ -14,6 +14,7 @@ from ..config import UserError
 from ..config.settings import ReferenceStatistics
 from ..logs import logger
 from ..utils import files, images
+from ..utils.text import counted
 from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, extract
 from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
@@ -182,7 +183,7 @@ def check_form(ours: tuple[str, dict[str, Any]], theirs: tuple[str, dict[str, An
         ("image_size", f"images of {size}", f"give --resize {size} to resize and centre-crop both as training does"),
         (
             "channels",
-            f"{channels} channel{'s' * (channels > 1)}",
+            counted(channels, "channel"),
             "convert one of them, or give --colour True to treat grey images as RGB",
         ),
     ):

@@ -15,7 +15,13 @@ from ..checkpoints.loading import LoadedModel
 from ..config.exchange import ExportConfig
 from ..logs import logger
 
-_MODULES = {"pt": "weights", "safetensors": "weights", "diffusers": "diffusers_pipeline"}
+_MODULES = {
+    "pt": "weights",
+    "safetensors": "weights",
+    "diffusers": "diffusers_pipeline",
+    "onnx": "onnx",
+    "exported-program": "exported_program",
+}
 
 
 def export(loaded: LoadedModel, options: ExportConfig) -> None:

@@ -55,6 +55,10 @@ class Logger:
         if values not in self.deferred:
             self.deferred.append(values)
 
+    def take_row(self, other: Logger) -> None:
+        """Go on with the row that another logger has begun."""
+        self.values, self.counts, self.deferred = other.values, other.counts, other.deferred
+
     def dumpkvs(self) -> dict[str, Any]:
         for values in self.deferred:
             self.values.update({key: value for key, value in values().items() if key not in self.values})
@@ -143,7 +147,7 @@ def configure(
 
     :param format_strs: the outputs; unless given, by OPENAI_LOG_FORMAT on rank 0, OPENAI_LOG_FORMAT_MPI on the others.
     :param comm: an MPI communicator over whose ranks the values are averaged.
-    :param held: by `hold`; its messages begin the log's files.
+    :param held: by `hold`; its messages begin the log's files, and what was logged of a row begins the first row.
     """
     if dir is None:
         dir = os.environ.get("OPENAI_LOGDIR") or distributed.from_rank0(_new_run_dir)
@@ -158,14 +162,17 @@ def configure(
     except ValueError as error:
         raise files.UserError(f"OPENAI_LOG_FORMAT: {error}") from None
     except OSError as error:
-        raise files.UserError(f"cannot write into {dir}: {error.strerror}: choose another --out_dir") from None
-    if Logger.CURRENT not in (None, Logger.DEFAULT):
-        Logger.CURRENT.close()
+        advice = files.remedy(error, ": choose another --out_dir")
+        raise files.UserError(f"cannot write {error.filename or dir}: {error.strerror}{advice}") from None
+    before = get_current()
+    if before is not Logger.DEFAULT:
+        before.close()
     Logger.CURRENT = Logger(dir, outputs, comm)
     Logger.CURRENT.configured = configured
     if held is None:
         log(f"logging to {dir}")
     else:
+        Logger.CURRENT.take_row(before)
         held.write([output for name, output in zip(names, outputs) if name not in TERMINAL_FORMATS])
 
 
@@ -210,8 +217,13 @@ def hold(dir: str, format_strs: Iterable[str] | None) -> Held:
 
 
 def configure_anew() -> None:
-    """Log into a new folder beside the present one, in the same way: for the next run of this process. Collective."""
-    configure(distributed.from_rank0(files.unused, get_dir()), **get_current().configured)
+    """Log into a new folder beside the present one, in the same way: for the next run of this process. Collective.
+
+    The row that has been begun goes on there.
+    """
+    before = get_current()
+    configure(distributed.from_rank0(files.unused, get_dir()), **before.configured)
+    get_current().take_row(before)
 
 
 def _new_run_dir() -> str:

@@ -11,7 +11,7 @@ import torch as th
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import NUM_CLASSES, UserError, one_line, shorten
+from ..config import NUM_CLASSES, UserError, nearest, one_line, shorten
 from ..data.classes import integer_labels
 from ..utils.captions import caption
 from ..utils.text import class_parts, listed
@@ -30,7 +30,9 @@ def parse_classes(text: str, class_names: Sequence[str] | None, num_classes: int
         else:
             names = listed(class_names or (), 20)
             known = names if numbered else f"0..{num_classes - 1}" + (names and f": {names}")
-            raise UserError(f"--classes {one_line(shorten(word))}: the model has the classes {known}")
+            near = None if numbered else nearest(word, class_names or ())
+            hint = f"did you mean {one_line(near)}? " if near else ""
+            raise UserError(f"--classes {one_line(shorten(word))}: {hint}the model has the classes {known}")
     return indices
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from .. import distributed
-from ..checkpoints.loading import LoadedModel
+from ..checkpoints.loading import LoadedModel, find_file
 from ..config import ReadingConfig, fixed_names
 from ..utils import files
 from ..utils.text import file_name
@@ -25,7 +25,7 @@ def describe_request(loaded: LoadedModel, sampler: Sampler) -> dict[str, Any]:
     paths = {"model": loaded.path, "guide": values["guide_path"], "classifier": values["classifier_path"]}
     for name, path in paths.items():
         if path:
-            request[f"{name}_sha256"] = distributed.from_rank0(files.sha256, path)
+            request[f"{name}_sha256"] = distributed.from_rank0(_sha256, path)
     if "base_samples" in values:
         request["base_samples"] = files.full_path(values["base_samples"])
         # Entries that older folders of samples lack, only where they change the base images.
@@ -33,6 +33,11 @@ def describe_request(loaded: LoadedModel, sampler: Sampler) -> dict[str, Any]:
         request |= {f.name: values[f.name] for f in options if values[f.name] != f.default}
     model = {"model_path": files.full_path(loaded.path), "model_step": loaded.metadata.get("step")}
     return {"seed_scheme": SEED_SCHEME, **model, **sampler.request(), **request}
+
+
+def _sha256(path: str) -> str:
+    """The checksum of a checkpoint; of a folder, that of the file in it that is loaded."""
+    return files.sha256(find_file(path))
 
 
 def model_name(path: str) -> str:

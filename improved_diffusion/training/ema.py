@@ -11,6 +11,9 @@ from torch._utils import _unflatten_dense_tensors
 
 from ..checkpoints.averages import LARGEST_SHARE, initial_share
 from ..logs import logger
+from ..utils.text import counted
+
+FEWEST_STEPS = 10  # with fewer no average can forget the initial weights
 
 
 def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
@@ -120,9 +123,10 @@ def warn_of_slow_averages(emas: Sequence[_Average], steps: int) -> None:
         return
     shares = ", ".join(f"{ema.label}: {ema.initial_share(steps):.1%}" for ema in slow)
     warmup = "" if any(getattr(ema, "warmup", False) for ema in slow) else "--ema_warmup True, or "
+    remedy = "train for more steps" if steps < FEWEST_STEPS else f"give {warmup}--ema_rate {forgetting_rate(steps):g}"
     logger.warn(
-        f"after {steps:,} steps the moving average would still be the initial weights in part (--ema_rate {shares}), "
-        f"and its samples noise: give {warmup}--ema_rate {forgetting_rate(steps):g}"
+        f"after {counted(steps, 'step')} the moving average would still be the initial weights in part (--ema_rate "
+        f"{shares}), and its samples noise: {remedy}"
     )
 
 

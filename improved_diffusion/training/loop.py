@@ -112,18 +112,18 @@ class TrainLoop(CheckpointedStep):
     def run_loop(self) -> None:
         """Train until max_steps or max_hours, or without end, logging and saving on the way and at the end.
 
-        SIGTERM, SIGUSR1 or SIGINT on any rank ends it after the same step on all, with a checkpoint; then Stopped is
-        raised. With one rank, a step of several microbatches is left unfinished, as if it had not begun. A second
-        SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are not handled. Before any other error
-        is raised, the last whole step is saved. Raises UserError for a run that ends in a row of bad steps, whose
-        weights are not saved.
+        SIGTERM, SIGUSR1, SIGHUP or SIGINT on any rank ends it after the same step on all, with a checkpoint; then
+        Stopped is raised. With one rank, a step of several microbatches is left unfinished, as if it had not begun. A
+        second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are not handled. Before any
+        other error is raised, the last whole step is saved. Raises UserError for a run that ends in a row of bad steps,
+        whose weights are not saved.
         """
         if self._is_finished():
             logger.log(f"nothing to do: {self.resume_step} of --max_steps {self.max_steps} steps are done")
             return
         self.checkpointer.take_folder()
+        self.run_log.discard_later_rows(self.steps_done)
         if self.resumed:
-            self.run_log.discard_later_rows(self.resume_step)
             self.checkpointer.rename_newer(self.resume_checkpoint)
         warn_of_slow_averages(self.emas, self.max_steps)
         self.run_log.start(self.max_steps, self.resume_step)
@@ -236,6 +236,7 @@ class TrainLoop(CheckpointedStep):
     def _seek(self) -> None:
         """Continue the data after the steps done."""
         assert self.resumed is not None
+        self.checkpointer.writer.start = self.resume_step
         self.checkpointer.writer.saved = [(self.resume_step, self.resume_checkpoint)]
         if hasattr(self.data, "seek"):
             self.data.seek(self.resume_step)

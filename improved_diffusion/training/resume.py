@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..checkpoints import checkpoint, sets
 from ..config import TrainConfig, UserError
 from ..logs import logger
@@ -19,15 +21,29 @@ def find_resume(config: TrainConfig, given: frozenset[str]) -> str:
     labels = _WantedLabels(config, given)
     if config.resume == "auto":
         return _newest(folder, labels) or _none_to_resume(folder, labels)
+    found = ""
     if config.resume:
-        return _find_named(config.resume, labels)
-    if config.resume_checkpoint:
-        return _find_published(config.resume_checkpoint)
-    if _holds_a_run(folder) and not config.dry_run:
+        found = _find_named(config.resume, labels)
+    elif config.resume_checkpoint:
+        found = _find_published(config.resume_checkpoint)
+    continues = bool(found) and files.same(files.folder_of(found), folder)
+    if not continues and _holds_a_run(folder) and not config.dry_run:
         raise UserError(
             f"{folder} holds checkpoints of an earlier run: give --resume auto to continue it, or another --out_dir"
         )
-    return ""
+    return found
+
+
+def folder_of_run(config: TrainConfig) -> str:
+    """The folder of the run that is resumed, where it continues unless told otherwise; "" for the usual folder.
+
+    That is one that we have written, on a local disk.
+    """
+    path = config.resume or config.resume_checkpoint
+    if path in ("", "auto") or files.is_url(path) or {"OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"} & os.environ.keys():
+        return ""
+    folder = path if files.is_dir(path) else files.folder_of(path)
+    return folder if files.exists(files.join(folder, sets.CONFIG_FILE)) else ""
 
 
 def _find_named(wanted: str, labels: _WantedLabels) -> str:

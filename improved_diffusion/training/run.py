@@ -19,7 +19,7 @@ from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
-from ..data.classes import read_classes
+from ..data.classes import check_several, read_classes
 from ..data.dataset import ImageDataset
 from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
@@ -30,11 +30,11 @@ from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..resample import create_named_schedule_sampler
 from ..utils import files
-from ..utils.text import listed
+from ..utils.text import counted, listed
 from .auto import take_recipe
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .loop import TrainLoop, get_blob_logdir
-from .resume import find_resume
+from .resume import find_resume, folder_of_run
 from .signals import EXIT_RESUME, Stopped, StopSignals
 from .tasks import Task, take_guided_process, task_of
 from .train_images import write_train_images
@@ -61,7 +61,8 @@ def train(settings: Training, given: frozenset[str], default_name: str, preset: 
     :param preset: names the folder; `auto`, after which the images name it, also chooses the options that were not
         given, unless the run is resumed.
     Raises UserError for what cannot work, before training starts and before the folder is made. However it ends, the
-    log is then closed and the folder free for another run. Raises Stopped for a SIGTERM before the first step.
+    log is then closed and the folder free for another run. Raises Stopped for a SIGTERM or SIGHUP before the first
+    step.
     """
     with StopSignals(starting=True) as signals:
         try:
@@ -78,9 +79,13 @@ def _train(
 ) -> TrainedRun:
     with contextlib.ExitStack() as until_end:
         claims = until_end.enter_context(Claims())
+        own_folder = "" if settings.run.out_dir else folder_of_run(settings.train)
+        settings = settings.replace(out_dir=own_folder or settings.run.out_dir)
         folder = RunFolder(settings.run, _run_name(settings, default_name, preset))
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
         until_end.push(lambda kind, error, traceback: logger.log_error(error))
+        if own_folder:
+            logger.log(f"the run continues in its own folder, {own_folder}: --out_dir chooses another")
         checkpoints = get_blob_logdir()
         if not settings.train.dry_run:
             distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
@@ -191,6 +196,11 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     classes, names = None, None
     if needs_classes:
         classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
+        if not model.num_classes:
+            otherwise = "drop --class_cond, or give --num_classes 1 to train with one class"
+            if isinstance(settings, ClassifierTraining):
+                otherwise = "a classifier needs two classes or more"
+            check_several(source, data_options.labels, data_options.data_dir, names, otherwise)
     data = BatchStream(
         ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
         settings.train.batch_size,
@@ -228,13 +238,13 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
 
 
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
-    text = f"{settings.data.data_dir}: {num_images} images"
+    text = f"{settings.data.data_dir}: {counted(num_images, 'image')}"
     if names is not None:
-        text += f" of {len(names)} classes ({listed(names, 10)})"
+        text += f" of {counted(len(names), 'class', 'classes')} ({listed(names, 10)})"
     end = settings.train.max_steps or settings.train.lr_anneal_steps
     steps = end or 10_000
     epochs = steps * settings.train.total_batch_size / num_images
-    logger.log(f"{text}; {steps:,} steps are {epochs:,.1f} epochs")
+    logger.log(f"{text}; {counted(steps, 'step')}: {epochs:,.1f} epochs")
     if end and epochs > MANY_EPOCHS:
         logger.warn(
             f"the run sees each image {epochs:,.0f} times and may overfit (memorise the images): --val_dir shows "

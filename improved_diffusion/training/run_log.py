@@ -10,6 +10,7 @@ import torch as th
 
 from ..logs import logger
 from ..logs.progress import Progress
+from ..utils.text import counted
 from .metrics import BadSteps, LossMeter, StepClock
 
 
@@ -109,14 +110,15 @@ class RunLog:
         return row if row.length else None
 
     def discard_later_rows(self, steps_done: int) -> None:
-        """Remove the rows of `first_row` and later, which a resumed run writes again.
+        """Remove the rows of `first_row` and later, which this run writes again.
 
-        :param steps_done: of the checkpoint: rows of later steps are lost; that of the steps just before it is
-            written again with the same steps in it.
+        :param steps_done: of the checkpoint, 0 where there is none, as after a kill before the first: rows of later
+            steps are lost; that of the steps just before it is written again with the same steps in it.
         """
         lost = logger.drop_rows(steps_done)
         if lost:
-            logger.log(f"discarded {lost} row{'s' * (lost > 1)} of the log that are newer than the checkpoint")
+            than = "the checkpoint's step" if steps_done else "this start at step 0"
+            logger.log(f"discarded {counted(lost, 'row')} of the log after {than}")
         logger.drop_rows(self.first_row)
 
 

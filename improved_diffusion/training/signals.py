@@ -15,12 +15,11 @@ import torch as th
 import torch.distributed as dist
 
 from .. import distributed
+from ..utils.stop_signals import SIGNALS, catch, put_back, stopped_early, take_kept
 
 EXIT_RESUME = distributed.STOPPED
 GRACE = 2.0  # seconds
 WAIT_FOR_RANK_0 = 5.0  # seconds
-# SIGUSR1 is how SLURM's --signal=USR1@120 warns. Windows has none.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 TIME_IS_UP = 1000  # a reason to stop that is not the number of a signal
 
 
@@ -36,7 +35,7 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         if not self.steps_done:
-            return f"stopped by {self.signal.name} before the first step: run the same command again"
+            return stopped_early(self.signal)
         return (
             f"stopped by {self.signal.name} after {self.steps_done} steps; --resume auto continues from "
             f"{self.next_start}"
@@ -46,9 +45,10 @@ class Stopped(SystemExit):
 class StopSignals:
     """A with statement in which the first of SIGNALS sets `received`; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python allows no handlers, no signal is caught.
-    :param starting: until `begin`, there is nothing to save: SIGTERM raises Stopped, SIGINT KeyboardInterrupt. A
-        SIGUSR1 is kept for the training: it is an early warning, and a scheduler warns only once.
+    Outside the main thread, where Python allows no handlers, no signal is caught; a SIGHUP that is ignored stays so.
+    :param starting: until `begin`, there is nothing to save: SIGTERM and SIGHUP raise Stopped, SIGINT
+        KeyboardInterrupt. A SIGUSR1 is kept for the training, also from before this statement: it is an early warning,
+        and a scheduler warns only once.
     """
 
     def __init__(self, starting: bool = False) -> None:
@@ -65,11 +65,12 @@ class StopSignals:
             self._catch()  # again: MPI has put a handler of its own in front of ours
 
     def _catch(self) -> dict[int, Any]:
-        return {number: signal.signal(number, self._note) for number in SIGNALS}
+        return catch(SIGNALS, self._note)
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self.before = self._catch()
+        self.before = self._catch()
+        if self.before:
+            self.received = self.received or take_kept()
             # Python's handlers wait until the main thread returns from a collective or from the GPU; the numbers of the
             # signals arrive on this socket at once.
             self.reader, self.writer = socket.socketpair()
@@ -83,9 +84,7 @@ class StopSignals:
         if self.before:
             signal.set_wakeup_fd(self.fd_before)
             self.writer.close()  # which ends the thread
-        for number, handler in self.before.items():
-            # None: one that is not Python's cannot be put back; MPI's ignores the signal.
-            signal.signal(number, signal.SIG_IGN if handler is None else handler)
+        put_back(self.before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
@@ -93,7 +92,7 @@ class StopSignals:
         if self.interrupts > (0 if self.starting else 1):
             self.left.set()
             raise KeyboardInterrupt
-        if self.starting and number == signal.SIGTERM:
+        if self.starting and number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
             raise Stopped(number, 0)
 
     def _watch(self) -> None:
@@ -106,14 +105,6 @@ class StopSignals:
                 # If the main thread can react, it ends the process itself, with a better message.
                 if interrupts > 1 and not interactive and not self.left.wait(GRACE):
                     distributed.end_process(130)
-
-
-def ignore_until_exit() -> None:
-    """For a command that is done: a signal to stop what has ended must not change its exit code."""
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            if number != signal.SIGINT:
-                signal.signal(number, signal.SIG_IGN)
 
 
 class TimeLimit:

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ _URL_FORMS = ("gs://", "az://", "https://ACCOUNT.blob.core.windows.net/")  # tha
 _KNOWN_URL = re.compile(r"gs://|az://|https://\w+\.blob\.core\.windows\.net/")
 MAX_TEXT_BYTES = 2**26  # of a JSON, YAML or CSV file that is read whole
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_OTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # a folder, a file as a folder, a link to itself
 _ADVICE = ": free some space or choose another --out_dir; files written before are untouched"
 
 
@@ -95,6 +98,8 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
     try:
         yield
     except OSError as error:
+        if advice:
+            advice = remedy(error, advice)
         raise UserError(f"cannot {what} {path}: {error.strerror or error}{advice}") from None
     except MemoryError:
         raise UserError(f"cannot {what} {path}: it needs more memory than there is") from None
@@ -102,6 +107,11 @@ def _storage(what: str, path: str | os.PathLike, advice: str = "") -> Iterator[N
         if is_url(path) and isinstance(error, getattr(_blobfile(path), "Error", ())):
             raise UserError(f"cannot {what} {path}: {error}{advice}") from None
         raise
+
+
+def remedy(error: OSError, usual: str) -> str:
+    """What to do about a file that cannot be written: the usual, unless something of another kind is in its place."""
+    return ": remove what is in its place, or choose another --out_dir" if error.errno in _OTHER_KIND else usual
 
 
 def list_dir(path: str | os.PathLike) -> list[str]:
@@ -295,6 +305,35 @@ def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         finally:
             with suppress(OSError):
                 temporary.unlink()  # exists only after an error or Ctrl-C
+
+
+@contextmanager
+def staging(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder in which a block writes a local file, and files that belong to it, under their own names.
+
+    They move to the place of `path`, the file itself last, when the block ends without an error. Raises UserError (a
+    URL, a folder, disk full, no permission), if it can before the block; what is there is then unchanged.
+    """
+    if is_url(path):
+        raise UserError(f"{path} is a URL: write to a local path, and copy the file from there")
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{path} is a folder, not a file")
+    make_dirs(target.parent)
+    with _storage("write", path, ": free some space or choose another --out"):
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        try:
+            yield folder
+            others = sorted(each for each in folder.iterdir() if each.name != target.name)
+            if others:  # a crash must not leave the old file with new ones
+                target.unlink(missing_ok=True)
+            for staged in [*others, folder / target.name]:
+                with open(staged, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(staged, target.parent / staged.name)
+            _fsync_dir(target.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _temporary(target: Path) -> Path:

@@ -64,6 +64,8 @@ def _plain() -> dict[str, Any]:
         "torch._utils._rebuild_parameter_with_state": lambda *args: _parameter(*args),
         "torch._tensor._rebuild_from_type_v2": lambda *args: _of_a_subclass(*args),
         "torch.Size": lambda *args: tuple(*args),
+        "builtins.set": lambda *args: set(*args),
+        "__builtin__.set": lambda *args: set(*args),  # as protocol 2 spells it
     }
 
 
@@ -87,22 +89,23 @@ def load(file: Any, **kwargs: Any) -> Any:
 def tensors_of(value: Any, known: dict[int, Any] | None = None) -> Any:
     """The tensors in what was read, in dicts by their names; an nn.Module is the dict of its state.
 
-    All else is left out: what is neither a tensor nor in a dict whose keys are text.
+    All else is left out: what is neither a tensor nor in a dict whose keys are text, and dicts without any.
     """
     known = {} if known is None else known
     if isinstance(value, th.Tensor) or id(value) in known:
         return known.get(id(value), value)
     if not isinstance(value, dict):
         return None
+    known[id(value)] = None  # in itself it is left out
     found: Any = OrderedDict()
-    known[id(value)] = found
     is_module = isinstance(value, StandIn) and {"_parameters", "_buffers", "_modules"} <= value.keys()
     for name, item in dict(_state(value, "", set())).items() if is_module else value.items():
         kept = tensors_of(item, known)
-        if isinstance(name, str) and kept is not None:
+        if isinstance(name, str) and (isinstance(kept, th.Tensor) or kept):
             found[name] = kept
     if isinstance(metadata := getattr(value, "_metadata", None), dict):  # of a module's state dict
         found._metadata = metadata
+    known[id(value)] = found
     return found
 
 

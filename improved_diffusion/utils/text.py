@@ -29,6 +29,14 @@ def listed(names: Sequence[Any], most: int) -> str:
     return ", ".join(map(one_line, names[:most])) + (", ..." if len(names) > most else "")
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number of things, such as "1 image" or "1,200 images".
+
+    :param plural: of a noun that does not just get an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def file_name(name: str, limit: int = NAME_BYTES) -> str:
     """The name as part of a file name: kept as it is but for what file systems refuse, which becomes "-".
 

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickletools
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -47,7 +48,8 @@ _GLOBALS = {
 _OTHER_CONSTRUCTORS = {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _MADE = (("multiarray.scalar", "numpy scalar"), ("multiarray._reconstruct", "numpy array"))
 _OTHER = "other objects"
-_PARTS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode", _OTHER}  # of objects with names of their own
+# Parts of objects that have names of their own.
+_PARTS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode", "__builtin__.set", "builtins.set", _OTHER}
 _SHOWN = 4
 
 _ZIP = b"PK\x03\x04"
@@ -57,6 +59,7 @@ _OLD_PICKLES = 5  # magic number, version, system, contents, keys of the storage
 _DAMAGED = "it is damaged, or not a checkpoint: copy or download it again, or use another file"
 _TOO_MANY = "it holds too many objects for a checkpoint: use another file"
 _GIVE = "give one, such as ema_0.9999_010000.pt"
+_ONNX = rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]"  # ModelProto's ir_version, and the key of its next field
 # (first bytes, what such a file is, what to do)
 _KINDS = (
     (b"\x89PNG\r\n\x1a\n", "a PNG image", _GIVE),
@@ -65,6 +68,7 @@ _KINDS = (
     (b"%PDF", "a PDF", _GIVE),
     (b"\x1f\x8b", "compressed with gzip", "unpack it first"),
     (b"\x93NUMPY", "an array of numpy", _GIVE),
+    (b"\x89HDF", "an HDF5 file, such as Keras writes", _GIVE),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with git lfs pull"),
     (b"<", "a web page or XML", "the download went wrong: download the file again"),
     (b"\x80", "a pickle of another program", _GIVE),
@@ -118,7 +122,7 @@ def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
         f.seek(0)
         data = io.BytesIO(f.read())  # of a file on the disk, torch would unpack a tar archive
         content = th.load(data, map_location="cpu", weights_only=False, pickle_module=stand_ins)
-        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content), ""), _listed(left_out)
+        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), _listed(left_out)
 
 
 @contextmanager
@@ -160,10 +164,14 @@ def _kind(head: bytes) -> str:
     kind, remedy = "damaged", "copy or download it again, or use another file"
     if not head:
         kind, remedy = "empty", "copy or download it again"
+    elif b"torch_utils.persistence" in head:
+        kind, remedy = "a network of EDM or StyleGAN with its code", "sample from it with the code that made it"
     elif head[257:262] == b"ustar":
         kind, remedy = "a tar archive", "unpack it first"
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         kind, remedy = "a safetensors file", "only weights are read from one, and a URL of one ends in .safetensors"
+    elif re.match(_ONNX, head):
+        kind, remedy = "an ONNX model", _GIVE
     elif found := next((entry for entry in _KINDS if head.lstrip().startswith(entry[0])), None):
         _, kind, remedy = found
     elif all(byte >= 32 or byte in b"\t\n\r" for byte in head):

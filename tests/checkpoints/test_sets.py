@@ -587,6 +587,52 @@ def test_a_file_beside_a_set_that_cannot_be_written_is_tried_again_with_the_next
     assert "best.pt" in names(tmp_path)
 
 
+def described(step, value):
+    return checkpoint.describe({"weight": th.full([2], value)}, {} if step is None else {"step": step})
+
+
+def value_of(path):
+    return th.load(path, weights_only=True)["weight"].tolist()[0]
+
+
+@pytest.mark.parametrize(
+    "start, before, kept", [
+        (0, None, True), (0, 6, True), (0, 0, False), (3, 3, False), (3, 2, False), (3, 4, True), (3, 60, True),
+    ],
+)  # fmt: skip
+def test_a_file_beside_the_sets_from_after_a_runs_start_is_kept(tmp_path, start, before, kept):
+    checkpoint.save(described(before, 1.0), str(tmp_path / "best.pt"))
+    made, _, warnings = writer(tmp_path)
+    made.start = start
+    for step in (start + 5, start + 9):  # what the run itself has written is written over
+        made.write_beside("best.pt", described(step, float(step)))
+        made.submit(step, step, parts(step))
+        made.finish()
+    assert value_of(tmp_path / "best.pt") == start + 9
+    assert [value_of(path) for path in tmp_path.glob("*.newer*")] == [1.0] * kept
+    assert len(warnings) == kept and all("best.pt.newer" in text for text in warnings)
+
+
+def test_a_file_that_was_kept_before_is_kept_too(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        checkpoint.save(described(9, value), str(tmp_path / "best.pt"))
+        made, _, _ = writer(tmp_path)
+        made.write_beside("best.pt", described(1, 0.0))
+        made.submit(1, 1, parts(1))
+        made.finish()
+    assert sorted(value_of(path) for path in tmp_path.glob("best.pt.newer*")) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK damaged"])
+def test_a_file_beside_the_sets_that_cannot_be_read_is_kept(tmp_path, content):
+    (tmp_path / "best.pt").write_bytes(content)
+    made, _, _ = writer(tmp_path)
+    made.write_beside("best.pt", described(1, 0.0))
+    made.submit(1, 1, parts(1))
+    made.finish()
+    assert (tmp_path / "best.pt.newer").read_bytes() == content
+
+
 def test_older_sets_that_cannot_be_removed_are_told_of_and_count_as_no_failure(tmp_path, monkeypatch):
     def forbidden(path):
         raise UserError(f"cannot remove {path}: Permission denied")

@@ -1,11 +1,17 @@
 """Commands and groups of commands: which one runs, and what is answered otherwise."""
 
-import pytest
+import os
+import subprocess
+import sys
 
-from improved_diffusion.cli.command import Command, CommandGroup
+import pytest
+from script_helpers import environment
+
+from improved_diffusion.cli.command import Command, CommandGroup, run_logged
 from improved_diffusion.cli.image_edit import COMMAND as EDIT
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import Decoding, Encoding
+from improved_diffusion.utils.stop_signals import SIGNALS
 
 
 @pytest.fixture
@@ -83,3 +89,42 @@ def test_editing_has_five_commands():
 def test_wrong_values_of_editing_are_named(argv, culprit):
     with pytest.raises(UserError, match=culprit):
         EDIT.main(argv, "prog")
+
+
+# Ends
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("end", [None, SystemExit(75), UserError("no"), KeyboardInterrupt()], ids=repr)
+def test_a_signal_after_the_end_of_a_command_does_not_change_its_exit_code(monkeypatch, number, end):
+    codes = []
+
+    def main():
+        if end is not None:
+            raise end
+
+    def leave(code):
+        os.kill(os.getpid(), number)
+        codes.append(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    try:
+        run_logged(main)
+    except SystemExit as stopped:
+        codes.append(stopped.code)
+    os.kill(os.getpid(), number)
+    assert codes == {type(None): [], SystemExit: [75], UserError: [1], KeyboardInterrupt: [130]}[type(end)]
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_ctrl_c_at_the_exit_of_a_process_does_not_change_its_exit_code(code):
+    script = (
+        "import atexit, os, signal\n"
+        "from improved_diffusion.cli.command import run_logged\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "def main():\n"
+        f"    if {code}: raise SystemExit({code})\n"
+        "run_logged(main)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, "")

@@ -105,6 +105,36 @@ def test_words_before_the_flags_are_for_one_option():
         parsed("a", "--seed", "3", "b")
 
 
+@pytest.mark.parametrize("argv, culprits", [
+    (["runs/c"], ["'runs/c'", "did you mean --images runs/c?"]),
+    (["runs/c", "--seed", "3"], ["'runs/c'", "did you mean --images runs/c?"]),
+    (["--seed", "3", "runs/c"], ["'runs/c'", "did you mean --images runs/c?"]),
+    (["--classes", "cat", "dog"], ["'dog'", "--classes cat,dog"]),
+    (["--classes=cat", "dog", "cat", "--seed", "1"], ["'dog'", "--classes cat,dog,cat"]),
+    (["--seed", "1", "--images", "a", "b", "c"], ["'b'", "--images a,b,c", "quotes"]),
+])  # fmt: skip
+def test_a_word_that_is_no_value_is_told_how_to_become_one(argv, culprits):
+    with pytest.raises(UserError) as error:
+        parse(Searching, argv, first=("images", "seed"))
+    assert all(culprit in str(error.value) for culprit in culprits)
+
+
+@pytest.mark.parametrize("argv", [["My", "Photos", "2024"], ["--images", "My", "Photos", "2024", "--seed", "1"],
+                                  ["--images=My", "Photos", "2024"]])  # fmt: skip
+@pytest.mark.parametrize("words", ["images", ""])
+def test_a_path_with_blanks_needs_quotes(argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "My Photos 2024").mkdir()
+    if argv[0] == "My" and not words:
+        return
+    with pytest.raises(UserError, match='put it in quotes, "My Photos 2024"'):
+        parse(Searching, argv, words=words)
+    for name in ("My", "Photos", "2024"):
+        (tmp_path / name).mkdir()
+    if argv[0] == "My":
+        assert parse(Searching, argv, words=words).settings.images.images == "My,Photos,2024"
+
+
 # Lists of values
 
 
@@ -199,6 +229,9 @@ BOMB = "lr:\n  - &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     ("c.yaml", "lr: .nan\n", "--lr"),
     ("c.yaml", "!!python/object/apply:os.system ['touch trace']", "names and values"),
     ("c.yaml", "<<: {lr: 1}\n", "'<<'"),
+    ("c.yaml", "seed: 1\nmodel:\n  image_size: 32\n", "'model' holds further names"),
+    ("c.json", '{"trainer": {"lr": 1}}', "'trainer' holds further names"),
+    ("c.yaml", "sample_steps: 5\n", "'sample_steps': --help-all"),
     ("c.yaml", "1: 2\n", "'1'"),
     ("c.json", '{"lr": ' + "[" * 500 + "]" * 500 + "}", "--lr"),
 ])  # fmt: skip

@@ -228,6 +228,17 @@ def test_unknown_names_suggest_the_nearest_or_list_all():
     assert "choose from: cosine, linear" in str(config.unknown_name("schedule", "xyz", ["linear", "cosine"]))
 
 
+@pytest.mark.parametrize("name, known, expected", [
+    ("lineal", ["linear", "cosine"], "linear"), ("tow", ["one", "two"], "two"), ("Cat", ["cat", "dog"], "cat"),
+    ("--seeed", ["--seed", "--steps"], "--seed"), ("batch", ["batch_size", "bits"], "batch_size"),
+    ("sample_steps", ["rescale_timesteps", "sample_interval"], None),
+    ("--sample_steps", ["--rescale_timesteps", "--sample_interval"], None), ("learning_rate", ["ema_rate"], None),
+    ("x", [], None),
+])  # fmt: skip
+def test_only_near_names_are_suggested(name, known, expected):
+    assert config.nearest(name, known) == expected
+
+
 # Presets and files
 
 COSINE_4000 = dict(learn_sigma=True, diffusion_steps=4000, noise_schedule="cosine")

@@ -173,6 +173,25 @@ def test_images_have_the_checkpoints_classes(form):
         class_indices(*labelled(form, [0, 1, -1] * 4), "d", None, 7, "m.pt")
 
 
+@pytest.mark.parametrize("names", [["000.png", "001.png"], ["IMG_1.png"], ["IMG_1.png", "IMG_2.png"]])
+@pytest.mark.parametrize("known", [["cat", "dog"], None])
+def test_images_without_the_models_classes_are_told_how_to_get_them(names, known):
+    source = names_as_source(names)
+    if known is None and names[0].startswith("IMG"):
+        return  # a model without names takes what it finds
+    with pytest.raises(UserError, match=r"m\.pt.*--labels folder or a label file") as error:
+        class_indices(source, "prefix", "d", known, 0, "m.pt")
+    assert "--class_cond" not in str(error.value)
+
+
+def test_an_npz_without_the_models_classes_is_told_how_to_get_them(here):
+    np.savez("d.npz", PICTURES)
+    with pytest.raises(UserError, match=r"m\.pt needs them: give a label file"):
+        class_indices(open_images("d.npz"), "prefix", "d.npz", ["cat", "dog"], 0, "m.pt")
+    with pytest.raises(UserError, match="drop --class_cond"):
+        read_classes(open_images("d.npz"), "prefix", "d.npz")
+
+
 # Label files
 
 
@@ -200,11 +219,50 @@ def test_entries_are_found_by_path_with_or_without_suffix(here):
         ("l.json", '{"1.png": 3.0, "2.png": 4}', [3, 4]),
         ("l.json", '{"labels": {"1.png": "a", "2.png": "b"}}', ["a", "b"]),
         ("l", '[["1.png", "a"], ["2.png", "b"]]', ["a", "b"]),
+        ("l.csv", "id,file,label,split\n7,1.png,cat,train\n8,2.png,dog,test\n", ["cat", "dog"]),
+        ("l.csv", "y,name,id,class,img\n0,x,7,cat,1.png\n1,x,8,dog,2.png\n", ["cat", "dog"]),
+        ("l.tsv", "target\tlabel\tpath\tfile_name\n0\tcat\tx\t1.png\n1\tdog\tx\t2.png\n", ["cat", "dog"]),
+        ("l.csv", "1.png,cat\n./1.png,cat\n2.png,dog\n1.png,cat\n", ["cat", "dog"]),
+        ("l.jsonl", '{"file": "1.png", "label": "cat"}\n\n{"file": "2.png", "label": "dog"}\n', ["cat", "dog"]),
+        ("l.jsonl", '{"file_name": "1.png", "text": "cat", "id": 3}\r\n{"label": 4, "image": "2.png"}', ["cat", 4]),
     ],
 )
-def test_json_and_tables_are_read(here, name, text, expected):
-    (here / name).write_text(text, encoding="utf-8", newline="")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_json_and_tables_are_read(here, name, text, expected, encoding):
+    (here / name).write_text(text.removeprefix("\ufeff") if encoding == "utf-16" else text, encoding, newline="")
     assert LabelFile(name).of(["1.png", "2.png"]) == expected
+
+
+# Of 1.png, as each kind of file gives them.
+TWO_LABELS = {
+    "l.csv": "1.png,{}\n2.png,{}\n1.png,{}\n", "l.tsv": "label\tfile\n{}\t1.png\n{}\t2.png\n{}\t./1.png\n",
+    "l.json": '[["1.png", "{}"], ["2.png", "{}"], ["1.png", "{}"]]',
+    "l.jsonl": "\n".join(f'{{{{"file": "{i}.png", "label": "{{}}"}}}}' for i in (1, 2, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_two_labels_of_one_image_must_agree(here, name):
+    (here / name).write_text(TWO_LABELS[name].format("cat", "dog", "cat"))
+    assert LabelFile(name).of(["1.png", "2.png"]) == ["cat", "dog"]
+    (here / name).write_text(TWO_LABELS[name].format("cat", "dog", "bird"))
+    with pytest.raises(UserError, match=rf"{name} has two labels for 1\.png, 'cat' and 'bird'"):
+        LabelFile(name)
+
+
+@pytest.mark.parametrize("label", ["", "  "])
+@pytest.mark.parametrize("name", TWO_LABELS)
+def test_an_empty_label_is_a_missing_one(here, name, label):
+    (here / name).write_text(TWO_LABELS[name].format("cat", label, "cat"))
+    with pytest.raises(UserError, match=rf"{name}.*2\.png.* has no label"):
+        LabelFile(name)
+
+
+@pytest.mark.parametrize("name", ["l.xlsx", "l.XLS", "l.ods", "l.numbers"])
+def test_a_spreadsheet_is_to_be_saved_as_a_table(here, name):
+    (here / name).write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=f"{name} is a spreadsheet: save it as CSV"):
+        LabelFile(name)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +278,11 @@ def test_json_and_tables_are_read(here, name, text, expected):
         ("l.json", '{"1.png": ' + "9" * 5000 + "}", "JSON"), ("l.json", '{"2.png": 1}', "no label for 1.png"),
         ("l.csv", "", "found nothing"), ("l.csv", "a,b,c\n1,2,3\n", "found a, b, c"), ("l.csv", "a\n", "found a"),
         ("l.csv", "file,label\n1.png\n", "row 1, 1.png, has no label"), ("l.csv", "1.png," + "x" * 200_000, "field"),
-        ("l.csv", "2.png,3\n", "no label for 1.png"), ("l.csv", "1.png,\x00\n2.png,\xff", None),
+        ("l.csv", "2.png,3\n", "no label for 1.png"), ("l.csv", "lab/1.png,3\n", r"lab/1\.png \(paths .* --data_dir"),
+        ("l.csv", "1.png,\xe9\n", "save it as CSV UTF-8"), ("l.jsonl", "[]\n", "line 1: expected"),
+        ("l.jsonl", '{"file": "1.png"}', "line 1: expected"), ("l.jsonl", '{"file": 1, "label": 2}', "line 1: exp"),
+        ("l.jsonl", '\n{"file": "1.png", "label": "a"}\n{', "line 3, is not readable JSON"),
+        ("l.csv", "1.png,\x00\n2.png,\xff", None),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_named(here, name, text, culprit):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from improved_diffusion.config import UserError
 from improved_diffusion.data import listing
-from improved_diffusion.data.sources import FolderImages, open_images
+from improved_diffusion.data.sources import FolderImages, open_images, open_pictures
 from improved_diffusion.logs import logger
 from improved_diffusion.utils import images
 
@@ -261,6 +261,19 @@ def test_places_that_hold_no_images_say_what_they_hold(tmp_path):
     for name, held in ((".", "folder of a run"), ("data", "1 .txt"), ("data", "1 .heic"), ("data/b", "1 .heic")):
         with pytest.raises(UserError, match=f"holds no images.*{held}"):
             open_images(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIC", ".heif"])
+def test_photos_that_pillow_does_not_read_are_to_be_converted(tmp_path, suffix):
+    photo = b"\0\0\0\x18ftypheic"
+    tree(tmp_path, {f"data/a{suffix}": photo, "data/b.txt": b"", f"mixed/a{suffix}": photo, "mixed/b.png": PNG})
+    for path in (tmp_path / "data", zipped(tmp_path / "a.zip", {f"a{suffix}": photo}), tmp_path / f"data/a{suffix}"):
+        with pytest.raises(UserError, match=r"convert \.heic photos to JPEG"):
+            open_images(str(path))
+    for given in (f"data/a{suffix}", f"mixed/b.png,{tmp_path}/data/a{suffix}"):
+        with pytest.raises(UserError, match=r"convert \.heic photos to JPEG"):
+            open_pictures(f"{tmp_path}/{given}", "--images")
+    assert len(open_images(str(tmp_path / "mixed"))) == 1
 
 
 # Zips

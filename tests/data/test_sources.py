@@ -78,7 +78,8 @@ def test_images_are_given_one_by_one_whatever_their_names(here):
     for given, culprit in (
         ("a.png,text", "text is not an image"), ("a.png,nowhere.png", "nowhere.png does not exist"),
         (".,a.png", "folder"),
-        ("a.png, photo", "did you mean photo"), ("text", "neither a folder"), ("", "missing"), ("/dev/zero", "device"),
+        ("a.png, photo", "did you mean photo"), ("text", "neither a folder"), ("", "missing: name an image"),
+        ("/dev/zero", "device"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=culprit):
             open_pictures(given, "--images")

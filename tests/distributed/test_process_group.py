@@ -103,6 +103,8 @@ def test_every_rank_gets_rank_0s_file_and_reads_it_itself_where_it_has_the_same_
         assert found["absent"] == found["stale"] == (content, 1)
         assert found["empty"][0] == ""
         assert found["model"]["w"].tolist() == [0, 1, 2, 3, 4]
+        state_dict, description = found["safetensors"]
+        assert state_dict["w"].tolist() == [0, 1, 2, 3, 4] and description == {"step": 3}
 
 
 def test_a_file_that_cannot_be_loaded_is_the_same_error_on_all_ranks(ranks):

@@ -39,5 +39,5 @@ def test_one_mask_serves_all_images_and_each_image_may_have_its_own():
                                           ((1, 16, 16), np.uint8)])  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(shape, dtype):
     model = gaussian_model(GaussianWorld(100, 2), "ddim", _path, Inpainting)
-    with pytest.raises(UserError, match=r"the masks are .* bool \[1 or 2, 16, 16\]"):
+    with pytest.raises(UserError, match=r"the masks are .* bool \[1, 16, 16\] or \[2, 16, 16\]"):
         Inpaint(model, gaussian_images(2), np.ones(shape, dtype))

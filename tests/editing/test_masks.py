@@ -6,7 +6,7 @@ from PIL import Image
 from script_helpers import save_mask
 
 from improved_diffusion.config import ReadingConfig, UserError
-from improved_diffusion.editing.masks import read_masks
+from improved_diffusion.editing.masks import as_masks, read_masks
 
 
 def test_a_mask_of_another_size_is_resized_without_greys_and_cropped_to_its_centre(tmp_path):
@@ -89,7 +89,7 @@ def test_masks_are_resized_like_the_images(tmp_path, mode, expected):
     path = save_mask(tmp_path / "m.png", np.arange(16)[None].repeat(8, 0) < 4)
     reading = ReadingConfig(resize_mode=mode)
     if not np.any(expected):
-        with pytest.raises(UserError, match="is black"):
+        with pytest.raises(UserError, match=rf"m\.png has no white in the part that --resize_mode {mode} keeps"):
             read_masks(path, (8, 8), ["a"], reading)
         return
     np.testing.assert_array_equal(read_masks(path, (8, 8), ["a"], reading)[0], np.array(expected, bool))
@@ -108,9 +108,54 @@ def test_masks_go_with_images_by_name_else_in_order(tmp_path):
 
 def test_a_mask_of_nothing_is_an_error(tmp_path):
     path = save_mask(tmp_path / "m.png", np.zeros((4, 4)))
-    with pytest.raises(UserError, match=rf"--mask {path}"):
+    with pytest.raises(UserError, match=rf"--mask {path} has no white, "):
         read_masks(path, (4, 4), ["a"])
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[1:3, 1:3] = 255, 0, 0
+    Image.fromarray(red).save(tmp_path / "red.png")
+    with pytest.raises(UserError, match=r"red\.png has no white, "):
+        read_masks(str(tmp_path / "red.png"), (4, 4), ["a"])
     with pytest.raises(UserError, match=r"--mask nowhere\.png does not exist"):
         read_masks("nowhere.png", (4, 4), ["a"])
-    with pytest.raises(UserError, match="--mask is missing"):
+    with pytest.raises(UserError, match="--mask is missing: name an image, white where"):
         read_masks("", (4, 4), ["a"])
+
+
+# Given in Python
+
+FORMS = {
+    "bool": lambda mask: mask, "uint8": lambda mask: mask.astype(np.uint8) * 255,
+    "bool [1, H, W]": lambda mask: mask[None], "uint8 [1, H, W]": lambda mask: mask[None].astype(np.uint8) * 200,
+    "PIL": lambda mask: Image.fromarray(mask.astype(np.uint8) * 255), "PIL 1": lambda mask: Image.fromarray(mask),
+    "PIL RGB": lambda mask: Image.fromarray(mask.astype(np.uint8) * 255).convert("RGB"),
+    "PIL transparent": lambda mask: Image.fromarray(np.stack([mask.astype(np.uint8) * 255] * 2, -1), "LA"),
+    "PIL list": lambda mask: [Image.fromarray(mask.astype(np.uint8) * 255)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("resize_mode", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(4, 4), (20, 20), (8, 12)])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mask_in_python_is_that_of_a_file(form, size, resize_mode, tmp_path):
+    mask = np.zeros(size, bool)
+    mask[: size[0] // 2, size[1] // 4 : -1] = True
+    reading = ReadingConfig(resize_mode=resize_mode)
+    expected = read_masks(save_mask(tmp_path / "m.png", mask), (4, 4), ["a"], reading)
+    found = as_masks(FORMS[form](mask), (4, 4), ["a"], reading)
+    assert found.dtype == bool and found.any()
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(as_masks(tmp_path / "m.png", (4, 4), ["a"], reading), expected)
+
+
+@pytest.mark.parametrize("given", [
+    np.ones((4, 4)), np.ones((4, 4), int), np.ones(4, bool), np.ones((1, 4, 4, 1), bool), np.ones((0, 4, 4), bool),
+    None, 3, [], [np.ones((4, 4), bool)],
+], ids=lambda given: type(given).__name__)  # fmt: skip
+def test_what_is_no_mask_is_an_error(given):
+    with pytest.raises(UserError, match="mask: expected the path of an image, a PIL image, or an array"):
+        as_masks(given, (4, 4), ["a"])
+
+
+def test_a_pil_mask_without_white_is_an_error():
+    with pytest.raises(UserError, match=r"mask\[0\] has no white"):
+        as_masks(Image.new("L", (4, 4)), (4, 4), ["a"])

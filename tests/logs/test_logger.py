@@ -243,3 +243,40 @@ def test_an_added_output_gets_rows_images_and_the_step_that_a_run_goes_on_from(t
     logger.log_image("unseen", image, 4)
     logger.reset()
     assert output.calls == [{"step": 1}, {"step": 2}, {"step": 3}, ("samples", image, 3), 2, "closed"]
+
+
+# Rows that have been begun
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_row_goes_on_where_a_run_gets_its_folder(tmp_path, anew):
+    if anew:
+        logger.configure(dir=str(tmp_path / "run"), format_strs=["csv"])
+    else:
+        held = logger.hold(str(tmp_path / "run"), ["csv"])
+    logger.logkvs({"step": 6, "val_loss": 0.5})
+    logger.logkv_mean("loss", 1.0)
+    logger.defer(lambda: {"late": 7})
+    if anew:
+        logger.configure_anew()
+    else:
+        logger.configure(str(tmp_path / "run"), ["csv"], held=held)
+    logger.logkv_mean("loss", 2.0)
+    logger.logkv("step", 7)
+    logger.dumpkvs()
+    (row,) = rows(tmp_path / ("run-2" if anew else "run") / "progress.csv")
+    assert row == {"late": "7", "loss": "1.5", "step": "7", "val_loss": "0.5"}
+
+
+def test_another_configuration_begins_a_row_of_its_own(tmp_path):
+    logger.configure(dir=str(tmp_path / "one"), format_strs=["csv"])
+    logger.logkv("a", 1)
+    logger.configure(dir=str(tmp_path / "two"), format_strs=["csv"])
+    assert logger.getkvs() == {}
+
+
+@pytest.mark.parametrize("name", ["progress.csv", "progress.jsonl", "log.txt"])
+def test_a_folder_in_the_place_of_a_file_of_the_log_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"cannot write .*{name}: Is a directory: remove"):
+        logger.configure(dir=str(tmp_path), format_strs=["csv", "jsonl", "log"])

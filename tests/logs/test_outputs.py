@@ -400,7 +400,7 @@ def test_an_attempt_costs_the_same_however_many_entries_wait(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["log", "csv", "jsonl"])
 def test_a_folder_that_cannot_be_written_at_the_start_is_an_error_at_once(tmp_path, name, monkeypatch):
     (tmp_path / {"log": "log.txt", "csv": "progress.csv", "jsonl": "progress.jsonl"}[name]).mkdir()
-    with pytest.raises(UserError, match=r"cannot write into .*--out_dir"):
+    with pytest.raises(UserError, match=r"cannot write .*--out_dir"):
         logger.configure(dir=str(tmp_path), format_strs=[name])
 
 

@@ -31,6 +31,9 @@ def test_a_number_is_a_name_where_names_are_numbers():
         with pytest.raises(UserError, match=rf"--classes {word}: the model has the classes 1, 3, 7"):
             parse_classes(word, names, 3)
     assert parse_classes("cat,0", ["cat", "dog"], 2) == [0, 0]
+    for word, near in (("Cat", "cat"), ("DOG", "dog"), ("dgo", "dog")):
+        with pytest.raises(UserError, match=rf"--classes {word}: did you mean {near}\? the model has the classes 0"):
+            parse_classes(word, ["cat", "dog"], 2)
     assert parse_classes("999", None, 1000) == [999]
 
 

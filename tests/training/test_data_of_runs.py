@@ -45,6 +45,35 @@ def test_labels_with_gaps_make_no_class_without_images(labels):
     assert again.step == 2 and list(again.class_names) == names
 
 
+# Images of one class only: (their paths, --labels, the remedy).
+ONE_CLASS = {
+    "phone": (["cat/IMG_1.png", "cat/IMG_2.png", "bird/IMG_3.png"], "prefix", "--labels folder finds bird, cat"),
+    "flat": (["IMG_0001.png", "IMG_0002.png"], "prefix", "name the files"),
+    "mixed": (["IMG_0001.png", "cat/IMG_0002.png"], "prefix", "name the files"),
+    "folder": (["cat/1.png", "cat/2.png"], "folder", "name the files"),
+    "file": (["1.png", "2.png"], "labels.csv", "name the files"),
+    "npz": (None, "prefix", "name the files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ONE_CLASS)
+def test_images_of_one_class_are_an_error_unless_it_is_asked_for(form, here):
+    paths, labels, remedy = ONE_CLASS[form]
+    options = dict(data_dir=npz([5] * 4) if paths is None else "photos", labels=labels, class_cond=True, out_dir="run")
+    if paths:
+        write_images(here / "made", len(paths))
+        for path, made in zip(paths, sorted((here / "made").iterdir())):
+            (here / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
+            made.rename(here / "photos" / path)
+    (here / "labels.csv").write_text("1.png,cat\n2.png,cat\n")
+    with pytest.raises(UserError, match=rf"of the one class (IMG|cat|5): .*{remedy}.*--num_classes 1"):
+        idf.train(**options, **TINY)
+    assert not os.path.exists("run")
+    idf.train(**options, num_classes=1, **TINY)
+    again = idf.train(**options, resume="auto", **{**TINY, "max_steps": 2})
+    assert again.step == 2 and len(again.class_names) == 1
+
+
 def test_a_model_of_more_classes_draws_those_that_it_has_seen():
     model = idf.train(npz([1, 2, 4] * 3), out_dir="run", class_cond=True, num_classes=6, **TINY)
     metadata = described("run")

@@ -1,11 +1,13 @@
 """Moving averages of the parameters."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch as th
 
+from improved_diffusion.logs import logger
 from improved_diffusion.nn import update_ema
 from improved_diffusion.training.ema import (
     ParameterEMA,
@@ -16,6 +18,7 @@ from improved_diffusion.training.ema import (
     posthoc_weights,
     profile_error,
     profile_products,
+    warn_of_slow_averages,
 )
 
 ONE, ZERO = th.tensor(1.0), th.tensor(0.0)
@@ -284,6 +287,18 @@ def test_a_power_average_holds_nothing_of_the_first_parameters():
     assert ema.initial_share(0) == 1
     ema.update(th.zeros(1), ONE, 0)
     assert ema.flat.item() == ema.initial_share(1) == 0
+
+
+@pytest.mark.parametrize(
+    "steps, remedy",
+    [(1, "after 1 step .*train for more"), (9, "train for more"), (10, "rate 0.5$"), (100, "rate 0.9$"), (10**6, None)],
+)
+def test_a_rate_is_advised_where_one_forgets(steps, remedy, monkeypatch):
+    given = []
+    monkeypatch.setattr(logger, "warn", given.append)
+    warn_of_slow_averages([ParameterEMA(0.9999, [th.ones(1)])], steps)
+    assert bool(given) == bool(remedy) and all(re.search(remedy, text) for text in given)
+    assert all(("ema_rate 0." in text.split("noise: ")[1]) == (steps >= 10) for text in given)
 
 
 @pytest.mark.parametrize("steps", [2, 20, 300, 1500, 20_000, 10**6])

@@ -1,6 +1,7 @@
 """A training run and what it leaves behind."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -102,6 +103,69 @@ def test_a_run_that_was_stopped_goes_on_without_a_word_of_lost_rows(number, phot
         assert [row["step"] for row in csv.DictReader(f)] == ["0", "5", "10", "11"]
 
 
+# The log of a run that goes on
+
+
+TIMES = {"images_per_second", "data_wait", "peak_gib"}  # these columns are no function of the step
+
+
+def rows_without_times(folder):
+    with open(folder / "progress.csv", newline="") as f:
+        in_csv = [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(f)]
+    in_json = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in in_csv] == [str(row["step"]) for row in in_json]
+    return in_csv
+
+
+@pytest.mark.parametrize(
+    "stops, more", [([7], {}), ([8], {}), ([7, 8], {}), ([7], {"microbatch": 1, "precision": "bf16"})], ids=str
+)
+def test_rows_hold_what_was_measured_before_the_run_was_stopped(photos, tmp_path, stops, more):
+    """A row of 4 steps has the validation of any of them, whether the run was stopped after it or not."""
+    options = {**TINY, **more, "log_interval": 4, "save_interval": 3, "val_dir": photos, "val_interval": 7}
+    for folder, ends in (("whole", [9]), ("parts", [*stops, 9])):
+        for end in ends:
+            idf.train(photos, out_dir=str(tmp_path / folder), resume="auto", **{**options, "max_steps": end})
+    whole = rows_without_times(tmp_path / "whole")
+    assert rows_without_times(tmp_path / "parts") == whole
+    assert [bool(row["val_loss"]) for row in whole] == [False, False, True]
+
+
+def test_rows_go_on_where_a_run_is_resumed_into_another_folder(photos, tmp_path):
+    options = {**TINY, "log_interval": 4, "val_dir": photos, "val_interval": 7}
+    idf.train(photos, out_dir=str(tmp_path / "first"), **{**options, "max_steps": 7})
+    resumed = {**options, "resume": str(tmp_path / "first"), "max_steps": 9}
+    idf.train(photos, out_dir=str(tmp_path / "second"), **resumed)
+    (row,) = rows_without_times(tmp_path / "second")
+    assert row["step"] == "8" and row["val_loss"]
+
+
+@pytest.mark.parametrize("after", [5, 7])
+def test_a_run_that_is_stopped_within_its_first_step_writes_no_row_without_a_step(photos, tmp_path, monkeypatch, after):
+    options = {**TINY, "out_dir": str(tmp_path / "run"), "log_interval": 4, "save_interval": 3, "microbatch": 1}
+    idf.train(photos, **{**options, "max_steps": after})
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "build_loop", signalling(signal.SIGUSR1, run.build_loop))
+        idf.train(photos, resume="auto", **{**options, "max_steps": 12})
+    steps = ["0", "4"] if after == 5 else ["0", "4", "6"]
+    assert [row["step"] for row in rows_without_times(tmp_path / "run")] == steps
+    idf.train(photos, resume="auto", **{**options, "max_steps": 12})
+    assert [row["step"] for row in rows_without_times(tmp_path / "run")] == ["0", "4", "8", "11"]
+
+
+@pytest.mark.parametrize("resume", ["", "auto"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_its_log_afresh(photos, tmp_path, resume, capsys):
+    options = {**TINY, "out_dir": str(tmp_path / "run"), "log_interval": 2, "max_steps": 5, "resume": resume}
+    idf.train(photos, **options)
+    for path in (tmp_path / "run").glob("*0000*"):
+        path.unlink()  # as if it had been killed during its first save
+    before = rows_without_times(tmp_path / "run")
+    capsys.readouterr()
+    idf.train(photos, **options)
+    assert rows_without_times(tmp_path / "run") == before
+    assert f"discarded {len(before)} rows" in capsys.readouterr().out
+
+
 def test_a_running_run_holds_its_folder(photos, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(TrainLoop, "run_loop", lambda loop: seen.append(is_free(logger.get_dir())))
@@ -175,8 +239,9 @@ def handlers():
 
 
 @pytest.mark.parametrize("stage", ["open_data", "build_loop", "resolve"])
-def test_sigterm_while_a_run_starts_stops_it(photos, tmp_path, monkeypatch, handlers, stage):
-    monkeypatch.setattr(run, stage, signalling(signal.SIGTERM, getattr(run, stage)))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_run_starts_stops_it(photos, tmp_path, monkeypatch, handlers, number, stage):
+    monkeypatch.setattr(run, stage, signalling(number, getattr(run, stage)))
     with pytest.raises(Stopped) as ended:
         idf.train(photos, out_dir=str(tmp_path / "run"), **TINY)
     assert ended.value.code == 75 and not (tmp_path / "run").exists()

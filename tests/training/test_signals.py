@@ -7,8 +7,9 @@ import threading
 import pytest
 from script_helpers import run
 
-from improved_diffusion.training import signals as stop_signals
+from improved_diffusion.training import signals as training_signals
 from improved_diffusion.training.signals import EXIT_RESUME, SIGNALS, Agreement, Stopped, StopSignals
+from improved_diffusion.utils import stop_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -43,21 +44,36 @@ def test_a_warning_that_comes_before_the_loop_is_kept_for_it():
         assert signals.received == signal.SIGUSR1
 
 
-def test_before_the_loop_sigterm_stops_at_once():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_before_the_loop_a_signal_stops_at_once(number):
     with pytest.raises(Stopped) as ended, StopSignals(starting=True):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
     assert ended.value.code == EXIT_RESUME and "before the first step" in str(ended.value)
+
+
+@pytest.mark.parametrize("starting", [True, False])
+def test_a_hang_up_that_nohup_ignores_stays_ignored(starting):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals(starting=starting) as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        signals.begin()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_warning_that_came_while_python_imported_is_kept_for_the_loop_once():
+    stop_signals.catch_early(trains=True)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with StopSignals(starting=True) as signals:
+        assert signals.received == signal.SIGUSR1
+    with StopSignals() as signals:
+        assert signals.received == 0
 
 
 def test_before_the_loop_the_first_ctrl_c_interrupts():
     with pytest.raises(KeyboardInterrupt), StopSignals(starting=True):
         os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_signals_to_a_command_that_is_done_change_nothing():
-    stop_signals.ignore_until_exit()
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_handlers_are_put_back_after_an_error():
@@ -80,9 +96,10 @@ def test_outside_the_main_thread_nothing_is_caught():
     assert seen == [(0, before)]
 
 
-def test_a_platform_without_usr1_has_the_other_signals(monkeypatch):
+def test_a_platform_without_usr1_and_hup_has_the_other_signals(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
-    monkeypatch.setattr(stop_signals, "SIGNALS", (signal.SIGTERM, signal.SIGINT))
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(training_signals, "SIGNALS", (signal.SIGTERM, signal.SIGINT))
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM

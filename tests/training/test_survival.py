@@ -78,6 +78,7 @@ CASES = [
     ("python", "launcher", signal.SIGTERM, 75),
     ("python", "group", signal.SIGTERM, 75),
     ("python", "group", signal.SIGINT, 75),
+    ("python", "group", signal.SIGHUP, 75),
     ("mpiexec", "launcher", signal.SIGTERM, 75),
     ("mpiexec", "launcher", signal.SIGUSR1, 75),
     ("mpiexec", "rank 0", signal.SIGTERM, 75),

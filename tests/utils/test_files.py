@@ -104,6 +104,26 @@ def test_what_cannot_be_read_or_made_is_named(tmp_path):
         files.make_dirs(tmp_path / "file" / "sub")
 
 
+def written(path):
+    files.write_bytes(path, b"1")
+
+
+def written_in_pieces(path):
+    with files.open_write(path) as f:
+        f.write(b"1")
+
+
+@pytest.mark.parametrize("write", [written, written_in_pieces])
+@pytest.mark.parametrize("name", ["a_folder", "a_file/below", "a_loop/below"])
+def test_what_is_in_the_place_of_a_file_to_write_is_to_be_removed(tmp_path, write, name):
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a_loop").symlink_to(tmp_path / "a_loop")
+    with pytest.raises(UserError, match=f"cannot write .*{name}: .*remove what is in its place") as error:
+        write(tmp_path / name)
+    assert "free some space" not in str(error.value)
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/a", "ftp://host/a", "htp://host/a", "file:///a", "http://host/a", "://a"])
 def test_schemes_that_are_not_known_are_named_with_those_that_are(url):
     uses = (
@@ -261,3 +281,31 @@ def test_a_file_is_read_up_to_a_limit(tmp_path):
     assert files.read_bytes(tmp_path / "a", limit=5) == b"12345"
     with pytest.raises(UserError, match="4 bytes"):
         files.read_bytes(tmp_path / "a", limit=4)
+
+
+def stage(path, contents):
+    with files.staging(path) as folder:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+
+
+def test_a_staged_file_and_what_belongs_to_it_replace_the_old_ones(tmp_path):
+    for number in (b"1", b"2"):
+        stage(tmp_path / "new" / "a.bin", {"a.bin": number, "a.bin.data": number * 2})
+    assert {p.name: p.read_bytes() for p in (tmp_path / "new").iterdir()} == {"a.bin": b"2", "a.bin.data": b"22"}
+
+
+def test_a_staged_file_that_is_not_finished_leaves_the_old_one(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), files.staging(tmp_path / "a.bin") as folder:
+        (folder / "a.bin").write_bytes(b"half")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["folder", "file/a.bin", "gs://bucket/a.bin"])
+def test_what_cannot_be_staged_is_named_before_the_work(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="folder" if name == "folder" else "file" if "file" in name else "gs://"):
+        stage(name if "://" in name else tmp_path / name, None)

@@ -22,6 +22,14 @@ def test_a_text_keeps_its_lines_and_a_name_is_one():
     assert text.as_one("a\nerror: b") == "a\n  error: b"
 
 
+@pytest.mark.parametrize("number, noun, plural, expected", [
+    (1, "image", "", "1 image"), (0, "image", "", "0 images"), (1200, "image", "", "1,200 images"),
+    (1, "class", "classes", "1 class"), (2, "class", "classes", "2 classes"),
+])  # fmt: skip
+def test_numbers_of_things(number, noun, plural, expected):
+    assert text.counted(number, noun, plural) == expected
+
+
 @pytest.mark.parametrize("plain", ["cat", "ice cream", "猫", "Жук", "émeu", "a\u200db", "50%", "[x](y)", "🐈"])
 def test_other_text_stays_as_it_is(plain):
     assert text.printable(plain) == one_line(plain) == text.file_name(plain) == plain

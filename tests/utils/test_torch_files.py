@@ -247,6 +247,8 @@ def exported():
         (lambda: b'{"a": 1}', "text file"),
         (lambda: struct.pack("<Q", 2) + b"{}", "safetensors"),
         (lambda: pickle.dumps({"a": 1}), "pickle"),
+        (lambda: pickle.dumps({"ema": "torch_utils.persistence"}), "EDM"),
+        (lambda: b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
         (lambda: b"\x1f\x8b" + bytes(9), "gzip"),
         (npz, "npz"),
         (tar, "tar"),
