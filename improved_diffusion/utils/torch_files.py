@@ -119,9 +119,7 @@ def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
     with _naming(name, size), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         left_out = [name for name in _foreign_names(f, size) if name != _OTHER]
-        f.seek(0)
-        data = io.BytesIO(f.read())  # of a file on the disk, torch would unpack a tar archive
-        content = th.load(data, map_location="cpu", weights_only=False, pickle_module=stand_ins)
+        content = th.load(_as_checked(f), map_location="cpu", weights_only=False, pickle_module=stand_ins)
         return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), _listed(left_out)
 
 
@@ -157,6 +155,21 @@ def _foreign_names(f: IO[bytes], size: int) -> list[str]:
     if head.startswith(_OLD_MAGIC):
         return _foreign_in(f, _OLD_PICKLES)
     raise _Unsuitable(_kind(head))
+
+
+def _as_checked(f: IO[bytes]) -> IO[bytes]:
+    """The file in memory, as `_foreign_names` has read it: torch could find other members in a zip archive, such as a
+    TorchScript program's, and unpacks a file on the disk that is a tar archive too."""
+    f.seek(0)
+    data = f.read()
+    if not data.startswith(_ZIP):
+        return io.BytesIO(data)
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(checked, "w") as written:
+        for info in archive.infolist():
+            written.writestr(info.filename, archive.read(info))
+    checked.seek(0)
+    return checked
 
 
 def _kind(head: bytes) -> str:
