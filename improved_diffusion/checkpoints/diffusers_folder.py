@@ -93,7 +93,7 @@ def convert(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, th.Tens
     _check_class(network_values, ("UNet2DModel",), network_path)
     config = networks.read_config(network_values, network_path)
     tensors = dict(state_dict)
-    table = tensors.pop(networks.TIMESTEPS, None)
+    table = tensors.pop(networks.TIMESTEPS, None) if config["time_embedding_type"] == "learned" else None
     options = networks.options_of(config)
     if scheduler is not None:
         options |= _diffusion_options(_read_scheduler_config(scheduler[1], scheduler[0]), options["learn_sigma"])

@@ -249,7 +249,7 @@ def config_of(model: ModelConfig, diffusion: DiffusionConfig, network: UNetModel
     """
     mult = resolve_channel_mult(model.image_size, model.channel_mult)
     if mult[0] != 1:
-        raise UserError(f"--channel_mult {model.channel_mult}: diffusers needs one that begins with 1")
+        raise UserError(f"--channel_mult {','.join(map(str, mult))}: diffusers needs one that begins with 1")
     factors = attention_factors(model.image_size, model.attention_resolutions)
     with_attention = [2**level in factors for level in range(len(mult))]
     height, width = height_width(model.image_size)

@@ -33,7 +33,7 @@ class ForeignConfig:
 
     def refused(self, name: str, expected: str) -> UserError:
         """The error for a value that does not fit."""
-        return UserError(f"{self.path}: {name} is {shown(self[name])}, which cannot be taken: it takes {expected}")
+        return UserError(f"{self.path}: {name} is {shown(self[name])}, but a model here needs {expected}")
 
     def choice(self, name: str, allowed: Sequence[Any]) -> Any:
         """One of some values."""

@@ -86,14 +86,18 @@ def _check_folder(folder: str) -> None:
 
 
 def _save(pipeline: Any, folder: str, description: dict[str, Any]) -> None:
-    """Write the folder as the library does, model_index.json last: without it nothing loads."""
-    unet = files.join(folder, folders.UNET)
+    """Write the files that the library would, model_index.json last: without it nothing loads."""
+    unet, scheduler = (files.join(folder, name) for name in (folders.UNET, folders.SCHEDULER))
     files.make_dirs(unet)
+    files.make_dirs(scheduler)
     data = safetensors_file.to_bytes(pipeline.unet.state_dict(), description)
     files.write_bytes(files.join(unet, folders.WEIGHTS[0]), data)
-    pipeline.unet.save_config(unet)
-    pipeline.scheduler.save_pretrained(files.join(folder, folders.SCHEDULER))
-    pipeline.save_config(folder)
+    for path, part in (
+        (files.join(unet, folders.CONFIG), pipeline.unet),
+        (files.join(scheduler, folders.SCHEDULER_CONFIG), pipeline.scheduler),
+        (files.join(folder, folders.INDEX), pipeline),
+    ):
+        files.write_bytes(path, part.to_json_string().encode())
 
 
 def _lost(settings: Any, dropped: bool) -> list[str]:

@@ -245,6 +245,16 @@ def test_a_config_of_another_network_than_the_weights_is_an_error(exported):
         idf.load(folder)
 
 
+def test_tensors_beyond_the_config_are_an_error(exported):
+    folder = exported()
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    for name in ("mid_block.attentions.0.to_add.weight", "down_blocks.9.x"):
+        (folder / WEIGHTS).unlink()  # where the tensors lie
+        safetensors.torch.save_file({**tensors, name: th.zeros(3)}, folder / WEIGHTS)
+        with pytest.raises(UserError, match=re.escape(name)):
+            idf.load(folder)
+
+
 def test_edited_configs_count_instead_of_the_description(exported, capfd):
     folder = exported(diffusion_steps=50)
     edited(folder / "scheduler/scheduler_config.json", beta_schedule="linear", beta_start=0.002, beta_end=0.4)
@@ -395,3 +405,25 @@ def test_former_names_of_attention_weights_in_a_bin_file(tmp_path):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     th.save(tensors, folder / "diffusion_pytorch_model.bin")
     assert_same_weights(idf.load(folder), model)
+
+
+@pytest.mark.parametrize("blocks", [("DownBlock2D", "UpBlock2D"), ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")])
+def test_a_model_trained_in_diffusers_with_its_defaults(tmp_path, blocks):
+    th.manual_seed(0)
+    down, up = blocks
+    kind = "resnet" if "Resnet" in down else "conv"
+    unet = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64, 96), down_block_types=(down, "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", up), downsample_type=kind, upsample_type=kind,
+        num_class_embeds=5, flip_sin_to_cos=False, dropout=0.1,
+    ).eval()  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs")
+    model = idf.load(tmp_path / "theirs")
+    config, diffusion = model.settings.model, model.settings.diffusion
+    assert (config.num_head_channels, config.num_classes, config.dropout) == (8, 5, 0.1)
+    assert config.resblock_updown == (kind == "resnet")
+    assert diffusion.predict_v and diffusion.noise_schedule == "cosine" and diffusion.sigma_small
+    x, t, y = th.randn(2, 3, 16, 16), th.tensor([1, 900]), th.tensor([0, 4])
+    with th.no_grad():
+        th.testing.assert_close(model.network(x, t, y=y), unet(x, t, class_labels=y).sample, rtol=0, atol=1e-5)

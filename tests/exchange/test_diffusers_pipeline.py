@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import diffusers
 import pytest
@@ -223,3 +224,10 @@ def test_the_loop_in_the_docs_draws_the_classes(load, tmp_path, monkeypatch):
     )
     th.testing.assert_close(names["x"], ours, rtol=0, atol=1e-3)
     assert (tmp_path / "first.png").exists()
+
+
+def test_without_the_package_the_extra_is_named(load, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"improved_diffusion\[diffusers\]"):
+        load().to_diffusers(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
