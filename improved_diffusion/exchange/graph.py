@@ -29,6 +29,7 @@ from ..utils import files
 POSITIONAL = ("x", "timesteps")  # as the diffusion calls the network; the other inputs have names
 OUTPUT = "output"
 TOLERANCE = 1e-4  # of the output's largest value
+LARGEST_BATCH = 2**20  # torch 2.6 does not capture a batch without a largest size
 CHECKED_BATCHES = (1, 3)  # of a graph that takes any number of images
 
 _PREDICTIONS = {ModelMeanType.EPSILON: "noise", ModelMeanType.START_X: "x0", ModelMeanType.VELOCITY: "v"}
@@ -53,7 +54,7 @@ def staged_file(out: str, suffix: str) -> Iterator[Path]:
 def capture(network: th.nn.Module, loaded: LoadedModel, options: ExportConfig) -> ExportedProgram:
     """The graph of a network that `plain_network` gave, by torch.export."""
     inputs = _inputs(loaded, 2 if options.dynamic_batch else options.export_batch)
-    shapes = {name: {0: Dim("batch")} for name in inputs} if options.dynamic_batch else None
+    shapes = {name: {0: Dim("batch", max=LARGEST_BATCH)} for name in inputs} if options.dynamic_batch else None
     args, named = _split(inputs)
     program = th.export.export(network, args, named, dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:

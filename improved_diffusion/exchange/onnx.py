@@ -60,7 +60,7 @@ def _translate(program: th.export.ExportedProgram, dynamic_batch: bool) -> Any:
         translated: Any = th.onnx.export(
             program, dynamo=True, dynamic_shapes=shapes, output_names=[graph.OUTPUT], verbose=False
         )
-    for node in translated.model.graph.all_nodes():
+    for node in translated.model.graph:
         node.metadata_props.clear()  # where in the source, on this machine, each operation is
     return translated
 
