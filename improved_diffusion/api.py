@@ -27,7 +27,7 @@ from .bound import BoundSummary
 from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
 from .checkpoints.safetensors_file import has_suffix
 from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
-from .config.exchange import ExportConfig
+from .config.exchange import CardConfig, ExportConfig, PushConfig
 from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
@@ -57,6 +57,8 @@ from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation
 from .evaluation.report import Report
 from .exchange import formats
+from .exchange.card import Card, make_card
+from .exchange.hub import push
 from .logs.progress import Progress
 from .models.build import build_diffusion
 from .respace import SpacedDiffusion
@@ -273,7 +275,7 @@ class Model:
         prepared = Interpolate.prepare(self._with(Interpolation, asked))
         ends = [self._pixels(given, prepared) for given in (first, last)]
         arrays = np.concatenate([end.arrays for end in ends])
-        labels = [label for end in ends for label in end.labels or ()]
+        labels = [label for end in ends if end.labels is not None for label in end.labels]
         return self._draw(Interpolate(prepared, arrays, labels or None), progress)
 
     def inpaint(
@@ -377,6 +379,43 @@ class Model:
         """
         formats.export(self._loaded, ExportConfig(out=path_argument("path", path), to=to, **options))
 
+    def to_diffusers(self, folder: str | os.PathLike, *, drop_variance: bool = False) -> None:
+        """Write a folder that `DDPMPipeline.from_pretrained` of diffusers loads.
+
+        :param drop_variance: leave a learned variance out, for `DDIMPipeline`.
+        Raises UserError for a model that diffusers cannot express.
+        """
+        self.export(folder, "diffusers", drop_variance=drop_variance)
+
+    # The Hugging Face Hub
+
+    def card(self, **options: Any) -> Card:
+        """The model card that `push_to_hub` uploads: `text`, and the `grid` of samples as a PNG; `save(folder)`.
+
+        :param options: those of `push_to_hub`.
+        """
+        return self._card(CardConfig(**options))
+
+    def push_to_hub(self, repo: str, *, token: str | None = None, **options: Any) -> str:
+        """Upload the model, with a model card and a grid of samples, in one commit; returns the commit's URL.
+
+        The repository is made where there is none. Files of the same names are replaced, and the log says which; the
+        others stay. Collective.
+        :param repo: user/name.
+        :param token: with the right to write; HF_TOKEN, or the token of the Hub's own login, unless given.
+        :param options: those of `improved-diffusion push`: license="mit", private=True, message, report, samples, ...
+        Raises UserError where that fails.
+        """
+        asked = PushConfig(repo=repo, **options)
+        return distributed.from_rank0(push, self._loaded, asked, token, self._card)
+
+    def _card(self, options: CardConfig) -> Card:
+        return make_card(self._loaded, options, self._grid)
+
+    def _grid(self, options: Mapping[str, Any]) -> bytes:
+        """The PNG of a grid of samples."""
+        return self.sample(**options)._repr_png_()
+
 
 def _classes(classes: Any) -> dict[str, Any]:
     """The option `classes`, from a name, a label, or several."""
@@ -402,22 +441,31 @@ def _plain(name: str, given: Any) -> Any:
     return given.array if isinstance(given, Images) else given
 
 
-def load(path: str | os.PathLike, *, average: str | float | None = None, preset: str = "", **options: Any) -> Model:
-    """The model in a checkpoint file, or the newest of a run's folder.
+def load(
+    path: str | os.PathLike, *, average: str | float | None = None, preset: str = "", revision: str = "",
+    token: str | None = None, **options: Any,
+) -> Model:  # fmt: skip
+    """The model in a checkpoint file, the newest of a run's folder, or "user/name" on the Hugging Face Hub.
 
     :param average: of a run's folder, which moving average, such as 0.9999; "raw" for the weights themselves; the first
         average unless given.
     :param preset: the published model that a file without a description holds, such as "adm-imagenet64".
-    :param options: what such a file does not say, such as num_heads=4.
+    :param revision: of a model on the Hub: a branch, a tag or a commit; the newest unless given.
+    :param token: for the Hub; HF_TOKEN, or the token of its own login, unless given.
+    :param options: what a file without a description does not say, such as num_heads=4.
     Raises UserError for a missing, damaged or hostile file. Nothing in it is executed.
     """
     if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
         raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
-    return _load(path_argument("path", path), average, preset, options)
+    path = path_argument("path", path)
+    return _load(f"{path}@{revision}" if revision else path, average, preset, options, token=token)
 
 
-def _load(path: str, average: str | float | None, preset: str, options: Mapping[str, Any], warn: bool = True) -> Model:
-    file = distributed.from_rank0(find_file, path, average)
+def _load(
+    path: str, average: str | float | None, preset: str, options: Mapping[str, Any], *, warn: bool = True,
+    token: str | None = None,
+) -> Model:  # fmt: skip
+    file = distributed.from_rank0(find_file, path, average, "", token)
     found = read(file)
     kind = read_kind(file, found)
     given = merge_options([options_for(preset, kind) if preset else {}, options])

@@ -9,6 +9,7 @@ import torch as th
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+NORM_EPS = 1e-5  # what the norms add to the variance
 NULL_LABEL = -1  # the class of an image whose class is hidden
 
 
@@ -71,10 +72,14 @@ def normalization(channels: int) -> nn.Module:
     return GroupNorm32(32, channels)
 
 
-def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
-    """Sinusoids of the timesteps: [N], fractional ones too -> [N, dim], cosines first; an odd dim ends in a zero."""
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000, freq_shift: float = 0) -> th.Tensor:
+    """Sinusoids of the timesteps: [N], fractional ones too -> [N, dim], cosines first; an odd dim ends in a zero.
+
+    :param freq_shift: 0: the frequencies end one step before 1/max_period; 1: at it, as in DDPM's code.
+    """
     half = dim // 2
-    frequencies = th.exp(-math.log(max_period) * th.arange(half, dtype=th.float32, device=timesteps.device) / half)
+    numbers = th.arange(half, dtype=th.float32, device=timesteps.device)
+    frequencies = th.exp(-math.log(max_period) * numbers / (half - freq_shift))
     angles = timesteps[:, None].float() * frequencies[None]  # [N, half]
     embedding = th.cat([th.cos(angles), th.sin(angles)], dim=-1)
     if dim % 2:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .fp16_util import convert_module_to_bf16, convert_module_to_f16, convert_module_to_f32
 from .nn import (
+    NORM_EPS,
     NULL_LABEL,
     SiLU,
     avg_pool_nd,
@@ -63,21 +64,26 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size by a strided 3x3 convolution if `use_conv`, else by averaging. With dims=3 depth keeps its size."""
+    """Half the size by a strided 3x3 convolution if `use_conv`, else by averaging. With dims=3 depth keeps its size.
 
-    def __init__(self, channels, use_conv, dims=2):
+    :param padding: of the convolution, on both sides; 0: one row of zeros on the far sides alone, as in DDPM's code.
+    """
+
+    def __init__(self, channels, use_conv, dims=2, padding=1):
         super().__init__()
         self.channels = channels
         self.use_conv = use_conv
         self.dims = dims
         stride = (1, 2, 2) if dims == 3 else 2
         if use_conv:
-            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
+            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=padding)
         else:
             self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
+        depth = (1, 1) if dims == 3 else ()
+        self.pad = (0, 1) * min(dims, 2) + depth if use_conv and not padding else ()
 
     def forward(self, x):
-        return self.op(x)
+        return self.op(F.pad(x, self.pad) if self.pad else x)
 
 
 class ResBlock(TimestepBlock):
@@ -251,7 +257,7 @@ def time_embedding(model_channels: int) -> nn.Sequential:
 
 def down_blocks(
     res_block, attention, in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
-    conv_resample=True, dims=2, resblock_updown=False,
+    conv_resample=True, dims=2, resblock_updown=False, downsample_padding=1,
 ):  # fmt: skip
     """(the downsampling blocks as a ModuleList, the output channels of each).
 
@@ -271,7 +277,9 @@ def down_blocks(
             blocks.append(TimestepEmbedSequential(*layers))
             widths.append(ch)
         if level != len(channel_mult) - 1:
-            down = res_block(ch, down=True) if resblock_updown else Downsample(ch, conv_resample, dims=dims)
+            down = (
+                res_block(ch, down=True) if resblock_updown else Downsample(ch, conv_resample, dims, downsample_padding)
+            )
             blocks.append(TimestepEmbedSequential(down))
             widths.append(ch)
     return blocks, widths
@@ -313,6 +321,8 @@ class UNetModel(Torso):
     :param resblock_updown: residual blocks resample, whatever conv_resample is.
     :param image_size, use_fp16: accepted as guided-diffusion's constructor does; they change nothing, since images may
         have any size that the levels divide, and `convert_to_fp16` converts the network.
+    :param norm_eps: what the norms add to the variance; DDPM's code has 1e-6.
+    :param downsample_padding, time_freq_shift: see Downsample and timestep_embedding; DDPM's code has 0 and 1.
     """
 
     @_in_either_order
@@ -320,7 +330,8 @@ class UNetModel(Torso):
         self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
         channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None, use_checkpoint=False, num_heads=1,
         num_heads_upsample=-1, use_scale_shift_norm=False, num_head_channels=-1, use_new_attention_order=False,
-        resblock_updown=False, image_size=None, use_fp16=False,
+        resblock_updown=False, image_size=None, use_fp16=False, norm_eps=NORM_EPS, downsample_padding=1,
+        time_freq_shift=0,
     ):  # fmt: skip
         super().__init__()
         if num_heads_upsample == -1:
@@ -339,6 +350,7 @@ class UNetModel(Torso):
         self.num_heads_upsample = num_heads_upsample
         self.num_head_channels = num_head_channels
         self.image_size = image_size
+        self.time_freq_shift = time_freq_shift
 
         time_embed_dim = model_channels * 4
         self.time_embed = time_embedding(model_channels)
@@ -356,7 +368,7 @@ class UNetModel(Torso):
 
         self.input_blocks, skip_channels = down_blocks(
             res_block, functools.partial(attention, num_heads=num_heads), in_channels, model_channels, num_res_blocks,
-            attention_resolutions, channel_mult, conv_resample, dims, resblock_updown,
+            attention_resolutions, channel_mult, conv_resample, dims, resblock_updown, downsample_padding,
         )  # fmt: skip
         ch = skip_channels[-1]
         self.middle_block = TimestepEmbedSequential(res_block(ch), attention(ch, num_heads=num_heads), res_block(ch))
@@ -373,12 +385,18 @@ class UNetModel(Torso):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
+        if norm_eps != NORM_EPS:
+            for module in self.modules():
+                if isinstance(module, nn.GroupNorm):
+                    module.eps = norm_eps
 
     def _embed(self, x, timesteps, y):
         """The embedding [N, E] of timesteps and classes."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("labels y must be given if and only if the model is class-conditional")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        # A function put in the place of timestep_embedding may have the published arguments only.
+        shift = {"freq_shift": self.time_freq_shift} if self.time_freq_shift else {}
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels, **shift))
         if y is not None:
             if y.shape != (x.shape[0],):
                 raise ValueError(f"labels y {tuple(y.shape)} must have one entry for each of the {x.shape[0]} images")

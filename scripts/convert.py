@@ -1,7 +1,6 @@
 """The command `improved-diffusion convert` as a script."""
 
-from improved_diffusion.cli.command import run
-from improved_diffusion.cli.convert import COMMAND
+from improved_diffusion.cli.main import run_script
 
 if __name__ == "__main__":
-    run(COMMAND)
+    run_script("convert")

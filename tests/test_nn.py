@@ -25,6 +25,13 @@ def test_timestep_embedding_of_fractional_steps():
     th.testing.assert_close(nn.timestep_embedding(th.tensor([7]), 8), nn.timestep_embedding(th.tensor([7.0]), 8))
 
 
+def test_timestep_frequencies_with_a_shift_end_at_the_longest_period():
+    t = th.tensor([0.0, 1.0, 500.5])
+    angles = t[:, None] * 10000.0 ** -(th.arange(16) / 15)[None]
+    found = nn.timestep_embedding(t, 32, freq_shift=1)
+    th.testing.assert_close(found, th.cat([angles.cos(), angles.sin()], dim=1), rtol=0, atol=1e-4)
+
+
 def test_silu_is_x_times_sigmoid():
     x = th.linspace(-5, 5, 11)
     th.testing.assert_close(nn.SiLU()(x), x * th.sigmoid(x))

@@ -212,6 +212,26 @@ def test_upsample_and_downsample():
     assert Downsample(1, use_conv=True, dims=3)(th.zeros(1, 1, 3, 4, 4)).shape == (1, 1, 3, 2, 2)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_downsampling_without_padding_looks_at_the_far_sides_only(dims):
+    x = th.randn(1, 32, *[6] * dims)
+    layer = Downsample(32, True, dims, padding=0)
+    shifted = Downsample(32, True, dims)
+    shifted.load_state_dict(layer.state_dict())
+    # A window that begins at the image rather than a pixel before it: that of the image moved by a pixel.
+    moved = x.roll([-1] * min(dims, 2), dims=[*range(-min(dims, 2), 0)])
+    ours, theirs = layer(x), shifted(moved)
+    inside = (..., *[slice(1, -1)] * min(dims, 2))
+    assert ours.shape == theirs.shape == (1, 32, *([6, 3, 3] if dims == 3 else [3] * dims))
+    th.testing.assert_close(ours[inside], theirs[inside], rtol=0, atol=1e-6)
+
+
+def test_every_norm_has_the_networks_eps():
+    network = create_model(8, 32, 1, True, False, False, "4", 1, -1, True, 0, channel_mult="1,1", norm_eps=1e-3)
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) > 10 and {norm.eps for norm in norms} == {1e-3}
+
+
 @pytest.mark.parametrize("use_conv, kernel", [(False, 1), (True, 3)])
 def test_res_block_changes_the_width_on_its_skip(use_conv, kernel):
     block = ResBlock(32, 16, 0.0, out_channels=64, use_conv=use_conv)

@@ -19,7 +19,7 @@ from .. import distributed
 from ..config import UserError
 from ..logs import logger
 from ..utils import files, torch_files
-from . import safetensors_file
+from . import diffusers_folder, safetensors_file
 from .description import KEY as METADATA_KEY
 from .description import read_description
 from .dialects import unwrap
@@ -69,6 +69,8 @@ def load(path: str, *, network: str = "", trust: bool = False) -> tuple[dict[str
     state_dict, note = unwrap(_read(path, trust), path, network)
     if note:
         logger.log(note)
+    if diffusers_folder.is_weights(path):
+        state_dict = diffusers_folder.convert(state_dict, path)
     check_finite(state_dict, path)
     return state_dict, _description(state_dict, path)
 

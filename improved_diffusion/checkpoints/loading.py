@@ -34,8 +34,8 @@ from ..models.build import build_classifier, build_model, build_model_and_diffus
 from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
 from ..unet import EncoderUNetModel, count_heads
-from ..utils import files
-from . import checkpoint, sets
+from ..utils import files, hub
+from . import checkpoint, diffusers_folder, hub_model, sets
 from .averages import warn_of_initial_weights
 from .dialects import refuse_foreign
 
@@ -108,17 +108,22 @@ def read(path: str, flag: str = "--model_path") -> Found:
     return found, state_dict, metadata
 
 
-def find_file(path: str, average: str | float | None = None, flag: str = "") -> str:
-    """The file of a checkpoint; of a folder, the newest one in it.
+def find_file(path: str, average: str | float | None = None, flag: str = "", token: str | None = None) -> str:
+    """The file of a checkpoint; of a folder, the newest one in it; of a name on the Hub, a copy of its file.
 
     :param average: of a folder, which moving average: its rate, or "raw" for the weights themselves; the run's first
         average unless given.
+    :param token: for the Hub; that of its own login unless given.
     Raises UserError where there is none.
     """
+    if path.startswith(hub.PREFIX) or (not files.exists(path) and hub.may_be_name(path)):
+        path = hub_model.fetch(path, token)
     if not files.exists(path):
         named = f"{flag} {path}".lstrip()
         raise UserError(f"{named} does not exist: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
     if files.is_dir(path):
+        if average is None and diffusers_folder.is_folder(path):
+            return diffusers_folder.find_weights(path)
         return _newest(path, average)
     if average is not None:
         raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")

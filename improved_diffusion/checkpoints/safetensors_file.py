@@ -16,11 +16,11 @@ import torch as th
 
 from .. import distributed
 from ..config import UserError, shown
-from ..utils import files, torch_files
+from ..utils import files, torch_files, torch_pickles
 from .description import KEY
 
 SUFFIX = ".safetensors"
-MAX_HEADER_BYTES = torch_files.MAX_PICKLE_BYTES
+MAX_HEADER_BYTES = torch_pickles.MAX_PICKLE_BYTES
 MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"

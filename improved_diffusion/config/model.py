@@ -93,6 +93,16 @@ class UNetConfig(NetworkConfig):
         fixed=True,
         older=False,
     )
+    norm_eps: float = extra(
+        1e-5, "what the norms add to the variance; DDPM's code: 1e-6", low=1e-12, high=0.1, fixed=True, older=1e-5
+    )
+    downsample_padding: int = extra(
+        1, "zeros around the images that are halved; DDPM's code: 0, zeros on two sides only", low=0, high=1,
+        fixed=True, older=1,
+    )  # fmt: skip
+    time_freq_shift: int = extra(
+        0, "1: the timesteps' lowest frequency is 1/10000, as in DDPM's code", low=0, high=1, fixed=True, older=0
+    )
 
     def validate(self) -> None:
         super().validate()

@@ -17,7 +17,7 @@ from .editing import (
     VariationsConfig,
 )
 from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
-from .exchange import ConvertConfig, ExportConfig
+from .exchange import ConvertConfig, ExportConfig, PushCommandConfig
 from .messages import unknown_name
 from .model import (
     ClassifierConfig,
@@ -39,6 +39,7 @@ from .sampling import (
     SamplerConfig,
 )
 from .training import DataConfig, PosthocConfig, ProgressConfig, SourceConfig, TrainConfig, WatchConfig
+from .values import path_of, paths_of
 
 S = TypeVar("S", bound="Settings")
 
@@ -195,6 +196,16 @@ class Converting(Settings):
     """Writing the weights in another program's checkpoint to a plain file."""
 
     convert: ConvertConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushing(Settings):
+    """Uploading a model of any kind to the Hugging Face Hub."""
+
+    push: PushCommandConfig
+    model: ModelConfig
+    sizes: SizesConfig
+    diffusion: DiffusionConfig
 
 
 # Sampling
@@ -367,9 +378,16 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "posthoc-ema": (PosthocEMA,),
     "export": (Exporting,),
     "convert": (Converting,),
+    "push": (Pushing,),
 }
 
 
 def commands_with(option: str) -> list[str]:
     """The commands that have an option of this name."""
     return [name for name, kinds in _COMMANDS.items() if any(option in kind.options() for kind in kinds)]
+
+
+def path_options() -> set[str]:
+    """The options of all commands whose values are paths."""
+    options = (option for kinds in _COMMANDS.values() for kind in kinds for option in kind.options().items())
+    return {name for name, f in options if f.metadata["parse"] in (path_of, paths_of)}

@@ -14,7 +14,7 @@ from ..utils.text import class_index, listed
 from .label_file import KEYWORDS, Label, LabelFile
 from .sources import ArrayImages
 
-NAMED = "name the files CLASS_number.png, or give --labels folder or a label file"
+NAMED = "name the files class_number.png, or give --labels folder or a label file"
 MAX_CLASSES = 100_000  # more are a mistake, and would make an embedding of that many rows
 
 

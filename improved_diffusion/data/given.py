@@ -25,7 +25,7 @@ class GivenImages(NamedTuple):
     """Images to start from."""
 
     arrays: np.ndarray  # uint8 [N, H, W, C]
-    labels: Any  # their classes, an integer for each, where the images tell; of an npz, not yet checked
+    labels: Any  # their classes, an integer for each, where the images tell; of an npz an array, not yet checked
     names: list[str]  # of the files, without what stands after the dot; of arrays, their numbers
     from_files: bool = False
 
@@ -70,7 +70,7 @@ def read_images(
     array = np.stack([dataset.pixels(i) for i in range(len(dataset))])
     labels: Any = None
     if isinstance(source, ArrayImages):
-        labels = None if source.labels is None else np.atleast_1d(source.labels).tolist()
+        labels = None if source.labels is None else np.atleast_1d(source.labels)
     elif class_names:
         prefixes = [class_in_name(os.path.basename(source.name(i))) for i in range(len(source))]
         index = class_index(class_names)

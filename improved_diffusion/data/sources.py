@@ -22,6 +22,7 @@ HEIC = {".heic", ".heif"}  # which Pillow does not read
 HEIC_ADVICE = (
     ": convert .heic photos to JPEG first (or take JPEGs: on an iPhone, Settings > Camera > Formats > Most Compatible)"
 )
+_MEMBER_HEADER_BYTES = 30  # before each file in a zip, without its name
 MAX_MEMBER_BYTES = 2**30  # of an image in a zip, which is unpacked in memory
 
 
@@ -64,6 +65,9 @@ class ZipImages:
             raise
         except Exception as error:  # zipfile raises many kinds for damaged files
             raise UserError(f"{path} is not a readable zip: {error or type(error).__name__}") from None
+        # Before their directory; one that is listed a million times would be read as often.
+        if sum(info.compress_size + _MEMBER_HEADER_BYTES for info in archive.infolist()) > archive.start_dir:
+            raise UserError(f"{path} lists more than it holds: its files overlap; unpack it and name the folder")
         self.members, self.left_out = list_zip(archive)
         for member in self.members:
             if archive.getinfo(member).flag_bits & 1:

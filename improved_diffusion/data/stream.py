@@ -138,12 +138,12 @@ class BatchStream:
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         share = len(dataset) // self.world_size
         if share < batch_size:
-            images = counted(len(dataset), "image")
             if self.world_size == 1:
+                images = counted(len(dataset), "image")
                 raise UserError(f"--batch_size {batch_size} is more than the {images} in the data: lower it")
             raise UserError(
-                f"--batch_size {batch_size} is more than the {share} of {images} that each of {self.world_size} ranks "
-                "gets: lower it, or run fewer ranks"
+                f"--batch_size {batch_size} is more than the {counted(share, 'image')} that each of {self.world_size} "
+                f"ranks gets of {len(dataset)}: lower it, or run fewer ranks"
             )
         self.checked: Check = distributed.from_rank0(check_images, dataset) if check else Check([], {}, 0)
         self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable)

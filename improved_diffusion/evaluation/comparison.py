@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
+from ..config import MAX_IMAGE_PIXELS, UserError
 from ..utils import files, images
 from .metrics.scores import METRICS
 from .report import GRID_FILE, Report, escape, number, title
@@ -90,25 +90,33 @@ def write_comparison(out_dir: str, reports: Sequence[Report], names: Sequence[st
     text = comparison(reports, names)
     grids = [files.join(folder, GRID_FILE) for folder in folders]
     if all(map(files.exists, grids)):
-        picture = _side_by_side([_read_grid(grid) for grid in grids])
+        picture = _side_by_side([_read_grid(grid) for grid in grids], grids)
         files.write_bytes(files.join(out_dir, "compare.png"), images.encode_png(picture))
         text += f"\n![samples, side by side](compare.png)\n\nFrom left to right: {', '.join(map(escape, names))}.\n"
     files.write_bytes(path, f"# Comparison\n\n{text}".encode(errors="replace"))
     return path
 
 
-def _side_by_side(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    height, width, channels = (max(array.shape[axis] for array in arrays) for axis in range(3))
-    pages = np.full((len(arrays), height, width, channels), 255, np.uint8)
+def _side_by_side(arrays: Sequence[np.ndarray], paths: Sequence[str]) -> np.ndarray:
+    height, width = (max(array.shape[axis] for array in arrays) for axis in range(2))
+    if len(arrays) * height * width > MAX_IMAGE_PIXELS:
+        largest, path = max(zip(arrays, paths), key=lambda pair: max(pair[0].shape))
+        raise UserError(
+            f"{path} is {largest.shape[1]} x {largest.shape[0]}, too large for pictures side by side: remove it to "
+            "compare without pictures, or write the report again"
+        )
+    pages = np.full((len(arrays), height, width, 3), 255, np.uint8)
     for page, array in zip(pages, arrays):
         page[: array.shape[0], : array.shape[1]] = array
     return images.grid(pages, len(pages), border=8)
 
 
 def _read_grid(path: str) -> np.ndarray:
+    """uint8 [H, W, 3] of a report's picture, on white."""
     try:
-        return images.decode_png(files.read_bytes(path))
+        picture = images.to_image(images.decode_png(files.read_bytes(path)))
     except ValueError:
         raise UserError(
             f"{path} is damaged: remove it to compare without pictures, or write the report again"
         ) from None
+    return images.to_array(images.opaque(picture), 3)

@@ -358,12 +358,16 @@ def _name_of(about: Mapping[str, Any]) -> str:
     return escape(about.get("name") or about["images"])
 
 
+# Emphasis by _ is at the edge of a word only; an address without markup becomes a link by its :// or www.
+_MARKUP = re.compile(r"[\\`*\[\]|!#~]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
 def escape(value: Any) -> str:
     """A value that came from a file, as Markdown shows it: one line, without markup of its own."""
     if value is None:
         return ""
     line = " ".join("".join(c if c.isprintable() else " " for c in _cut(value)).split())
-    return re.sub(r"([\\`*\[\]|!#~])", r"\\\1", html.escape(line, quote=False))
+    return _MARKUP.sub(r"\\\g<0>", html.escape(line, quote=False))
 
 
 def _cut(value: Any) -> str:

@@ -18,6 +18,7 @@ from ..logs import logger
 _MODULES = {
     "pt": "weights",
     "safetensors": "weights",
+    "diffusers": "diffusers_pipeline",
     "onnx": "onnx",
     "exported-program": "exported_program",
 }

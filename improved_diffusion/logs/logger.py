@@ -159,6 +159,8 @@ def configure(
         log_suffix += f"-rank{distributed.get_rank():03d}"
     try:
         outputs = [make_output_format(name, dir, log_suffix) for name in names]
+    except files.UserError:
+        raise
     except ValueError as error:
         raise files.UserError(f"OPENAI_LOG_FORMAT: {error}") from None
     except OSError as error:

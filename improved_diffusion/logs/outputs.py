@@ -26,7 +26,8 @@ from ..utils.text import printable
 class PatientFile:
     """A text file to append to. Entries that cannot be written are kept in memory, in order, and retried.
 
-    Raises OSError if the file cannot be opened at first; later errors are a warning, once per outage.
+    Raises OSError if the file cannot be opened at first, and UserError for a link or a pipe; later errors are a
+    warning, once per outage.
     """
 
     LIMIT = 10_000  # entries in memory; then the oldest are dropped
@@ -38,6 +39,7 @@ class PatientFile:
         self.dropped = 0
         self.failing = False
         self.sound_size: int | None = None  # the file's size before an append that has not succeeded yet
+        files.require_plain(self.path)
         is_new = not self.path.exists()
         open(self.path, "ab").close()
         if is_new:

@@ -28,6 +28,9 @@ _CHANNEL_MULT = ModelConfig.channel_mult
 _NUM_HEAD_CHANNELS = ModelConfig.num_head_channels
 _RESBLOCK_UPDOWN = ModelConfig.resblock_updown
 _NEW_ORDER = ModelConfig.use_new_attention_order
+_NORM_EPS = ModelConfig.norm_eps
+_DOWNSAMPLE_PADDING = ModelConfig.downsample_padding
+_TIME_FREQ_SHIFT = ModelConfig.time_freq_shift
 _CLASSIFIER = ClassifierConfig
 _SIGMA_SMALL = DiffusionConfig.sigma_small
 _PREDICT_V = DiffusionConfig.predict_v
@@ -42,13 +45,15 @@ def create_model_and_diffusion(
     rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm, channels=_CHANNELS,
     num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
     zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA, num_head_channels=_NUM_HEAD_CHANNELS,
-    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False,
+    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False, norm_eps=_NORM_EPS,
+    downsample_padding=_DOWNSAMPLE_PADDING, time_freq_shift=_TIME_FREQ_SHIFT,
 ):  # fmt: skip
     """(UNetModel, SpacedDiffusion) for the given options; see ModelConfig and DiffusionConfig."""
     model = create_model(
         image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
         num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
-        num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
+        num_head_channels, resblock_updown, use_new_attention_order, use_fp16, norm_eps, downsample_padding,
+        time_freq_shift,
     )  # fmt: skip
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
@@ -66,13 +71,15 @@ def sr_create_model_and_diffusion(
     sigma_small=_SIGMA_SMALL, channels=_CHANNELS, num_classes=_NUM_CLASSES,
     channel_mult=_CHANNEL_MULT, predict_v=_PREDICT_V, schedule_shift=_SCHEDULE_SHIFT,
     zero_terminal_snr=_ZERO_TERMINAL_SNR, min_snr_gamma=_MIN_SNR_GAMMA, num_head_channels=_NUM_HEAD_CHANNELS,
-    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False,
+    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False, norm_eps=_NORM_EPS,
+    downsample_padding=_DOWNSAMPLE_PADDING, time_freq_shift=_TIME_FREQ_SHIFT,
 ):  # fmt: skip
     """(SuperResModel, SpacedDiffusion) for the given options; see SuperResModelConfig and DiffusionConfig."""
     model = sr_create_model(
         large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
-        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
+        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16, norm_eps,
+        downsample_padding, time_freq_shift,
     )  # fmt: skip
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps, learn_sigma=learn_sigma, sigma_small=sigma_small, noise_schedule=noise_schedule,
@@ -87,13 +94,15 @@ def create_model(
     image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions, num_heads,
     num_heads_upsample, use_scale_shift_norm, dropout, channels=_CHANNELS, num_classes=_NUM_CLASSES,
     channel_mult=_CHANNEL_MULT, num_head_channels=_NUM_HEAD_CHANNELS, resblock_updown=_RESBLOCK_UPDOWN,
-    use_new_attention_order=_NEW_ORDER, use_fp16=False,
+    use_new_attention_order=_NEW_ORDER, use_fp16=False, norm_eps=_NORM_EPS, downsample_padding=_DOWNSAMPLE_PADDING,
+    time_freq_shift=_TIME_FREQ_SHIFT,
 ):  # fmt: skip
     """A UNetModel for images of `image_size`; see ModelConfig."""
     return _build(
         UNetModel, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
-        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
+        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16, norm_eps,
+        downsample_padding, time_freq_shift,
     )  # fmt: skip
 
 
@@ -101,20 +110,23 @@ def sr_create_model(
     large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
     attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels=_CHANNELS,
     num_classes=_NUM_CLASSES, channel_mult=_CHANNEL_MULT, num_head_channels=_NUM_HEAD_CHANNELS,
-    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False,
+    resblock_updown=_RESBLOCK_UPDOWN, use_new_attention_order=_NEW_ORDER, use_fp16=False, norm_eps=_NORM_EPS,
+    downsample_padding=_DOWNSAMPLE_PADDING, time_freq_shift=_TIME_FREQ_SHIFT,
 ):  # fmt: skip
     """A SuperResModel for images of `large_size`; it takes low-resolution images of any size."""
     return _build(
         SuperResModel, large_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
         attention_resolutions, num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes,
-        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
+        channel_mult, num_head_channels, resblock_updown, use_new_attention_order, use_fp16, norm_eps,
+        downsample_padding, time_freq_shift,
     )  # fmt: skip
 
 
 def _build(
     kind, image_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint, attention_resolutions,
     num_heads, num_heads_upsample, use_scale_shift_norm, dropout, channels, num_classes, channel_mult,
-    num_head_channels, resblock_updown, use_new_attention_order, use_fp16,
+    num_head_channels, resblock_updown, use_new_attention_order, use_fp16, norm_eps, downsample_padding,
+    time_freq_shift,
 ):  # fmt: skip
     mult = level_mult(image_size, channel_mult, num_channels)
     try:
@@ -135,6 +147,9 @@ def _build(
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
             use_fp16=use_fp16,
+            norm_eps=norm_eps,
+            downsample_padding=downsample_padding,
+            time_freq_shift=time_freq_shift,
         )
     except ValueError as error:
         raise UserError(str(error)) from None

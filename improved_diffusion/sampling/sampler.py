@@ -130,7 +130,10 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
         diffusion = diffusion.respaced(levels)
     elif respacing and (options.steps or options.timestep_grid != "auto"):
         other = f"--steps {options.steps}" if options.steps else f"--timestep_grid {options.timestep_grid}"
-        raise UserError(f"--timestep_respacing {respacing} contradicts {other}: give one of them")
+        raise UserError(
+            f"--timestep_respacing {respacing}, given or from the checkpoint, contradicts {other}: give one of them, "
+            f'or --timestep_respacing "" to take {other}'
+        )
     elif options.churn:
         raise UserError(f"--churn {options.churn} needs --steps, rather than --timestep_respacing")
     threshold = dynamic_threshold(options.dynamic_threshold) if options.dynamic_threshold else None

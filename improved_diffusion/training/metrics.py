@@ -61,6 +61,8 @@ class LossMeter:
         """Restore what `state_dict` gave; anything else raises ValueError."""
         if any(not isinstance(name, str) or pair.shape != (2,) for name, pair in state.items()):
             raise ValueError("expected a sum and a count for each name")
+        if any(not pair.isfinite().all() or pair[1] < 0 for pair in state.values()):
+            raise ValueError("a sum or a count is not finite, or a count is negative")
         dtype = distributed.sum_dtype(th.device(device))
         self.sums = {name: pair.to(dtype).to(device) for name, pair in state.items()}
 
@@ -87,6 +89,11 @@ class BadSteps:
         _, _, longest, its_first = self.counts.tolist()
         self.counts[2] = 0
         return longest, its_first
+
+    def end(self) -> int:
+        """The step after the last one that is counted as skipped."""
+        length, first, longest, its_first = self.counts.tolist()
+        return max(first + length, its_first + longest)
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """What a checkpoint keeps."""

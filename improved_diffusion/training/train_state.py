@@ -18,6 +18,9 @@ from .run_log import RunLog
 
 _OTHER = "its parameters are those of another model or of another --precision"
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
+# Of the gradients' mean to the root of their mean square: at most 7.3 with Adam's usual betas (Cauchy-Schwarz).
+MAX_MOMENT_RATIO = 1000
+_SMALL_MOMENT = 1e-8  # squares of smaller gradients may vanish; Adam's eps keeps their steps small
 REST = "improved_diffusion"  # the key of everything but the optimizer; other code ignores it
 
 
@@ -87,6 +90,8 @@ class TrainState:
                 restored.append(name)
             elif name != "bad_steps":
                 logger.warn(f"{path} has no {name} (another kind of run saved it): that part starts afresh")
+        if self.log.bad_steps.end() > done + 1:  # one more where a step was cut off
+            raise UserError(f"{path} is damaged: it counts skipped steps that it has not done; use another")
         self.log.first_row = rest.get("first_row", done)
         with _unfit(f"{path}: its sums of losses are damaged"):
             self._load_meter(rest.get("meters", []))
@@ -104,6 +109,8 @@ class TrainState:
 
     def _load_meter(self, meters: Sequence[dict[str, th.Tensor]]) -> None:
         """Each rank gets its own sums back; with another number of ranks, rank 0 gets all of them."""
+        if any(list(meter) != list(meters[0]) for meter in meters):
+            raise ValueError("the ranks have sums of other names")
         rank, device = distributed.get_rank(), self.log.bad_steps.counts.device
         if len(meters) == distributed.get_world_size():
             self.log.meter.load_state_dict(meters[rank], device)
@@ -140,6 +147,8 @@ def _checked_entry(index: Any, entry: Mapping[str, Any], params: Sequence[th.Ten
             raise ValueError(_OTHER)
         if not moment.isfinite().all() or (name.endswith("_sq") and (moment < 0).any()):
             raise ValueError(f"parameter {index} has a {name} that is not finite, or negative")
+    if (entry["exp_avg"].abs() > MAX_MOMENT_RATIO * entry["exp_avg_sq"].sqrt() + _SMALL_MOMENT).any():
+        raise ValueError(f"parameter {index} has an exp_avg that is too large for its exp_avg_sq")
     return {**entry, "step": th.tensor(float(step), dtype=th.float32)}
 
 
@@ -151,6 +160,7 @@ def _checked_rest(state: Any, path: str) -> dict[str, Any]:
     counts = [rest.get(name, 0) for name in ("step", "first_row")]
     if (
         not all(type(count) is int and 0 <= count <= MAX_STEPS for count in counts)
+        or counts[1] > counts[0]
         or not isinstance(meters, list)
         or not isinstance(row, dict)
         or not all(isinstance(key, str) and isinstance(value, (int, float)) for key, value in row.items())

@@ -139,6 +139,20 @@ def open_read(path: str | os.PathLike) -> IO[bytes]:
         return open(path, "rb")
 
 
+def require_plain(path: str | os.PathLike) -> None:
+    """Raise UserError for a local path that is neither free nor a plain file of its own folder.
+
+    A copied folder may hold links, and pipes: what is appended there would go elsewhere, or wait without end.
+    """
+    with _storage("write", path), suppress(FileNotFoundError):
+        kind = os.lstat(path).st_mode
+        if not stat.S_ISREG(kind):
+            what = "a link" if stat.S_ISLNK(kind) else "a folder" if stat.S_ISDIR(kind) else "a pipe or a device"
+            raise UserError(
+                f"cannot write {path}: it is {what}, not a plain file: remove it or choose another --out_dir"
+            )
+
+
 def read_bytes(path: str | os.PathLike, limit: int | None = None) -> bytes:
     """The contents of a file. Raises UserError if it cannot be read, or has more than `limit` bytes."""
     with _storage("read", path), open_read(path) as f:
@@ -296,7 +310,7 @@ def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     temporary = _temporary(target)
     with _storage("write", path, _ADVICE):
         try:
-            with open(temporary, "wb") as f:
+            with _create(temporary) as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
@@ -341,8 +355,14 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
+def _create(path: Path) -> IO[bytes]:
+    """A new file; a link of that name, which a copied folder may hold, is replaced and not followed."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
 def _write_file(path: Path, data: bytes | memoryview, durable: bool) -> None:
-    with open(path, "wb") as f:
+    with _create(path) as f:
         f.write(data)
         f.flush()
         if durable:
@@ -393,6 +413,7 @@ def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
     from filelock import FileLock, Timeout
 
     path = os.path.join(os.path.realpath(directory), name)
+    require_plain(path)
     held = _locks.setdefault(path, FileLock(path, timeout=0, thread_local=False))
     with _storage("write", path, ": choose another --out_dir"):
         if held.is_locked and not os.path.exists(path):

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ FORMATS = (
     "TIFF", "WEBP",
 )  # fmt: skip
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+MAX_EXPANSION = 100  # of a compressed array that unpacks to more than these bytes
+MAX_EXPANDED_BYTES = 2**30
 SHOWN_SIDE = 48  # small images are enlarged to this side for viewing
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
@@ -36,6 +39,7 @@ _TURNS = {
 }  # fmt: skip
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ICONS = (b"\0\0\1\0", b"icns")  # the first bytes of ICO and ICNS
 _LIMIT_LOCK = threading.Lock()
 _DEFAULT_READING = ReadingConfig()
 _ARRAY_MAGIC = b"\x93NUMPY"
@@ -74,12 +78,15 @@ def load(f: IO[bytes], max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     Raises ValueError for more pixels, before they are decoded, and many kinds of errors for damaged files.
     """
     f = _without_texts(f)
-    try:
-        return _load(f, max_pixels)
-    except Image.DecompressionBombError:  # Pillow's own limit
-        f.seek(0)
-        with _no_limit_of_pillows():
+    is_icon = f.read(4) in _ICONS
+    f.seek(0)
+    if not is_icon:
+        try:
             return _load(f, max_pixels)
+        except Image.DecompressionBombError:  # Pillow's own limit
+            f.seek(0)
+    with _limit_in_pillow(max_pixels):
+        return _load(f, max_pixels)
 
 
 def _load(f: IO[bytes], max_pixels: int) -> Image.Image:
@@ -95,12 +102,19 @@ def _load(f: IO[bytes], max_pixels: int) -> Image.Image:
 
 
 @contextmanager
-def _no_limit_of_pillows() -> Iterator[None]:
-    """Pillow has one limit for the whole process: lifted for as short as possible, by one thread at a time."""
-    with _LIMIT_LOCK:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def _limit_in_pillow(max_pixels: int) -> Iterator[None]:
+    """Let Pillow itself refuse more pixels, with ValueError: also of an image inside an icon, which it decodes when it
+    opens the icon.
+
+    Its limit is one for the whole process: changed for as short as possible, by one thread at a time.
+    """
+    with _LIMIT_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, (max_pixels + 1) // 2  # it refuses twice that
         try:
             yield
+        except Image.DecompressionBombError:
+            raise ValueError(f"it has more pixels than --max_image_pixels {max_pixels}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -229,7 +243,8 @@ def _on_background(image: Image.Image, background: str, grey: bool = False) -> I
     return ground
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def opaque(image: Image.Image) -> Image.Image:
+    """An image of a mode in `MODES` without its alpha: on white."""
     return image if image.mode in ("L", "RGB") else _on_background(image, "white")
 
 
@@ -254,10 +269,10 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def is_whole_png(data: bytes) -> bool:
-    """Whether the bytes are a complete PNG, by its checksums; nothing is decoded."""
+    """Whether the bytes are a complete PNG of a size that Pillow reads, by its checksums; nothing is decoded."""
     try:
         Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
 
@@ -270,6 +285,8 @@ def decode_png(data: bytes) -> np.ndarray:
         array = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
     except (OSError, SyntaxError) as error:
         raise ValueError(str(error)) from None
+    if array.dtype != np.uint8:
+        raise ValueError(f"a PNG of {array.dtype}")
     return array[..., None] if array.ndim == 2 else array
 
 
@@ -319,7 +336,7 @@ def save_gif(path: str, frames: np.ndarray, milliseconds: int = 100) -> None:
 
     :param milliseconds: the time of each frame; GIF rounds it to tens.
     """
-    first, *others = [_opaque(to_image(frame)) for frame in enlarge(frames, SHOWN_SIDE)]
+    first, *others = [opaque(to_image(frame)) for frame in enlarge(frames, SHOWN_SIDE)]
     buffer = io.BytesIO()
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     files.write_bytes(path, buffer.getvalue())
@@ -406,6 +423,13 @@ def _read_array(archive: zipfile.ZipFile, member: str, name: str) -> np.ndarray:
     # Before memory is allocated. A compressed member is at most about 1030 times as long as it is in the file.
     if size != info.file_size - start or info.file_size > 2000 * info.compress_size:
         raise _WrongArray(f"is not a readable npz: {name} is not {dtype} of shape {shape}, as it says")
+    if not size and shape[:1] != (0,):  # a small file may state any number of them
+        raise _WrongArray(f"has {name} of {dtype} {shape}, which holds no values: save it again with np.savez")
+    if size > max(MAX_EXPANDED_BYTES, MAX_EXPANSION * info.compress_size):
+        raise _WrongArray(
+            f"unpacks {name} from {info.compress_size:,} bytes to {size / 2**30:,.1f} GiB: save it again with np.savez "
+            "if that is right"
+        )
     if size > _memory_bytes():
         raise _WrongArray(f"needs {size / 2**30:,.0f} GiB of memory for {name}, more than this machine has: split it")
     with archive.open(info) as f:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -23,41 +23,25 @@ import torch as th
 from torch import nn
 
 from ..config import UserError
-from . import files, stand_ins
+from . import files, stand_ins, torch_pickles
+from .torch_pickles import MAX_OBJECTS, Unsuitable
 
-MAX_PICKLE_BYTES = 2**23  # of the names and shapes, without the numbers
-MAX_OBJECTS = 10**6
 MAX_DEPTH = 40
 MAX_SHARED = 4  # times the file's size: tensors that share memory in the file get their own
 
 FLOATS = (th.float32, th.float64, th.float16, th.bfloat16)
 INTEGERS = (th.uint8, th.int8, th.int16, th.int32, th.int64)
 
-# What the pickle inside may name: what plain tensors and dicts are made of.
-_STORAGES = ["Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short", "Int", "Long", "Bool"]
-_GLOBALS = {
-    "collections OrderedDict",
-    "collections Counter",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    "torch Size",
-    "torch device",
-    *(f"torch {name}Storage" for name in _STORAGES),
-    *(str(dtype).replace(".", " ") for dtype in (*FLOATS, *INTEGERS, th.bool)),
-}
-_OTHER_CONSTRUCTORS = {"OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-_MADE = (("multiarray.scalar", "numpy scalar"), ("multiarray._reconstruct", "numpy array"))
-_OTHER = "other objects"
-# Parts of objects that have names of their own.
-_PARTS = {"numpy.dtype", "numpy.ndarray", "_codecs.encode", "__builtin__.set", "builtins.set", _OTHER}
-_SHOWN = 4
-
 _ZIP = b"PK\x03\x04"
-_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # of files from before torch 1.6
-_OLD_PICKLES = 5  # magic number, version, system, contents, keys of the storages
+# Files from before torch 1.6 are five pickles: this number, a version, the system, the contents, the storages' keys.
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_OLD_VERSION = b"\x80\x02M\xe9\x03."
+# The end of a zip archive: signature, entries, length and start of the directory, length of a comment. Before it, in
+# archives of torch: signature, entries, length and start; signature and place of those.
+_END, _WIDE_END = struct.Struct("<4s6xHLLH"), struct.Struct("<4s28xQQQ4s4xQ4x")
+_OLD_PICKLES = 5
 
 _DAMAGED = "it is damaged, or not a checkpoint: copy or download it again, or use another file"
-_TOO_MANY = "it holds too many objects for a checkpoint: use another file"
 _GIVE = "give one, such as ema_0.9999_010000.pt"
 _ONNX = rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]"  # ModelProto's ir_version, and the key of its next field
 # (first bytes, what such a file is, what to do)
@@ -73,10 +57,6 @@ _KINDS = (
     (b"<", "a web page or XML", "the download went wrong: download the file again"),
     (b"\x80", "a pickle of another program", _GIVE),
 )
-
-
-class _Unsuitable(Exception):
-    """Why a file is not loaded."""
 
 
 def load(f: IO[bytes], name: str, *, mapped: bool = False, **kwargs: Any) -> Any:
@@ -102,10 +82,12 @@ def check(f: IO[bytes], name: str) -> int:
     size = f.seek(0, os.SEEK_END)
     with _naming(name, size):
         if foreign := _foreign_names(f, size):
-            raise _Unsuitable(
-                f"it holds objects other than plain tensors ({_listed(foreign)}), which could run code or harm when "
-                "loaded; they were not loaded: save its state dict alone, as improved-diffusion convert --trust does"
+            raise Unsuitable(
+                f"it holds objects other than plain tensors ({torch_pickles.listed(foreign)}), which could run code or "
+                "harm when loaded; they were not loaded: save its state dict alone, as improved-diffusion convert "
+                "--trust does"
             )
+        _check_plain(f, size)
     return size
 
 
@@ -118,11 +100,9 @@ def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
     size = f.seek(0, os.SEEK_END)
     with _naming(name, size), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        left_out = [name for name in _foreign_names(f, size) if name != _OTHER]
-        f.seek(0)
-        data = io.BytesIO(f.read())  # of a file on the disk, torch would unpack a tar archive
-        content = th.load(data, map_location="cpu", weights_only=False, pickle_module=stand_ins)
-        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), _listed(left_out)
+        left_out = torch_pickles.listed(name for name in _foreign_names(f, size) if name != torch_pickles.OTHER)
+        content = th.load(_as_checked(f), map_location="cpu", weights_only=False, pickle_module=stand_ins)
+        return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), left_out
 
 
 @contextmanager
@@ -130,7 +110,7 @@ def _naming(name: str, size: int) -> Iterator[None]:
     """Turn what goes wrong with a file into UserError, in one line of ours."""
     try:
         yield
-    except _Unsuitable as error:
+    except Unsuitable as error:
         raise UserError(f"cannot load {name} ({size:,} bytes): {error}") from None
     except Exception as error:  # torch, pickle and zipfile raise many kinds for damaged files
         short = isinstance(error, MemoryError) or "allocate memory" in str(error)
@@ -148,15 +128,41 @@ def load_mapped(path: str) -> Any:
 
 
 def _foreign_names(f: IO[bytes], size: int) -> list[str]:
-    """What a file of torch.save names beside plain tensors and dicts. Raises _Unsuitable for any other file."""
+    """What a file of torch.save names beside plain tensors and dicts. Raises Unsuitable for any other file."""
     f.seek(0)
     head = f.read(512)
     f.seek(0)
     if head.startswith(_ZIP):
-        return _foreign_in(_pickle_of_zip(f, size), 1)
+        return torch_pickles.foreign_names(_pickle_of_zip(f, size))
     if head.startswith(_OLD_MAGIC):
-        return _foreign_in(f, _OLD_PICKLES)
-    raise _Unsuitable(_kind(head))
+        return torch_pickles.foreign_names(f, _OLD_PICKLES)
+    raise Unsuitable(_kind(head))
+
+
+def _check_plain(f: IO[bytes], size: int) -> None:
+    """Raise Unsuitable where torch would take hours for a file that names nothing else, or leave tensors unfilled."""
+    f.seek(0)
+    is_zip = f.read(len(_ZIP)) == _ZIP
+    f.seek(0)
+    if is_zip:
+        torch_pickles.read(_pickle_of_zip(f, size))
+    else:
+        _check_old(f)
+
+
+def _as_checked(f: IO[bytes]) -> IO[bytes]:
+    """The file in memory, as `_foreign_names` has read it: torch could find other members in a zip archive, such as a
+    TorchScript program's, and unpacks a file on the disk that is a tar archive too."""
+    f.seek(0)
+    data = f.read()
+    if not data.startswith(_ZIP):
+        return io.BytesIO(data)
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(checked, "w") as written:
+        for info in archive.infolist():
+            written.writestr(info.filename, archive.read(info))
+    checked.seek(0)
+    return checked
 
 
 def _kind(head: bytes) -> str:
@@ -183,14 +189,37 @@ def _pickle_of_zip(f: IO[bytes], size: int) -> IO[bytes]:
     """The pickle inside a zip archive of torch.save."""
     with zipfile.ZipFile(f) as archive:
         infos = archive.infolist()
-        members = {info.filename.partition("/")[2] or info.filename: info for info in infos}
-        if "data.pkl" not in members or "constants.pkl" in members:
-            raise _Unsuitable(f"it is {_kind_of_zip(members)}, not a checkpoint: {_GIVE}")
-        if len(members) < len(infos) or sum(info.file_size for info in infos) > size:
-            raise _Unsuitable("its parts are larger than the file, or there twice: it is damaged, or written anew")
-        if members["data.pkl"].file_size > MAX_PICKLE_BYTES:
-            raise _Unsuitable(_TOO_MANY)
-        return io.BytesIO(archive.read(members["data.pkl"]))
+    members = {(info.filename.partition("/")[2] or info.filename).lower(): info for info in infos}
+    if "data.pkl" not in members or "constants.pkl" in members:
+        raise Unsuitable(f"it is {_kind_of_zip(members)}, not a checkpoint: {_GIVE}")
+    if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in infos):
+        raise Unsuitable("its parts are compressed: load it with torch, and save its state dict with torch.save")
+    if len(members) < len(infos) or sum(info.file_size for info in infos) > size:
+        raise Unsuitable("its parts are larger than the file, or there twice: it is damaged, or written anew")
+    if len(infos) != _entries_of_zip(f, size):
+        raise Unsuitable("its directory does not list its parts: it is damaged, or written anew")
+    if members["data.pkl"].file_size > torch_pickles.MAX_PICKLE_BYTES:
+        raise Unsuitable(torch_pickles.TOO_MANY)
+    f.seek(0)
+    return io.BytesIO(th._C.PyTorchFileReader(f).get_record("data.pkl"))  # of two readers the one that torch.load uses
+
+
+def _entries_of_zip(f: IO[bytes], size: int) -> int:
+    """How many entries the directory of a zip archive has. Raises Unsuitable unless it lies right before the end of the
+    file: zipfile and torch look for others in different places."""
+    end = size - _END.size
+    f.seek(end)
+    signature, entries, length, start, comment = _END.unpack(f.read(_END.size))
+    f.seek(max(end - _WIDE_END.size, 0))
+    wide = _WIDE_END.unpack(f.read(_WIDE_END.size).rjust(_WIDE_END.size))
+    if wide[-2] == b"PK\6\7":
+        end -= _WIDE_END.size
+        wide_signature, entries, length, start, _, place = wide
+        if wide_signature != b"PK\6\6" or place != end:
+            signature = b""
+    if signature != b"PK\5\6" or comment or start + length != end:
+        raise Unsuitable("its directory does not end it: it is damaged, or written anew")
+    return entries
 
 
 def _kind_of_zip(names: Iterable[str]) -> str:
@@ -202,39 +231,23 @@ def _kind_of_zip(names: Iterable[str]) -> str:
     return "an npz of arrays" if any(name.endswith(".npy") for name in names) else "a zip archive"
 
 
-def _foreign_in(f: IO[bytes], pickles: int) -> list[str]:
-    """What the pickles name beside plain tensors and dicts: classes, functions, and other ways to make objects."""
-    found: dict[str, None] = {}
-    limit = f.tell() + MAX_PICKLE_BYTES
-    for _ in range(pickles):
-        texts = ["", ""]  # a STACK_GLOBAL takes the last two
-        for opcode, argument, _ in pickletools.genops(f):
-            if opcode.name in ("GLOBAL", "INST") and argument not in _GLOBALS:
-                found[str(argument).replace(" ", ".")] = None
-            elif opcode.name == "STACK_GLOBAL":
-                found[_OTHER if " ".join(texts) in _GLOBALS else ".".join(texts)] = None
-            elif opcode.name in _OTHER_CONSTRUCTORS:
-                found[_OTHER] = None
-            elif isinstance(argument, str):
-                texts = [texts[1], argument]
-            if f.tell() > limit or (opcode.name.endswith("PUT") and int(argument or 0) > MAX_PICKLE_BYTES):
-                raise _Unsuitable(_TOO_MANY)
-    return list(found)
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names of classes and functions for a message, the well-known ones by what they make."""
-    shown = dict.fromkeys(next((made for end, made in _MADE if name.endswith(end)), name) for name in names)
-    telling = [name for name in shown if name not in _PARTS] or list(shown)
-    more = ", ..." if len(telling) > _SHOWN else ""
-    return ", ".join(ascii(name[:60])[1:-1] for name in telling[:_SHOWN]) + more
+def _check_old(f: IO[bytes]) -> None:
+    """Raise Unsuitable for a file from before torch 1.6 that does not hold the numbers of each storage that it names:
+    torch would leave those as they are in memory."""
+    if f.read(len(_OLD_MAGIC + _OLD_VERSION)) != _OLD_MAGIC + _OLD_VERSION:
+        raise Unsuitable(_DAMAGED)
+    torch_pickles.read(f)  # of the system
+    named = torch_pickles.read(f).storages
+    stored = torch_pickles.read(f).content
+    if not all(isinstance(key, str) for key in stored) or sorted(stored) != sorted(named):
+        raise Unsuitable("it does not hold the numbers of all of its tensors: it is damaged, or made to do harm")
 
 
 # After torch has read it
 
 
 class _Contents:
-    """Copies what a file holds, so that nothing is shared. Raises _Unsuitable for what is not plain.
+    """Copies what a file holds, so that nothing is shared. Raises Unsuitable for what is not plain.
 
     :param room: bytes that the tensors may take together.
     """
@@ -250,7 +263,7 @@ class _Contents:
         """
         self.objects -= 1
         if self.objects < 0 or depth > MAX_DEPTH:
-            raise _Unsuitable("it holds too many objects, or too deep lists of lists: use another file")
+            raise Unsuitable("it holds too many objects, or too deep lists of lists: use another file")
         if isinstance(value, th.Tensor):
             return self._tensor(value, where)
         if isinstance(value, dict):
@@ -260,14 +273,14 @@ class _Contents:
             return items if isinstance(value, list) else tuple(items)
         whole = isinstance(value, int) and abs(value) < 2**63
         if not (whole or value is None or isinstance(value, (str, float, th.dtype, th.device))):
-            raise _Unsuitable(f"{_shown(where)} is not a tensor, a number or text: use another file")
+            raise Unsuitable(f"{_shown(where)} is not a tensor, a number or text: use another file")
         return value
 
     def _dict(self, value: dict, where: str, depth: int) -> dict:
         copied: Any = OrderedDict() if isinstance(value, OrderedDict) else {}
         for key, item in value.items():
             if not isinstance(key, (str, int)):
-                raise _Unsuitable(f"a key of {_shown(where)} is neither text nor a whole number: use another file")
+                raise Unsuitable(f"a key of {_shown(where)} is neither text nor a whole number: use another file")
             copied[key] = self.own(item, f"{where}.{key}"[-200:], depth + 1)
         if "_metadata" in getattr(value, "__dict__", {}):  # of a module's state dict
             copied._metadata = self.own(value._metadata, "_metadata", depth + 1)  # type: ignore[attr-defined]
@@ -276,14 +289,14 @@ class _Contents:
     def _tensor(self, value: th.Tensor, where: str) -> th.Tensor:
         problem = problem_of(value)
         if problem:
-            raise _Unsuitable(f"{_shown(where)} {problem}: damaged, or made to do harm; use another file")
+            raise Unsuitable(f"{_shown(where)} {problem}: damaged, or made to do harm; use another file")
         value = value.detach()
         if value.dtype == th.bool:
             value = value.view(th.uint8) != 0  # other bytes than 0 and 1 are no bools
         memory, nbytes = value.untyped_storage(), value.numel() * value.element_size()
         self.room -= nbytes
         if self.room < 0:
-            raise _Unsuitable("its tensors share memory and are larger than the file: use another file")
+            raise Unsuitable("its tensors share memory and are larger than the file: use another file")
         whole = value.is_contiguous() and memory.nbytes() == nbytes
         if whole and memory.data_ptr() not in self.taken:
             self.taken.add(memory.data_ptr())

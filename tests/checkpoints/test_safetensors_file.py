@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
-from model_helpers import CLASSES, TINY, save_checkpoint, tiny_settings
-from script_helpers import call, write_images
+from model_helpers import CLASSES, save_checkpoint, tiny_settings
+from script_helpers import TINY_IMAGE, call, write_images
 
 import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint, safetensors_file
@@ -273,8 +273,8 @@ def test_the_files_serve_as_model_guide_and_classifier(tmp_path):
 def test_a_run_starts_from_such_a_file(model, tmp_path):
     model.save(tmp_path / "x.safetensors")
     write_images(tmp_path / "images", 4)
-    options = dict(TINY, max_steps=1, batch_size=2, num_workers=0, class_cond=True, out_dir=tmp_path / "run")
-    idf.train(tmp_path / "images", init_checkpoint=tmp_path / "x.safetensors", **options)
+    flags = ["--init_checkpoint", "x.safetensors", "--data_dir", "images", "--out_dir", "run", *TINY_IMAGE]
+    call("image_train", *flags, "--class_cond", "True", "--max_steps", "1", "--batch_size", "2", cwd=tmp_path).succeed()
     trained, before = checkpoint.load(str(tmp_path / "run" / "model000000.pt"))[0], model.network.state_dict()
     for name in before:  # after one step of Adam, of at most lr = 1e-4
         th.testing.assert_close(trained[name], before[name], rtol=0, atol=2e-4)

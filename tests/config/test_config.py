@@ -122,7 +122,8 @@ def test_options_that_training_fixes():
         "diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps", "large_size", "small_size",
         "classifier_width", "classifier_depth", "classifier_attention_resolutions", "predict_v", "schedule_shift",
         "zero_terminal_snr", "num_head_channels", "resblock_updown", "use_new_attention_order", "classifier_pool",
-        "classifier_resblock_updown", "classifier_use_scale_shift_norm",
+        "classifier_resblock_updown", "classifier_use_scale_shift_norm", "norm_eps", "downsample_padding",
+        "time_freq_shift",
     }  # fmt: skip
 
 

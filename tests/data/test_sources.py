@@ -249,3 +249,34 @@ def test_a_pickle_is_not_loaded(here):
         archive.writestr("arr_0.npy", buffer.getvalue())
     with pytest.raises(UserError, match="could run code"):
         open_images("b.npz")
+
+
+def listed_again(path, times):
+    """Write a zip whose directory lists its last file again, under other names of the same length."""
+    data = path.read_bytes()
+    end = data.rfind(b"PK\5\6")
+    entry = data[data.rfind(b"PK\1\2") : end]
+    more = b"".join(entry.replace(b"b_0.png", f"c_{i}.png".encode()) for i in range(times))
+    count, size = (int.from_bytes(data[end + at : end + at + n], "little") for at, n in ((10, 2), (12, 4)))
+    counts = 2 * (count + times).to_bytes(2, "little") + (size + len(more)).to_bytes(4, "little")
+    path.write_bytes(data[:end] + more + data[end : end + 8] + counts + data[end + 16 :])
+
+
+@pytest.mark.parametrize("times, form", [(1, zipfile.ZIP_STORED), (9, zipfile.ZIP_STORED), (9, zipfile.ZIP_DEFLATED)])
+def test_a_zip_whose_files_overlap_is_refused(here, times, form):
+    with zipfile.ZipFile("a.zip", "w", form) as archive:
+        for name in ("a_0.png", "b_0.png"):
+            archive.writestr(name, images.encode_png(PICTURES[0]))
+    assert len(open_images("a.zip")) == 2
+    listed_again(here / "a.zip", times)
+    with pytest.raises(UserError, match=r"a\.zip .*overlap"):
+        open_images("a.zip")
+
+
+def test_a_zip_after_other_bytes_and_one_with_a_file_added_again_are_read(here):
+    with zipfile.ZipFile("a.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for picture in PICTURES[:2]:
+            archive.writestr("a.png", images.encode_png(picture))
+    (here / "b.zip").write_bytes(bytes(1000) + (here / "a.zip").read_bytes())
+    for path in ("a.zip", "b.zip"):
+        np.testing.assert_array_equal(np.asarray(open_images(path).read(0)), PICTURES[1])

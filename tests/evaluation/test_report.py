@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from script_helpers import contents
 
 from improved_diffusion.config import UserError
@@ -286,3 +287,67 @@ def test_pictures_of_several_sizes_and_channels_stand_side_by_side(tmp_path):
     (tmp_path / "a/report_samples.png").unlink()
     write_comparison(str(tmp_path / "text"), reports, ["a", "b"], folders)
     assert [path.name for path in (tmp_path / "text").iterdir()] == ["compare.md"]
+
+
+def two_reports(tmp_path):
+    """(reports, names, folders) of two reports with pictures."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        with_pictures(4, 3).save(tmp_path / name)
+    folders = [str(tmp_path / name) for name in "ab"]
+    return [Report.read(folder) for folder in folders], ["a", "b"], folders
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_picture_of_any_channels_stands_beside_an_rgb_one(tmp_path, channels):
+    reports, names, folders = two_reports(tmp_path)
+    array = np.full((40, 30, channels), 100, np.uint8)
+    if channels in (2, 4):
+        array[..., -1] = 255
+        array[:, 15:, -1] = 0
+    (tmp_path / "b/report_samples.png").write_bytes(images.encode_png(array))
+    write_comparison(str(tmp_path / "both"), reports, names, folders)
+    picture = images.decode_png((tmp_path / "both/compare.png").read_bytes())
+    x = picture.shape[1] - images.decode_png((tmp_path / "a/report_samples.png").read_bytes()).shape[1] - 8
+    assert picture.shape[-1] == 3 and (picture[8:48, x : x + 15] == 100).all()
+    assert (picture[8:48, x + 15 : x + 30] == (255 if channels in (2, 4) else 100)).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 10**4, 1), (10**4, 1, 1)], ids=["wide", "tall"])
+def test_pictures_that_are_too_large_side_by_side_are_named(tmp_path, shape, monkeypatch):
+    monkeypatch.setattr("improved_diffusion.evaluation.comparison.MAX_IMAGE_PIXELS", 10**5)
+    reports, names, folders = two_reports(tmp_path)
+    (tmp_path / "b/report_samples.png").write_bytes(images.encode_png(np.zeros(shape, np.uint8)))
+    with pytest.raises(UserError, match=r"b/report_samples\.png is .*too large"):
+        write_comparison(str(tmp_path / "both"), reports, names, folders)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "1", "too many pixels"])
+def test_a_picture_that_no_report_has_is_named(tmp_path, mode, monkeypatch):
+    reports, names, folders = two_reports(tmp_path)
+    picture = Image.new("L" if mode == "too many pixels" else mode, (300, 300))
+    picture.save(tmp_path / "b/report_samples.png")
+    if mode == "too many pixels":
+        (tmp_path / "a/report_samples.png").write_bytes(images.encode_png(np.zeros((8, 8, 3), np.uint8)))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"b/report_samples\.png is damaged"):
+        write_comparison(str(tmp_path / "both"), reports, names, folders)
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("__x__", r"\_\_x\_\_"),
+        ("_y_", r"\_y\_"),
+        ("a _b_ c", r"a \_b\_ c"),
+        ("val_loss_q0", "val_loss_q0"),
+        ("ema_0.9999_010000.pt", "ema_0.9999_010000.pt"),
+        ("https://evil.example/x", r"https\://evil.example/x"),
+        ("www.evil.com", r"www\.evil.com"),
+        ("WWW.evil.com", r"WWW\.evil.com"),
+        ("C: a", "C: a"),
+        ("[a](b) *c* `d` <e> ~f~ |", r"\[a\](b) \*c\* \`d\` &lt;e&gt; \~f\~ \|"),
+    ],
+)
+def test_a_value_of_a_file_is_shown_without_markup(text, shown):
+    assert report.escape(text) == shown

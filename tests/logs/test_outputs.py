@@ -152,6 +152,34 @@ def test_half_a_line_of_a_killed_run_is_not_continued(tmp_path):
     assert (tmp_path / "log.txt").read_text() == "whole\nhal\nnext\n"
 
 
+# Files that are not the folder's own
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "link to a pipe", "pipe", "folder"])
+@pytest.mark.parametrize("name", ["log.txt", "progress.csv", "progress.json", "progress.jsonl"])
+def test_what_is_no_plain_file_of_the_folder_is_not_appended_to(tmp_path, name, kind):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    if kind == "link":
+        other.write_text("not ours\n")
+    elif kind == "link to a pipe":
+        os.mkfifo(other)
+    {"pipe": os.mkfifo, "folder": os.mkdir}.get(kind, lambda path: os.symlink(other, path))(run / name)
+    format = {"log.txt": "log"}.get(name, name.rpartition(".")[2])
+    with pytest.raises(UserError, match=f"cannot write .*run/{name}: it is a {'link' if 'link' in kind else kind}"):
+        logger.configure(dir=str(run), format_strs=[format])
+    assert os.path.lexists(run / name)
+    assert not other.is_file() or other.read_text() == "not ours\n"
+    assert other.exists() == (kind in ("link", "link to a pipe"))
+
+
+def test_a_run_folder_may_itself_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    HumanOutputFormat(str(tmp_path / "run" / "log.txt")).writeseq(["a"])
+    assert (tmp_path / "disk" / "log.txt").read_text() == "a\n"
+
+
 # A disk that is full
 
 
@@ -400,7 +428,7 @@ def test_an_attempt_costs_the_same_however_many_entries_wait(tmp_path, monkeypat
 @pytest.mark.parametrize("name", ["log", "csv", "jsonl"])
 def test_a_folder_that_cannot_be_written_at_the_start_is_an_error_at_once(tmp_path, name, monkeypatch):
     (tmp_path / {"log": "log.txt", "csv": "progress.csv", "jsonl": "progress.jsonl"}[name]).mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*--out_dir"):
+    with pytest.raises(UserError, match=r"^cannot write .*--out_dir"):
         logger.configure(dir=str(tmp_path), format_strs=[name])
 
 

@@ -202,7 +202,10 @@ def test_churn_reaches_the_rule_and_its_path():
         (["--sampler", "unipc", "--timestep_grid", "karas"], ["--timestep_grid 'karas'", *NAMES]),
         (["--steps", "21"], ["--steps 21", "20 noise levels", "1 to 20"]),
         (["--steps", "-1"], ["--steps -1", "negative"]),
-        (["--steps", "5", "--timestep_respacing", "5"], ["--timestep_respacing 5", "--steps 5", "one of them"]),
+        (
+            ["--steps", "5", "--timestep_respacing", "5"],
+            ["--timestep_respacing 5", "checkpoint", "--steps 5"],
+        ),
         (["--use_ddim", "--sampler", "plms"], ["--use_ddim", "--sampler plms"]),
         (["--churn", "3"], ["--churn 3", "euler or heun"]),
         (["--sampler", "heun", "--churn", "3", "--timestep_respacing", "5"], ["--churn 3", "--steps"]),

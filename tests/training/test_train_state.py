@@ -1,6 +1,7 @@
 """Stopping and going on: what is restored, and that it changes nothing."""
 
 import itertools
+import math
 import os
 
 import numpy as np
@@ -351,6 +352,9 @@ REST = "improved_diffusion"
         (["state", 0, "exp_avg"], lambda moment: moment * float("nan")),
         (["state", 0, "exp_avg_sq"], lambda moment: moment - 1),
         (["state", 0, "exp_avg"], 3),
+        (["state", 0, "exp_avg"], lambda moment: moment * 0 + 3e38),
+        (["state", 0, "exp_avg"], lambda moment: moment * 0 - 1e4),
+        (["state", 0, "exp_avg_sq"], lambda moment: moment * 0),
         (["state", 0, "step"], -1),
         (["state", 0, "step"], "a"),
         (["state", 0, "step"], th.tensor(float("inf"))),
@@ -365,13 +369,23 @@ REST = "improved_diffusion"
         ([REST, "step"], "a"),
         ([REST, "step"], 10**15),
         ([REST, "first_row"], None),
+        ([REST, "first_row"], 3),
+        ([REST, "first_row"], 10**12),
         ([REST, "meters"], 5),
         ([REST, "meters"], [5]),
         ([REST, "meters"], [{"loss": th.zeros(10**4)}]),
+        ([REST, "meters"], [{"loss": th.tensor([math.nan, 1.0])}]),
+        ([REST, "meters"], [{"loss": th.tensor([1.0, math.inf])}]),
+        ([REST, "meters"], [{"loss": th.tensor([1.0, -1.0])}]),
+        ([REST, "meters"], [{"loss": th.ones(2)}, {"other": th.ones(2)}]),
+        ([REST, "meters"], [{"loss": th.ones(2)}, {}]),
         ([REST, "unwritten_log"], [1]),
         ([REST, "unwritten_log"], {"a": [1]}),
         ([REST, "bad_steps"], 5),
         ([REST, "bad_steps", "counts"], th.zeros(3, dtype=th.int64)),
+        ([REST, "bad_steps", "counts"], th.tensor([2**62, 0, 0, 0])),
+        ([REST, "bad_steps", "counts"], th.tensor([0, 0, 2**62, 2**62])),
+        ([REST, "bad_steps", "counts"], th.tensor([0, 0, 2, 2])),
         ([REST, "loss_scale", "lg"], 10**9),
         ([REST, "loss_scale", "lg"], th.tensor(float("nan"))),
         ([REST, "loss_scale", "lg"], th.zeros(2)),

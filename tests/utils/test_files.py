@@ -309,3 +309,32 @@ def test_what_cannot_be_staged_is_named_before_the_work(tmp_path, name):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="folder" if name == "folder" else "file" if "file" in name else "gs://"):
         stage(name if "://" in name else tmp_path / name, None)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_folder_whose_lock_is_no_plain_file_is_not_claimed(tmp_path, make):
+    make(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"cannot write .*\.lock: it is a (link|folder|pipe)"):
+        files.lock(tmp_path)
+
+
+def write_whole(path):
+    files.write_bytes(path, b"new")
+
+
+def write_in_pieces(path):
+    with files.open_write(path) as f:
+        f.write(b"new")
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "pipe", "file"])
+@pytest.mark.parametrize("write", [write_whole, write_in_pieces])
+def test_a_link_in_the_place_of_a_written_file_is_replaced_and_not_followed(tmp_path, write, kind):
+    target, other = tmp_path / "a.txt", tmp_path / "other"
+    if kind == "link":
+        other.write_text("not ours")
+    for path in (target, tmp_path / f".a.txt.{os.getpid()}.tmp"):
+        {"pipe": os.mkfifo, "file": Path.touch}.get(kind, lambda path: path.symlink_to(other))(path)
+    write(str(target))
+    assert target.read_text() == "new" and not target.is_symlink()
+    assert other.read_text() == "not ours" if kind == "link" else not other.exists()

@@ -1,9 +1,11 @@
 """Arrays and image files."""
 
 import io
+import itertools
 import os
 import random
 import struct
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -298,11 +300,65 @@ def test_files_that_are_no_npz_of_images_are_named(tmp_path):
     (tmp_path / "header.npz").write_bytes(data.replace(b"(2, 4, 4, 3)", b"(2, '4, 4, )"))
     (tmp_path / "huge.npz").write_bytes(data.replace(b"(2, 4, 4, 3)", b"(2**60,4,99)"))
     for name, culprit in (
-        ("plain", "single array, not an npz"), ("text", "arr_0 is not an array"),
-        ("flat", r"arr_0 of uint8 \(50, 0, 0, 3\)"), ("header", "not a readable npz"), ("huge", "not a readable npz"),
-    ):  # fmt: skip
+        ("plain", "single array, not an npz"),
+        ("text", "arr_0 is not an array"),
+        ("flat", r"arr_0 of uint8 \(50, 0, 0, 3\), which holds no values"),
+        ("header", "not a readable npz"),
+        ("huge", "not a readable npz"),
+    ):
         with pytest.raises(UserError, match=culprit):
             images.load_npz(str(tmp_path / f"{name}.npz"))
+
+
+def array_file(descr, shape, data=b""):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue() + data
+
+
+EMPTY_ROWS = [(10**9, 0), (2, 10**9, 0)]
+
+
+@pytest.mark.parametrize(
+    "descr, shape",
+    [
+        *itertools.product(["|S0", "|V0", "<U0", [("a", "|V0")]], [(), (2,), (2 * 10**8,), *EMPTY_ROWS]),
+        *itertools.product(["|u1", "<f8"], EMPTY_ROWS),
+    ],
+)
+def test_an_array_of_no_bytes_is_refused_whatever_its_shape(tmp_path, descr, shape):
+    path = str(tmp_path / "x.npz")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", array_file(descr, shape))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"x\.npz has arr_0 of .*no values"):
+        images.read_npz(path, ("arr_0",))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(0), np.zeros((0, 5), np.uint8), np.array([], str), np.array(""), np.array(7)]
+)
+def test_empty_arrays_and_single_values_are_read(tmp_path, array):
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", array)
+        found = images.read_npz(str(tmp_path / "x.npz"), ("arr_0",))["arr_0"]
+        np.testing.assert_array_equal(found, array, strict=True)
+
+
+def test_a_compressed_npz_unpacks_to_a_bounded_size(tmp_path, monkeypatch):
+    path, blank = str(tmp_path / "x.npz"), np.zeros((10, 64, 64, 3), np.uint8)
+    np.savez_compressed(path, blank)
+    np.testing.assert_array_equal(images.load_npz(path), blank)  # a small one may be as compressible as it likes
+    monkeypatch.setattr(images, "MAX_EXPANDED_BYTES", blank.nbytes - 1)
+    with pytest.raises(UserError, match=r"x\.npz unpacks arr_0 from"):
+        images.load_npz(path)
+    np.savez(path, blank)
+    np.testing.assert_array_equal(images.load_npz(path), blank)
+    photos = np.stack([random_uint8(64, 64, 3)] * 10)
+    np.savez_compressed(path, photos)
+    np.testing.assert_array_equal(images.load_npz(path), photos)
 
 
 # Image files as viewers show them
@@ -539,6 +595,33 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(size, mo
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match="--max_image_pixels 300000000"):
         images.load(io.BytesIO(data))
+
+
+def icon(form, png):
+    """An icon that says 16 x 16 or 128 x 128 pixels, whatever the PNG in it is."""
+    if form == "ICO":
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+    part = b"ic07" + struct.pack(">I", 8 + len(png)) + png
+    return b"icns" + struct.pack(">I", 8 + len(part)) + part
+
+
+@pytest.mark.parametrize("form", ["ICO", "ICNS"])
+@pytest.mark.parametrize("size, limit", [((20_000, 15_001), 300_000_000), ((20_000, 8_000), 10**8), ((40, 40), 1598)])
+def test_a_large_image_in_an_icon_is_refused_before_it_is_decoded(form, size, limit, monkeypatch):
+    data = icon(form, sparse_png(*size))
+    before = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("it was decoded"))
+    with pytest.raises(ValueError, match=f"--max_image_pixels {limit}"):
+        images.load(io.BytesIO(data), limit)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("form", ["ICO", "ICNS"])
+def test_an_icon_up_to_the_limit_is_read(form):
+    side = 16 if form == "ICO" else 128
+    pixels = random_uint8(side, side, 3)
+    image = images.load(io.BytesIO(icon(form, images.encode_png(pixels))), side**2)
+    np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 # The published way

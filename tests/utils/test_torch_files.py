@@ -3,10 +3,12 @@
 import io
 import os
 import pickle
+import pickletools
 import struct
 import tarfile
 import tracemalloc
 import zipfile
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -176,8 +178,50 @@ def rewritten(data, compression=zipfile.ZIP_STORED, **more):
     return buffer.getvalue()
 
 
-def test_an_archive_that_unpacks_to_more_than_its_size_is_refused():
-    assert "larger than the file" in refusal(rewritten(saved({"a": th.zeros(10**6)}), zipfile.ZIP_DEFLATED))
+def test_an_archive_that_is_stored_anew_loads():
+    assert th.equal(load(rewritten(saved({"a": th.arange(9)})))["a"], th.arange(9))
+
+
+def test_a_compressed_archive_is_refused():
+    for tensor in (th.zeros(10**6), th.rand(10**4)):
+        assert "compressed" in refusal(rewritten(saved({"a": tensor}), zipfile.ZIP_DEFLATED))
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "DATA.PKL", "Data.pkl", "data/0", "Data/0"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_with_two_parts_of_one_name_is_refused(name, first):
+    data = saved({"a": th.zeros(3)})
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as before, zipfile.ZipFile(buffer, "w") as archive:
+        parts = [(info.filename, before.read(info)) for info in before.infolist()]
+        for part in [("archive/" + name, b"}."), *parts] if first else [*parts, ("archive/" + name, b"}.")]:
+            archive.writestr(*part)
+    assert "there twice" in refusal(buffer.getvalue())
+
+
+def test_an_archive_with_two_directories_is_refused():
+    data, other = saved({"a": th.zeros(3)}), saved({"a": th.ones(3)})
+    stored, hidden = rewritten(data), rewritten(other)
+    for forged in (
+        other + data,
+        hidden + stored,
+        data + b"\0" * 30,
+        data[:-2] + b"\x05\0after",
+        stored[:-22] + bytes(20) + stored[-22:],
+        data[:-42] + bytes(20) + data[-22:],
+        data[:-34] + (0).to_bytes(8, "little") + data[-26:],
+        data[:-98] + bytes(56) + data[-42:],
+    ):
+        assert "damaged" in refusal(forged)
+
+
+def test_an_archive_that_names_fewer_parts_than_it_lists_is_refused():
+    data = rewritten(saved({"a": th.zeros(3)}))
+    count = data[-12:-10]
+    assert "directory" in refusal(
+        data[:-14] + (int.from_bytes(count, "little") - 1).to_bytes(2, "little") * 2 + data[-10:]
+    )
 
 
 def test_a_tensor_that_claims_more_than_its_member_is_refused():
@@ -188,6 +232,120 @@ def test_a_tensor_that_claims_more_than_its_member_is_refused():
     forged = pickled.replace(b"K\x04t", claimed + b"t").replace(b"K\x04\x85", claimed + b"\x85")
     assert forged.count(claimed) == 2
     refusal(rewritten(data, **{"data.pkl": forged}))
+
+
+# Pickles that take torch long, or leave memory as it was
+
+
+def stored_pickle(pickled):
+    return rewritten(saved({}), **{"data.pkl": b"\x80\x02" + pickled + b"."})
+
+
+def memo(i):
+    return b"r" + struct.pack("<I", i)
+
+
+def recall(i):
+    return b"j" + struct.pack("<I", i)
+
+
+# A tuple of a tuple twice, of a tuple twice, ... : its hash takes 2**40 steps.
+DEEP = b")" + memo(100) + b"".join(2 * recall(i) + b"\x86" + memo(i + 1) for i in range(100, 140))
+TUPLE = recall(140)
+
+
+def whole(number):
+    encoded = pickle.encode_long(number)
+    return b"\x8a" + bytes([len(encoded)]) + encoded
+
+
+ORDERED, COUNTER = b"ccollections\nOrderedDict\n", b"ccollections\nCounter\n"
+LONG_LIST = b"](" + b"](X\1\0\0\0aNe" * 10**4 + b"eq\0"
+LONG_DICT = b"}(" + b"".join(whole(i) + b"N" for i in range(10**4)) + b"uq\0"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        DEEP + b"}" + TUPLE + b"Ns",
+        DEEP + b"}(" + TUPLE + b"Nu",
+        DEEP + ORDERED + b")R" + TUPLE + b"Ns",
+        DEEP + ORDERED + b"]" + TUPLE + b"N\x86a\x85R",
+        DEEP + COUNTER + b"]" + TUPLE + b"a\x85R",
+        DEEP + ORDERED + b")R]" + TUPLE + b"N\x86ab",
+        DEEP + b"(X\7\0\0\0storagectorch\nFloatStorage\n" + TUPLE + b"X\3\0\0\0cpuK\1tQ",
+        DEEP + TUPLE + b"Q",
+        b"}(" + b"".join(whole(i * (2**61 - 1)) + b"N" for i in range(1, 20_000)) + b"u",
+        b"}" + b"".join(whole(i * 2**40) + b"Ns" for i in range(1, 20_000)),
+        b"]" + LONG_LIST + (ORDERED + b"h\0\x85Ra") * 10**4,
+        b"]" + LONG_DICT + (ORDERED + b")Rh\0ba") * 10**4,
+        b"]" + LONG_DICT + (COUNTER + b"h\0\x85Ra") * 10**4,
+        b"N" + memo(2**32 - 1),
+    ],
+    ids=["key", "keys", "ordered key", "ordered", "counter", "attributes", "storage", "persistent", "hashes",
+         "large", "calls", "builds", "counters", "memo"],
+)  # fmt: skip
+def test_a_pickle_that_would_take_torch_hours_is_refused_before_it_reads_it(pickled, monkeypatch):
+    monkeypatch.setattr(th, "load", lambda *args, **kwargs: pytest.fail("torch reads it"))
+    refusal(stored_pickle(pickled))
+
+
+def test_keys_of_whole_numbers_load():
+    for keys in (range(5000), [140_000_000_000_000 + 64 * i for i in range(1000)], [-1, -2, 0]):
+        assert load(saved({"state": dict.fromkeys(keys, 1.5)})) == {"state": dict.fromkeys(keys, 1.5)}
+
+
+def test_dicts_of_every_kind_load():
+    dicts = {"ordered": OrderedDict(a=1, b=th.ones(2)), "counter": Counter("aab"), "plain": {"a": {0: ()}}}
+    found = load(saved(dicts))
+    assert (
+        found["counter"] == {"a": 2, "b": 1}
+        and list(found["ordered"]) == ["a", "b"]
+        and found["plain"] == {"a": {0: ()}}
+    )
+    python2 = ORDERED + b"](" + b"](U\1aK\1e" + b"](U\1bK\2e" + b"e\x85R"
+    assert load(stored_pickle(python2)) == {"a": 1, "b": 2}
+
+
+def pickles_of_old(data):
+    """The five pickles of a file from before torch 1.6, and what follows."""
+    f, parts = io.BytesIO(data), []
+    for _ in range(5):
+        start = f.tell()
+        for _ in pickletools.genops(f):
+            pass
+        parts.append(data[start : f.tell()])
+    return parts, data[f.tell() :]
+
+
+@pytest.mark.parametrize("kept", [(), (0,), (0, 0), (0, 1, 1), (1, 0, 0), (1, 2)])
+def test_an_old_file_without_the_numbers_of_a_tensor_is_refused(kept):
+    parts, numbers = pickles_of_old(saved({name: th.full((2,), 0.5) for name in "abc"}, zipped=False))
+    keys, size = pickle.loads(parts[4]), len(numbers) // 3
+    forged = b"".join(
+        [*parts[:4], pickle.dumps([keys[i] for i in kept], 2), *(numbers[size * i :][:size] for i in kept)]
+    )
+    assert "numbers of all" in refusal(forged)
+
+
+def test_the_order_of_an_old_files_storages_does_not_matter():
+    parts, numbers = pickles_of_old(saved({"a": th.zeros(2), "b": th.ones(2), "c": th.ones(0)}, zipped=False))
+    assert load(b"".join([*parts, numbers]))["b"].tolist() == [1, 1]
+    keys = pickle.loads(parts[4])
+    chunks, rest = [], numbers
+    for _ in keys:
+        length = 8 + 4 * int.from_bytes(rest[:8], "little")
+        chunks.append(rest[:length])
+        rest = rest[length:]
+    back = load(b"".join([*parts[:4], pickle.dumps(keys[::-1], 2), *chunks[::-1]]))
+    assert back["a"].tolist() == [0, 0] and back["b"].tolist() == [1, 1] and back["c"].numel() == 0
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_old_file_with_another_magic_number_or_version_is_refused(part):
+    parts, numbers = pickles_of_old(saved({"a": th.zeros(2)}, zipped=False))
+    parts[part] = b"\x80\x02" + DEEP + b"."
+    refusal(b"".join([*parts, numbers]))
 
 
 def test_of_a_large_file_of_something_else_little_is_read(tmp_path):

@@ -1,0 +1,111 @@
+"""A pipeline of diffusers: a folder that DDPMPipeline.from_pretrained and DDIMPipeline.from_pretrained load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+
+from ..checkpoints import diffusers_folder as folders
+from ..checkpoints import diffusers_network as networks
+from ..checkpoints import safetensors_file
+from ..checkpoints.loading import LoadedModel
+from ..config import UserError
+from ..config.exchange import ExportConfig
+from ..models.build import build_model
+from ..utils import files
+
+
+def write(loaded: LoadedModel, options: ExportConfig) -> list[str]:
+    """Write model_index.json, unet/ and scheduler/."""
+    settings: Any = loaded.settings
+    if settings.model.kind != "image":
+        raise UserError(f"{loaded.path} is a super-resolution model: diffusers has no pipeline for such a network")
+    if options.drop_variance and not settings.diffusion.learn_sigma:
+        raise UserError(f"--drop_variance: {loaded.path} has no learned variance")
+    _check_folder(options.out)
+    state_dict, description = loaded.model.state_dict(), loaded.description()
+    if options.drop_variance:
+        settings = settings.replace(learn_sigma=False)
+        description = {**description, "config": {**description["config"], "learn_sigma": False}}
+        state_dict = {name: _mean(name, tensor) for name, tensor in state_dict.items()}
+    pipeline = _pipeline(settings, state_dict, ddim=options.drop_variance)
+    _save(pipeline, options.out, description)
+    return _lost(settings, options.drop_variance)
+
+
+def _mean(name: str, tensor: th.Tensor) -> th.Tensor:
+    """A tensor without the part of the variance."""
+    return tensor.chunk(2)[0] if name.startswith("out.2.") else tensor
+
+
+def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool) -> Any:
+    """The pipeline with the weights, which may share memory with the state dict."""
+    diffusers = _package()
+    with th.device("meta"):
+        network = build_model(settings.model, settings.diffusion.learn_sigma)
+    config = networks.config_of(settings.model, settings.diffusion, network)
+    tensors = networks.to_theirs(state_dict, networks.rows(network, networks.sines_first(config)))
+    if networks.has_table(settings.diffusion):
+        tensors[networks.TIMESTEPS] = networks.table_of_timesteps(
+            settings.diffusion.diffusion_steps, settings.model.num_channels, settings.model.time_freq_shift
+        )
+    with th.device("meta"):
+        unet = diffusers.UNet2DModel(**config)
+    unet.load_state_dict(tensors, assign=True)
+    scheduler = diffusers.DDPMScheduler(**folders.scheduler_config(settings.diffusion))
+    if ddim:
+        return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler.from_config(scheduler.config))
+    return diffusers.DDPMPipeline(unet, scheduler)
+
+
+def _package() -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(
+            "--to diffusers needs the package diffusers: pip install 'improved_diffusion[diffusers]'"
+        ) from None
+    return diffusers
+
+
+def _check_folder(folder: str) -> None:
+    """Raise UserError for a place where a pipeline would be mixed with other files."""
+    if files.is_url(folder):
+        raise UserError(f"--out {folder}: diffusers loads local folders: give one, and upload it")
+    if not files.exists(folder):
+        return
+    if not files.is_dir(folder):
+        raise UserError(f"--out {folder} is a file: name a folder for the pipeline")
+    names = files.list_dir(folder)
+    unet = files.join(folder, folders.UNET)
+    inside = files.list_dir(unet) if folders.UNET in names else []
+    other = [name for name in inside if name not in (folders.CONFIG, folders.WEIGHTS[0])]
+    if other or (names and folders.INDEX not in names):
+        raise UserError(f"--out {folder} holds other files, such as {(other or names)[0]}: name a new folder")
+
+
+def _save(pipeline: Any, folder: str, description: dict[str, Any]) -> None:
+    """Write the files that the library would, model_index.json last: without it nothing loads."""
+    unet, scheduler = (files.join(folder, name) for name in (folders.UNET, folders.SCHEDULER))
+    files.make_dirs(unet)
+    files.make_dirs(scheduler)
+    data = safetensors_file.to_bytes(pipeline.unet.state_dict(), description)
+    files.write_bytes(files.join(unet, folders.WEIGHTS[0]), data)
+    for path, part in (
+        (files.join(unet, folders.CONFIG), pipeline.unet),
+        (files.join(scheduler, folders.SCHEDULER_CONFIG), pipeline.scheduler),
+        (files.join(folder, folders.INDEX), pipeline),
+    ):
+        files.write_bytes(path, part.to_json_string().encode())
+
+
+def _lost(settings: Any, dropped: bool) -> list[str]:
+    lost = ["the learned variance (DDIM does not use it)"] if dropped else []
+    if settings.diffusion.learn_sigma:
+        lost.append("sampling by DDIMPipeline, which takes no learned variance: give --drop_variance True for it")
+    if settings.model.class_cond:
+        lost.append("sampling by a pipeline, which passes no class_labels: docs/exchange.md has the loop that does")
+    if settings.model.label_drop:
+        lost.append("the hidden class, for guidance without a classifier")
+    return lost

@@ -1,0 +1,6 @@
+"""The command `improved-diffusion push` as a script."""
+
+from improved_diffusion.cli.main import run_script
+
+if __name__ == "__main__":
+    run_script("push")

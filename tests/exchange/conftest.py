@@ -1,0 +1,3 @@
+"""What the tests of this folder share."""
+
+from hub_server import hub  # noqa: F401
