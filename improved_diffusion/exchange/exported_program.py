@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from functools import partial
 
 import torch as th
@@ -23,7 +24,9 @@ def write(loaded: LoadedModel, options: ExportConfig) -> list[str]:
         buffer = io.BytesIO()
         th.export.save(program, buffer, extra_files={DESCRIPTION: graph.describe(loaded)})
         buffer.seek(0)
-        module = th.export.load(buffer).module()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*buffer is not writable", UserWarning)  # torch 2.11 of its own bytes
+            module = th.export.load(buffer).module()
         graph.check("torch", partial(graph.call, module), network, loaded, options)
         path.write_bytes(buffer.getbuffer())
     return graph.lost(loaded, options)

@@ -19,6 +19,7 @@ from ..config.exchange import ExportConfig
 from ..logs import logger
 from . import graph
 
+OLDEST_TORCH = (2, 11)  # the oldest that was tested; 2.6 gives graphs that take the example's batch size only
 LARGEST_FILE = 3 * 2**29  # bytes of weights; protobuf's limit is 2 GiB with all the rest
 
 
@@ -49,8 +50,8 @@ def _require_packages() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install 'improved_diffusion[onnx]'")
-    if tuple(map(int, th.__version__.split(".")[:2])) < (2, 6):
-        raise UserError(f"--to onnx needs torch 2.6 or newer, this is {th.__version__}")
+    if tuple(map(int, th.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise UserError(f"--to onnx needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, this is {th.__version__}")
 
 
 def _translate(program: th.export.ExportedProgram, dynamic_batch: bool) -> Any:

@@ -151,6 +151,13 @@ def test_a_missing_package_is_named_with_its_extra(models, name, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_an_older_torch_is_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(th, "__version__", "2.6.0+cpu")
+    with pytest.raises(UserError, match=r"torch 2\.11.*2\.6"):
+        models["unconditional"].export(tmp_path / "unet.onnx", to="onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_onnx_file_is_no_checkpoint(conditional, tmp_path):
     (tmp_path / "renamed.pt").write_bytes(conditional.read_bytes())
     done = call("export", "--model_path", "renamed.pt", "--out", "x.pt", cwd=tmp_path)
