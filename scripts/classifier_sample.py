@@ -1,7 +1,6 @@
 """The command `improved-diffusion sample`, guided as guided-diffusion's script of this name does."""
 
-from improved_diffusion.cli.classifier_sample import COMMAND
-from improved_diffusion.cli.command import run
+from improved_diffusion.cli.main import run_script
 
 if __name__ == "__main__":
-    run(COMMAND)
+    run_script("classifier_sample")
