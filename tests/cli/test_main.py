@@ -81,3 +81,8 @@ def test_a_flag_before_the_command_is_refused():
 
 def test_the_console_command_is_installed_under_its_name():
     assert 'improved-diffusion = "improved_diffusion.cli.main:main"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_catches_signals_before_it_imports_torch(path):
+    assert f'run_script("{path.stem}")' in path.read_text()
