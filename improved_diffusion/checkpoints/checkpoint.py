@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch as th
@@ -56,17 +56,20 @@ def save(obj: Any, path: str) -> None:
     files.write_bytes(path, to_bytes(obj))
 
 
-def load(path: str, *, network: str = "", trust: bool = False) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+def load(
+    path: str, *, network: str = "", names: Collection[str] = (), trust: bool = False
+) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """(state dict on the CPU, its description, {} for a foreign file) of a .pt or .safetensors file. Collective.
 
     Weights in a wrapper, or under the longer names of wrapped modules, are found, and a line says so. Nothing in the
     file is executed.
     :param network: which of several networks in the file; an average unless given.
+    :param names: of the tensors of the model that the file is for: one with just these is not searched for a network.
     :param trust: leave out objects that are not plain, which are an error otherwise.
     Raises UserError for a missing, damaged or unsafe file, for other contents, for a description that
     no run writes, and for weights that are not finite numbers.
     """
-    state_dict, note = unwrap(_read(path, trust), path, network)
+    state_dict, note = unwrap(_read(path, trust), path, network, names)
     if note:
         logger.log(note)
     if diffusers_folder.is_weights(path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,15 @@ class Network:
     beside: Iterable[str]
 
 
-def unwrap(content: Any, path: str, network: str = "") -> tuple[dict[str, th.Tensor], str]:
+def unwrap(content: Any, path: str, network: str = "", names: Collection[str] = ()) -> tuple[dict[str, th.Tensor], str]:
     """(the state dict in what a checkpoint file holds, a line on what was done to find it or "").
 
     :param network: where it is, of several; a moving average unless given.
+    :param names: of the tensors of the model that it is for, where that is known: content with them is its state dict.
     Raises UserError, naming what the file holds, where there is none, and for a network of latents.
     """
+    if names and isinstance(content, dict) and content.keys() == set(names):
+        return content, ""
     found = networks(content)
     if not found:
         raise UserError(f"{path} is not a model's state dict: {_shown(content)}; give a modelNNNNNN.pt or an ema_*.pt")

@@ -164,7 +164,7 @@ class ResumedSet:
 
     def load_model(self, model: th.nn.Module) -> None:
         """Load the weights. Raises UserError for a file that is missing, damaged or of another model. Collective."""
-        state_dict, metadata = checkpoint.load(self.main)
+        state_dict, metadata = checkpoint.load(self.main, names=model.state_dict().keys())
         checkpoint.load_into(model, state_dict, self.main)
         self.described_step = metadata.get("step")
 
@@ -184,7 +184,7 @@ class ResumedSet:
         path = self._find(checkpoint.ema_name(label, self.number), "the moving average")
         if path is None:
             return None
-        state_dict, metadata = checkpoint.load(path)
+        state_dict, metadata = checkpoint.load(path, names=model.state_dict().keys())
         checkpoint.check_fits(model, state_dict, path)
         self._check_step(path, metadata.get("step"))
         self.restored.append(f"EMA {label}: {path}")

@@ -945,3 +945,22 @@ def test_averages_that_would_stay_noise_are_warned_of_at_the_start(tmp_path, opt
     text = (tmp_path / "log.txt").read_text()
     assert ("0.9999: 99.9%" in text and "--ema_warmup True" in text) == warned
     assert not warned or text.index("warning: ") < text.index("initial weights")
+
+
+class Wrapped(th.nn.Module):
+    """A user's model around networks of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.ema_net = small_unet(), small_unet()
+
+    def forward(self, x, timesteps, **kwargs):
+        return self.net(x, timesteps, **kwargs) + 0 * self.ema_net(x, timesteps, **kwargs)
+
+
+def test_a_model_of_the_users_own_around_ours_is_resumed_as_it_was(tmp_path):
+    into(tmp_path / "run")
+    finished(model=Wrapped(), max_steps=2, save_interval=2)
+    resumed = finished(model=Wrapped(), resume_checkpoint=str(tmp_path / "run" / "model000002.pt"))
+    into(tmp_path / "whole")
+    assert th.equal(parameters_of(resumed), parameters_of(finished(model=Wrapped())))
