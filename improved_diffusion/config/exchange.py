@@ -27,6 +27,8 @@ class ExportConfig(Config):
 
     def validate(self) -> None:
         self.require(not self.drop_variance or self.to == "diffusers", "drop_variance", "is for --to diffusers")
+        is_graph = self.to in ("onnx", "exported-program")
+        self.require(self.dynamic_batch or is_graph, "dynamic_batch", "is for --to onnx and exported-program")
         if self.dynamic_batch and self.export_batch != 1:
             raise UserError(f"--export_batch {self.export_batch} needs --dynamic_batch False")
 

@@ -123,6 +123,11 @@ def test_a_batch_size_needs_a_fixed_batch(models, tmp_path):
         models["unconditional"].export(tmp_path / "unet.pt2", to="exported-program", export_batch=4)
 
 
+def test_a_fixed_batch_is_for_graphs(models, tmp_path):
+    with pytest.raises(UserError, match="dynamic_batch"):
+        models["unconditional"].export(tmp_path / "x.pt", to="pt", dynamic_batch=False)
+
+
 def test_an_exported_program_is_no_checkpoint(programs, tmp_path):
     done = call("export", "--model_path", programs["unconditional"], "--out", "x.pt", cwd=tmp_path)
     refused(done, programs["unconditional"], "an exported program")
