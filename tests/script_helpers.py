@@ -20,6 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from improved_diffusion.logs import logger
+from improved_diffusion.utils.stop_signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
 STUBS = Path(__file__).resolve().parent / "stubs"
@@ -191,6 +192,7 @@ def call(script, *args, cwd, env=None):
 
     with (
         _chdir(cwd),
+        _own_signals(),
         mock.patch.dict(os.environ, environment(**(env or {})), clear=True),
         mock.patch.object(sys, "argv", [f"{script}.py", *map(str, args)]),
         mock.patch.object(os, "_exit", leave),
@@ -209,6 +211,17 @@ def call(script, *args, cwd, env=None):
             if dist.is_initialized():
                 dist.destroy_process_group()
     return Finished(code, out.getvalue(), err.getvalue(), time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _own_signals():
+    """Put back the handlers of signals: a command that ends ignores them from then on."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
