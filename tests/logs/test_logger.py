@@ -278,5 +278,5 @@ def test_another_configuration_begins_a_row_of_its_own(tmp_path):
 @pytest.mark.parametrize("name", ["progress.csv", "progress.jsonl", "log.txt"])
 def test_a_folder_in_the_place_of_a_file_of_the_log_is_named(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"cannot write .*{name}: Is a directory: remove"):
+    with pytest.raises(UserError, match=f"cannot write .*{name}: it is a folder.*: remove"):
         logger.configure(dir=str(tmp_path), format_strs=["csv", "jsonl", "log"])

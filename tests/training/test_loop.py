@@ -933,7 +933,7 @@ def test_the_batch_of_all_ranks_is_counted(out_dir, monkeypatch):
     [
         (dict(ema_rate="0.9999"), True),
         (dict(ema_rate="0.5,0.9999"), True),
-        (dict(ema_rate="0.9999", max_steps=0, lr_anneal_steps=8), True),
+        (dict(ema_rate="0.9999", max_steps=0, lr_anneal_steps=12), True),
         (dict(ema_rate="0.9999", ema_warmup=True), False),
         (dict(ema_rate="0.5"), False),
         (dict(ema_rate="", ema_sigma_rel="0.1"), False),
@@ -941,7 +941,7 @@ def test_the_batch_of_all_ranks_is_counted(out_dir, monkeypatch):
 )
 def test_averages_that_would_stay_noise_are_warned_of_at_the_start(tmp_path, options, warned):
     into(tmp_path)
-    finished(**{"max_steps": 8, **options})
+    finished(**{"max_steps": 12, **options})
     text = (tmp_path / "log.txt").read_text()
     assert ("0.9999: 99.9%" in text and "--ema_warmup True" in text) == warned
     assert not warned or text.index("warning: ") < text.index("initial weights")
