@@ -301,7 +301,8 @@ def refuse_contradictions(
             continue
         if value != there:
             raise UserError(
-                f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag out"
+                f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag, or the "
+                "preset that sets it, out"
             )
 
 
@@ -310,8 +311,10 @@ def _read_architecture(path: str, state_dict: Mapping[str, th.Tensor]) -> dict[s
         raise UserError(f"{path} is {': '.join(KINDS['classifier'])}")
     try:
         return read_architecture(state_dict)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{path} is not a checkpoint of this method's networks") from None
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        is_cut = isinstance(error, KeyError) and any(name.startswith("input_blocks.") for name in state_dict)
+        lacks = f": it lacks {ascii(error.args[0])[1:-1]}" if is_cut else ""
+        raise UserError(f"{path} is not a checkpoint of this method's networks{lacks}") from None
 
 
 def _options_from_shapes(
@@ -331,9 +334,12 @@ def _options_from_shapes(
         (0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64, (1, 2, 2, 2): 32,
     }  # fmt: skip
     name = "large_size" if superres else "image_size"
-    size = config.size if name in given else by_mult.get(mult, config.size)
+    usual = by_mult.get(mult)
+    size = config.size if name in given or usual is None else usual
+    if usual is not None and size != usual:
+        logger.warn(f"--{name} {size}: {path} has the levels of networks for images of {usual}")
     stored = {
-        name: size,
+        **({} if usual is None or size != usual else {name: size}),
         "channels": channels,
         "num_channels": arch["model_channels"],
         "num_res_blocks": arch["num_res_blocks"],
@@ -347,7 +353,17 @@ def _options_from_shapes(
     listed = {f for f in attention_factors(size, config.attention_resolutions) if f < 2 ** len(mult)}
     if listed != set(arch["attention_resolutions"]):
         side = min(height_width(size))
-        stored["attention_resolutions"] = ",".join(str(side // f) for f in arch["attention_resolutions"])
+        sides = ",".join(str(side // f) for f in arch["attention_resolutions"])
+        if "attention_resolutions" in given:
+            refuse_contradictions(settings.values(), given, path, stored, fixed_names())
+            levels = ", ".join(f"1/{f}" for f in arch["attention_resolutions"]) or "no level"
+            raise UserError(
+                f"--attention_resolutions {config.attention_resolutions} with --{name} {size} does not fit {path}, whose "
+                f"attention is at {levels} of the images' size, here {sides or 'none'}: one of the two is wrong"
+            )
+        stored["attention_resolutions"] = sides
+    if arch["resblock_updown"] and "rescale_timesteps" not in given:
+        stored["rescale_timesteps"] = False  # guided-diffusion's default; for 1000 steps either is the same
     return stored
 
 
@@ -360,12 +376,14 @@ def encoder_options(
     :param size: of its images, where the shapes do not show it.
     Raises UserError where an option that the shapes do not show was not given.
     """
+    depth = config.classifier_depth if "classifier_depth" in given else None
     try:
-        arch = read_encoder(state_dict, config.classifier_depth if "classifier_depth" in given else None)
+        arch = read_encoder(state_dict, depth)
     except (KeyError, IndexError, ZeroDivisionError):
         raise UserError(f"{path} is not a classifier of this method's kind") from None
     except ValueError as error:
-        raise UserError(f"{path} has no description, and {error}: give --classifier_depth") from None
+        remedy = "give --classifier_depth" if depth is None else f"--classifier_depth {depth} is wrong"
+        raise UserError(f"{path} has no description, and {error}: {remedy}") from None
     size = arch["image_size"] or size or getattr(config, "image_size", None)
     side = min(height_width(size))
     return {

@@ -52,9 +52,11 @@ def read_encoder(state_dict: Mapping[str, th.Tensor], num_res_blocks: int | None
     down = {i for i, block in blocks.items() if block.convolution}
     updown = not down
     if updown:
-        found = [found for found in _possible_levels(blocks) if num_res_blocks in (None, found[0])]
+        possible = _possible_levels(blocks)
+        found = [found for found in possible if num_res_blocks in (None, found[0])]
         if len(found) != 1:
-            raise ValueError(f"the blocks fit networks of {[depth for depth, _ in found]} blocks on each level")
+            depths = " or ".join(str(depth) for depth, _ in possible) or "no number of"
+            raise ValueError(f"its shapes fit networks of {depths} blocks on each level")
         down = found[0][1]
     pool = _pool(shapes)
     last = {"attention": "out.2.c_proj.weight", "adaptive": "out.3.weight", "spatial": "out.2.weight"}

@@ -374,6 +374,44 @@ def test_what_shapes_do_not_show_must_be_given(tmp_path, updown):
     assert loaded.model.middle_block[1].num_heads == 2 and loaded.settings.model.resblock_updown is updown
 
 
+def test_an_image_size_or_attention_that_does_not_fit_the_levels_is_said(tmp_path, capsys):
+    flags = dict(image_size=64, num_channels=32, num_res_blocks=1, attention_resolutions="16,8")
+    save_foreign(tmp_path / "model.pt", build(ImageSampling, **flags))
+    assert load(tmp_path / "model.pt", image_size=32).settings.model.attention_resolutions == "8,4"
+    out = capsys.readouterr().out
+    assert "images of 64" in out and "image_size=32" in out.partition("By flag or default:")[2]
+    with pytest.raises(UserError, match=r"--attention_resolutions 16,8 with --image_size 32 .* 1/4, 1/8 of"):
+        load(tmp_path / "model.pt", image_size=32, attention_resolutions="16,8")
+    with pytest.raises(UserError, match=r"--num_channels 64 contradicts .* preset"):
+        load(tmp_path / "model.pt", image_size=32, attention_resolutions="16,8", num_channels=64)
+
+
+def test_a_network_of_guided_diffusions_form_has_its_default_of_the_timesteps(tmp_path):
+    flags = dict(image_size=32, num_channels=32, num_res_blocks=1, resblock_updown=True)
+    save_foreign(tmp_path / "model.pt", build(ImageSampling, **flags))
+    asked = dict(num_heads=4, diffusion_steps=4000)
+    assert load(tmp_path / "model.pt", **asked).diffusion.rescale_timesteps is False
+    assert load(tmp_path / "model.pt", **asked, rescale_timesteps=True).diffusion.rescale_timesteps is True
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    state_dict = build(ImageSampling, image_size=32, num_channels=32, num_res_blocks=1).state_dict()
+    del state_dict["time_embed.0.weight"]
+    th.save(dict(state_dict), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt .*lacks time_embed\.0\.weight"):
+        load(tmp_path / "model.pt", num_heads=4)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_wrong_depth_of_a_classifier_is_named(depth):
+    config = ClassifierConfig(image_size=16, classifier_width=32, classifier_depth=1, num_classes=3)
+    with th.device("meta"):
+        state_dict = build_classifier(config).state_dict()
+    like = ClassifierConfig(classifier_depth=depth)
+    with pytest.raises(UserError, match=f"--classifier_depth {depth} is wrong"):
+        encoder_options("x.pt", state_dict, like, {"classifier_depth"})
+
+
 ADM_LAYOUTS = {
     "64x64_diffusion": "adm-imagenet64", "128x128_diffusion": "adm-imagenet128",
     "256x256_diffusion_uncond": "adm-imagenet256-uncond", "64_256_upsampler": "adm-upsample-64-256",
