@@ -358,7 +358,7 @@ def _options_from_shapes(
             refuse_contradictions(settings.values(), given, path, stored, fixed_names())
             levels = ", ".join(f"1/{f}" for f in arch["attention_resolutions"]) or "no level"
             raise UserError(
-                f"--attention_resolutions {config.attention_resolutions} with --{name} {size} does not fit {path}, whose "
+                f"--attention_resolutions {config.attention_resolutions} with --{name} {size} does not fit {path}: its "
                 f"attention is at {levels} of the images' size, here {sides or 'none'}: one of the two is wrong"
             )
         stored["attention_resolutions"] = sides
