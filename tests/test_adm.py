@@ -123,6 +123,29 @@ def test_shapes_of_something_else_are_an_error(other):
             read(other)
 
 
+@pytest.mark.parametrize("name", ["output_blocks.999999999.0.x", "input_blocks.x.0", "output_blocks.1" + "0" * 5000])
+def test_blocks_with_other_numbers_are_an_error_at_once(name):
+    for case, read in (("unet_updown", read_architecture), ("encoder_attention", read_encoder)):
+        with th.device("meta"):
+            state_dict = KINDS[CASES[case]["kind"]](**CASES[case]["arguments"]).state_dict()
+        if name.startswith("output") and read is read_encoder:
+            continue  # which does not look at them
+        with pytest.raises(KeyError):
+            read({**state_dict, name: th.zeros(1)})
+
+
+@pytest.mark.parametrize("positions", [0, 2**46 + 1])
+def test_positions_that_no_image_has_show_no_size(positions):
+    with th.device("meta"):
+        state_dict = EncoderUNetModel(**CASES["encoder_attention"]["arguments"]).state_dict()
+        state_dict["out.2.positional_embedding"] = th.zeros(0, positions)
+    if positions:
+        with pytest.raises(KeyError):
+            read_encoder(state_dict)
+    else:
+        assert read_encoder(state_dict)["image_size"] is None
+
+
 # Constructors
 
 GUIDED = (32, 3, 32, 6, 1, (2, 4))  # image_size, in_channels, model_channels, out_channels, num_res_blocks, attention

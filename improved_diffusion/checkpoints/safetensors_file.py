@@ -141,7 +141,7 @@ def _problem_of(entry: Any) -> str | None:
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         return f"has the type {shown(dtype)}, expected {', '.join(_DTYPES)}: use another file"
-    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) >= 2**48:
         return f"has the shape {shown(shape)}: {_DAMAGED}"
     if not _are_counts(place) or len(place) != 2:
         return f"has the place {shown(place)}: {_DAMAGED}"

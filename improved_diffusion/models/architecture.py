@@ -8,6 +8,8 @@ from typing import Any
 
 import torch as th
 
+from ..config.model import MAX_SIDE
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -63,9 +65,12 @@ def read_encoder(state_dict: Mapping[str, th.Tensor], num_res_blocks: int | None
     arguments = _of_blocks(shapes, blocks, down)
     side = None
     if pool == "attention":
-        side = math.isqrt(shapes["out.2.positional_embedding"][1] - 1)
-        is_square = side**2 == shapes["out.2.positional_embedding"][1] - 1
+        positions = shapes["out.2.positional_embedding"][1] - 1
+        side = math.isqrt(max(positions, 0))
+        is_square = side > 0 and side**2 == positions
         side = side * 2 ** (len(arguments["channel_mult"]) - 1) if is_square else None
+        if side is not None and side > MAX_SIDE:
+            raise KeyError("out.2.positional_embedding")
     return {
         **arguments,
         "out_channels": shapes[last.get(pool, "out.3.weight")][0],
@@ -91,7 +96,11 @@ class _Block:
 
 
 def _indices(shapes: Shapes, prefix: str) -> list[int]:
-    return sorted({int(name.split(".")[1]) for name in shapes if name.startswith(prefix)})
+    """The numbers of the blocks, from 0. Raises KeyError for names that leave numbers out, or have others."""
+    found = {name.split(".")[1] for name in shapes if name.startswith(prefix)}
+    if found != {str(i) for i in range(len(found))}:
+        raise KeyError(prefix)
+    return list(range(len(found)))
 
 
 def _down_blocks(shapes: Shapes) -> dict[int, _Block]:

@@ -100,7 +100,13 @@ def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
     size = f.seek(0, os.SEEK_END)
     with _naming(name, size), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        left_out = torch_pickles.listed(name for name in _foreign_names(f, size) if name != torch_pickles.OTHER)
+        foreign = _foreign_names(f, size)
+        f.seek(0)
+        if f.read(len(_ZIP)) != _ZIP:
+            if foreign:  # torch itself acts on what such a file says beside its objects
+                raise Unsuitable("it is of a torch before 1.6, with objects of other programs: save it anew with that")
+            _check_plain(f, size)
+        left_out = torch_pickles.listed(name for name in foreign if name != torch_pickles.OTHER)
         content = th.load(_as_checked(f), map_location="cpu", weights_only=False, pickle_module=stand_ins)
         return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), left_out
 

@@ -200,12 +200,12 @@ def test_a_file_of_something_else_under_this_name_is_named(tmp_path, data, culpr
     assert culprit in refusal(tmp_path / "x.safetensors", data)
 
 
-@pytest.mark.parametrize("shape", [(2**40,), (2**40, 2**40), (2**20, 0, 2**20)])
+@pytest.mark.parametrize("shape", [(2**40,), (2**40, 2**40), (2**20, 0, 2**20), (2**47, 2**47, 0), (0, 2**47, 2**47)])
 def test_a_shape_larger_than_the_file_takes_no_memory(tmp_path, shape):
     (tmp_path / "x.safetensors").write_bytes(forged({"a": entry(shape=shape)}, bytes(8)))
     tracemalloc.start()
     try:
-        with pytest.raises(UserError, match="8 bytes"):
+        with pytest.raises(UserError, match=r"8 bytes|has the shape"):
             checkpoint.load(str(tmp_path / "x.safetensors"))
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:

@@ -92,11 +92,10 @@ OTHERS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_tensors_come_out_from_beside_any_object(other, zipped):
+def test_tensors_come_out_from_beside_any_object(other):
     content = {"hyper_parameters": other, "state_dict": WEIGHTS, "list": [other, th.ones(1)]}
-    found, _ = load(saved(content, _use_new_zipfile_serialization=zipped))
+    found, _ = load(saved(content))
     assert_weights(found["state_dict"])
     assert found.keys() == ({"state_dict", "hyper_parameters"} if other is OTHERS["tensor"] else {"state_dict"})
 
@@ -125,11 +124,10 @@ def make_module():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"ema": module}])
-def test_a_whole_module_is_its_state_dict(zipped, wrap):
+def test_a_whole_module_is_its_state_dict(wrap):
     module = make_module()
-    found, left_out = load(saved(wrap(module), _use_new_zipfile_serialization=zipped))
+    found, left_out = load(saved(wrap(module)))
     found = found.get("ema", found)
     expected = module.state_dict()
     assert found.keys() == expected.keys() and all(th.equal(found[name], expected[name]) for name in expected)
@@ -179,8 +177,8 @@ def zip_of(pickled):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("zipped, protocol", [(True, 2), (True, 4), (False, 2)])
-def test_nothing_is_called(tmp_path, zipped, protocol):
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_nothing_is_called(tmp_path, protocol):
     marks = [tmp_path / f"mark{i}" for i in range(6)]
     hostile = {
         "a": Runs(pathlib.Path.touch, marks[0]),
@@ -191,7 +189,7 @@ def test_nothing_is_called(tmp_path, zipped, protocol):
         "f": Runs(functools.partial(open, str(marks[5]), "w")),
         "state_dict": WEIGHTS,
     }
-    data = saved(hostile, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    data = saved(hostile, pickle_protocol=protocol)
     for path in marks:  # pickling has none of these made
         assert not path.exists()
     found, left_out = load(data)
@@ -200,6 +198,15 @@ def test_nothing_is_called(tmp_path, zipped, protocol):
     with pytest.raises(UserError, match="plain tensors"):
         torch_files.load(io.BytesIO(data), "a.ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("other", [argparse.Namespace(a=1), np.float32(1), make_module()])
+def test_a_file_from_before_torch_1_6_with_other_objects_is_refused(other):
+    with pytest.raises(UserError, match=r"before 1\.6"):
+        load(saved({"other": other, "state_dict": WEIGHTS}, _use_new_zipfile_serialization=False))
+    found, _ = load(saved({"state_dict": WEIGHTS}, _use_new_zipfile_serialization=False))
+    assert_weights(found["state_dict"])
 
 
 def test_what_a_file_writes_onto_classes_stays_in_its_own_load():
