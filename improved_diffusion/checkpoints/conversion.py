@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import UserError
 from ..logs import logger
 from ..utils import files
-from . import checkpoint
+from . import checkpoint, sets
 from .dialects import is_ours, refuse_foreign
 from .loading import find_file
 
@@ -16,11 +16,10 @@ def convert(path: str, out: str, *, network: str = "", trust: bool = False) -> N
     :param network: which of several networks in the file; a moving average unless given.
     :param trust: leave out objects that are neither tensors nor plain values. Their code is not run.
     Raises UserError for a file without weights of this package's networks, for objects in it without `trust`, and where
-    the file to write is the one to read.
+    the file to write is the one to read or one of a run's checkpoints.
     """
     path = find_file(path, flag="--model_path")
-    if files.same(path, out):
-        raise UserError(f"--out {out} is the file to read: name another one")
+    sets.require_free(out, path)
     if files.is_dir(out):
         raise UserError(f"--out {out} is a folder: name a file in it, such as {files.join(out, 'model.pt')}")
     state_dict, metadata = checkpoint.load(path, network=network, trust=trust)

@@ -7,6 +7,7 @@ where it says the same of network and schedule as the configs in the folder.
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ..models.build import build_diffusion, build_model
 from ..schedules import get_named_beta_schedule, shift_schedule, zero_terminal_snr
 from ..unet import UNetModel
 from ..utils import files
+from ..utils.text import listed
 from . import diffusers_network as networks
 from .description import KEY, read_description
 from .foreign_config import ForeignConfig
@@ -32,6 +34,7 @@ C = TypeVar("C", bound=Config)
 
 INDEX, CONFIG, SCHEDULER_CONFIG = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one that is there
+_ANY_WEIGHTS = re.compile(r"diffusion_pytorch_model[.-].*(safetensors|bin)")  # also shards, and variants such as fp16
 UNET, SCHEDULER = "unet", "scheduler"  # folders in a pipeline's; older pipelines have all files in one
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
@@ -43,7 +46,7 @@ _MAX_CONFIG_BYTES = 2**24
 def is_folder(folder: str) -> bool:
     """Whether a folder is one of diffusers."""
     names = files.list_dir(folder)
-    return INDEX in names or (CONFIG in names and any(name in names for name in WEIGHTS))
+    return INDEX in names or (CONFIG in names and any(map(_ANY_WEIGHTS.fullmatch, names)))
 
 
 def find_weights(folder: str) -> str:
@@ -56,6 +59,12 @@ def find_weights(folder: str) -> str:
             folder = files.join(folder, UNET)
             names = files.list_dir(folder)
     found = next((name for name in WEIGHTS if name in names), None)
+    others = list(filter(_ANY_WEIGHTS.fullmatch, names))
+    if found is None and others:
+        raise UserError(
+            f"{folder} has its weights in {listed(others, 10)}, shards or a variant, and no {WEIGHTS[0]}: load it in "
+            "diffusers, and write it by save_pretrained without max_shard_size and variant"
+        )
     if found is None:
         raise UserError(f"{folder} has no {WEIGHTS[0]}, which holds the weights: copy or download it again")
     return files.join(folder, found)

@@ -43,6 +43,16 @@ def step_of(path: str) -> int | None:
 # Writing
 
 
+def require_free(out: str, source: str) -> None:
+    """Raise UserError where a file to write is the one that was read, or one of a run's checkpoints."""
+    if files.same(source, out):
+        raise UserError(f"--out {out} is the file to read: name another one")
+    step, folder = step_of(out), files.folder_of(out)
+    manifest = None if step is None else read_manifest(folder, step)
+    if manifest and out.replace("\\", "/").rpartition("/")[2] in manifest["files"]:
+        raise UserError(f"--out {out} belongs to the checkpoints of the run in {folder}: choose another --out")
+
+
 def write_set(directory: str, step: int, done: int, parts: Iterable[tuple[str, Any]]) -> None:
     """Write a set and then its manifest, with one part at a time in memory. Raises UserError; old sets are unchanged.
 

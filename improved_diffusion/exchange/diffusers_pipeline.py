@@ -12,6 +12,7 @@ from ..checkpoints import safetensors_file
 from ..checkpoints.loading import LoadedModel
 from ..config import UserError
 from ..config.exchange import ExportConfig
+from ..logs import logger
 from ..models.build import build_model
 from ..utils import files
 
@@ -23,13 +24,15 @@ def write(loaded: LoadedModel, options: ExportConfig) -> list[str]:
         raise UserError(f"{loaded.path} is a super-resolution model: diffusers has no pipeline for such a network")
     if options.drop_variance and not settings.diffusion.learn_sigma:
         raise UserError(f"--drop_variance: {loaded.path} has no learned variance")
-    _check_folder(options.out)
+    _check_folder(options.out, loaded.path)
     state_dict, description = loaded.model.state_dict(), loaded.description()
     if options.drop_variance:
         settings = settings.replace(learn_sigma=False)
         description = {**description, "config": {**description["config"], "learn_sigma": False}}
         state_dict = {name: _mean(name, tensor) for name, tensor in state_dict.items()}
     pipeline = _pipeline(settings, state_dict, ddim=options.drop_variance)
+    if files.exists(files.join(options.out, folders.INDEX)):
+        logger.warn(f"{options.out}: replaces the pipeline that was there")
     _save(pipeline, options.out, description)
     return _lost(settings, options.drop_variance)
 
@@ -69,8 +72,8 @@ def _package() -> Any:
     return diffusers
 
 
-def _check_folder(folder: str) -> None:
-    """Raise UserError for a place where a pipeline would be mixed with other files."""
+def _check_folder(folder: str, source: str) -> None:
+    """Raise UserError for the pipeline that was read, and where one would be mixed with other files."""
     if files.is_url(folder):
         raise UserError(f"--out {folder}: diffusers loads local folders: give one, and upload it")
     if not files.exists(folder):
@@ -79,6 +82,8 @@ def _check_folder(folder: str) -> None:
         raise UserError(f"--out {folder} is a file: name a folder for the pipeline")
     names = files.list_dir(folder)
     unet = files.join(folder, folders.UNET)
+    if folders.is_weights(source) and any(files.same(files.folder_of(source), each) for each in (folder, unet)):
+        raise UserError(f"--out {folder} is the pipeline to read: name a new folder")
     inside = files.list_dir(unet) if folders.UNET in names else []
     other = [name for name in inside if name not in (folders.CONFIG, folders.WEIGHTS[0])]
     if other or (names and folders.INDEX not in names):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from ..checkpoints import sets
 from ..checkpoints.loading import LoadedModel
 from ..config.exchange import ExportConfig
 from ..logs import logger
@@ -25,7 +26,11 @@ _MODULES = {
 
 
 def export(loaded: LoadedModel, options: ExportConfig) -> None:
-    """Write a model in another program's format, and log what is not in it."""
+    """Write a model in another program's format, and log what is not in it.
+
+    Raises UserError where the file to write is the model's own, or one of a run's checkpoints.
+    """
+    sets.require_free(options.out, loaded.path)
     write: Callable[[LoadedModel, ExportConfig], list[str]]
     write = import_module(f".{_MODULES[options.to]}", __package__).write
     lost = write(loaded, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..checkpoints import checkpoint, sets
+from ..checkpoints import checkpoint, diffusers_folder, sets
 from ..config import TrainConfig, UserError
 from ..logs import logger
 from ..utils import files
@@ -43,12 +43,14 @@ def folder_of_run(config: TrainConfig) -> str:
     if path in ("", "auto") or files.is_url(path) or {"OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"} & os.environ.keys():
         return ""
     folder = path if files.is_dir(path) else files.folder_of(path)
-    return folder if files.exists(files.join(folder, sets.CONFIG_FILE)) else ""
+    is_run = files.exists(files.join(folder, sets.CONFIG_FILE)) and not diffusers_folder.is_folder(folder)
+    return folder if is_run else ""
 
 
 def _find_named(wanted: str, labels: _WantedLabels) -> str:
     """--resume PATH: a folder, or one of the files of a complete set."""
     if files.is_dir(wanted):
+        _refuse_pipeline("--resume", wanted)
         newest = _newest(wanted, labels)
         if not newest:
             raise UserError(
@@ -73,6 +75,7 @@ def _find_published(wanted: str) -> str:
     if not files.exists(wanted):
         raise UserError(f"--resume_checkpoint {wanted} does not exist")
     if files.is_dir(wanted):
+        _refuse_pipeline("--resume_checkpoint", wanted)
         raise UserError(f"--resume_checkpoint {wanted} is a folder: --resume {wanted} takes its newest checkpoint")
     step, folder = sets.step_of(wanted), files.folder_of(wanted)
     problem = None if step is None else sets.problem_of(folder, step)
@@ -87,6 +90,14 @@ def _find_published(wanted: str) -> str:
             "--init_checkpoint to start at step 0 from these weights"
         )
     return wanted
+
+
+def _refuse_pipeline(flag: str, folder: str) -> None:
+    if diffusers_folder.is_folder(folder):
+        raise UserError(
+            f"{flag} {folder} is a model of diffusers, which holds no training to resume: --init_checkpoint {folder} "
+            "starts at step 0 from its weights"
+        )
 
 
 def _newest(folder: str, labels: _WantedLabels) -> str:

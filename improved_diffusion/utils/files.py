@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from ..config import UserError, repeated, shown
+from . import hub
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -39,6 +40,8 @@ def is_url(path: str | os.PathLike) -> bool:
 
 def _blobfile(path: str | os.PathLike) -> Any:
     """The package that reads and writes URLs. Raises UserError for a URL that it does not know."""
+    if name := hub.name_in_url(str(path)):
+        raise UserError(f"{path} is a page of the Hugging Face Hub: give {name} for the model there")
     if not _KNOWN_URL.match(str(path)):
         raise UserError(
             f"{path} is a URL that cannot be read: give a local path, without any ://, or a URL that begins with "

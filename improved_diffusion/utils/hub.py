@@ -15,6 +15,10 @@ FIRST_SECONDS = 10.0  # without an answer to the first question: the network may
 PREFIX = "hf://"
 LONGEST_NAME = 96  # of a repository, as the Hub has it
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface|hf)\.co/(?P<repo>(?!(?:datasets|spaces)/)[^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?"
+)
 _REVISION = re.compile(r"\w[\w./-]{0,199}", re.ASCII)
 _TOKEN = re.compile(r"[!-~]{1,1000}")  # what an HTTP header can hold
 _FILES = re.compile(r".*\.(pt|pth|ckpt|bin|safetensors|npz|zip|json|onnx|pt2)", re.IGNORECASE)
@@ -44,6 +48,15 @@ def parse_name(text: str) -> HubName | None:
     if at and (not _REVISION.fullmatch(revision) or ".." in revision):
         return None
     return HubName(repo, revision)
+
+
+def name_in_url(url: str) -> HubName | None:
+    """The model whose page, branch or file on the Hub's site a URL is; None for anything else."""
+    match = _PAGE.match(url)
+    if not match:
+        return None
+    revision = match["revision"] or "main"
+    return parse_name(match["repo"] if revision == "main" else f"{match['repo']}@{revision}")
 
 
 def may_be_name(path: str) -> bool:

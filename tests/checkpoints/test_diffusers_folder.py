@@ -270,6 +270,17 @@ def test_a_missing_file_is_named(exported, missing):
         idf.load(folder)
 
 
+@pytest.mark.parametrize("place", ["", "unet"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model-00001-of-00009.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
+)
+def test_shards_and_variants_are_named_with_how_to_join_them(exported, place, name):
+    folder = exported()
+    (folder / WEIGHTS).rename(folder / "unet" / name)
+    with pytest.raises(UserError, match=f"{re.escape(name)}.*save_pretrained"):
+        idf.load(folder / place)
+
+
 def test_damaged_files_are_errors(exported):
     folder = exported()
     index = (folder / "model_index.json").read_text()

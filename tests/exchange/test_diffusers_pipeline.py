@@ -189,9 +189,18 @@ def test_other_files_are_left_alone(load, there, tmp_path):
     assert other.read_text() == "mine"
 
 
-def test_an_export_replaces_an_export(load, tmp_path):
+def test_an_export_replaces_an_export_and_says_so(load, tmp_path, capfd):
     exported(load(), tmp_path / "out")
+    assert "replaces the pipeline" not in "".join(capfd.readouterr())
     assert exported(load(class_cond=True), tmp_path / "out").unet.config.num_class_embeds == 2
+    assert f"{tmp_path / 'out'}: replaces the pipeline" in "".join(capfd.readouterr())
+
+
+def test_the_pipeline_that_is_read_is_not_replaced(load, tmp_path):
+    load().to_diffusers(tmp_path / "out")
+    for read in ("out", "out/unet"):
+        with pytest.raises(UserError, match="pipeline to read"):
+            idf.load(tmp_path / read).to_diffusers(tmp_path / "out", drop_variance=True)
 
 
 def test_the_command_writes_the_same_files_and_says_what_is_lost(load, tmp_path, capfd):

@@ -1,13 +1,15 @@
 """Exporting a model, by the command and in Python."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch as th
 from model_helpers import CLASSES, save_checkpoint, tiny_settings
-from script_helpers import call
+from script_helpers import call, refused
 
 import improved_diffusion as idf
+from improved_diffusion.checkpoints import checkpoint, sets
 from improved_diffusion.config import UserError
 
 
@@ -43,6 +45,36 @@ def test_a_name_of_the_other_format_is_an_error_and_nothing_is_written(model, ou
     with pytest.raises(UserError, match=re.escape(out)):
         model.export(tmp_path / out, to=to)
     assert list(tmp_path.iterdir()) == []
+
+
+def pt_of(model, out):
+    return ["export", "--model_path", model.path, "--to", "pt", "--out", out]
+
+
+def convert_of(model, out):
+    return ["convert", "--model_path", model.path, "--out", out]
+
+
+@pytest.mark.parametrize("words", [pt_of, convert_of])
+def test_the_checkpoints_of_a_run_are_not_overwritten(model, words, tmp_path):
+    names = [checkpoint.model_name(4), checkpoint.ema_name("0.9999", 4), checkpoint.optimizer_name(4)]
+    sets.write_set(str(tmp_path), 4, 4, [(name, {"a": th.ones(1)}) for name in names])
+    for name in names:
+        refused(call(*words(model, tmp_path / name), cwd=tmp_path), name, "checkpoints of the run")
+        with pytest.raises(UserError, match=re.escape(name)):
+            model.save(tmp_path / name)
+    assert sets.problem_of(str(tmp_path), 4) is None
+    call(*words(model, tmp_path / checkpoint.ema_name("0.5", 4)), cwd=tmp_path).succeed()  # of no set
+    assert sets.problem_of(str(tmp_path), 4) is None
+
+
+@pytest.mark.parametrize("words", [pt_of, convert_of])
+def test_the_file_that_is_read_is_not_overwritten(model, words, tmp_path):
+    before = Path(model.path).read_bytes()
+    (tmp_path / "link").symlink_to(Path(model.path).parent)
+    for out in (model.path, tmp_path / "link" / Path(model.path).name):
+        refused(call(*words(model, out), cwd=tmp_path), str(out))
+    assert Path(model.path).read_bytes() == before
 
 
 @pytest.mark.parametrize(("out", "to"), [("", "pt"), ("x", "keras")])

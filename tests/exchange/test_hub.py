@@ -15,7 +15,7 @@ from script_helpers import call, contents, refused, run
 import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint, hub_model, safetensors_file
 from improved_diffusion.config import UserError
-from improved_diffusion.utils.hub import HubName, may_be_name, parse_name
+from improved_diffusion.utils.hub import HubName, may_be_name, name_in_url, parse_name
 
 # The package sends large files in a way that its own client has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -167,6 +167,25 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model, weights):
 )  # fmt: skip
 def test_names(text, name):
     assert parse_name(text) == name
+
+
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [
+        ("", "user/name"), ("/", "user/name"), ("/tree/main", "user/name"), ("/tree/v1.0", "user/name@v1.0"),
+        ("/resolve/main/model.safetensors?download=true", "user/name"), ("/blob/v1.0/model.pt", "user/name@v1.0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("site", ["https://huggingface.co", "https://hf.co", "http://www.huggingface.co"])
+def test_a_page_of_the_hub_is_answered_with_the_name_to_give(hub, site, page, name):
+    url = f"{site}/user/name{page}"
+    fails(lambda: idf.load(url), url, f"give {name} ")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("path", ["", "datasets/user/name", "spaces/user/name", "user", "docs"])
+def test_another_page_of_the_hub_is_no_model(path):
+    assert name_in_url(f"https://huggingface.co/{path}") is None
 
 
 def test_a_path_that_is_misspelt_is_not_asked_for(hub, tmp_path, monkeypatch):

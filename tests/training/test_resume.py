@@ -85,3 +85,17 @@ def test_checkpoints_of_the_published_code_stay_as_they_are(option, name, place)
     with pytest.raises(UserError, match="image_train holds checkpoints of an earlier run"):
         resume(option, os.path.join("one", name), max_steps=3)
     assert contents(place / DEFAULT) == after
+
+
+@pytest.mark.parametrize("option", ["resume", "resume_checkpoint"])
+@pytest.mark.parametrize(
+    "names", [["model_index.json"], ["config.json", "diffusion_pytorch_model.safetensors"]], ids=["pipeline", "network"]
+)
+def test_a_model_of_diffusers_is_a_start_and_nothing_to_resume(option, names, place):
+    folder = place / "theirs"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("{}")
+    with pytest.raises(UserError, match="--init_checkpoint theirs"):
+        resume(option, "theirs")
+    assert sorted(os.listdir(folder)) == sorted(names)
