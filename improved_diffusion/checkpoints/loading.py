@@ -301,8 +301,8 @@ def refuse_contradictions(
             continue
         if value != there:
             raise UserError(
-                f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag, or the "
-                "preset that sets it, out"
+                f"--{name} {value} contradicts {path}, which was trained with --{name} {there}: leave the flag out, "
+                "or the preset that sets it"
             )
 
 
