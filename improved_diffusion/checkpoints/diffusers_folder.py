@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ import torch as th
 
 from .. import distributed
 from ..config import Config, DiffusionConfig, ModelConfig, UserError, shown
+from ..config.messages import naming
 from ..config.model import MAX_DIFFUSION_STEPS
 from ..logs import logger
 from ..models.build import build_diffusion, build_model
@@ -110,22 +110,13 @@ def convert(state_dict: Mapping[str, th.Tensor], path: str) -> dict[str, th.Tens
     if scheduler is None:
         logger.log(f"{path}: there is no {SCHEDULER_CONFIG}, so flags or their defaults give the noise schedule")
     described = _described(getattr(state_dict, "_metadata", {}), path)
-    with _naming(path):
+    with naming(path):
         description = _agreed(described, options, path)
         network = _outline(_group(ModelConfig, description["config"]), options["learn_sigma"])
     table_of_names = networks.rows(network, networks.sines_first(config.values))
     converted: Any = OrderedDict(networks.to_ours(tensors, network, table_of_names, path))
     converted._metadata = {KEY: {"json": json.dumps(description)}}
     return converted
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Name the file in errors about options that come from it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _group(kind: type[C], options: Mapping[str, Any]) -> C:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +25,7 @@ from ..config import (
     fixed_names,
     height_width,
 )
+from ..config.messages import naming
 from ..config.presets import presets_like
 from ..config.settings import ImageModel, Settings, SuperResModel
 from ..logs import logger
@@ -84,7 +84,7 @@ def load_model(
     """
     path, state_dict, metadata = found or read(path)
     settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
-    with _naming(path):
+    with naming(path):
         model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
     if warn:
@@ -196,7 +196,7 @@ def take_options(
         for name in (MODEL_OPTIONS if names is None else names)
         if name in stored and name in known and (name in fixed or name not in given)
     }
-    with _naming(path):
+    with naming(path):
         settings = settings.replace(**taken)
     model, learn_sigma = settings.model, settings.values().get("learn_sigma", False)  # type: ignore[attr-defined]
     _check_network(model, learn_sigma, path, state_dict, metadata.get("class_names"))
@@ -206,7 +206,7 @@ def take_options(
 def _validated(settings: Settings, path: str, stored: Mapping[str, Any]) -> dict[str, Any]:
     """What a description says, in which the options of the model have passed the checks of flags."""
     names = stored.keys() & settings.options().keys() & set(MODEL_OPTIONS)
-    with _naming(path):
+    with naming(path):
         values = settings.replace(**{name: stored[name] for name in names}).values()
     return {**stored, **{name: values[name] for name in names}}
 
@@ -218,21 +218,12 @@ def _check_network(
 
     :param names: of the classes.
     """
-    with _naming(path), th.device("meta"):
+    with naming(path), th.device("meta"):
         is_classifier = isinstance(model, ClassifierConfig)
         network = build_classifier(model) if is_classifier else build_model(model, learn_sigma)  # type: ignore[arg-type]
     checkpoint.check_fits(network, state_dict, path)
     if names and len(names) > (model.num_classes or NUM_CLASSES):
         raise UserError(f"{path} names {len(names)} classes, more than its num_classes {model.num_classes}")
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Name the file in errors about options that come from it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def stored_options(
@@ -438,7 +429,7 @@ def load_classifier(
         logger.log(f"{path} has no description. From its shapes: {_shown(stored)}; attention heads of 64 channels")
     if like is not None:
         refuse_contradictions(vars(like), given, path, stored, _names(EncoderConfig) - {"classifier_use_fp16"})
-    with _naming(path):
+    with naming(path):
         config = ClassifierConfig(**{name: stored[name] for name in _names(ClassifierConfig) & stored.keys()})
         process = ProcessConfig(**{name: stored[name] for name in _names(ProcessConfig) & stored.keys()})
     state_dict = _with_adm_names(state_dict)

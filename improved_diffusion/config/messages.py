@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 FEW_NAMES = 20  # are all listed where one is misspelt
@@ -82,3 +83,12 @@ class _Short(reprlib.Repr):
 
 _SHORT = _Short()
 _SHORT.maxother, _SHORT.maxlevel = LONGEST_SHOWN, 3
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Name the file in errors about options that come from it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None

@@ -107,6 +107,7 @@ def load_tensors(f: IO[bytes], name: str) -> tuple[Any, str]:
                 raise Unsuitable("it is of a torch before 1.6, with objects of other programs: save it anew with that")
             _check_plain(f, size)
         left_out = torch_pickles.listed(name for name in foreign if name != torch_pickles.OTHER)
+        # stand_ins takes the place of pickle, and imports and calls nothing that the file names.
         content = th.load(_as_checked(f), map_location="cpu", weights_only=False, pickle_module=stand_ins)
         return _Contents(MAX_SHARED * size + 2**16).own(stand_ins.tensors_of(content) or {}, ""), left_out
 
