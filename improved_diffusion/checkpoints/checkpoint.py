@@ -57,7 +57,7 @@ def save(obj: Any, path: str) -> None:
 
 
 def load(
-    path: str, *, network: str = "", names: Collection[str] = (), trust: bool = False
+    path: str, *, network: str = "", names: Collection[str] = (), classifier: bool = False, trust: bool = False
 ) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
     """(state dict on the CPU, its description, {} for a foreign file) of a .pt or .safetensors file. Collective.
 
@@ -65,11 +65,12 @@ def load(
     file is executed.
     :param network: which of several networks in the file; an average unless given.
     :param names: of the tensors of the model that the file is for: one with just these is not searched for a network.
+    :param classifier: of several networks, prefer a classifier to a U-Net.
     :param trust: leave out objects that are not plain, which are an error otherwise.
     Raises UserError for a missing, damaged or unsafe file, for other contents, for a description that
     no run writes, and for weights that are not finite numbers.
     """
-    state_dict, note = unwrap(_read(path, trust), path, network, names)
+    state_dict, note = unwrap(_read(path, trust), path, network, names, classifier)
     if note:
         logger.log(note)
     if diffusers_folder.is_weights(path):

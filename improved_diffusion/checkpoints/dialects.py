@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch as th
 
 from ..config import UserError, unknown_name
+from ..models.architecture import is_encoder
 
 # Where programs keep the weights in a wrapper.
 _WRAPPED = (
@@ -40,22 +41,29 @@ class Network:
     beside: Iterable[str]
 
 
-def unwrap(content: Any, path: str, network: str = "", names: Collection[str] = ()) -> tuple[dict[str, th.Tensor], str]:
+def unwrap(
+    content: Any, path: str, network: str = "", names: Collection[str] = (), classifier: bool = False
+) -> tuple[dict[str, th.Tensor], str]:
     """(the state dict in what a checkpoint file holds, a line on what was done to find it or "").
 
-    :param network: where it is, of several; a moving average unless given.
+    :param network: where it is, of several, or the key of a wrapper; a moving average unless given.
     :param names: of the tensors of the model that it is for, where that is known: content with them is its state dict.
+    :param classifier: prefer a classifier to a U-Net.
     Raises UserError, naming what the file holds, where there is none, and for a network of latents.
     """
     if names and isinstance(content, dict) and content.keys() == set(names):
         return content, ""
-    found = networks(content)
+    found = networks(content, network, classifier)
     if not found:
-        raise UserError(f"{path} is not a model's state dict: {_shown(content)}; give a modelNNNNNN.pt or an ema_*.pt")
+        remedy = "give a modelNNNNNN.pt or an ema_*.pt"
+        if isinstance(content, Mapping) and any(isinstance(value, Mapping) for value in content.values()):
+            remedy += ", or write the weights under one of its keys to a file: improved-diffusion convert --network KEY"
+        raise UserError(f"{path} is not a model's state dict: {_shown(content)}; {remedy}")
     by_name = {each.where: each for each in found}
-    if network and network not in by_name:
+    inside = [each for each in found if each.where.startswith(f"{network}/")]
+    if network and network not in by_name and not inside:
         raise unknown_name(f"network in {path}", network, by_name)
-    chosen = by_name[network] if network else found[0]
+    chosen = by_name.get(network, (inside or found)[0]) if network else found[0]
     if any(re.search(_LATENTS, name) for name in chosen.beside):
         refuse_foreign(chosen.beside, path)
     others = [where for where in by_name if where != chosen.where]
@@ -64,17 +72,27 @@ def unwrap(content: Any, path: str, network: str = "", names: Collection[str] = 
     if others:
         note = note or f"{path}: read the weights"
         note += f"; it also holds {_listed(others)}: improved-diffusion convert --network writes another one to a file"
+    unread = [where for where, _, _ in _nameless_averages(content, (), network) if where not in by_name]
+    if unread:
+        note = note or f"{path}: read the weights"
+        note += f"; it also holds an average as a list without names, which cannot be read: {_listed(unread)}"
     return chosen.state_dict, note
 
 
-def networks(content: Any) -> list[Network]:
-    """Every network in what a checkpoint file holds, the one to prefer first: one of ours, a moving average."""
-    found = list(_search(content, ()))
+def networks(content: Any, wanted: str = "", classifier: bool = False) -> list[Network]:
+    """Every network in what a checkpoint file holds, the one to prefer first: of ours, of its kind, a moving average.
+
+    :param wanted: keys to search beside those of known wrappers, with "/" between them.
+    :param classifier: prefer classifiers to U-Nets.
+    """
+    found = list(_search(content, (), wanted))
     ours = [network for network in found if is_ours(network.state_dict)] or found
-    return sorted(ours, key=lambda network: network.rank)
+    for where, tensors, rank in _nameless_averages(content, (), wanted):
+        ours += [_named(where, tensors, rank, of) for of in ours if of.rank == 1 and _are_alike(tensors, of)][:1]
+    return sorted(ours, key=lambda network: (is_encoder(network.state_dict) != classifier, network.rank))
 
 
-def _search(content: Any, keys: tuple[str, ...]) -> Iterator[Network]:
+def _search(content: Any, keys: tuple[str, ...], wanted: str) -> Iterator[Network]:
     """The networks under the keys of wrappers, in the order of the wrappers and the lengths of their prefixes."""
     if not isinstance(content, Mapping) or len(keys) > _DEEPEST:
         return
@@ -90,9 +108,43 @@ def _search(content: Any, keys: tuple[str, ...]) -> Iterator[Network]:
         is_average = _AVERAGE.search(where.lower()) and "online" not in where
         rank = (0 if _has_begun(tensors, prefix) else 2) if is_average else 1
         yield Network(where, state_dict, rank, tensors)
-    averages = [key for key in content if isinstance(key, str) and _AVERAGE.search(key.lower())]
-    for key in dict.fromkeys([*averages, *_WRAPPED]):
-        yield from _search(content.get(key), (*keys, key))
+    for inner in _wrappers(content, keys, wanted):
+        yield from _search(content[inner[-1]], inner, wanted)
+
+
+def _wrappers(content: Mapping[Any, Any], keys: tuple[str, ...], wanted: str) -> list[tuple[str, ...]]:
+    """The keys of what may hold networks: averages, known wrappers, and what leads to the wanted one."""
+    names = [key for key in content if isinstance(key, str)]
+    averages = [key for key in names if _AVERAGE.search(key.lower())]
+    leading = [key for key in names if f"{wanted}/".startswith("/".join((*keys, key)) + "/")]
+    return [(*keys, key) for key in dict.fromkeys([*averages, *_WRAPPED, *leading]) if key in content]
+
+
+def _nameless_averages(
+    content: Any, keys: tuple[str, ...], wanted: str
+) -> Iterator[tuple[str, Sequence[th.Tensor], int]]:
+    """(keys, tensors, rank) of averages that are lists in the order of the parameters, such as torch_ema's."""
+    if not isinstance(content, Mapping) or len(keys) > _DEEPEST:
+        return
+    for inner in _wrappers(content, keys, wanted):
+        value, where = content[inner[-1]], "/".join(inner)
+        if not isinstance(value, (list, tuple)):
+            yield from _nameless_averages(value, inner, wanted)
+        elif value and all(isinstance(item, th.Tensor) for item in value) and _AVERAGE.search(where.lower()):
+            updates = content.get("num_updates")
+            yield where, value, 2 if isinstance(updates, int) and updates == 0 else 0
+
+
+def _are_alike(tensors: Sequence[th.Tensor], network: Network) -> bool:
+    return [tensor.shape for tensor in tensors] == [tensor.shape for tensor in network.state_dict.values()]
+
+
+def _named(where: str, tensors: Sequence[th.Tensor], rank: int, network: Network) -> Network:
+    """A nameless average, with the names and the description of the network that it is of."""
+    state_dict = OrderedDict(zip(network.state_dict, tensors, strict=True))
+    if hasattr(network.state_dict, "_metadata"):
+        state_dict._metadata = network.state_dict._metadata  # type: ignore[attr-defined]
+    return Network(where, state_dict, rank, network.beside)
 
 
 def _by_prefix(tensors: Mapping[str, th.Tensor]) -> dict[str, OrderedDict[str, th.Tensor]]:

@@ -92,9 +92,10 @@ def load_model(
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
 
 
-def read(path: str, flag: str = "--model_path") -> Found:
+def read(path: str, flag: str = "--model_path", classifier: bool = False) -> Found:
     """(file, state dict, description) of a checkpoint; of a folder, the newest moving average in it. Collective.
 
+    :param classifier: of several networks in a file, prefer a classifier to a U-Net.
     Raises UserError where there is none, for a file that is not a checkpoint, and for another program's network.
     """
     if not path:
@@ -102,7 +103,7 @@ def read(path: str, flag: str = "--model_path") -> Found:
     found = distributed.from_rank0(find_file, path, None, flag)
     if found != path:
         logger.log(f"{flag} {path}: loading {found}")
-    state_dict, metadata = checkpoint.load(found)
+    state_dict, metadata = checkpoint.load(found, classifier=classifier)
     if not metadata:
         refuse_foreign(state_dict, found)
     return found, state_dict, metadata
@@ -415,7 +416,7 @@ def load_classifier(
     :param size: of the images to classify, for a file without a description that does not show it.
     Raises UserError for a file that is not a classifier's, and for options that contradict it.
     """
-    path, state_dict, metadata = read(path, "--classifier_path")
+    path, state_dict, metadata = read(path, "--classifier_path", classifier=True)
     stored = metadata.get("config", {})
     if stored and kind_of(stored) != "classifier":
         raise UserError(f"{path} is {KINDS[kind_of(stored)][0]}, not a classifier: classifier-train makes one")

@@ -134,7 +134,8 @@ def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tupl
     if preset == AUTO and not resumed:
         settings = take_recipe(settings, given, source)
     if not resumed and settings.train.init_checkpoint:
-        path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint")
+        of_classifier = isinstance(settings, ClassifierTraining)
+        path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint", of_classifier)
         settings = take_network(settings.replace(init_checkpoint=path), given, path, state_dict, metadata)
     settings = settings.replace(**_continued(settings, resumed))
     model = with_levels(settings.model, given, new=not (resumed or settings.train.init_checkpoint))
@@ -265,7 +266,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:
-        state_dict, other = checkpoint.load(train.init_checkpoint)
+        state_dict, other = checkpoint.load(train.init_checkpoint, classifier=isinstance(settings, ClassifierTraining))
         load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
     settings = settings.replace(precision=precision, use_fp16=False)

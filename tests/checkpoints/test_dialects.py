@@ -122,6 +122,13 @@ SEVERAL = {
     "an average beside what it is of": (
         {**prefixed("", 9), **prefixed("ema.")}, ["ema.", ""], "ema.",
     ),
+    "an average of all parameters in a list": (
+        {"ema": {"decay": 0.9, "num_updates": 3, "shadow_params": [*WEIGHTS.values()]}, "model": prefixed("", 9)},
+        ["ema/shadow_params", "model"], "ema/shadow_params",
+    ),
+    "a list as the average": (
+        {"net": prefixed("module.", 9), "ema": [*WEIGHTS.values()]}, ["ema", "net/module."], "ema",
+    ),
     "an average under one more key": (
         {"model": prefixed("", 9), "ema": {"shadow": dict(WEIGHTS), "decay": 0.9}}, ["ema/shadow", "model"],
         "ema/shadow",
@@ -160,11 +167,45 @@ def test_each_network_can_be_had_by_its_name(content, expected, first):
         {**lucidrains(), "ema": {**lucidrains(initted=False)["ema"], **prefixed("ema_model.model.", 20)}},
         {"state_dict": {**prefixed("model.", 9), **prefixed("ema.module."), "ema.n_averaged": th.tensor(0)}},
         {"state_dict": {**lit_ema()["state_dict"], "model_ema.num_updates": th.tensor(0)}},
+        {"model": prefixed("", 9), "ema": {"num_updates": 0, "shadow_params": [*WEIGHTS.values()]}},
     ],
-    ids=["ema-pytorch", "AveragedModel", "LitEma"],
+    ids=["ema-pytorch", "AveragedModel", "LitEma", "torch_ema"],
 )
 def test_an_average_that_has_not_begun_does_not_come_first(content):
     assert all(th.equal(tensor, WEIGHTS[name] + 9) for name, tensor in unwrap(content, "x")[0].items())
+
+
+@pytest.mark.parametrize("ema", [[th.ones(1)], {"decay": 0.9, "shadow_params": [th.ones(2), th.ones(2)]}])
+def test_an_average_that_cannot_be_read_is_said(ema):
+    state_dict, note = unwrap({"model": WEIGHTS, "ema": ema}, "x")
+    assert state_dict.keys() == WEIGHTS.keys() and "'ema" in note and "cannot be read" in note
+    assert "cannot be read" not in unwrap({"model": WEIGHTS, "ema": [*WEIGHTS.values()]}, "x")[1]
+
+
+def test_an_average_in_a_list_has_the_description_of_its_network():
+    described = checkpoint.describe(WEIGHTS, {"step": 7})
+    assert unwrap({"model": described, "ema": [*WEIGHTS.values()]}, "x")[0]._metadata == described._metadata
+
+
+@pytest.mark.parametrize("unet, encoder", [("model.", "zclf."), ("long.model.", "c."), ("model.", "ema_clf.")])
+def test_of_a_unet_and_a_classifier_the_one_that_is_needed_comes_first(unet, encoder):
+    ours = {**prefixed(unet, 9), f"{unet}output_blocks.0.0.weight": th.ones(1)}
+    content = {"state_dict": {**ours, **prefixed(encoder)}}
+    assert "output_blocks.0.0.weight" in unwrap(content, "x")[0]
+    assert unwrap(content, "x", classifier=True)[0].keys() == WEIGHTS.keys()
+    assert unwrap(content, "x", f"state_dict/{encoder}")[0].keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize("network", ["generator", "a/b", "a"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_network_under_any_key_can_be_had_by_it(network, prefix):
+    content = {"generator": prefixed(prefix), "a": {"b": prefixed(prefix), "model": None}, "lr": 1e-4, 3: {}}
+    if network == "a":
+        content["a"] = prefixed(prefix)
+    state_dict, _ = unwrap(content, "x", network)
+    assert state_dict.keys() == WEIGHTS.keys()
+    with pytest.raises(UserError, match=r"generator.*convert --network KEY"):
+        unwrap(content, "x")
 
 
 # Networks that are not ours
