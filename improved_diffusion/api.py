@@ -54,7 +54,7 @@ from .editing.masks import as_masks
 from .editing.model import EditingModel
 from .editing.variations import Vary
 from .evaluation import evaluator
-from .evaluation.likelihood import BoundEvaluation
+from .evaluation.likelihood import BoundEvaluation, network_of
 from .evaluation.report import Report
 from .exchange import formats
 from .exchange.card import Card, make_card
@@ -191,13 +191,14 @@ class Model:
             self._loaded,
             settings=settings,
             given=frozenset(options),
-            model=self._network(settings.sampler) if "sampler" in settings.groups() else self.network,
+            model=self._network(settings.values()),
             diffusion=build_diffusion(settings.diffusion),
         )
 
-    def _network(self, sampler: Any) -> th.nn.Module:
+    def _network(self, options: Mapping[str, Any]) -> th.nn.Module:
         """The network to prepare for these options: other precisions and layouts get a copy of their own."""
-        key = ("fp16" if sampler.use_fp16 else sampler.precision, sampler.channels_last, sampler.compile)
+        precision = "fp16" if options.get("use_fp16") else options.get("precision", "fp32")
+        key = (precision, options.get("channels_last", False), options.get("compile", False))
         if key == ("fp32", False, False):
             return self.network
         if key not in self._prepared:
@@ -357,7 +358,7 @@ class Model:
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: bits_per_dim is for image models")
         loaded = self._with(Likelihood, {"data_dir": data_dir, **options})
-        return BoundEvaluation.of(loaded).run(loaded.model.to(distributed.dev()))
+        return BoundEvaluation.of(loaded).run(network_of(loaded))
 
     # Files
 

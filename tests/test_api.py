@@ -356,6 +356,14 @@ def test_the_bound_is_the_commands(model, photos, tmp_path):
     assert bound.mean == pytest.approx(command.mean(), rel=1e-6)
 
 
+def test_the_bound_in_float16_is_nearly_the_same_and_leaves_the_model_as_it_is(model, photos):
+    options = dict(num_samples=4, batch_size=4, timestep_respacing="4")
+    full = model.bits_per_dim(photos, **options)
+    half = model.bits_per_dim(photos, use_fp16=True, **options)
+    assert half.mean != full.mean and half.mean == pytest.approx(full.mean, rel=0.05)
+    assert {p.dtype for p in model.network.parameters()} == {th.float32}
+
+
 def test_evaluating_arrays_gives_the_numbers_as_attributes(tmp_path):
     program = write_script(tmp_path / "features.pt")
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from ..config import UserError, path_argument, repeated, shown, str2bool, unknow
 from ..config.presets import PRESETS, options_for, until_chosen
 from ..config.recipes import AUTO, RECIPES
 from ..config.settings import Settings, commands_with, merge_options
+from ..logs import logger
 from ..utils import files
 from ..utils.terminal import show
 
@@ -77,6 +78,9 @@ def parse(
             raise _unknown_option("flag", flag, flag.removeprefix("--"), (*known, "preset", "config"))
         raise _stray_word(word, argv, known, first)
     values = vars(flags)
+    for name in kind.unused.keys() & values.keys():
+        del values[name]
+        logger.log(f"--{name} changes nothing here: {kind.unused[name]}")
     preset, config = values.pop("preset", None), values.pop("config", None)
     sources = [
         options_for(preset, kind) if preset else {},
@@ -113,6 +117,10 @@ def _build_parser(kind: type[Settings], program: str, description: str, first: S
         for f in (f for f in fields(group) if f.name not in added):
             added.add(f.name)
             _add_option(section, f, hidden=bool(first) and f.name not in first)
+    if kind.unused:
+        section = parser.add_argument_group("Accepted, and not used")
+        for name, reason in kind.unused.items():
+            section.add_argument(f"--{name}", nargs="?", metavar="VALUE", help=argparse.SUPPRESS if first else reason)
     return parser
 
 

@@ -180,6 +180,7 @@ class NLLConfig(Config):
     num_samples: int = option(1000, "images to evaluate; no more than there are", low=1, high=MOST_SAMPLES)
     batch_size: int = option(1, "images per batch on each rank", low=1)
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1]")
+    use_fp16: bool = extra(False, "the model computes in float16")
     nll_timesteps: int = extra(
         0,
         "estimate each image's bound from this many random timesteps, at least 2; 0: evaluate all timesteps",

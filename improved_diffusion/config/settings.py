@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from .base import Config
 from .editing import (
@@ -38,7 +38,15 @@ from .sampling import (
     SampleConfig,
     SamplerConfig,
 )
-from .training import DataConfig, PosthocConfig, ProgressConfig, SourceConfig, TrainConfig, WatchConfig
+from .training import (
+    ClassifierTrainConfig,
+    DataConfig,
+    PosthocConfig,
+    ProgressConfig,
+    SourceConfig,
+    TrainConfig,
+    WatchConfig,
+)
 from .values import path_of, paths_of
 
 S = TypeVar("S", bound="Settings")
@@ -47,6 +55,9 @@ S = TypeVar("S", bound="Settings")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The groups of options of one command: each field is a Config. Never changed: `replace` gives a new object."""
+
+    # Flags in guided-diffusion's command lines that are accepted and change nothing, each with the reason.
+    unused: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def groups(cls) -> dict[str, type[Config]]:
@@ -161,9 +172,11 @@ class SuperResTraining(Settings):
 class ClassifierTraining(Settings):
     """Training a classifier of noisy images."""
 
+    unused = dict.fromkeys(("learn_sigma", "predict_xstart", "rescale_learned_sigmas", "timestep_respacing", "use_kl"), "a classifier predicts no noise and draws no images")  # fmt: skip
+
     data: DataConfig
     reading: ReadingConfig
-    train: TrainConfig
+    train: ClassifierTrainConfig
     watch: ProgressConfig
     guided: GuidedModelConfig
     model: ClassifierConfig
@@ -184,6 +197,8 @@ class PosthocEMA(Settings):
 @dataclass(frozen=True, kw_only=True)
 class Exporting(Settings):
     """Writing a model of any kind in another program's format."""
+
+    unused = {"use_fp16": "weights are written in float32"}
 
     export: ExportConfig
     model: ModelConfig

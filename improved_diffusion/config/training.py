@@ -144,6 +144,17 @@ class TrainConfig(Config):
             raise UserError(f"--lr_schedule {self.lr_schedule} needs an end: give --max_steps or --lr_anneal_steps")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTrainConfig(TrainConfig):
+    """Training."""
+
+    noised: bool = extra(True, "train on noisy images, as a classifier that guides needs; only True is supported")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(self.noised, "noised", "is not supported: classifiers train on noisy images, leave the flag out")
+
+
 TRACKERS = ("tensorboard", "wandb")
 
 

@@ -19,6 +19,7 @@ from ..data.dataset import ImageDataset, selection
 from ..data.sources import open_images
 from ..logs import logger
 from ..logs.progress import Progress
+from ..sampling.guided import to_device
 from ..sampling.noise import SeededNoise, image_generator
 from ..sampling.request import samples_name
 from ..utils import files, images
@@ -109,6 +110,11 @@ class BoundEvaluation:
         return {key: value.cpu().numpy() for key, value in terms.items()} | drawn
 
 
+def network_of(loaded: LoadedModel[Likelihood]) -> th.nn.Module:
+    """The model's network on the device, in the number format of the options."""
+    return to_device(loaded.model, "fp16" if loaded.settings.nll.use_fp16 else "fp32")
+
+
 def open_dataset(loaded: LoadedModel[Likelihood]) -> ImageDataset:
     """The images of --data_dir as the model takes them, with their classes where it has classes.
 
@@ -177,6 +183,7 @@ def describe_result(result: BoundSummary, loaded: LoadedModel[Likelihood]) -> di
         "diffusion_steps": settings.diffusion.diffusion_steps,
         "timestep_respacing": settings.diffusion.timestep_respacing,
         "clip_denoised": settings.nll.clip_denoised,
+        "use_fp16": settings.nll.use_fp16,
         "seed": settings.run.seed,
         "data_dir": files.full_path(settings.source.data_dir),
         "model_path": files.full_path(loaded.path),

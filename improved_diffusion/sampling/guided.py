@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from dataclasses import replace
@@ -33,10 +34,7 @@ def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "
 
     :param precision: instead of the options'.
     """
-    model.to(distributed.dev())
-    precision = precision or ("fp16" if config.use_fp16 else config.precision)
-    if precision != "fp32":
-        getattr(model, f"convert_to_{precision}")()
+    to_device(model, precision or ("fp16" if config.use_fp16 else config.precision))
     if config.channels_last:
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
     if config.compile:
@@ -44,6 +42,24 @@ def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "
             raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave out --compile")
         model.compile()
     return model
+
+
+def to_device(model: th.nn.Module, precision: str) -> th.nn.Module:
+    """The model on the device, its blocks in this number format."""
+    model.to(distributed.dev())
+    if precision == "fp16" and distributed.dev().type == "cpu":
+        _warn_of_slow_float16()
+    if precision != "fp32":
+        getattr(model, f"convert_to_{precision}")()
+    return model
+
+
+@functools.cache  # once in a process
+def _warn_of_slow_float16() -> None:
+    logger.warn(
+        "float16 is slow on CPUs, up to 30 times slower than float32: without the flag that asks for it (--use_fp16, "
+        "--classifier_use_fp16, --precision fp16) the results are the same to rounding"
+    )
 
 
 def guide(

@@ -5,6 +5,7 @@ from helpers import settings_of
 
 from improved_diffusion.cli.parsing import parse
 from improved_diffusion.config import UserError
+from improved_diffusion.logs import logger
 
 SAMPLE = "--batch_size 4 --num_samples 100 --timestep_respacing 250"
 ADM = (
@@ -80,6 +81,36 @@ def test_classifier_train():
         classifier_resblock_updown=True,
     )  # fmt: skip
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value"),
+    [
+        ("classifier_train", "learn_sigma", "True"),
+        ("classifier_train", "timestep_respacing", "250"),
+        ("classifier_train", "use_kl", "False"),
+        ("classifier_train", "predict_xstart", "False"),
+        ("classifier_train", "rescale_learned_sigmas", "False"),
+        ("export", "use_fp16", "True"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_accepted_and_the_log_says_so(script, name, value, capsys):
+    command = settings_of(script)
+    logger.reset()
+    assert parse(command, [f"--{name}", value]) == parse(command, [])
+    assert f"--{name}" in capsys.readouterr().out
+    logger.reset()
+
+
+def test_classifiers_train_on_noisy_images_alone():
+    assert parsed("classifier_train", "--noised True").settings == parsed("classifier_train", "").settings
+    with pytest.raises(UserError, match="--noised False"):
+        parsed("classifier_train", "--noised False")
+
+
+def test_image_nll():
+    line = f"{ADM} --image_size 64 --noise_schedule cosine --num_channels 192 --num_heads 4 --model_path m.pt"
+    assert parsed("image_nll", line).settings.nll.use_fp16
 
 
 def test_a_published_name_sets_the_option_of_ours():

@@ -17,6 +17,7 @@ from improved_diffusion.config.sampling import SAMPLERS
 from improved_diffusion.config.settings import ImageModel, ImageSampling
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.sampling import guided
 from improved_diffusion.sampling.noise import SeededNoise
 from improved_diffusion.sampling.sampler import build_sampler
 from improved_diffusion.sampling.solvers import RULES, DPMSolverPP, Heun, sample_loop
@@ -242,6 +243,13 @@ def test_a_network_in_16_bits_draws_nearly_the_same(precision, model, tmp_path):
     full, _, _ = sample(model, tmp_path / "full", *flags)
     half, _, _ = sample(model, tmp_path / "half", *flags, "--precision", precision, "--channels_last")
     assert (full != half).any() and np.abs(full.astype(int) - half).mean() < 8
+
+
+def test_float16_on_a_cpu_is_warned_of_once(model, tmp_path):
+    guided._warn_of_slow_float16.cache_clear()
+    flags = ["--sampler", "dpmpp_2m", "--steps", "2"]
+    said = [sample(model, tmp_path / str(i), *flags, "--use_fp16", "True")[2].count("slow on CPU") for i in range(2)]
+    assert said == [1, 0]
 
 
 # What a folder of samples was made from
