@@ -172,7 +172,10 @@ class SuperResTraining(Settings):
 class ClassifierTraining(Settings):
     """Training a classifier of noisy images."""
 
-    unused = dict.fromkeys(("learn_sigma", "predict_xstart", "rescale_learned_sigmas", "timestep_respacing", "use_kl"), "a classifier predicts no noise and draws no images")  # fmt: skip
+    unused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("learn_sigma", "predict_xstart", "rescale_learned_sigmas", "timestep_respacing", "use_kl"),
+        "a classifier predicts no noise and draws no images",
+    )
 
     data: DataConfig
     reading: ReadingConfig
@@ -198,7 +201,7 @@ class PosthocEMA(Settings):
 class Exporting(Settings):
     """Writing a model of any kind in another program's format."""
 
-    unused = {"use_fp16": "weights are written in float32"}
+    unused: ClassVar[Mapping[str, str]] = {"use_fp16": "weights are written in float32"}
 
     export: ExportConfig
     model: ModelConfig
