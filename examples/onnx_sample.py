@@ -14,8 +14,12 @@ from PIL import Image
 
 def load(path):
     """(the network: a function of x, timesteps and y, what the file says of it)."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    about = json.loads(session.get_modelmeta().custom_metadata_map["improved_diffusion"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        about = json.loads(session.get_modelmeta().custom_metadata_map["improved_diffusion"])
+    except Exception as error:  # onnxruntime raises many kinds
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"{path} is no network of `improved-diffusion export --to onnx`: {reason}") from None
     names = [each.name for each in session.get_inputs()]
     count = session.get_inputs()[0].shape[0]
     about["batch"] = count if isinstance(count, int) else None  # None: any number of images
@@ -97,30 +101,51 @@ def main():
     parser = argparse.ArgumentParser(description="Draw images from an exported network.")
     parser.add_argument("network", help="the .onnx file")
     parser.add_argument("out", help="the image file to write")
-    parser.add_argument("--num", type=int, default=16, help="images, where the network takes any number")
+    parser.add_argument("--num", type=int, default=16, help="images to draw")
     parser.add_argument("--label", help="a class, by name or number; all of them in turn unless given")
-    parser.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="scale of classifier-free guidance")
     parser.add_argument("--sampler", choices=("ddim", "ancestral"), default="ddim")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="at most as many as the network was trained with")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     network, about = load(args.network)
-    if about["low_res_shape"]:
-        parser.error("this network enlarges images: it also takes low_res, which this example does not give")
-    count, classes = about["batch"] or args.num, about["num_classes"]
-    labels = np.arange(count) % max(classes, 1)
+    check(args, about)
+    batch = about["batch"] or args.num
+    labels = np.arange(-(-args.num // batch) * batch) % max(about["num_classes"], 1)
     if args.label is not None:
-        names = about["class_names"] or []
-        labels[:] = names.index(args.label) if args.label in names else int(args.label)
-    if (args.guidance != 1 or args.label) and not classes:
-        parser.error("this network has no classes")
+        labels[:] = find_class(args.label, about)
     draw = np.random.default_rng(args.seed).standard_normal
-    images = sample(
-        network, about, draw, labels, steps=min(args.steps, len(about["betas"])), ancestral=args.sampler == "ancestral",
-        scale=args.guidance,
-    )  # fmt: skip
+    options = dict(steps=args.steps, ancestral=args.sampler == "ancestral", scale=args.guidance_scale)
+    batches = [sample(network, about, draw, each, **options) for each in np.split(labels, len(labels) // batch)]
+    images = np.concatenate(batches)[: args.num]
     grid(images).save(args.out)
-    print(f"wrote {args.out}: {count} images")
+    print(f"wrote {args.out}: {len(images)} images")
+
+
+def check(args, about):
+    """Refuse what the network cannot do."""
+    T = len(about["betas"])
+    if about["low_res_shape"]:
+        raise SystemExit("this network enlarges images: it also takes low_res, which this example does not give")
+    if args.num < 1:
+        raise SystemExit(f"--num {args.num}: must be at least 1")
+    if not 1 <= args.steps <= T:
+        raise SystemExit(f"--steps {args.steps}: must be from 1 to {T}, the steps that the network was trained with")
+    if (args.guidance_scale != 1 or args.label is not None) and not about["num_classes"]:
+        raise SystemExit("this network has no classes: leave out --label and --guidance_scale")
+    if args.guidance_scale != 1 and about["hidden_class"] is None:
+        raise SystemExit("--guidance_scale: this network was never trained with its class hidden (--label_drop 0.1)")
+
+
+def find_class(label, about):
+    """The number of a class, given by name or number."""
+    names = about["class_names"] or []
+    if label in names:
+        return names.index(label)
+    if not (label.isdecimal() and int(label) < about["num_classes"]):
+        known = f"{', '.join(names[:10])} or " if names else ""
+        raise SystemExit(f"--label {label}: expected {known}a number from 0 to {about['num_classes'] - 1}")
+    return int(label)
 
 
 if __name__ == "__main__":

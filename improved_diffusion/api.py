@@ -459,6 +459,10 @@ def load(
     if average is not None and (isinstance(average, bool) or not isinstance(average, (str, int, float))):
         raise UserError(f'average={shown(average)}: expected a rate such as 0.9999, or "raw"')
     path = path_argument("path", path)
+    if revision and os.path.exists(path):
+        raise UserError(f"revision={shown(revision)}: {path} is a local path, which has no revision")
+    if revision and "@" in path:
+        raise UserError(f"{path} with revision={shown(revision)}: two revisions, give one")
     return _load(f"{path}@{revision}" if revision else path, average, preset, options, token=token)
 
 

@@ -10,7 +10,9 @@ from improved_diffusion.config.settings import SuperResModel
 ADM = dict(num_head_channels=16, use_new_attention_order=True, resblock_updown=True)
 SUPER_RES = dict(image_size=None, large_size=16, small_size=8)
 KINDS = {
-    "class-conditional": lambda: tiny_settings(image_size="8x16", class_cond=True, num_heads=4, use_checkpoint=True),
+    "class-conditional": lambda: tiny_settings(
+        image_size="8x16", class_cond=True, label_drop=0.1, num_heads=4, use_checkpoint=True
+    ),
     "unconditional": lambda: tiny_settings(channels=1, learn_sigma=False, dropout=0.1),
     "ADM": lambda: tiny_settings(image_size="16x8", channels=4, **ADM),
     "super-resolution": lambda: tiny_settings(SuperResModel, **SUPER_RES, class_cond=True),

@@ -1,5 +1,6 @@
 """The scripts in examples/ run as they are, on tiny data."""
 
+import argparse
 import json
 import re
 import runpy
@@ -148,13 +149,49 @@ def test_the_loop_for_onnx_starts_from_pure_noise_where_training_did(models, opt
     assert_gives_our_images(example, network, json.loads(describe(model._loaded)), model, options, sampler)
 
 
-@pytest.mark.parametrize("words", [[], ["--label", "dog", "--guidance", 2, "--sampler", "ancestral", "--num", 5]])
+@pytest.mark.parametrize("words", [[], ["--label", "dog", "--guidance_scale", 2, "--sampler", "ancestral", "--num", 5]])
 def test_onnx_sample(monkeypatch, exported, tmp_path, capsys, words):
     run_example(monkeypatch, "onnx_sample.py", exported, tmp_path / "grid.png", "--steps", 3, *words)
     assert pixels(tmp_path / "grid.png").shape == ((16, 24, 3) if words else (32, 32, 3))
     assert "grid.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--label", "zebra"], "zebra"),
+        (["--label", "12"], "12"),
+        (["--steps", 0], "--steps 0"),
+        (["--steps", 500], "--steps 500"),
+        (["--num", 0], "--num 0"),
+    ],
+)
+def test_onnx_sample_refuses_what_the_network_cannot_do(monkeypatch, exported, tmp_path, words, said):
+    with pytest.raises(SystemExit, match=said):
+        run_example(monkeypatch, "onnx_sample.py", exported, tmp_path / "grid.png", *(["--steps", 3] + words))
+
+
+def test_onnx_sample_refuses_other_files(monkeypatch, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    for path in (tmp_path / "model.pt", tmp_path / "missing.onnx", tmp_path):
+        with pytest.raises(SystemExit, match=path.name):
+            run_example(monkeypatch, "onnx_sample.py", path, tmp_path / "grid.png")
+
+
+def test_onnx_sample_guides_no_network_whose_class_was_never_hidden(exported):
+    example = runpy.run_path(str(EXAMPLES / "onnx_sample.py"))
+    about = {**example["load"](exported)[1], "hidden_class": None}
+    args = argparse.Namespace(num=1, steps=3, guidance_scale=2.0, label=None)
+    with pytest.raises(SystemExit, match="guidance_scale"):
+        example["check"](args, about)
+
+
 def test_onnx_sample_needs_neither_torch_nor_this_package():
     imported = re.findall(r"^(?:import|from) (\w+)", (EXAMPLES / "onnx_sample.py").read_text(), re.M)
     assert set(imported) == {"argparse", "json", "numpy", "onnxruntime", "PIL"}
+
+
+def test_onnx_sample_draws_any_number_in_fixed_batches(monkeypatch, models, tmp_path, capsys):
+    models["classes"].export(tmp_path / "four.onnx", to="onnx", dynamic_batch=False, export_batch=4)
+    run_example(monkeypatch, "onnx_sample.py", tmp_path / "four.onnx", tmp_path / "g.png", "--steps", 1, "--num", 7)
+    assert ": 7 images" in capsys.readouterr().out

@@ -88,7 +88,8 @@ def describe(loaded: LoadedModel) -> str:
 
     {"betas": [T numbers], "prediction": "noise" | "x0" | "v",
      "variance": "learned_range" | "fixed_large" | "fixed_small", "timestep_scale": what the timestep is multiplied by,
-     "num_classes": 0 for none, "class_names": [...] | null, "hidden_class": the y that hides the class, or null,
+     "num_classes": 0 for none, "class_names": [...] | null, "hidden_class": the y that hides the class, or null
+     where training hid none,
      "shape": [C, H, W] of an image, "low_res_shape": [C, h, w] | null, "version": ..., "checkpoint": {...}}
     """
     model, diffusion = loaded.settings.model, loaded.diffusion  # type: ignore[attr-defined]
@@ -101,7 +102,7 @@ def describe(loaded: LoadedModel) -> str:
         "timestep_scale": diffusion.network_timestep(1.0),
         "num_classes": classes,
         "class_names": loaded.metadata.get("class_names"),
-        "hidden_class": NULL_LABEL if classes else None,
+        "hidden_class": NULL_LABEL if classes and loaded.metadata.get("config", {}).get("label_drop") else None,
         "shape": _shape(model.channels, model.size),
         "low_res_shape": low_res,
         "version": __version__,

@@ -58,7 +58,7 @@ def test_the_file_says_what_it_is(models, programs, kind):
     assert len(about["betas"]) == 20 and about["checkpoint"]["config"]["diffusion_steps"] == 20
     assert about["variance"] == ("fixed_large" if kind == "unconditional" else "learned_range")
     assert about["low_res_shape"] == ([3, 8, 8] if model.is_super_resolution else None)
-    assert about["hidden_class"] == (-1 if model.settings.model.class_cond else None)
+    assert about["hidden_class"] == (-1 if model.settings.model.label_drop else None)
 
 
 @pytest.mark.parametrize(("options", "said"), [(dict(predict_xstart=True), "x0"), (dict(predict_v=True), "v")])

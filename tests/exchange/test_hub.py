@@ -545,3 +545,8 @@ def test_files_of_the_cache_cannot_be_run(hub, weights):
     mode = os.stat(idf.load("user/name").path).st_mode
     assert not mode & (stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
     assert snapshot_files(hub) == ["model.safetensors"]
+
+
+def test_a_revision_is_given_once_and_of_a_hub_model(tmp_path):
+    fails(lambda: idf.load("user/name@v1", revision="v2"), "two revisions")
+    fails(lambda: idf.load(tmp_path, revision="v2"), "local path", "no revision")
