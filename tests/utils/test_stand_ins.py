@@ -19,7 +19,7 @@ import pytest
 import torch as th
 
 from improved_diffusion.config import UserError
-from improved_diffusion.utils import torch_files
+from improved_diffusion.utils import stand_ins, torch_files
 
 WEIGHTS = {"a": th.arange(6.0).view(2, 3), "b": th.ones(2, dtype=th.float16)}
 
@@ -168,6 +168,16 @@ class Runs:
         return self.call
 
 
+class Reduced:
+    """Pickled as (a callable, its arguments, ...)."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
 def zip_of(pickled):
     """A file of torch.save whose pickle is this one."""
     buffer = io.BytesIO()
@@ -240,10 +250,12 @@ def forked(depth):
     "make, culprit",
     [
         (lambda: zip_of(HUGE_MEMO), "too many objects"),
-        (lambda: zip_of(b"\x80\x02c" + b"a\nb\0c\n."), "damaged"),
+        (lambda: zip_of(b"\x80\x02c" + b"a\nb\0c\n."), None),
         (lambda: zip_of(b"\x80\x02N."), None),
         (lambda: zip_of(DEEP), None),
-        (lambda: zip_of(b"\x80\x02\x82\x01."), "damaged"),
+        (lambda: zip_of(b"\x80\x02\x82\x01."), None),
+        (lambda: zip_of(b"\x80\x02}(X\x01\x00\x00\x00au."), "damaged"),
+        (lambda: saved({"a": Reduced(th.Size, (th.zeros(1).expand(2**40),))}), "damaged"),
         (lambda: zip_of(b"cos\nsystem\n(S'x'\ntR."), None),
         (lambda: pickle.dumps(WEIGHTS), "pickle of another program"),
         (lambda: saved(WEIGHTS)[:200], "damaged"),
@@ -294,3 +306,100 @@ def test_registered_codes_are_not_looked_up():
     finally:
         copyreg.remove_extension("builtins", "exec", 200)
     assert found == {}
+
+
+# Small files that ask for much work
+
+
+def nested(depth):
+    """A tuple of which hashing takes 2**depth steps."""
+    held = ()
+    for _ in range(depth):
+        held = (held, held)
+    return held
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"}", b"Ns"), (b"}(", b"Nu"), (b"(", b"Nd"), (b"\x8f(", b"\x90"), (b"(", b"\x91"),
+        (b"c__builtin__\nset\n]", b"a\x85R"), (b"ccollections\nOrderedDict\n]", b"N\x86a\x85R"),
+    ],
+)  # fmt: skip
+def test_keys_that_are_not_text_are_left_out_unhashed(before, after):
+    assert load(zip_of(b"\x80\x04" + before + pickle.dumps(nested(99), 2)[2:-1] + after + b"."))[0] == {}
+
+
+def test_the_key_of_a_storage_is_text():
+    before, after = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n", b"X\x03\x00\x00\x00cpuK\x01tQ."
+    with pytest.raises(UserError, match="damaged"):
+        load(zip_of(b"\x80\x02" + before + pickle.dumps(nested(99), 2)[2:-1] + after))
+
+
+class Other:
+    pass
+
+
+LIST, DICT, TUPLE = ["x"] * 100, dict.fromkeys(map(str, range(100)), 1), ("x",) * 100
+MUCH_WORK = {
+    "sizes of one list": lambda: Reduced(th.Size, (LIST,)),
+    "sets of one list": lambda: Reduced(set, (LIST,)),
+    "ordered dicts of one dict": lambda: Reduced(collections.OrderedDict, (DICT,)),
+    "the same arguments": lambda: Reduced(Other, TUPLE),
+    "one state": lambda: Reduced(Other, (), DICT),
+    "one state in slots": lambda: Reduced(Other, (), (None, DICT)),
+    "one state of dicts": lambda: Reduced(collections.OrderedDict, (), DICT),
+    "through a subclass": lambda: Reduced(th._tensor._rebuild_from_type_v2, (th.Size, None, (LIST,), None)),
+}
+
+
+@pytest.mark.parametrize("make", MUCH_WORK.values(), ids=MUCH_WORK)
+def test_a_pickle_that_makes_far_more_than_it_holds_is_refused(monkeypatch, make):
+    data = saved([make() for _ in range(100)])
+    assert len(data) < 10_000 and load(data)[0] == {}
+    monkeypatch.setattr(stand_ins, "MAX_OBJECTS", 5000)
+    with pytest.raises(UserError, match="too many objects"):
+        load(data)
+
+
+@pytest.mark.parametrize("each", [b"ca\nB\n)R", b"ca\nB\n)\x81", b"(ia\nB\n", b"(ca\nB\no", b"\x8f", b"(\x91"])
+def test_objects_of_a_few_bytes_are_counted(monkeypatch, each):
+    data = zip_of(b"\x80\x04](" + each * 200 + b"e.")
+    assert load(data)[0] == {}
+    monkeypatch.setattr(stand_ins, "MAX_OBJECTS", 100)
+    with pytest.raises(UserError, match="too many objects"):
+        load(data)
+
+
+@pytest.mark.parametrize("made", [b"ca\nB\n)R", b"ca\nB\n)\x81", b"ca\nB\n)}\x92", b"(K\x01ia\nB\n", b"(ca\nB\nK\x01o"])
+def test_objects_made_in_any_way_hold_what_they_are_given(made):
+    weights = pickle.dumps({"a": 1}, 2)[2:-1]
+    found = stand_ins.load(io.BytesIO(b"\x80\x04]" + made + weights + b"ba."))
+    assert found == [{"a": 1}] and isinstance(found[0], stand_ins.StandIn)
+
+
+def module_of(parameters=(), modules=(), passing=frozenset()):
+    state = dict(_parameters=dict(parameters), _buffers={}, _modules=dict(modules), _non_persistent_buffers_set=passing)
+    return Reduced(Other, (), state)
+
+
+def test_modules_around_one_other_are_refused(monkeypatch):
+    shared = module_of({str(i): th.ones(1) for i in range(30)})
+    data = saved({str(i): module_of(modules={"a": shared}) for i in range(30)})
+    assert len(load(data)[0]) == 30
+    monkeypatch.setattr(stand_ins, "MAX_OBJECTS", 500)  # with fewer it is refused when it is read
+    with pytest.raises(UserError, match="too many objects"):
+        load(data)
+
+
+def test_a_module_with_very_long_names_is_refused():
+    module = module_of({"w": th.ones(1)})
+    for _ in range(20):
+        module = module_of(modules={"x" * 20: module})
+    with pytest.raises(UserError, match="too many objects"):
+        load(saved(module))
+
+
+def test_buffers_that_a_list_leaves_out_are_not_looked_for_in_it():
+    found, _ = load(saved(module_of({"a": th.ones(1)}, passing=["a"])))
+    assert list(found) == ["a"]
