@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch as th
 
 from ..config import UserError, unknown_name
+from ..config.messages import naming
 from ..models.architecture import is_encoder
 
 # Where programs keep the weights in a wrapper.
@@ -24,6 +26,7 @@ _DEEPEST = 4  # wrappers inside each other
 _PARALLEL = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel, torch.compile
 _FIRST = "time_embed.0.weight"  # a name that every network of ours has
 _SHOWN = 8
+MAX_NETWORKS = 64  # in a file; the time to find them grows with their number times that of the tensors
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def unwrap(
     """
     if names and isinstance(content, dict) and content.keys() == set(names):
         return content, ""
-    found = networks(content, network, classifier)
+    with naming(path):
+        found = networks(content, network, classifier)
     if not found:
         remedy = "give a modelNNNNNN.pt or an ema_*.pt"
         if isinstance(content, Mapping) and any(isinstance(value, Mapping) for value in content.values()):
@@ -84,12 +88,22 @@ def networks(content: Any, wanted: str = "", classifier: bool = False) -> list[N
 
     :param wanted: keys to search beside those of known wrappers, with "/" between them.
     :param classifier: prefer classifiers to U-Nets.
+    Raises UserError for more than MAX_NETWORKS.
     """
-    found = list(_search(content, (), wanted))
+    found = list(islice(_search(content, (), wanted), MAX_NETWORKS + 1))
+    _bound(found)
     ours = [network for network in found if is_ours(network.state_dict)] or found
     for where, tensors, rank in _nameless_averages(content, (), wanted):
         ours += [_named(where, tensors, rank, of) for of in ours if of.rank == 1 and _are_alike(tensors, of)][:1]
+        _bound(ours)
     return sorted(ours, key=lambda network: (is_encoder(network.state_dict) != classifier, network.rank))
+
+
+def _bound(found: Sized) -> None:
+    if len(found) > MAX_NETWORKS:
+        raise UserError(
+            f"it holds more than {MAX_NETWORKS} networks: write the weights of one of them to a file with torch.save"
+        )
 
 
 def _search(content: Any, keys: tuple[str, ...], wanted: str) -> Iterator[Network]:
@@ -136,6 +150,8 @@ def _nameless_averages(
 
 
 def _are_alike(tensors: Sequence[th.Tensor], network: Network) -> bool:
+    if len(tensors) != len(network.state_dict):
+        return False
     return [tensor.shape for tensor in tensors] == [tensor.shape for tensor in network.state_dict.values()]
 
 
@@ -151,6 +167,7 @@ def _by_prefix(tensors: Mapping[str, th.Tensor]) -> dict[str, OrderedDict[str, t
     """The networks of ours in one state dict, each with its own names, by the prefix that stands before them."""
     prefixes = [name.removesuffix(_FIRST) for name in tensors if name.endswith(_FIRST)]
     prefixes = sorted((p for p in prefixes if not p or p.endswith(".")), key=len)
+    _bound(prefixes)
     found = {prefix: _without(tensors, prefix, prefixes) for prefix in prefixes}
     return found | _without_dots(tensors, found)
 
@@ -173,7 +190,9 @@ def _without_dots(
     """Averages under names without dots, as latent-diffusion's LitEma keeps them beside the networks found."""
     first = _FIRST.replace(".", "")
     averages: dict[str, OrderedDict[str, th.Tensor]] = {}
-    for prefix in (name.removesuffix(first) for name in tensors if name.endswith(first)):
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(first)] if found else []
+    _bound(prefixes)
+    for prefix in prefixes:
         for network in found.values():
             names = {name: prefix + name.replace(".", "") for name in network}
             if tensors.keys() >= set(names.values()):

@@ -10,7 +10,7 @@ from helpers import ROOT
 
 import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
-from improved_diffusion.checkpoints.dialects import networks, refuse_foreign, unwrap
+from improved_diffusion.checkpoints.dialects import MAX_NETWORKS, networks, refuse_foreign, unwrap
 from improved_diffusion.checkpoints.loading import load_classifier
 from improved_diffusion.config import UserError
 
@@ -258,3 +258,25 @@ def test_no_published_network_is_taken_for_one_of_another_program(layout):
     refuse_foreign(names, "x.pt")
     found = networks({f"module.{name}": th.ones(1) for name in names})
     assert [list(network.state_dict) for network in found] == [names]
+
+
+FIRST = "time_embed.0.weight"
+MANY = {
+    "prefixes": lambda n: {f"net{i}.{FIRST}": th.ones(1) for i in range(n)},
+    "averages": lambda n: {f"ema_{i}.{name}": th.ones(1) for i in range(n) for name in (FIRST, "num_updates")},
+    "prefixes in each other": lambda n: {"a." * i + FIRST: th.ones(1) for i in range(min(n, 200))},
+    "keys": lambda n: {f"ema_{i}": {FIRST: th.ones(1)} for i in range(n)},
+    "lists": lambda n: {"model": {FIRST: th.ones(1)}, **{f"ema_{i}": [th.ones(1)] for i in range(n - 1)}},
+    "names without dots": lambda n: (
+        {f"net.{FIRST}": th.ones(1)} | {f"ema{i}{FIRST.replace('.', '')}": th.ones(1) for i in range(n - 1)}
+    ),
+}
+
+
+@pytest.mark.parametrize("make", MANY.values(), ids=MANY)
+def test_a_file_of_thousands_of_networks_is_refused_at_once(make):
+    content = make(MAX_NETWORKS)
+    assert len(networks(content)) == MAX_NETWORKS and FIRST in unwrap(content, "x.pt")[0]
+    for count in (MAX_NETWORKS + 1, 5000):
+        with pytest.raises(UserError, match=r"x\.pt.*networks"):
+            unwrap(make(count), "x.pt")
