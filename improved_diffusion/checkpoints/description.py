@@ -7,15 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import UserError, shown
+from ..config.messages import shorten
 from ..config.model import MAX_CLASS_NAME, MAX_CLASSES
 from ..utils import files
 
 KEY = "improved_diffusion"  # of the description, beside the tensors
 MAX_STEPS = 10**12
+LARGEST = 2**63  # beyond whole numbers of options
 
 
 def read_description(text: Any, path: str) -> dict[str, Any]:
-    """The description in a checkpoint, from its JSON. The values of `config` are checked where they become options.
+    """The description in a checkpoint, from its JSON. The values of `config` are checked where they become options,
+    but for numbers that are larger than any option's.
 
     Raises UserError, naming the file, for damaged JSON and for values that no run writes.
     """
@@ -26,6 +29,9 @@ def read_description(text: Any, path: str) -> dict[str, Any]:
     for name, (is_sound, expected) in _EXPECTED.items():
         if name in found and not is_sound(found[name]):
             raise UserError(f"{damaged}: {name} is {shown(found[name])}, expected {expected}: use another file")
+    for name, value in found.get("config", {}).items():
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise UserError(f"{damaged}: {shorten(name)} is {shown(value)}: use another file")
     if max(found.get("seen_classes") or [-1]) >= len(found.get("class_names") or ()):
         raise UserError(f"{damaged}: seen_classes names classes that it does not have: use another file")
     return found

@@ -19,7 +19,7 @@ import torch as th
 from .. import distributed
 from ..config import Config, DiffusionConfig, ModelConfig, UserError, shown
 from ..config.messages import naming
-from ..config.model import MAX_DIFFUSION_STEPS
+from ..config.model import MAX_DIFFUSION_STEPS, MAX_SHIFT, MIN_SHIFT
 from ..logs import logger
 from ..models.build import build_diffusion, build_model
 from ..schedules import get_named_beta_schedule, shift_schedule, zero_terminal_snr
@@ -166,6 +166,7 @@ _HOW_TO_SAMPLE = {  # of any value: options of the sampling commands decide thes
     "dynamic_thresholding_ratio", "sample_max_value", "timestep_spacing", "steps_offset", "set_alpha_to_one",
     "skip_prk_steps",
 }  # fmt: skip
+_LEAST_BETA = 1e-9
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -227,17 +228,23 @@ def _say_how_they_sample(config: ForeignConfig) -> None:
 
 
 def _betas(config: ForeignConfig, steps: int) -> np.ndarray:
-    """The betas [T] of a scheduler of theirs."""
+    """The betas [T] of a scheduler of theirs. Raises UserError for some that are no noise schedule."""
+    name = "beta_start"
     if config["trained_betas"] is not None:
-        betas = np.array(config.numbers("trained_betas", 0, 1), dtype=np.float64)
-        if len(betas) != steps or not betas.all():
-            raise config.refused("trained_betas", f"num_train_timesteps, {steps}, numbers above 0")
+        name = "trained_betas"
+        betas = np.array(config.numbers(name, _LEAST_BETA, 1), dtype=np.float64)
+        if len(betas) != steps:
+            raise config.refused(name, f"num_train_timesteps, {steps}, numbers")
     elif config.choice("beta_schedule", ("linear", "squaredcos_cap_v2")) == "linear":
-        betas = np.linspace(config.number("beta_start", 1e-9, 1), config.number("beta_end", 1e-9, 1), steps)
+        betas = np.linspace(config.number(name, _LEAST_BETA, 1), config.number("beta_end", _LEAST_BETA, 1), steps)
     else:
         betas = get_named_beta_schedule("cosine", steps)
     rescaled = config.choice("rescale_betas_zero_snr", (False, True)) and steps > 1
-    return zero_terminal_snr(betas) if rescaled else betas
+    with np.errstate(all="ignore"):
+        used = zero_terminal_snr(betas) if rescaled else betas
+    if betas[0] == 1 or (betas[:-1] == 1).any() or not np.isfinite(used).all():
+        raise config.refused(name, "betas below 1 before the last, which leave a signal")
+    return used
 
 
 def _schedule_options(config: ForeignConfig, betas: np.ndarray) -> dict[str, Any]:
@@ -250,6 +257,8 @@ def _schedule_options(config: ForeignConfig, betas: np.ndarray) -> dict[str, Any
         # The first step is that of the shifted schedule, whether or not the end was rescaled.
         snr, other = (1 - ours[0]) / ours[0], (1 - betas[0]) / betas[0]
         shift = round(float(np.sqrt(snr / other)), 6) if other > 0 else 1.0
+        if not MIN_SHIFT <= shift <= MAX_SHIFT:
+            continue
         shifted = shift_schedule(ours, shift) if shift != 1 else ours
         if np.allclose(zero_terminal_snr(shifted) if ends_in_noise else shifted, betas, rtol=1e-4, atol=1e-8):
             return {"noise_schedule": name, "schedule_shift": shift, "zero_terminal_snr": bool(ends_in_noise)}

@@ -177,7 +177,7 @@ def to_theirs(state_dict: Mapping[str, th.Tensor], table: list[Row]) -> dict[str
 
 def to_ours(tensors: Mapping[str, th.Tensor], network: UNetModel, table: list[Row], path: str) -> dict[str, th.Tensor]:
     """Our state dict of theirs. Raises UserError, naming the first difference, unless they are those of the network."""
-    theirs = {_present_name(name): tensor for name, tensor in tensors.items()}
+    theirs = _by_present_names(tensors, path)
     expected = to_theirs(network.state_dict(), table)
     for name in [*expected, *theirs]:
         if name not in theirs or name not in expected:
@@ -189,6 +189,20 @@ def to_ours(tensors: Mapping[str, th.Tensor], network: UNetModel, table: list[Ro
                 f"{tuple(expected[name].shape)}: use another file"
             )
     return {row.ours: row.layout.join([theirs[name] for name in row.theirs]) for row in table}
+
+
+def _by_present_names(tensors: Mapping[str, th.Tensor], path: str) -> dict[str, th.Tensor]:
+    """Their tensors by today's names. Raises UserError for two different ones under a former and today's name."""
+    found: dict[str, th.Tensor] = {}
+    for former, tensor in tensors.items():
+        name = _present_name(former)
+        if name in found and not th.equal(found[name], tensor):
+            raise UserError(
+                f"{path} has the tensor {shown(name)} twice, also under its former name, with other numbers: "
+                "use another file"
+            )
+        found[name] = tensor
+    return found
 
 
 def _present_name(name: str) -> str:

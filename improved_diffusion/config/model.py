@@ -19,6 +19,7 @@ MAX_WIDTH = 2**13
 MAX_BLOCKS = 100
 MAX_LISTED = 32
 MAX_DIFFUSION_STEPS = 100_000
+MIN_SHIFT, MAX_SHIFT = 0.01, 100  # of a noise schedule
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 
@@ -238,7 +239,8 @@ class ProcessConfig(Config):
     )
 
     def validate(self) -> None:
-        self.require(0.01 <= self.schedule_shift <= 100, "schedule_shift", "must be in [0.01, 100]")
+        within = MIN_SHIFT <= self.schedule_shift <= MAX_SHIFT
+        self.require(within, "schedule_shift", f"must be in [{MIN_SHIFT}, {MAX_SHIFT}]")
         if self.zero_terminal_snr and self.diffusion_steps < 2:
             raise UserError(f"--zero_terminal_snr needs more than --diffusion_steps {self.diffusion_steps}")
         if self.noise_schedule == "linear" and self.diffusion_steps <= 20:

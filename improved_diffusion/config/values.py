@@ -13,12 +13,13 @@ from .messages import UserError, shown
 
 LONGEST_TEXT = 2**17  # of an option, in characters
 LONGEST_PATH = 4096
+MAX_DIGITS = 99  # of a whole number; Python itself refuses to read or to show more than 4300
 MOST_NUMBERS = 10**6  # in a list of image numbers
 
 
 def str2bool(v: str | bool) -> bool:
     """The published spellings of a truth value: yes/true/t/y/1 and no/false/f/n/0."""
-    word = str(v).lower() if isinstance(v, (str, int)) else ""
+    word = str(v).lower() if isinstance(v, str) or (isinstance(v, int) and v in (0, 1)) else ""
     if word in ("yes", "true", "t", "y", "1"):
         return True
     if word in ("no", "false", "f", "n", "0"):
@@ -30,7 +31,7 @@ def whole_number(value: Any) -> int:
     """An int; also of a text or a float that is a whole number, such as 1e6."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,99}\s*", value):
+    if isinstance(value, str) and re.fullmatch(rf"\s*[+-]?\d{{1,{MAX_DIGITS}}}\s*", value):
         return int(value)
     number = real_number(value)
     if not number.is_integer() or abs(number) > 2**53:  # beyond which floats are not exact
@@ -50,6 +51,8 @@ def plain_text(value: Any) -> str:
     """A text; a list is joined by commas."""
     if isinstance(value, (list, tuple)):
         return _joined(value)
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        raise ValueError(f"a number of more than {MAX_DIGITS} digits")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, os.PathLike):

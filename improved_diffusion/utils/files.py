@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from ..config import UserError, repeated, shown
+from ..config.messages import shorten
+from ..config.values import MAX_DIGITS
 from . import hub
 
 if TYPE_CHECKING:
@@ -179,11 +181,13 @@ def read_json(path: str | os.PathLike, limit: int = MAX_TEXT_BYTES) -> Any:
 def parse_json(text: str | bytes, name: str) -> Any:
     """The value of a JSON text of `name`.
 
-    Raises UserError for text that is not JSON, for numbers that are not finite, for a name that stands twice in an
-    object, and for strings that are not Unicode, which could not be written again.
+    Raises UserError for text that is not JSON, for numbers that are not finite or too long, for a name that stands
+    twice in an object, and for strings that are not Unicode, which could not be written again.
     """
     try:
-        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite, object_pairs_hook=_no_name_twice)
+        value = json.loads(
+            text, parse_constant=_not_finite, parse_float=_finite, parse_int=_whole, object_pairs_hook=_no_name_twice
+        )
         json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except RecursionError:
         raise UserError(f"{name} is not readable JSON: it is nested too deeply") from None
@@ -218,13 +222,19 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return named
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits, but at most {MAX_DIGITS} are read")
+    return int(digits)
+
+
 def _finite(digits: str) -> float:
     value = float(digits)
     return value if math.isfinite(value) else _not_finite(digits)
 
 
 def _not_finite(number: str) -> NoReturn:
-    raise ValueError(f"{number} is not a finite number")
+    raise ValueError(f"{shorten(number)} is not a finite number")
 
 
 def parse_csv(text: str, name: str) -> list[list[str]]:

@@ -12,6 +12,7 @@ import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_classifier, load_model
 from improved_diffusion.config import ClassifierConfig, DiffusionConfig, ModelConfig, ProcessConfig, UserError
+from improved_diffusion.config.messages import shown
 from improved_diffusion.config.settings import (
     ClassifierTraining,
     ImageSampling,
@@ -152,6 +153,12 @@ def test_other_odd_values_are_named(tmp_path, checkpoints, name, values):
 def test_a_damaged_description_is_one_error(tmp_path, checkpoints, text):
     path = with_description(tmp_path / "odd.pt", checkpoints["image"][0], text)
     assert "damaged description" in problem("image", path)
+
+
+@pytest.mark.parametrize("name", ["total_batch_size", "seed", "anything"])
+@pytest.mark.parametrize("value", [10**30, -(10**90), 10**4000], ids=shown)
+def test_a_number_beyond_all_options_is_an_error_whatever_its_name(tmp_path, checkpoints, name, value):
+    assert "damaged description" in problem("image", described_as(tmp_path, checkpoints["image"], **{name: value}))
 
 
 def test_python_gets_the_same_error(tmp_path, checkpoints):

@@ -1,12 +1,14 @@
 """Models of diffusers as models of ours: the same numbers, and the same files again."""
 
 import json
+import math
 import re
 import shutil
 from functools import cache
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
@@ -235,6 +237,36 @@ def test_what_our_network_and_schedules_are_not_is_named(exported, file, name, v
     assert len(str(error.value)) < 800 and "\n" not in str(error.value)
 
 
+LINEAR = np.linspace(0.1 / 50, 20 / 50, 50).tolist()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize(
+    "betas",
+    [[5e-324] * 50, [5e-324, *LINEAR[1:]], [1e-9, *LINEAR[1:]], [0, *LINEAR[1:]], [1] * 50, [1, *LINEAR[1:]],
+     [*LINEAR[:9], 1, *LINEAR[10:]], [*LINEAR[:9], -0.1, *LINEAR[10:]], [*LINEAR[:9], math.nan, *LINEAR[10:]],
+     [*LINEAR[:9], math.inf, *LINEAR[10:]], [*LINEAR[:9], 10**90, *LINEAR[10:]], [1 - 1e-16] * 50, [True] * 50],
+    ids=lambda betas: f"{betas[0]}, {betas[9]}",
+)  # fmt: skip
+def test_betas_that_are_no_noise_schedule_are_one_error(exported, betas, rescaled):
+    folder = exported(noise_schedule="linear", diffusion_steps=50)
+    edited(folder / "scheduler/scheduler_config.json", trained_betas=betas, rescale_betas_zero_snr=rescaled)
+    with pytest.raises(UserError, match=r"scheduler_config\.json.*(trained_betas|not a finite number)"):
+        idf.load(folder)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ends", [(1, 1), (1, 0.5), (1e-9, 1e-9), (1e-9, 1)])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_ends_of_betas_that_are_no_noise_schedule_are_one_error(exported, ends, steps):
+    folder = exported(noise_schedule="linear", diffusion_steps=50)
+    values = dict(beta_start=ends[0], beta_end=ends[1], num_train_timesteps=steps, rescale_betas_zero_snr=True)
+    edited(folder / "scheduler/scheduler_config.json", **values)
+    with pytest.raises(UserError, match=r"scheduler_config\.json.*beta_start"):
+        idf.load(folder)
+
+
 def test_a_config_of_another_network_than_the_weights_is_an_error(exported):
     folder = exported()
     edited(folder / "unet/config.json", layers_per_block=2)
@@ -416,6 +448,13 @@ def test_former_names_of_attention_weights_in_a_bin_file(tmp_path):
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     th.save(tensors, folder / "diffusion_pytorch_model.bin")
     assert_same_weights(idf.load(folder), model)
+    both = {**unet.state_dict(), **tensors}  # under the former names and today's
+    th.save(both, folder / "diffusion_pytorch_model.bin")
+    assert_same_weights(idf.load(folder), model)
+    for name in (next(name for name in both if "query" in name), next(name for name in both if "to_q" in name)):
+        th.save({**both, name: both[name] + 1}, folder / "diffusion_pytorch_model.bin")
+        with pytest.raises(UserError, match=r"model\.bin.*to_q.*twice"):
+            idf.load(folder)
 
 
 @pytest.mark.parametrize("blocks", [("DownBlock2D", "UpBlock2D"), ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")])

@@ -23,7 +23,15 @@ from improved_diffusion.config.settings import (
     Scoring,
     Settings,
 )
-from improved_diffusion.config.values import LONGEST_TEXT, comma_list, number_list
+from improved_diffusion.config.values import (
+    LONGEST_TEXT,
+    comma_list,
+    number_list,
+    path_of,
+    plain_text,
+    real_number,
+    str2bool,
+)
 
 KINDS = [kind for _, kind in inspect.getmembers(settings, inspect.isclass)
          if issubclass(kind, Settings) and kind is not Settings]  # fmt: skip
@@ -173,3 +181,11 @@ def test_lists_hold_finite_numbers():
     for wrong in ("nan", "1,inf", "1e999"):
         with pytest.raises(ValueError):
             comma_list(wrong, float)
+
+
+@pytest.mark.parametrize("kind", [str2bool, plain_text, real_number, path_of])
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), [10**5000]], ids=["large", "negative", "in a list"])
+def test_a_number_that_python_does_not_spell_is_refused_in_our_words(kind, value):
+    with pytest.raises(ValueError, match=r"expected|digits") as error:
+        kind(value)
+    assert "string conversion" not in str(error.value)

@@ -269,6 +269,17 @@ def test_text_that_is_not_json_is_a_users_error(text):
         files.parse_json(text, "a.json")
 
 
+@pytest.mark.parametrize("digits", ["9" * 100, "-" + "9" * 4000, "9" * 4301, "9" * 10**6, "9" * 5000 + ".5"])
+@pytest.mark.parametrize("text", ["{}", "[{}]", '{{"a": [1, {}]}}'])
+def test_a_number_that_is_too_long_is_said_in_few_words(digits, text):
+    with pytest.raises(UserError, match=r"a\.json") as error:
+        files.parse_json(text.format(digits), "a.json")
+    assert "Exceeds" not in str(error.value) and "string conversion" not in str(error.value)
+    assert len(str(error.value)) < 300
+    assert ("digits" in str(error.value)) == ("." not in digits)
+    assert files.parse_json(text.format("9" * 99), "a.json")
+
+
 def test_a_pipe_or_a_folder_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
