@@ -6,9 +6,23 @@ import re
 from dataclasses import dataclass
 
 from .base import Config, extra
-from .messages import UserError
+from .messages import UserError, unknown_name
 from .values import path_of, paths_of
 
+# Those of huggingface.co/docs/hub/repositories-licenses.
+LICENSES = (
+    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigcode-openrail-m", "openrail++", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+    "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0",
+    "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0",
+    "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0",
+    "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1",
+    "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "isc",
+    "h-research", "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0", "odc-by", "odbl",
+    "openmdw-1.0", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl", "deepfloyd-if-license",
+    "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "llama4",
+    "grok2-community", "gemma", "unknown", "other",
+)  # fmt: skip
 EXPORT_FORMATS = ("pt", "safetensors", "diffusers", "onnx", "exported-program")
 
 
@@ -54,6 +68,8 @@ class CardConfig(Config):
 
     repo: str = extra("", "repository on the Hub, user/name; made where there is none")
     license: str = extra("", "licence of the model, as the Hub names it, such as mit, apache-2.0, cc-by-4.0 or other")
+    license_name: str = extra("", "name of a licence that the Hub has no name for, with --license other")
+    license_link: str = extra("", "URL of its text, with --license other")
     report: str = extra(
         "",
         "evaluations of this model, separated by commas: folders that evaluate or nll wrote, or their report.json and "
@@ -65,10 +81,16 @@ class CardConfig(Config):
     steps: int = extra(20, "steps of dpmpp_2m to draw them in", low=1)
 
     def validate(self) -> None:
-        self.require(
-            re.fullmatch(r"([a-z0-9][a-z0-9.-]{0,49})?", self.license) is not None,
-            "license", "must be a name that the Hub has, such as mit, apache-2.0, cc-by-4.0, other or unknown",
-        )  # fmt: skip
+        if self.license and self.license not in LICENSES:
+            hint = "names are at https://huggingface.co/docs/hub/repositories-licenses; others: --license other "
+            raise unknown_name("--license", self.license, LICENSES, hint + "--license_name NAME")
+        for name, allowed, must in (
+            ("license_name", r"[A-Za-z0-9][A-Za-z0-9 .+_-]{0,99}", "must be a name of letters, digits and .+_-"),
+            ("license_link", r"https?://[A-Za-z0-9./_~%?=&#:+@-]{1,500}", "must be a URL that begins with https://"),
+        ):
+            value = getattr(self, name)
+            self.require(not value or re.fullmatch(allowed, value) is not None, name, must)
+            self.require(not value or self.license == "other", name, "needs --license other")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from ..config import UserError, fixed_names, height_width
 from ..config.exchange import CardConfig
 from ..evaluation.report import EXPLAINED, escape, number, title
 from ..utils import files, images
+from ..utils.text import counted
 from .evaluations import Evaluations, find_evaluations
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
@@ -21,6 +22,7 @@ SAMPLER = "dpmpp_2m"
 MOST_CLASSES = 100  # that are named
 FEW_STEPS = 10_000
 MANY_EPOCHS = 1000
+MOSTLY_NOISE = 0.9  # the share of the first weights
 _ANYONE = "user/name"  # where the repository is not known
 
 # Sampling options -> the PNG of a grid of samples.
@@ -61,10 +63,10 @@ def make_card(loaded: LoadedModel, options: CardConfig, draw: Draw) -> Card:
         grid, caption = None, ""
     else:
         grid = draw({"n": options.num_samples, **asked})
-        caption = f"{options.num_samples} samples of seed 0, none left out, by the command below."
+        caption = f"{counted(options.num_samples, 'sample')} of seed 0, none left out, by the command below."
     repo = options.repo or _ANYONE
     sections = [
-        _front_matter(options.license, is_super_res),
+        _front_matter(options, is_super_res),
         f"# {repo.rpartition('/')[2]}\n\n{_summary(loaded)}",
         f"![samples]({GRID_FILE})\n\n{caption}" if grid else "",
         "## Use\n\n" + (_use_super_res(repo) if is_super_res else _use(repo, options.num_samples or 16, asked)),
@@ -72,24 +74,27 @@ def make_card(loaded: LoadedModel, options: CardConfig, draw: Draw) -> Card:
         _section("Training", _training(loaded)),
         "## Evaluation\n\n" + _evaluation(evaluations),
         "## Limitations\n\n" + "\n".join(f"- {line}" for line in _limitations(loaded, evaluations)),
-        "## Licence\n\n" + _licence(options.license),
+        "## Licence\n\n" + _licence(options),
     ]
     return Card("\n\n".join(section for section in sections if section) + "\n", grid)
 
 
-def _front_matter(licence: str, is_super_res: bool) -> str:
+def _front_matter(options: CardConfig, is_super_res: bool) -> str:
+    licence = [f"license: {options.license or 'unknown'}"]
+    if options.license_name:
+        licence.append(f'license_name: "{options.license_name}"')
+    if options.license_link:
+        licence.append(f'license_link: "{options.license_link}"')
     task = "image-to-image" if is_super_res else "unconditional-image-generation"
     tags = "\n".join(f"- {tag}" for tag in ("diffusion", "iddpm", "pixel-space", "pytorch"))
-    return (
-        f"---\nlicense: {licence or 'unknown'}\nlibrary_name: improved_diffusion\npipeline_tag: {task}\n"
-        f"tags:\n{tags}\n---"
-    )
+    lines = [*licence, "library_name: improved_diffusion", f"pipeline_tag: {task}", f"tags:\n{tags}"]
+    return "\n".join(["---", *lines, "---"])
 
 
 def _summary(loaded: LoadedModel) -> str:
     model = loaded.settings.model
     colours = {1: "grey", 2: "grey and alpha", 3: "RGB", 4: "RGB and alpha"}[model.channels]
-    classes = f" of {model.num_classes:,} classes" if model.class_cond else ""
+    classes = f" of {counted(model.num_classes, 'class', 'classes')}" if model.class_cond else ""
     does = f"enlarges images from {_size(model.small_size)} to" if model.kind == "super_res" else "draws images of"
     return (
         f"A pixel-space diffusion model that {does} {_size(model.size)} pixels ({colours}){classes}, by the method of "
@@ -144,7 +149,8 @@ def _class_names(names: Sequence[str]) -> str:
 def _training(loaded: LoadedModel) -> dict[str, str]:
     facts, config = loaded.metadata, loaded.metadata.get("config", {})
     step, count, epochs = facts.get("step"), facts.get("num_images"), _epochs(facts)
-    of = f" of {config['total_batch_size']:,} images" if _is_count(config.get("total_batch_size")) else ""
+    batch = config.get("total_batch_size")
+    of = f" of {counted(batch, 'image')}" if _is_count(batch) else ""
     return {
         "images": f"{count:,}" if count else "",
         "data": escape(", ".join(map(base_name, str(config.get("data_dir") or "").split(",")))),
@@ -188,7 +194,7 @@ def _evaluation(found: Evaluations) -> str:
     if found.report is not None:
         report, real = found.report, found.report.real
         name = escape(base_name(str(report.reference.get("name") or report.reference["images"])))
-        lines = [f"{report.samples['count']:,} samples against {name}, with standard errors:", ""]
+        lines = [f"{counted(report.samples['count'], 'sample')} against {name}, with standard errors:", ""]
         lines += [f"| metric | value |{' real images |' * bool(real)} |", f"|---|---|{'---|' * bool(real)}---|"]
         for metric, value in report.metrics.items():
             beside = f" {number(metric, real.metrics[metric]) if metric in real.metrics else ''} |" if real else ""
@@ -199,7 +205,7 @@ def _evaluation(found: Evaluations) -> str:
     if found.bound is not None:
         error = "" if found.bound.error is None else f" ± {found.bound.error:.4f} (standard error)"
         parts.append(
-            f"Variational bound: {found.bound.value:.4f}{error} bits/dim, of {found.bound.images:,} images of "
+            f"Variational bound: {found.bound.value:.4f}{error} bits/dim, of {counted(found.bound.images, 'image')} of "
             f"{escape(base_name(found.bound.data))}."
         )
     return "\n\n".join(parts) or "Not evaluated, as far as is known."
@@ -212,14 +218,15 @@ def _limitations(loaded: LoadedModel, found: Evaluations) -> list[str]:
     )  # fmt: skip
     lines = ["Its images resemble those that it was trained on, with their mistakes and biases."]
     if share > LARGEST_SHARE:
-        lines.append(f"{share:.1%} of these weights are those that training began with: the images are partly noise.")
+        lines.append(f"{_part(share)} of these weights are those that training began with: {_noise(share)}.")
     if step is not None and step < FEW_STEPS:
-        lines.append(f"It was trained for {step:,} steps only.")
+        lines.append(f"It was trained for {counted(step, 'step')} only." if step else "It is not trained.")
     if epochs is not None and epochs > MANY_EPOCHS:
         lines.append(f"Training saw each image {epochs:,.0f} times: it may have memorised some.")
     if seen:
         names = facts["class_names"]
-        lines.append(f"Only these classes had images in training: {_class_names([names[i] for i in seen])}.")
+        classes = "this class" if len(seen) == 1 else "these classes"
+        lines.append(f"Only {classes} had images in training: {_class_names([names[i] for i in seen])}.")
     if not facts:
         lines.append("The checkpoint does not describe its training.")
     if found.report is not None and not found.report_names_model:
@@ -227,10 +234,33 @@ def _limitations(loaded: LoadedModel, found: Evaluations) -> list[str]:
     return lines
 
 
-def _licence(licence: str) -> str:
-    if licence in ("", "unknown"):
-        return "Unknown: its author has not said how it may be used."
-    return "Ask its author." if licence == "other" else f"`{licence}`"
+def _part(share: float) -> str:
+    if share < 0.9995:
+        return f"{share:.1%}"
+    return "All" if share == 1 else "Nearly all"
+
+
+def _noise(share: float) -> str:
+    return "the images are noise" if share > MOSTLY_NOISE else "the images are partly noise"
+
+
+def _licence(options: CardConfig) -> str:
+    match options.license:
+        case "":
+            return (
+                "No licence is given, so that others may not use the model. Give one: `--license mit` with "
+                '`improved-diffusion push`, or `model.card(license="mit")`.'
+            )
+        case "unknown":
+            return "Unknown: its author has not said how it may be used."
+        case "other" if options.license_name:
+            name = f"`{options.license_name}`"
+            return (
+                f"[{name}]({options.license_link})" if options.license_link else f"{name}: ask its author for the text."
+            )
+        case "other":
+            return f"[Its text]({options.license_link})" if options.license_link else "Ask its author."
+    return f"`{options.license}`"
 
 
 def _read_image(path: str) -> bytes:

@@ -14,6 +14,7 @@ from script_helpers import call, refused
 import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.config import UserError
+from improved_diffusion.config.exchange import CardConfig, PushCommandConfig, PushConfig
 from improved_diffusion.config.settings import SuperResModel
 from improved_diffusion.exchange.card import base_name
 from improved_diffusion.utils import files
@@ -111,7 +112,7 @@ def test_other_averages(tmp_path, facts, words):
     assert re.findall(r"^\| weights \| (.*?) \|", text, re.M) == ([words] if words else [])
 
 
-@pytest.mark.parametrize("licence", ["mit", "other", "unknown", "cc-by-nc-4.0", ""])
+@pytest.mark.parametrize("licence", ["mit", "other", "unknown", "cc-by-nc-4.0", "openrail++", ""])
 def test_the_front_matter_is_what_the_hub_expects(trained, licence):
     package = pytest.importorskip("huggingface_hub")
     text = idf.load(trained).card(license=licence, **FAST).text
@@ -120,10 +121,69 @@ def test_the_front_matter_is_what_the_hub_expects(trained, licence):
     assert data.pipeline_tag == "unconditional-image-generation" and "diffusion" in data.tags
 
 
-@pytest.mark.parametrize("licence", ["MIT", "my licence", "a\nb: c", "x" * 60, "{a: b}"])
-def test_a_licence_is_a_name(trained, licence):
-    with pytest.raises(UserError, match="license"):
-        idf.load(trained).card(license=licence)
+@pytest.mark.parametrize(
+    ("licence", "words"),
+    [("mitt", "did you mean mit"), ("MIT", "did you mean mit"), ("apache2.0", "did you mean apache-2.0"),
+     ("cc-by-4", "did you mean cc-by-4.0"), ("proprietary", "--license_name"), ("a\nb: c", "--license_name"),
+     ("x" * 60, "--license_name"), ("{a: b}", "--license_name")],
+)  # fmt: skip
+@pytest.mark.parametrize("config", [CardConfig, PushConfig, PushCommandConfig])
+def test_a_licence_is_one_that_the_hub_has(config, licence, words):
+    with pytest.raises(UserError, match="--license") as error:
+        config(license=licence)
+    assert words in str(error.value)
+
+
+def test_another_licence_has_a_name_and_a_link(trained):
+    package = pytest.importorskip("huggingface_hub")
+    model = idf.load(trained)
+    link = "https://example.org/a_b/licence?x=1#y"
+    for name, url in ((None, None), ("my-own 1.0", None), (None, link), ("c++", link)):
+        more = {"license_name": name} if name else {}
+        more |= {"license_link": url} if url else {}
+        text = model.card(license="other", **more, num_samples=0).text
+        data = package.ModelCard(text).data
+        assert data.license == "other"
+        assert (data.get("license_name"), data.get("license_link")) == (name, url)
+        assert all(value in text.partition("## Licence")[2] for value in more.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"license_name": "mine"}, {"license": "mit", "license_name": "mine"}, {"license": "mit", "license_link": "https://x"},
+     {"license": "other", "license_name": 'a"b'}, {"license": "other", "license_name": "a\nb"},
+     {"license": "other", "license_link": "file:///x"}, {"license": "other", "license_link": "https://x y"},
+     {"license": "other", "license_link": 'https://x"'}, {"license": "other", "license_link": "https://x)"}],
+    ids=str,
+)  # fmt: skip
+def test_a_name_and_a_link_of_a_licence_are_checked(options):
+    with pytest.raises(UserError, match=r"--license_(name|link)"):
+        CardConfig(**options)
+
+
+def test_a_card_without_a_licence_says_how_to_give_one(trained):
+    text = idf.load(trained).card(num_samples=0).text.partition("## Licence")[2]
+    assert "--license mit" in text and 'license="mit"' in text
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, "All"), (1, "Nearly all"), (100, "99.0%"), (20_000, "13.5%")])
+def test_an_average_is_noise_as_far_as_it_is(tmp_path, step, share):
+    text = idf.load(write(tmp_path / "e.pt", step=step, ema_rate=0.9999)).card(num_samples=0).text
+    assert f"{share} of these weights" in text and ("partly" in text) == (step == 20_000) and "100.0%" not in text
+
+
+def test_one_of_a_kind_is_singular(tmp_path):
+    facts = dict(step=1, num_images=1, seen_classes=[0], config={"total_batch_size": 1})
+    text = idf.load(write(tmp_path / "m.pt", class_names=["cat"], **facts)).card(num_samples=1, steps=1).text
+    assert not re.findall(r"\b1 (samples|steps|images|classes)\b", text)
+    assert "1 step only" in text and "1 sample of" in text and "of 1 class," in text
+    assert "not trained" in idf.load(write(tmp_path / "n.pt", step=0)).card(num_samples=0).text
+
+
+@pytest.mark.parametrize("size", [10**18, 2**63 - 1, -1, 0, "x", None, 1.5])
+def test_any_batch_size_of_a_description_makes_a_card(tmp_path, size):
+    path = write(tmp_path / "m.pt", step=10**12, num_images=1, config={"total_batch_size": size})
+    assert "## Training" in idf.load(path).card(num_samples=0).text
 
 
 def test_names_from_files_are_not_markup(tmp_path):

@@ -269,6 +269,7 @@ def test_paths_of_this_machine_are_not_uploaded(hub, model, tmp_path):
         ("../name", {}, "--repo"),
         ("user/name", {"license": ""}, "--license is missing"),
         ("user/name", {"license": "My own: licence"}, "--license"),
+        ("user/name", {"license": "mitt"}, "did you mean mit"),
         ("user/name", {"message": " "}, "--message"),
         ("user/name", {"token": ""}, "token"),
         ("user/name", {"token": "two words"}, "token"),
