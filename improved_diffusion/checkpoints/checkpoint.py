@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -23,6 +24,8 @@ from . import diffusers_folder, safetensors_file
 from .description import KEY as METADATA_KEY
 from .description import read_description
 from .dialects import unwrap
+
+_OTHER_FORMATS = {".onnx": "onnx", ".pt2": "exported-program"}  # suffix -> what writes such a file
 
 
 def describe(state_dict: Mapping[str, th.Tensor], metadata: Mapping[str, Any]) -> dict[str, th.Tensor]:
@@ -42,6 +45,15 @@ def save_state_dict(state_dict: Mapping[str, th.Tensor], path: str, metadata: Ma
         files.write_bytes(path, safetensors_file.to_bytes(state_dict, metadata))
     else:
         save(describe(state_dict, metadata), path)
+
+
+def require_file_name(path: str) -> None:
+    """Raise UserError where `save_state_dict` would write a file that its path is not the name of."""
+    if path.endswith(("/", os.sep)) or files.is_dir(path):
+        raise UserError(f"--out {path} is a folder: name a file in it, such as {files.join(path, 'model.pt')}")
+    for suffix, other in _OTHER_FORMATS.items():
+        if path.lower().endswith(suffix):
+            raise UserError(f"--out {path} is not the name of a file with weights, but of export --to {other}")
 
 
 def to_bytes(obj: Any) -> memoryview:

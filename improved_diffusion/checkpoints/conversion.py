@@ -20,8 +20,7 @@ def convert(path: str, out: str, *, network: str = "", trust: bool = False) -> N
     """
     path = find_file(path, flag="--model_path")
     sets.require_free(out, path)
-    if files.is_dir(out):
-        raise UserError(f"--out {out} is a folder: name a file in it, such as {files.join(out, 'model.pt')}")
+    checkpoint.require_file_name(out)
     state_dict, metadata = checkpoint.load(path, network=network, trust=trust)
     if not is_ours(state_dict):
         refuse_foreign(state_dict, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import Any
 
 import torch as th
@@ -91,18 +93,24 @@ def _check_folder(folder: str, source: str) -> None:
 
 
 def _save(pipeline: Any, folder: str, description: dict[str, Any]) -> None:
-    """Write the files that the library would, model_index.json last: without it nothing loads."""
+    """Write the files that the library would. None is visible before all are written, and model_index.json, without
+    which nothing loads, is the last."""
     unet, scheduler = (files.join(folder, name) for name in (folders.UNET, folders.SCHEDULER))
-    files.make_dirs(unet)
-    files.make_dirs(scheduler)
-    data = safetensors_file.to_bytes(pipeline.unet.state_dict(), description)
-    files.write_bytes(files.join(unet, folders.WEIGHTS[0]), data)
-    for path, part in (
-        (files.join(unet, folders.CONFIG), pipeline.unet),
-        (files.join(scheduler, folders.SCHEDULER_CONFIG), pipeline.scheduler),
-        (files.join(folder, folders.INDEX), pipeline),
-    ):
-        files.write_bytes(path, part.to_json_string().encode())
+    contents = {
+        files.join(unet, folders.WEIGHTS[0]): safetensors_file.to_bytes(pipeline.unet.state_dict(), description),
+        files.join(unet, folders.CONFIG): pipeline.unet.to_json_string().encode(),
+        files.join(scheduler, folders.SCHEDULER_CONFIG): pipeline.scheduler.to_json_string().encode(),
+        files.join(folder, folders.INDEX): pipeline.to_json_string().encode(),
+    }
+    try:
+        files.make_dirs(unet)
+        files.make_dirs(scheduler)
+        files.write_together(contents.items())
+    except BaseException:
+        for each in (unet, scheduler):
+            with suppress(OSError):
+                os.rmdir(each)  # an empty one, which the next export would take for somebody's
+        raise
 
 
 def _lost(settings: Any, dropped: bool) -> list[str]:

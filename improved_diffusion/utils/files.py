@@ -286,7 +286,7 @@ def write_bytes(path: str | os.PathLike, data: bytes | memoryview, durable: bool
 
 
 def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryview]], durable: bool = True) -> None:
-    """Write files of one folder like `write_bytes`; none is visible before all are written.
+    """Write files like `write_bytes`, in folders that exist; none is visible before all are written.
 
     Under a URL each file becomes visible as soon as it is complete.
     """
@@ -304,9 +304,9 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
         for temporary, target in staged:
             with _storage("write", target, _ADVICE):
                 os.replace(temporary, target)
-        if staged and durable:
-            with _storage("write", staged[0][1], _ADVICE):
-                _fsync_dir(staged[0][1].parent)
+        for folder in {target.parent for _, target in staged} if durable else ():
+            with _storage("write", folder, _ADVICE):
+                _fsync_dir(folder)
     finally:
         for temporary, _ in staged:
             with suppress(OSError):
@@ -346,6 +346,7 @@ def staging(path: str | os.PathLike) -> Iterator[Path]:
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{path} is a folder, not a file")
+    _require_replaceable(target)
     make_dirs(target.parent)
     with _storage("write", path, ": free some space or choose another --out"):
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -364,8 +365,18 @@ def staging(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _temporary(target: Path) -> Path:
-    """The temporary name under which `target` is written; `remove_leftovers` finds it."""
+    """The temporary name under which `target` is written; `remove_leftovers` finds it. Raises UserError as
+    `_require_replaceable` does."""
+    _require_replaceable(target)
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def _require_replaceable(target: Path) -> None:
+    """Raise UserError for a pipe or a device, such as /dev/null, which a file would otherwise take the place of."""
+    with suppress(OSError):  # free, or said when it is written
+        kind = target.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+            raise UserError(f"cannot write {target}: it is a pipe or a device, not a plain file: choose another name")
 
 
 def _create(path: Path) -> IO[bytes]:

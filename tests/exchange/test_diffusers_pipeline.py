@@ -8,13 +8,14 @@ import diffusers
 import pytest
 import torch as th
 from model_helpers import CLASSES, save_checkpoint, tiny_settings
-from script_helpers import ROOT, call, refused
+from script_helpers import ROOT, call, contents, refused
 
 import improved_diffusion as idf
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import SuperResModel
 from improved_diffusion.gaussian_diffusion import noise_from
 from improved_diffusion.models.build import build_diffusion
+from improved_diffusion.utils import files
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -194,6 +195,28 @@ def test_an_export_replaces_an_export_and_says_so(load, tmp_path, capfd):
     assert "replaces the pipeline" not in "".join(capfd.readouterr())
     assert exported(load(class_cond=True), tmp_path / "out").unet.config.num_class_embeds == 2
     assert f"{tmp_path / 'out'}: replaces the pipeline" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_an_export_that_breaks_off_changes_nothing_and_can_be_repeated(load, written, tmp_path, monkeypatch):
+    load().to_diffusers(tmp_path / "old")
+    before, real, left = contents(tmp_path / "old"), files._write_file, written
+
+    def breaks_off(*args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        real(*args)
+
+    for name in ("old", "new"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(files, "_write_file", breaks_off)
+            load(class_cond=True).to_diffusers(tmp_path / name)
+        left = written
+    assert contents(tmp_path / "old") == before and contents(tmp_path / "new") == {}
+    load(class_cond=True).to_diffusers(tmp_path / "new")
+    assert idf.load(tmp_path / "new").class_names == CLASSES
 
 
 def test_the_pipeline_that_is_read_is_not_replaced(load, tmp_path):

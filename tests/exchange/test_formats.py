@@ -55,6 +55,14 @@ def convert_of(model, out):
     return ["convert", "--model_path", model.path, "--out", out]
 
 
+@pytest.mark.parametrize("out", ["x.onnx", "x.PT2", "new.pt/", "folder"])
+@pytest.mark.parametrize("words", [pt_of, convert_of])
+def test_a_name_that_is_none_of_weights_is_an_error_and_nothing_is_written(model, words, out, tmp_path):
+    (tmp_path / "folder").mkdir()
+    refused(call(*words(model, out), cwd=tmp_path), out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
 @pytest.mark.parametrize("words", [pt_of, convert_of])
 def test_the_checkpoints_of_a_run_are_not_overwritten(model, words, tmp_path):
     names = [checkpoint.model_name(4), checkpoint.ema_name("0.9999", 4), checkpoint.optimizer_name(4)]

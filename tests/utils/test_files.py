@@ -344,8 +344,25 @@ def test_a_link_in_the_place_of_a_written_file_is_replaced_and_not_followed(tmp_
     target, other = tmp_path / "a.txt", tmp_path / "other"
     if kind == "link":
         other.write_text("not ours")
-    for path in (target, tmp_path / f".a.txt.{os.getpid()}.tmp"):
-        {"pipe": os.mkfifo, "file": Path.touch}.get(kind, lambda path: path.symlink_to(other))(path)
+    make = {"pipe": os.mkfifo, "file": Path.touch}.get(kind, lambda path: path.symlink_to(other))
+    make(tmp_path / f".a.txt.{os.getpid()}.tmp")
+    if kind != "pipe":
+        make(target)
     write(str(target))
     assert target.read_text() == "new" and not target.is_symlink()
     assert other.read_text() == "not ours" if kind == "link" else not other.exists()
+
+
+def write_staged(path):
+    stage(path, {Path(path).name: b"new"})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+@pytest.mark.parametrize("write", [write_whole, write_in_pieces, write_staged])
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file(tmp_path, write, kind):
+    path = tmp_path / "a.bin"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(os.devnull)
+    before = os.lstat(path)
+    with pytest.raises(UserError, match=re.escape(f"cannot write {path}")):
+        write(path)
+    assert os.lstat(path) == before and list(tmp_path.iterdir()) == [path]
