@@ -14,7 +14,10 @@ from ..utils.downloads import MAX_BYTES
 from ..utils.text import listed
 
 MODEL_FILE = "model.safetensors"  # what we push
-_WEIGHTS = re.compile(r"(?!opt\d|optimizer)\w[\w.-]{0,199}\.(safetensors|pt)", re.ASCII)
+_SHARD = r"[\w.-]*-\d+-of-\d+\."
+_WEIGHTS = re.compile(rf"(?!opt\d|optimizer|{_SHARD})\w[\w.-]{{0,199}}\.(safetensors|pt)", re.ASCII)
+# What has weights too, to say so.
+_OTHERS = re.compile(r"(unet/)?(?!opt)\w[\w.-]{0,199}\.(safetensors|pt|bin|ckpt|pth|pkl)", re.ASCII)
 # A pipeline of diffusers: in folders, or, as older ones are, in one.
 _PIPELINE = ("model_index.json", "config.json")
 _SETTINGS = (*_PIPELINE, "unet/config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
@@ -72,7 +75,9 @@ def choose(sizes: Mapping[str, int | None], where: str) -> Choice:
     elif weights:
         raise UserError(f"{where} has several models ({listed(weights, 10)}): download the one you want, and load it")
     else:
-        raise UserError(f"{where} has no model: expected {MODEL_FILE}, a .safetensors or .pt file, or a pipeline")
+        others = listed(sorted(filter(_OTHERS.fullmatch, sizes)), 10)
+        but = f", but {others}, which are shards, a variant or of another kind" if others else ""
+        raise UserError(f"{where} has no model{but}: expected {MODEL_FILE}, a .safetensors or .pt file, or a pipeline")
     for name in choice.names:
         most = MAX_BYTES if name not in _SETTINGS else files.MAX_TEXT_BYTES
         if (sizes[name] or 0) > most:
@@ -142,7 +147,7 @@ def _cached(name: hub.HubName, error: hub.Unreachable) -> tuple[str, Choice]:
     try:
         folder = package.snapshot_download(name.repo, revision=name.revision or None, local_files_only=True)
         return folder, choose(dict.fromkeys(_names_below(folder)), str(name))
-    except (package.errors.LocalEntryNotFoundError, UserError):
+    except (OSError, ValueError):  # nothing is there, or the cache is damaged
         raise UserError(
             f"{name} is neither a path here nor in the cache of the Hugging Face Hub, and {one_line(error)}: check the "
             "name, or the network"
@@ -150,6 +155,6 @@ def _cached(name: hub.HubName, error: hub.Unreachable) -> tuple[str, Choice]:
 
 
 def _names_below(folder: str) -> list[str]:
-    """The files in a folder and its folders, as paths with slashes."""
+    """The files in a folder and its folders, as paths with slashes; links to files that are gone are none."""
     found = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in found]
+    return [os.path.relpath(path, folder).replace(os.sep, "/") for path in found if os.path.exists(path)]

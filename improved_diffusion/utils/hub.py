@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -164,13 +165,19 @@ def _explained(error: Exception, name: HubName, token: str | None) -> Exception:
     if status in (409, 412):
         return UserError(f"{name.repo} has changed meanwhile: look at it, then run the same again")
     why = " ".join(_without(token, f"{type(error).__name__}: {error}").split())[:400]
+    if isinstance(error, OSError) and (error.filename or error.errno in _FULL):
+        return UserError(
+            f"{name}: the cache of the Hub cannot be used ({why}): free some space, or set HF_HOME to a folder"
+        )
     if status == 429:
         return Unreachable(f"{endpoint()} gets too many requests from here: wait some minutes")
     if status >= 500 or isinstance(error, (ConnectionError, TimeoutError)) or _is_of_transport(error):
         return Unreachable(f"{endpoint()} gives no answer ({why})")
-    return UserError(f"{name} on {endpoint()}: {why}")
+    remedy = "" if status else ": use another server, or another version of huggingface_hub"
+    return UserError(f"{name} on {endpoint()}: {why}{remedy}")
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 

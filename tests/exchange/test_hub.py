@@ -1,6 +1,7 @@
 """Models to the Hugging Face Hub and back, against a stand-in for it."""
 
 import builtins
+import errno
 import io
 import os
 import stat
@@ -418,6 +419,28 @@ def test_the_cache_is_used_where_the_hub_cannot_be_reached(hub, model, weights, 
     fails(lambda: idf.load("user/name", revision="v2"), "user/name@v2")
 
 
+@pytest.mark.parametrize("damage", ["blobs", "branch"])
+def test_a_damaged_cache_counts_as_none_where_the_hub_cannot_be_reached(hub, weights, damage):
+    hub.add("user/name", {"model.safetensors": weights})
+    idf.load("user/name")
+    hub.stop()
+    (path,) = hub.cache.glob("models--*/blobs/*" if damage == "blobs" else "models--*/refs/main")
+    path.unlink() if damage == "blobs" else path.write_bytes(b"\xff")
+    fails(lambda: idf.load("user/name"), "user/name", "cache", "no answer")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "x", "/cache")]
+)
+def test_a_cache_that_cannot_be_written_is_said(hub, weights, error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    hub.add("user/name", {"model.safetensors": weights})
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
+    fails(lambda: idf.load("user/name"), "user/name", "cache", "HF_HOME")
+
+
 def test_offline_mode_asks_nobody(hub, model, weights, monkeypatch):
     hub.add("user/name", {"model.safetensors": weights})
     idf.load("user/name")
@@ -435,6 +458,11 @@ def test_an_answer_that_is_not_the_hubs_is_one_error(hub, model, answer):
     hub.answers.append(lambda handler: handler.send(answer) or True)
     fails(lambda: idf.load("user/name"), "user/name")
     fails(lambda: model.push_to_hub("user/name", token=TOKEN, **FAST), "user/name")
+
+
+def test_a_list_that_no_hub_sends_is_one_error_with_the_remedy(hub):
+    hub.answers.append(lambda handler: handler.send({"siblings": [{"name": 1}], "sha": commit_id(0)}) or True)
+    fails(lambda: idf.load("user/name"), "user/name", "another server")
 
 
 def test_a_cut_download_is_not_kept(hub, model, weights):
@@ -528,6 +556,20 @@ def test_a_hostile_pickle_is_refused(hub, tmp_path):
 def test_several_models_are_not_chosen_among(hub, weights):
     hub.add("user/name", {"a.safetensors": weights, "b.pt": b"x"})
     fails(lambda: idf.load("user/name"), "a.safetensors, b.pt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "a.ckpt",
+    ],
+)
+def test_weights_that_are_not_read_are_named(hub, name):
+    hub.add("user/name", {"model_index.json": b"{}", "unet/config.json": b"{}", name: b"x"})
+    fails(lambda: idf.load("user/name"), "has no model", name)
 
 
 def test_a_branch_that_moves_between_is_noticed(hub, weights):
