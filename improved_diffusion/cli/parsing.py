@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
-from ..config import UserError, path_argument, repeated, shown, str2bool, unknown_name
+from ..config import UserError, checked_value, path_argument, repeated, shown, str2bool, unknown_name
+from ..config.messages import naming
 from ..config.presets import PRESETS, options_for, until_chosen
 from ..config.recipes import AUTO, RECIPES
 from ..config.settings import Settings, commands_with, merge_options
@@ -84,7 +85,7 @@ def parse(
     preset, config = values.pop("preset", None), values.pop("config", None)
     sources = [
         options_for(preset, kind) if preset else {},
-        _from_file(path_argument("--config", config), kind) if config else {},
+        _from_file(path_argument("--config", config), kind, values) if config else {},
         values,
     ]
     given = merge_options(sources)
@@ -148,7 +149,16 @@ def _reporting(convert: Callable[[str], str]) -> Callable[[str], str]:
     return converted
 
 
-def _from_file(path: str, kind: type[Settings]) -> dict[str, Any]:
+def _from_file(path: str, kind: type[Settings], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a file. Raises UserError, naming the file, for values that cannot be and no flag replaces."""
+    options, known = _options_in(path, kind), kind.options()
+    with naming(f"--config {path}"):
+        for name in options.keys() - flags.keys():
+            checked_value(known[name], options[name])
+    return options
+
+
+def _options_in(path: str, kind: type[Settings]) -> dict[str, Any]:
     """The options in a file, or in a run's config.json, whose options of other commands are left out."""
     known = kind.options()
     is_yaml = path.lower().endswith((".yaml", ".yml"))

@@ -4,7 +4,7 @@ From the fields of these dataclasses come the flags, `--help`, the JSON inside e
 arguments. Standard library only, but for the names of colours.
 """
 
-from .base import NUM_CLASSES, PRECISIONS, Config, from_dict
+from .base import NUM_CLASSES, PRECISIONS, Config, checked_value, from_dict
 from .editing import (
     CopiesConfig,
     EditConfig,
@@ -91,6 +91,7 @@ __all__ = [
     "UserError",
     "VariationsConfig",
     "WatchConfig",
+    "checked_value",
     "comma_list",
     "fixed_names",
     "from_dict",

@@ -80,7 +80,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f, getattr(self, f.name)))
+            object.__setattr__(self, f.name, checked_value(f, getattr(self, f.name)))
         self.validate()
 
     def validate(self) -> None:
@@ -115,7 +115,7 @@ class Config:
         return found
 
 
-def _checked(f: Field, value: Any) -> Any:
+def checked_value(f: Field, value: Any) -> Any:
     """The value of an option in its own type. Raises UserError for one that it cannot have."""
     try:
         parsed = f.metadata["parse"](unwrapped(value))
