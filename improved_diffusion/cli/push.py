@@ -5,6 +5,7 @@ from ..api import load
 from ..checkpoints.loading import find_file, read_kind
 from ..config import UserError
 from ..config.settings import Pushing
+from ..exchange.card import require_own
 from ..logs import logger
 from .command import Command
 from .parsing import Parsed
@@ -17,6 +18,8 @@ def push(parsed: Parsed[Pushing]) -> None:
         raise UserError("--model_path is missing: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
     if not (options.repo or options.out):
         raise UserError("--repo is missing: name the repository on the Hub, such as user/name")
+    if options.out:
+        require_own(options.out)
     if distributed.get_rank() == 0:  # one process does it all: the others have nothing to do
         path, values = find_file(options.model_path), parsed.settings.values()
         model = load(path, **{name: values[name] for name in given & read_kind(path).options().keys()})

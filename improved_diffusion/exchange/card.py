@@ -23,6 +23,7 @@ MOST_CLASSES = 100  # that are named
 FEW_STEPS = 10_000
 MANY_EPOCHS = 1000
 MOSTLY_NOISE = 0.9  # the share of the first weights
+_OURS = b"\nlibrary_name: improved_diffusion\n"  # in the front matter
 _ANYONE = "user/name"  # where the repository is not known
 
 # Sampling options -> the PNG of a grid of samples.
@@ -42,7 +43,9 @@ class Card:
         return {CARD_FILE: self.text.encode(), **grid}
 
     def save(self, folder: str | os.PathLike) -> str:
-        """Write README.md and samples.png; returns the path of the former. Raises UserError where that fails."""
+        """Write README.md and samples.png; returns the path of the former. Raises UserError where that fails, and as
+        `require_own` does."""
+        require_own(folder)
         files.make_dirs(folder)
         files.write_together((files.join(folder, name), content) for name, content in self.contents().items())
         return files.join(folder, CARD_FILE)
@@ -50,6 +53,13 @@ class Card:
     def _repr_markdown_(self) -> str:
         """What a notebook shows."""
         return self.text.partition("\n---\n")[2]
+
+
+def require_own(folder: str | os.PathLike) -> None:
+    """Raise UserError where a card would replace files that do not belong to one, such as a project's README.md."""
+    there = [name for name in (CARD_FILE, GRID_FILE) if files.exists(files.join(folder, name))]
+    if there and (there[0] != CARD_FILE or _OURS not in files.read_start(files.join(folder, CARD_FILE), 2**12)):
+        raise UserError(f"{files.join(folder, there[0])} is not of a model card of this package: name another folder")
 
 
 def make_card(loaded: LoadedModel, options: CardConfig, draw: Draw) -> Card:

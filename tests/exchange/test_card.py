@@ -330,6 +330,22 @@ def test_a_card_is_saved_and_shown(trained, tmp_path):
     assert "PNG" not in repr(card)
 
 
+def test_a_card_replaces_a_card_and_no_other_files(trained, tmp_path):
+    card = idf.load(trained).card(**FAST)
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "notes.txt").write_text("mine")
+    for _ in range(2):
+        card.save(tmp_path / "card")
+    for name in ("README.md", "samples.png"):
+        other = tmp_path / f"with {name}" / name
+        other.parent.mkdir()
+        other.write_text("mine")
+        with pytest.raises(UserError, match=re.escape(str(other))):
+            card.save(other.parent)
+        refused(call("push", "--model_path", "absent", "--out", other.parent, cwd=tmp_path), other)
+        assert other.read_text() == "mine" and len(list(other.parent.iterdir())) == 1
+
+
 def test_the_command_writes_the_card_and_uploads_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     flags = ("--model_path", trained.parent, "--num_samples", 2, "--steps", 1, "--license", "mit", "--out", "card")
