@@ -82,14 +82,21 @@ def _check_folder(folder: str, source: str) -> None:
         return
     if not files.is_dir(folder):
         raise UserError(f"--out {folder} is a file: name a folder for the pipeline")
-    names = files.list_dir(folder)
-    unet = files.join(folder, folders.UNET)
+    unet, scheduler = (files.join(folder, name) for name in (folders.UNET, folders.SCHEDULER))
+    for each in (folder, unet, scheduler):
+        files.remove_leftovers(each)  # of an export that was killed, and their folders do not count
+    names = [name for name in files.list_dir(folder) if files.join(folder, name) not in _empty(unet, scheduler)]
     if folders.is_weights(source) and any(files.same(files.folder_of(source), each) for each in (folder, unet)):
         raise UserError(f"--out {folder} is the pipeline to read: name a new folder")
     inside = files.list_dir(unet) if folders.UNET in names else []
     other = [name for name in inside if name not in (folders.CONFIG, folders.WEIGHTS[0])]
     if other or (names and folders.INDEX not in names):
         raise UserError(f"--out {folder} holds other files, such as {(other or names)[0]}: name a new folder")
+
+
+def _empty(*paths: str) -> list[str]:
+    """Those of the paths that are empty folders."""
+    return [path for path in paths if files.is_dir(path) and not files.list_dir(path)]
 
 
 def _save(pipeline: Any, folder: str, description: dict[str, Any]) -> None:

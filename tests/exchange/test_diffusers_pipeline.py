@@ -219,6 +219,17 @@ def test_an_export_that_breaks_off_changes_nothing_and_can_be_repeated(load, wri
     assert idf.load(tmp_path / "new").class_names == CLASSES
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_an_export_that_was_killed_can_be_repeated(load, replaces, tmp_path):
+    if replaces:
+        load().to_diffusers(tmp_path)
+    for name in ("unet/.diffusion_pytorch_model.safetensors.123.tmp", "scheduler/.scheduler_config.json.123.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    load(class_cond=True).to_diffusers(tmp_path)
+    assert idf.load(tmp_path).class_names == CLASSES and not list(tmp_path.rglob(".*"))
+
+
 def test_the_pipeline_that_is_read_is_not_replaced(load, tmp_path):
     load().to_diffusers(tmp_path / "out")
     for read in ("out", "out/unet"):
