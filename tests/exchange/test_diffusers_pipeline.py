@@ -197,7 +197,7 @@ def test_an_export_replaces_an_export_and_says_so(load, tmp_path, capfd):
     assert f"{tmp_path / 'out'}: replaces the pipeline" in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("written", [0, 3])
 def test_an_export_that_breaks_off_changes_nothing_and_can_be_repeated(load, written, tmp_path, monkeypatch):
     load().to_diffusers(tmp_path / "old")
     before, real, left = contents(tmp_path / "old"), files._write_file, written
