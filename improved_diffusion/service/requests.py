@@ -26,7 +26,7 @@ from ..config.sampling import BaseSamplesConfig
 from ..sampling.labels import parse_classes
 from .catalogue import ModelInfo
 
-_SAMPLER = {f.name for f in fields(SamplerConfig)} - {"print_steps", "compile"}
+_SAMPLER = {f.name for f in fields(SamplerConfig)} - {"print_steps", "compile", "channels_last"}
 _GUIDANCE = {"guidance_scale", "guidance_interval", "guidance_rescale"}
 _DRAWING = _SAMPLER | _GUIDANCE | {"timestep_respacing"}
 
