@@ -1,0 +1,1 @@
+"""One engine behind two doors: the web page and the HTTP service."""
