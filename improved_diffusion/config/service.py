@@ -6,13 +6,15 @@ import ipaddress
 from dataclasses import dataclass
 
 from .base import LONGEST_WAIT, Config, extra
-from .values import path_of
+from .values import path_of, paths_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoorConfig(Config):
-    """Address and access."""
+    """Models, address and access."""
 
+    runs: str = extra("", "folder of runs: every model below it can be used, by its folder's name", parse=path_of)
+    model_path: str = extra("", "checkpoints or runs to use, separated by commas", parse=paths_of)
     host: str = extra(
         "127.0.0.1", "address to listen on; any but this machine's own (127.0.0.1, ::1, localhost) needs a token"
     )
@@ -54,17 +56,32 @@ class DoorConfig(Config):
 class ServeConfig(DoorConfig):
     """HTTP service."""
 
-    max_images: int = extra(64, "images of one request", low=1, high=100_000)
     max_steps: int = extra(1000, "steps of one request's sampler", low=1)
     max_pixels: int = extra(
         16_000_000, "pixels of an image that a client sends, and of all images of one request together", low=1
     )
-    request_seconds: float = extra(600.0, "seconds that a request may take, its time in the queue included",
-                                   high=LONGEST_WAIT)  # fmt: skip
     result_minutes: float = extra(10.0, "minutes that results of streamed requests are kept", high=LONGEST_WAIT / 60)
     result_mb: int = extra(256, "memory for such results, in MB; the oldest are dropped first", low=1, high=10**6)
 
     def validate(self) -> None:
         super().validate()
-        for name in ("request_seconds", "result_minutes"):
-            self.require(getattr(self, name) > 0, name, "must be positive")
+        self.require(self.result_minutes > 0, "result_minutes", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Config):
+    """Engine."""
+
+    max_batch: int = extra(32, "images drawn at once, of several requests; halved where memory is full", low=1)
+    max_images: int = extra(1000, "images that one request may ask for", low=1)
+    max_queue: int = extra(256, "requests that may wait; more are refused", low=1)
+    max_models: int = extra(2, "models that each worker keeps in memory", low=1)
+    idle_minutes: float = extra(30.0, "minutes until an unused model, or an upload, is dropped", high=LONGEST_WAIT / 60)
+    workers: int = extra(0, "worker processes; 0: one for each GPU, or one on a CPU", low=0, high=256)
+    device_threads: int = extra(0, "CPU threads of each worker; 0: torch's default, shared by the workers", low=0)
+    time_limit: float = extra(
+        600.0, "seconds that a request may take, waiting included; 0: no limit", low=0, high=LONGEST_WAIT
+    )
+
+    def validate(self) -> None:
+        self.require(self.idle_minutes > 0, "idle_minutes", "must be positive")

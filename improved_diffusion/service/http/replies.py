@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from ...config import UserError
 
 # What each status is called in `type`.
 TYPES = {
@@ -46,3 +49,9 @@ class Refused(Exception):
 def busy(message: str, retry_after: float, status: int = 429) -> Refused:
     """The reply to a client that should come back after some seconds."""
     return Refused(status, message, headers={"Retry-After": str(max(1, round(retry_after)))})
+
+
+def mistake(error: UserError, status: int = 422) -> Refused:
+    """The reply to a mistake: its message names an option as commands do, the reply by the field's name."""
+    found = re.search(r"--([a-z][a-z0-9_]*)", str(error))
+    return Refused(status, str(error), found[1] if found else None)

@@ -1,7 +1,7 @@
 """Who may use a door (the web page, the HTTP service), and how much a request may be: one ASGI middleware for both.
 
-    app = Guard(app, access_for(options))                               # the service: a bearer token, or HTTP Basic
-    app = Guard(app, access_for(options, login=True, policy=P))         # the web page: a login form and a cookie as well
+    app = Guard(app, access_for(options))                          # the service: a bearer token, or HTTP Basic
+    app = Guard(app, access_for(options, login=True, policy=P))    # the web page: a login form and a cookie as well
 
 Options are a `DoorConfig`. Whatever the application does, the guard
 - refuses Host names that are not this machine's, on loopback addresses: DNS rebinding,
