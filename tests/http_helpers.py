@@ -113,7 +113,7 @@ class Engine:
     def __init__(self, max_queue=100):
         self.catalogue = Catalogue()
         self.jobs, self.stopped, self.max_queue = [], None, max_queue
-        self.hold, self.fail = threading.Event(), None
+        self.hold, self.fail, self.stop_waits = threading.Event(), None, False
         self.hold.set()
         self.counter = itertools.count()
 
@@ -147,6 +147,12 @@ class Engine:
 
     def stop(self, timeout=None):
         self.stopped = timeout
+        if timeout == 0:
+            for job in self.jobs:
+                job.cancel()
+        if self.stop_waits:
+            for job in self.jobs:
+                job.ended.wait(timeout)
 
 
 class Client:

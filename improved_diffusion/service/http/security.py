@@ -43,6 +43,7 @@ LARGEST_TOKEN_FILE = 4096
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 API_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 MAX_BODY = 2**20  # bytes of a request that is no form with files
+LONGEST_HEAD = 32_768  # bytes
 LOGIN_BODY = 4096
 LOGIN_SECONDS = 12 * 3600
 READ_SECONDS = 60.0  # that a client may take to read a part of the reply
@@ -350,7 +351,10 @@ class _Exchange:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """The headers by name. Refuses those given twice of which the second could mean something else."""
+    """The headers by name. Refuses too many bytes, and headers given twice of which the second could mean something
+    else."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > LONGEST_HEAD:
+        raise Refused(431, f"the headers are longer than {LONGEST_HEAD:,} bytes")
     found: dict[str, str] = {}
     for raw, value in scope["headers"]:
         name = raw.decode("latin-1").lower()

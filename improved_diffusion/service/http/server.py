@@ -15,11 +15,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ...config import UserError
 from ...config.service import DoorConfig
 from .replies import Refused, busy
-from .security import TOKEN_VARIABLE, Access, App
+from .security import LONGEST_HEAD, TOKEN_VARIABLE, Access, App
 
 HEADER_SECONDS = 10.0  # that a client may take for the head of a request
 KEEP_ALIVE_SECONDS = 15
-LONGEST_HEAD = 32_768  # bytes
 FLUSH_SECONDS = 5  # for the last replies, once the engine has stopped
 
 
@@ -61,6 +60,19 @@ def serve(app: App, listener: socket.socket, options: DoorConfig, stop: Callable
     A second signal ends at once, with the exit code of that signal.
     :param stop: called in a thread with the seconds that it may take, and with 0 after a second signal.
     """
+    server = make_server(app, options, stop)
+    run(server, listener)
+    if server.second:
+        raise SystemExit(128 + server.second)
+
+
+def run(server: _Server, listener: socket.socket) -> None:
+    """Let a server answer on a socket until it stops."""
+    asyncio.run(server.serve(sockets=[listener]))
+
+
+def make_server(app: App, options: DoorConfig, stop: Callable[[float], None]) -> _Server:
+    """The server of an application; see `serve`."""
     config = uvicorn.Config(
         app,
         http=_bounded(options.max_connections),
@@ -75,10 +87,7 @@ def serve(app: App, listener: socket.socket, options: DoorConfig, stop: Callable
         timeout_graceful_shutdown=FLUSH_SECONDS,
         h11_max_incomplete_event_size=LONGEST_HEAD,
     )
-    server = _Server(config, options.stop_seconds, stop)
-    asyncio.run(server.serve(sockets=[listener]))
-    if server.second:
-        raise SystemExit(128 + server.second)
+    return _Server(config, options.stop_seconds, stop)
 
 
 class _Server(uvicorn.Server):
