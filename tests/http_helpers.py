@@ -1,10 +1,14 @@
 """Tests of HTTP: an engine that draws at once, in threads of this process, and clients."""
 
 import asyncio
+import contextlib
 import io
 import itertools
 import json
+import signal
+import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
@@ -17,9 +21,12 @@ from improved_diffusion.config import UserError
 from improved_diffusion.config.service import ServeConfig
 from improved_diffusion.sampling.images import Images
 from improved_diffusion.service import errors
+from improved_diffusion.service.http import server
 from improved_diffusion.service.http.app import PUBLIC, create_app
 from improved_diffusion.service.http.metrics import COUNTERS, GAUGES
-from improved_diffusion.service.http.security import Access
+from improved_diffusion.service.http.security import Access, access_for
+
+TOKEN = "a-token-of-these-tests-0123456789"
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Info:
     small_size: tuple | None = None
     diffusion_steps: int = 20
     hides_classes: bool = True
+    resize_mode: str = "crop"
+    background: str = "white"
 
 
 class Catalogue:
@@ -199,3 +208,72 @@ def events(text):
         kind, data = block.split("\n")
         found.append((kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found
+
+
+class Running:
+    """A service in a thread; its signals are calls."""
+
+    def __init__(self, engine=None, stop=True, **options):
+        self.engine = engine or Engine()
+        self.options = ServeConfig(port=0, **options)
+        self.listener = server.listen(self.options)
+        self.port = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.app, self.service = create_app(self.engine, self.options, access_for(self.options, public=PUBLIC))
+        self.server = server.make_server(self.app, self.options, self.service.stop if stop else lambda seconds: None)
+        self.thread = threading.Thread(target=server.run, args=(self.server, self.listener))
+        self.thread.start()
+
+    def signal(self, number=signal.SIGTERM):
+        self.server.handle_exit(number, None)
+
+    def client(self, **kwargs):
+        return httpx.Client(base_url=self.url, timeout=20, **kwargs)
+
+    def raw(self, data, seconds=5):
+        """What comes back for bytes, until the service closes the connection or `seconds` are over."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
+            with contextlib.suppress(OSError):
+                connection.sendall(data)
+            found = b""
+            with contextlib.suppress(OSError):
+                while part := connection.recv(65536):
+                    found += part
+            return found
+
+
+@contextlib.contextmanager
+def running(engine=None, stop=True, **options):
+    """:param stop: whether the engine stops with the service."""
+    service = Running(engine, stop, **options)
+    try:
+        yield service
+    finally:
+        service.signal()
+        service.signal()
+        service.thread.join(20)
+        assert not service.thread.is_alive()
+
+
+BODY = json.dumps({"model": "tiny"}).encode()
+
+
+def post(*lines, body=BODY, path="/v1/samples"):
+    head = [
+        f"POST {path} HTTP/1.1",
+        *(() if any(line.startswith("Host") for line in lines) else ("Host: localhost",)),
+        *lines,
+    ]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def status(reply):
+    assert reply.startswith(b"HTTP/1.1 "), reply
+    return int(reply.split()[1])
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

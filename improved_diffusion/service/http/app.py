@@ -206,10 +206,11 @@ class _Stream(Response):
                 return sse("failed", error.content())
         if event.kind == "queued":
             return sse("queued", {"position": event.position})
-        data: dict[str, Any] = {"done": event.done, "total": event.total, "seconds_left": event.seconds_left}
-        if event.kind == "preview" and event.preview is not None:
-            data["images"] = await to_thread.run_sync(as_json, event.preview)
-        return sse(event.kind, data)
+        if event.kind == "progress":
+            return sse("progress", {"done": event.done, "total": event.total, "seconds_left": event.seconds_left})
+        if event.preview is not None:
+            return sse("preview", {"images": await to_thread.run_sync(as_json, event.preview)})
+        return sse(event.kind, {})
 
     async def _done(self, images: Images) -> dict[str, Any]:
         """What the last event says: where the result is and, as json, the result itself."""

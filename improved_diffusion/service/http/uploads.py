@@ -96,17 +96,16 @@ def read_images(form: Form, info: ModelInfo, body: Body, max_pixels: int) -> np.
         left -= pictures[-1].width * pictures[-1].height
     size = info.small_size or info.size
     wanted = None if getattr(body, "any_size", None) else f"{size[0]}x{size[1]}"
-    return as_pixels(pictures, "images", wanted, info.channels, None, _reading(body)).arrays
+    return as_pixels(pictures, "images", wanted, info.channels, None, _reading(info, body)).arrays
 
 
 def read_mask(form: Form, info: ModelInfo, body: Body, max_pixels: int) -> np.ndarray | None:
     """The mask of a form, bool [1, H, W], true where to paint; None where there is none."""
     if form.mask is None:
         return None
-    return as_masks(decode(form.mask, "mask", max_pixels), info.size, [], _reading(body))
+    return as_masks(decode(form.mask, "mask", max_pixels), info.size, [], _reading(info, body))
 
 
-def _reading(body: Body) -> ReadingConfig:
-    """How the images become the model's."""
-    given = {name: getattr(body, name) for name in READING}
-    return ReadingConfig(**{name: value for name, value in given.items() if value is not None})
+def _reading(info: ModelInfo, body: Body) -> ReadingConfig:
+    """How the images become the model's: as the request says, else as in training."""
+    return ReadingConfig(**{name: getattr(body, name) or getattr(info, name) for name in READING})

@@ -8,13 +8,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from http_helpers import Client, Engine, events, picture, pixels, png
+from http_helpers import TOKEN, Client, Engine, events, picture, pixels, png
 
 from improved_diffusion.service import errors
 from improved_diffusion.service.http.app import PUBLIC
 from improved_diffusion.service.http.security import Access
-
-TOKEN = "a-token-of-these-tests-0123456789"
 
 
 @pytest.fixture

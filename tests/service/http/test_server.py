@@ -9,83 +9,18 @@ import time
 
 import httpx
 import pytest
-from http_helpers import Engine
+from http_helpers import TOKEN, post, running, status, wait_until
 
 from improved_diffusion.config import UserError
 from improved_diffusion.config.service import ServeConfig
 from improved_diffusion.service.http import server
-from improved_diffusion.service.http.app import PUBLIC, create_app
 from improved_diffusion.service.http.security import access_for
-
-TOKEN = "a-token-of-these-tests-0123456789"
-
-
-class Running:
-    """A service in a thread; its signals are calls."""
-
-    def __init__(self, engine=None, **options):
-        self.engine = engine or Engine()
-        self.options = ServeConfig(port=0, **options)
-        self.listener = server.listen(self.options)
-        self.port = self.listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.app, self.service = create_app(self.engine, self.options, access_for(self.options, public=PUBLIC))
-        self.server = server.make_server(self.app, self.options, self.service.stop)
-        self.thread = threading.Thread(target=server.run, args=(self.server, self.listener))
-        self.thread.start()
-
-    def signal(self, number=signal.SIGTERM):
-        self.server.handle_exit(number, None)
-
-    def client(self, **kwargs):
-        return httpx.Client(base_url=self.url, timeout=20, **kwargs)
-
-    def raw(self, data, seconds=5):
-        """What comes back for bytes, until the service closes the connection or `seconds` are over."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as connection:
-            with contextlib.suppress(OSError):
-                connection.sendall(data)
-            found = b""
-            with contextlib.suppress(OSError):
-                while part := connection.recv(65536):
-                    found += part
-            return found
-
-
-@contextlib.contextmanager
-def running(**options):
-    service = Running(**options)
-    try:
-        yield service
-    finally:
-        service.engine.hold.set()
-        service.signal()
-        service.signal()
-        service.thread.join(20)
-        assert not service.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
 def service():
     with running(body_seconds=1) as found:
         yield found
-
-
-BODY = json.dumps({"model": "tiny"}).encode()
-
-
-def post(*lines, body=BODY, path="/v1/samples"):
-    head = [
-        f"POST {path} HTTP/1.1",
-        *(() if any(line.startswith("Host") for line in lines) else ("Host: localhost",)),
-        *lines,
-    ]
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
-
-
-def status(reply):
-    assert reply.startswith(b"HTTP/1.1 "), reply
-    return int(reply.split()[1])
 
 
 def test_samples(service):
@@ -120,13 +55,6 @@ def test_leaving_cancels(service, stream):
         wait_until(lambda: len(service.engine.jobs) > before)
     wait_until(lambda: service.engine.jobs[-1].state == "cancelled")
     service.engine.hold.set()
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_giant_body_without_length_is_cut_off(service):
