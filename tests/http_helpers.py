@@ -277,3 +277,10 @@ def wait_until(condition, seconds=10):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def arrays(answer):
+    """The images of an answer that is an npz."""
+    assert answer.status_code == 200, answer.text
+    with np.load(io.BytesIO(answer.content)) as found:
+        return found["arr_0"]
