@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -73,6 +74,7 @@ def run(server: _Server, listener: socket.socket) -> None:
 
 def make_server(app: App, options: DoorConfig, stop: Callable[[float], None]) -> _Server:
     """The server of an application; see `serve`."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each wrong form
     config = uvicorn.Config(
         app,
         http=_bounded(options.max_connections),
@@ -80,6 +82,7 @@ def make_server(app: App, options: DoorConfig, stop: Callable[[float], None]) ->
         lifespan="off",
         loop="asyncio",
         log_config=None,
+        log_level="error",
         access_log=False,
         proxy_headers=False,
         server_header=False,
