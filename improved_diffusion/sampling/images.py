@@ -74,7 +74,7 @@ class Images:
         self._require_images()
         folder = path_argument("folder", folder)
         png_dir = files.join(folder, PNG_DIR)
-        names, npz = self._file_names(), f"samples_{'x'.join(map(str, self.array.shape))}.npz"
+        names, npz = self.file_names(), f"samples_{'x'.join(map(str, self.array.shape))}.npz"
         _check_others(folder, {*names, npz})
         files.make_dirs(png_dir)
         for name, array in zip(names, self.array):
@@ -89,8 +89,8 @@ class Images:
         if not len(self):
             raise UserError("there are no images to show or save: the batch is empty")
 
-    def _file_names(self) -> list[str]:
-        """What the PNGs are called."""
+    def file_names(self) -> list[str]:
+        """What the PNGs are called, in `save` and in the service's replies."""
         if self.names is not None:
             return BySource(self.names, len(self)).names
         numbers = range(len(self)) if self.numbers is None else self.numbers

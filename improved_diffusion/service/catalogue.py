@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ..checkpoints import checkpoint, sets
 from ..checkpoints.loading import find_file, kind_of
-from ..config import KINDS, NUM_CLASSES, UserError, height_width, unknown_name
+from ..config import KINDS, NUM_CLASSES, ReadingConfig, UserError, height_width, unknown_name
 from ..utils import files
 
 RESCAN_SECONDS = 2.0
@@ -29,6 +29,7 @@ class ModelInfo:
     :param size: (height, width) of its images; `small_size`: of those that a super_res model enlarges.
     :param class_names: by label; () where the classes have no names. `num_classes` is 0 without classes.
     :param averages: the names that a request's `average` may have; () for a single file.
+    :param resize_mode, background: how it takes given images.
     :param hides_classes: whether it was trained with its class hidden now and then, which guidance_scale needs.
     """
 
@@ -44,6 +45,8 @@ class ModelInfo:
     small_size: tuple[int, int] | None
     diffusion_steps: int
     hides_classes: bool
+    resize_mode: str = ReadingConfig.resize_mode
+    background: str = ReadingConfig.background
 
     @property
     def class_cond(self) -> bool:
@@ -230,6 +233,7 @@ def _describe(name: str, title: str, path: str, file: str) -> ModelInfo:
         metadata.get("step"), _averages(path, file),
         height_width(config["small_size"]) if kind == "super_res" else None,
         config.get("diffusion_steps", 1000), bool(config.get("label_drop")),
+        config.get("resize_mode", ReadingConfig.resize_mode), config.get("background", ReadingConfig.background),
     )  # fmt: skip
 
 
