@@ -1,0 +1,1 @@
+"""The web page: a tab for each job, on the engine that the HTTP service uses too."""
