@@ -7,20 +7,24 @@ from typing import Any
 import gradio as gr
 
 from .evaluate import build_evaluate
+from .picker import Picker
+from .sample import SampleTab
 from .state import AppState
 from .theme import CSS, theme
 from .train import build_train
-
-TABS = {"Train": build_train, "Evaluate": build_evaluate}
 
 
 def build_page(app_state: AppState) -> gr.Blocks:
     """The page."""
     with gr.Blocks(analytics_enabled=False, title="improved_diffusion", delete_cache=(600, 3600)) as page:
+        picker = Picker(app_state, page)
         with gr.Tabs():
-            for name, build in TABS.items():
-                with gr.Tab(name, id=name.lower()):
-                    build(app_state)
+            with gr.Tab("Sample", id="sample"):
+                SampleTab(app_state, picker)
+            with gr.Tab("Train", id="train"):
+                build_train(app_state)
+            with gr.Tab("Evaluate", id="evaluate"):
+                build_evaluate(app_state)
     # The engine has the queue: Gradio passes each request on at once.
     page.queue(default_concurrency_limit=None, api_open=False)
     return page
