@@ -58,8 +58,10 @@ class Facts:
         return build_sampler(settings, build_diffusion(settings.diffusion))
 
 
-def facts(app_state: AppState, name: str, average: str) -> Facts:
-    """What is known of a model of the catalogue. Raises UserError for one that is not there or is damaged."""
+def facts(app_state: AppState, name: str | None, average: str) -> Facts:
+    """What is known of a model of the catalogue. Raises UserError without one, and for one that cannot be read."""
+    if name is None:
+        raise UserError("there is no model yet: train one in the Train tab, or upload the weights of one")
     path = find_file(app_state.catalogue.path(name), average or None)
     return Facts(path, app_state.catalogue.describe(name), _options(path, os.path.getmtime(path)))
 

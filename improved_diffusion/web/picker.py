@@ -11,15 +11,12 @@ import gradio as gr
 
 from ..config import UserError
 from .drawing import explain, warn
+from .events import AT_ONCE
 from .state import AppState
 
 NO_MODELS = (
     "There is no model yet. Train one in the <b>Train</b> tab and press <b>Refresh</b>, or upload the weights of one."
 )
-
-
-# Of an event: no other program calls it, nothing covers what it changes, and the engine has the queue.
-AT_ONCE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
 
 class Picker:

@@ -4,48 +4,111 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class Recipe(Protocol):
+    """How to draw images again: those with the given numbers, or all."""
+
+    def command(self, numbers: Sequence[int] = ()) -> str:
+        """Command lines."""
+
+    def python(self, numbers: Sequence[int] = ()) -> str:
+        """A program."""
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """Samples.
+
+    :param path: of the checkpoint.
+    :param options: those that differ from the command's defaults.
+    """
+
+    path: str
+    n: int
+    seed: int
+    classes: Sequence[Any]
+    options: Mapping[str, Any]
+
+    def command(self, numbers: Sequence[int] = ()) -> str:
+        count = {"seeds": _commas(numbers)} if numbers else {"num_samples": self.n}
+        return _command("sample", self.path, {**count, "seed": self.seed, **_flag(self.classes), **self.options})
+
+    def python(self, numbers: Sequence[int] = ()) -> str:
+        count = {"seeds": _commas(numbers)} if numbers else {"n": self.n}
+        chosen = {"classes": list(self.classes)} if self.classes else {}
+        return _python(self.path, f"model.sample({_call({**count, **chosen, 'seed': self.seed, **self.options})})")
+
+
+@dataclass(frozen=True)
+class EditRecipe:
+    """Images made from others, which the zip holds; all of them, since they depend on each other's files.
+
+    :param name: of the command and of the method.
+    :param inputs: the files by the option's name, such as {"images": "image.png", "mask": "mask.png"}.
+    :param first: the method's positional arguments, as Python.
+    """
+
+    path: str
+    name: str
+    inputs: Mapping[str, str]
+    first: str
+    options: Mapping[str, Any]
+    classes: Sequence[Any] = ()
+    words: str = "edit "
+    flags: Mapping[str, str] = field(default_factory=lambda: {"n": "num_samples"})
+
+    def command(self, numbers: Sequence[int] = ()) -> str:
+        options = {self.flags.get(name, name): value for name, value in self.options.items()}
+        return _command(f"{self.words}{self.name}", self.path, {**self.inputs, **_flag(self.classes), **options})
+
+    def python(self, numbers: Sequence[int] = ()) -> str:
+        chosen = {"classes": list(self.classes)} if self.classes else {}
+        return _python(self.path, f"model.{self.name}({self.first}, {_call({**chosen, **self.options})})")
+
+
+@dataclass(frozen=True)
+class TransformRecipe:
+    """An image encoded as its own class, and decoded as others."""
+
+    path: str
+    classes: Sequence[Any]
+    others: Sequence[Any]
+    options: Mapping[str, Any]
+
+    def command(self, numbers: Sequence[int] = ()) -> str:
+        there = {"images": "image.png", **_flag(self.classes), **self.options}
+        back = {"latents": "latents/latents.npz", "num_samples": len(self.others), **_flag(self.others)}
+        encode = _command("edit encode", self.path, there, out_dir="latents")
+        return f"{encode} &&\n{_command('edit decode', self.path, {**back, **self.options})}"
+
+    def python(self, numbers: Sequence[int] = ()) -> str:
+        options = _call({"classes": list(self.classes), **self.options})
+        back = _call({"n": len(self.others), "classes": list(self.others), **self.options})
+        return _python(self.path, f'model.decode(model.encode("image.png", {options}), {back})')
+
+
+def _command(name: str, path: str, options: Mapping[str, Any], out_dir: str = "images") -> str:
+    """A command line with these options, one on each line."""
+    values = {"model_path": path, **options, "out_dir": out_dir}
+    flags = [f"--{option} {shlex.quote(str(value))}" for option, value in values.items()]
+    return " \\\n    ".join([f"improved-diffusion {name}", *flags])
+
+
+def _python(path: str, call: str) -> str:
+    """A program that loads the model, draws and writes the images."""
+    return f'import improved_diffusion as idf\n\nmodel = idf.load({path!r})\nmade = {call}\nmade.save("images")\n'
 
 
 def _call(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
-def sample_command(
-    path: str, n: int, seed: int, classes: Sequence[Any], options: Mapping[str, Any], numbers: Sequence[int] = ()
-) -> str:
-    """The command line of a request for samples.
-
-    :param path: of the checkpoint.
-    :param numbers: of the images to draw; all `n` unless given.
-    """
-    count = {"seeds": ",".join(map(str, numbers))} if numbers else {"num_samples": n}
-    return command("sample", path, {**count, "seed": seed, **_listed(classes), **options}, "samples")
+def _commas(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
 
 
-def sample_python(
-    path: str, n: int, seed: int, classes: Sequence[Any], options: Mapping[str, Any], numbers: Sequence[int] = ()
-) -> str:
-    """The Python of a request for samples; parameters as for `sample_command`."""
-    count = f'seeds="{",".join(map(str, numbers))}"' if numbers else str(n)
-    chosen = {"classes": list(classes)} if classes else {}
-    return python(path, f"model.sample({count}, {_call({**chosen, 'seed': seed, **options})})", "samples")
-
-
-def command(name: str, path: str, options: Mapping[str, Any], out_dir: str) -> str:
-    """A command line with these options."""
-    words = [f"improved-diffusion {name}"]
-    for option, value in {"model_path": path, **options, "out_dir": out_dir}.items():
-        words.append(f"--{option} {shlex.quote(str(value))}")
-    return " \\\n    ".join(words)
-
-
-def python(path: str, call: str, out_dir: str) -> str:
-    """A program that loads a model, calls it and writes the images."""
-    return (
-        f"import improved_diffusion as idf\n\nmodel = idf.load({path!r})\nimages = {call}\nimages.save({out_dir!r})\n"
-    )
-
-
-def _listed(classes: Sequence[Any]) -> dict[str, str]:
-    return {"classes": ",".join(map(str, classes))} if classes else {}
+def _flag(classes: Sequence[Any]) -> dict[str, str]:
+    return {"classes": _commas(classes)} if classes else {}
