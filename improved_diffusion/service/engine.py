@@ -146,5 +146,5 @@ class Engine:
             return model.variations(r.images, r.n, **common)
         if r.kind == "interpolate":
             return model.interpolate(r.images[:1], r.images[1:], r.n, **common)
-        latents = model.encode(r.images, classes=common["classes"])
-        return model.decode(latents, classes=r.options["to"])
+        latents = model.encode(r.images, classes=r.options["image_classes"], steps=r.options["steps"])
+        return model.decode(latents, r.n, classes=list(r.classes), steps=r.options["steps"], progress=False)

@@ -6,12 +6,14 @@ from typing import Any
 
 import gradio as gr
 
+from .edit import EditTab
 from .evaluate import build_evaluate
 from .picker import Picker
 from .sample import SampleTab
 from .state import AppState
 from .theme import CSS, theme
 from .train import build_train
+from .upscale import UpscaleTab
 
 
 def build_page(app_state: AppState) -> gr.Blocks:
@@ -20,7 +22,11 @@ def build_page(app_state: AppState) -> gr.Blocks:
         picker = Picker(app_state, page)
         with gr.Tabs():
             with gr.Tab("Sample", id="sample"):
-                SampleTab(app_state, picker)
+                sampled = SampleTab(app_state, picker).result
+            with gr.Tab("Edit", id="edit"):
+                EditTab(app_state, picker, sampled)
+            with gr.Tab("Upscale", id="upscale"):
+                UpscaleTab(app_state, picker, sampled)
             with gr.Tab("Train", id="train"):
                 build_train(app_state)
             with gr.Tab("Evaluate", id="evaluate"):

@@ -45,13 +45,14 @@ def captions_of(drawn: Images) -> list[str]:
 
 
 class Downloads:
-    """The files of drawn images, in a folder of their own: PNGs, a zip of them and an npz.
+    """The files of drawn images, in a folder of their own: PNGs, a zip of them, an npz and maybe a GIF.
 
     :param work_dir: where the folder is made.
     :param beside: further files for the zip, by name: what the images were made from.
+    :param film: whether the images follow each other: then there is a GIF to the last one and back.
     """
 
-    def __init__(self, drawn: Images, work_dir: str, beside: dict[str, bytes] | None = None):
+    def __init__(self, drawn: Images, work_dir: str, beside: dict[str, bytes] | None = None, film: bool = False):
         self.folder = tempfile.mkdtemp(dir=work_dir)
         names = drawn.file_names()
         self.pngs = [os.path.join(self.folder, name) for name in names]
@@ -59,6 +60,9 @@ class Downloads:
             files.write_bytes(path, images.encode_png(array), durable=False)
         self.npz = os.path.join(self.folder, f"samples_{'x'.join(map(str, drawn.array.shape))}.npz")
         images.save_npz(self.npz, drawn.array, *([] if drawn.labels is None else [drawn.labels]))
+        self.gif = os.path.join(self.folder, "interpolation.gif") if film else ""
+        if film:
+            images.save_gif(self.gif, np.concatenate([drawn.array, drawn.array[-2:0:-1]]))
         self.zip = os.path.join(self.folder, "samples.zip")
         with zipfile.ZipFile(self.zip, "w") as archive:
             for path, name in zip(self.pngs, names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -46,7 +46,7 @@ class SampleRecipe:
 class EditRecipe:
     """Images made from others, which the zip holds; all of them, since they depend on each other's files.
 
-    :param name: of the command and of the method.
+    :param name: of the method, and of the editing command unless `command_name` is given.
     :param inputs: the files by the option's name, such as {"images": "image.png", "mask": "mask.png"}.
     :param first: the method's positional arguments, as Python.
     """
@@ -57,12 +57,12 @@ class EditRecipe:
     first: str
     options: Mapping[str, Any]
     classes: Sequence[Any] = ()
-    words: str = "edit "
-    flags: Mapping[str, str] = field(default_factory=lambda: {"n": "num_samples"})
+    command_name: str = ""
 
     def command(self, numbers: Sequence[int] = ()) -> str:
-        options = {self.flags.get(name, name): value for name, value in self.options.items()}
-        return _command(f"{self.words}{self.name}", self.path, {**self.inputs, **_flag(self.classes), **options})
+        options = {"num_samples" if name == "n" else name: value for name, value in self.options.items()}
+        name = self.command_name or f"edit {self.name}"
+        return _command(name, self.path, {**self.inputs, **_flag(self.classes), **options})
 
     def python(self, numbers: Sequence[int] = ()) -> str:
         chosen = {"classes": list(self.classes)} if self.classes else {}

@@ -98,7 +98,8 @@ class Result:
         """The values of the outputs while the engine draws."""
         async for update in draw(self.app_state, order.request, request.session_hash or ""):
             if update.result is not None:
-                downloads = Downloads(update.result, self.app_state.work_dir, order.beside)
+                film = order.request.kind == "interpolate"
+                downloads = Downloads(update.result, self.app_state.work_dir, order.beside, film)
                 yield _finished(update, Drawn(update.result, downloads, order.recipe))
             elif update.over:
                 yield _ended(update.status)
