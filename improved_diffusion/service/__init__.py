@@ -1,1 +1,1 @@
-"""The engine that draws for the web page and for the HTTP service."""
+"""The engine that the web page and the HTTP service share: models by name, fair turns, batches of several requests."""

@@ -1,21 +1,34 @@
-"""What an engine answers instead of images."""
+"""How a request can end without images, besides UserError."""
+
+from __future__ import annotations
 
 
-class Busy(Exception):
-    """The queue is full."""
+class ServiceError(Exception):
+    """Base of the errors below; the message is for the user who asked."""
 
-    def __init__(self, retry_after: float):
-        super().__init__("busy")
+
+class Busy(ServiceError):
+    """The engine takes no more requests for now.
+
+    :param retry_after: seconds until it is worth another try.
+    """
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
         self.retry_after = retry_after
 
 
-class Cancelled(Exception):
-    """The job was cancelled."""
+class Cancelled(ServiceError):
+    """The request was cancelled."""
 
 
-class OutOfMemory(Exception):
-    """The job does not fit into memory."""
+class Failed(ServiceError):
+    """The request could not be answered, through no fault of whoever asked."""
 
 
-class Failed(Exception):
-    """The job failed."""
+class TimedOut(Failed):
+    """The request took longer than the time limit."""
+
+
+class OutOfMemory(Failed):
+    """A single image of the request does not fit into memory."""
