@@ -90,7 +90,7 @@ class Images:
             raise UserError("there are no images to show or save: the batch is empty")
 
     def file_names(self) -> list[str]:
-        """What the PNGs are called."""
+        """What the PNGs are called, in `save` and in the service's replies."""
         if self.names is not None:
             return BySource(self.names, len(self)).names
         numbers = range(len(self)) if self.numbers is None else self.numbers
