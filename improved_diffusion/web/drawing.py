@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import html
 import re
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 
 import gradio as gr
+import numpy as np
 
 from ..config import UserError
 from ..sampling.images import Images
-from ..service.errors import Busy, Cancelled, Failed, OutOfMemory
+from ..service.errors import Busy, Cancelled, OutOfMemory, ServiceError, TimedOut
+from ..service.job import LAST, Event, Job
+from ..service.requests import Request
 from .controls import title
 from .state import AppState
 
-LAST = ("done", "failed", "cancelled")
 EVERY = 0.1  # seconds between two pictures of the progress
 
 
@@ -27,14 +28,14 @@ class Update:
 
     :param status: a line of HTML.
     :param job: to cancel it by; None when it is over.
-    :param preview: the images as the model predicts them so far.
-    :param result: the images, at the end.
+    :param previews: the images as the model predicts them so far, by their numbers.
+    :param result: the images, at the end, and the file of the checkpoint that drew them.
     """
 
     status: str
-    job: Any = None
-    preview: Images | None = None
-    result: Images | None = None
+    job: Job | None = None
+    previews: Mapping[int, np.ndarray] = field(default_factory=dict)
+    result: tuple[Images, str] | None = None
 
     @property
     def over(self) -> bool:
@@ -42,7 +43,7 @@ class Update:
         return self.job is None
 
 
-async def draw(app_state: AppState, request: Any, client: str) -> AsyncIterator[Update]:
+async def draw(app_state: AppState, request: Request, client: str) -> AsyncIterator[Update]:
     """Pass a request to the engine and follow it. What is wrong becomes a message; nothing is raised.
 
     :param client: whose turn it is: the session.
@@ -55,33 +56,44 @@ async def draw(app_state: AppState, request: Any, client: str) -> AsyncIterator[
     try:
         async for update in _follow(job):
             yield update
-        yield Update(status_line("Done"), result=await asyncio.to_thread(job.result))
-    except (UserError, Busy, Cancelled, OutOfMemory, Failed) as error:
+        yield Update(status_line("Done"), result=(await asyncio.to_thread(job.result), job.file))
+    except (UserError, ServiceError) as error:
         yield _problem(error)
     finally:
         job.cancel()  # nobody waits for it any more; one that is over stays as it is
 
 
-async def _follow(job: Any) -> AsyncIterator[Update]:
+async def _follow(job: Job) -> AsyncIterator[Update]:
     """An update for what has happened since the last one, until the job is over."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-    job.add_listener(lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-    update = Update(status_line("Waiting"), job)
-    yield update
-    while True:
-        fresh = [await events.get()]
-        while not events.empty():
-            fresh.append(events.get_nowait())
-        for event in fresh:
-            if event.kind in LAST:
-                return
-            status = progress_line(event) or update.status
-            update = Update(status, job, event.preview if event.preview is not None else update.preview)
-        yield update
-        await asyncio.sleep(EVERY)
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+    def note(event: Event) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job.add_listener(note)
+    try:
+        update = Update(status_line("Waiting"), job)
+        while True:
+            fresh = [await events.get()]
+            while not events.empty():
+                fresh.append(events.get_nowait())
+            for event in fresh:
+                if event.kind in LAST:
+                    return
+                status = progress_line(event) or update.status
+                update = Update(status, job, {**update.previews, **_by_number(event.preview)})
+            yield update
+            await asyncio.sleep(EVERY)
+    finally:
+        job.remove_listener(note)
 
 
-def progress_line(event: Any) -> str:
+def _by_number(preview: Images | None) -> dict[int, np.ndarray]:
+    """The images of a preview, which may be some of the request's."""
+    return {} if preview is None else dict(zip(map(int, preview.numbers or ()), preview.array))
+
+
+def progress_line(event: Event) -> str:
     """What the page says of an event; "" for one that says nothing new."""
     if event.kind == "queued":
         place = f"{event.position} before you" if event.position else "you are next"
@@ -130,9 +142,11 @@ def warn(error: Exception) -> str:
 def explain(error: Exception) -> tuple[str, str]:
     """(a heading, what happened and what to do) for an error."""
     if isinstance(error, Busy):
-        return "Busy", f"many people are drawing: try again in {duration(error.retry_after)}"
+        return "Busy", f"many images are waiting to be drawn: try again in {duration(error.retry_after)}"
     if isinstance(error, OutOfMemory):
-        return "Out of memory", "one image does not fit: choose a smaller model, or fp16"
-    if isinstance(error, Failed):
-        return "Failed", f"the drawing process stopped: {plain_words(str(error))}"
+        return "Out of memory", "a single image does not fit: choose a smaller model, or another precision"
+    if isinstance(error, TimedOut):
+        return "Too slow", "the time limit of the page is over: ask for fewer images or steps"
+    if isinstance(error, ServiceError):
+        return "Failed", plain_words(str(error))
     return "Not possible", plain_words(str(error))

@@ -11,13 +11,13 @@ import numpy as np
 from ..config import EditConfig, InpaintConfig, SamplerConfig, UserError, VariationsConfig
 from ..config.editing import InterpolateConfig
 from ..config.run import RunConfig
-from ..service.engine import Request
+from ..service.requests import Request
 from ..utils.images import encode_png, to_image
 from .controls import control, help_of, whole_number
 from .drawing import warn
 from .events import AT_ONCE
 from .facts import Facts, facts, known_facts
-from .picker import Picker
+from .picker import Picker, kept
 from .pictures import enlarged, painted_mask, read_upload
 from .reproduce import EditRecipe, TransformRecipe
 from .result import Drawn, Order, Result, refused
@@ -26,6 +26,7 @@ from .state import AppState
 MOST = 16  # images of one request
 _CLASS = "Class of the image"
 _PAINT = "rgb(99, 102, 241)"
+_MENUS = (help_of(EditConfig, "classes"), "empty: that of the first", "one image for each")
 _NO_IMAGE = "Give an image: upload one, or select one in the Sample tab and press Use sample."
 
 
@@ -60,7 +61,7 @@ class EditTab:
             self.image = image_input("Image to edit", "edit-image")
             with gr.Column(min_width=140):
                 use_sample(sampled, self.image, "use-sample")
-                self.label = gr.Dropdown([], label=_CLASS, info=help_of(EditConfig, "classes"), elem_id="edit-class")
+                self.label = gr.Dropdown([], label=_CLASS, info=_MENUS[0], elem_id="edit-class")
                 self.seed = control(RunConfig, "seed", elem_id="edit-seed", min_width=90)
 
     def _build_inpaint(self) -> None:
@@ -94,9 +95,7 @@ class EditTab:
             self.last = image_input("Last image", "last-image")
             with gr.Column(min_width=140):
                 use_sample(sampled, self.last, "use-sample-last")
-                self.last_label = gr.Dropdown(
-                    [], label="Class of the last image", info="empty: that of the first", elem_id="last-class"
-                )
+                self.last_label = gr.Dropdown([], label="Class of the last image", info=_MENUS[1], elem_id="last-class")
         with gr.Row(elem_classes="snug"):
             self.frames = control(InterpolateConfig, "frames", maximum=MOST, min_width=90, elem_id="frames")
             self.between_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
@@ -104,7 +103,7 @@ class EditTab:
 
     def _build_transform(self) -> None:
         gr.Markdown("The image is encoded as noise with its own class, and decoded with each of these classes.")
-        self.others = gr.Dropdown([], label="New classes", multiselect=True, elem_id="other-classes")
+        self.others = gr.Dropdown([], label="New classes", info=_MENUS[2], multiselect=True, elem_id="other-classes")
         self.transform_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
         self.transform_go = gr.Button("Change the class", variant="primary", elem_id="transform-go")
 
@@ -137,21 +136,18 @@ class EditTab:
             [self.image.change, self.picker.model.change], self.show_in_editor, [*model, self.image], self.editor,
             **AT_ONCE,
         )  # fmt: skip
-        self.picker.on_change(
-            self.fit, [self.label, self.last_label, self.others, *jobs],
-        )  # fmt: skip
+        menus = [self.label, self.last_label, self.others]
+        self.picker.on_change(self.fit, [*menus, *jobs], menus)
 
-    def fit(self, model: str | None) -> tuple[Any, ...]:
+    def fit(self, model: str | None, *chosen: Any) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
         names = [] if known is None else list(known.classes)
-        why = "" if names else "This model has no classes."
+        infos = _MENUS if names else ["This model has no classes."] * len(_MENUS)
         menus = [
-            gr.Dropdown(choices=names, value=value, interactive=bool(names), info=why or text)
-            for value, text in (
-                (None, help_of(EditConfig, "classes")), (None, "empty: that of the first"), ([], "one image for each"),
-            )
-        ]  # fmt: skip
+            gr.Dropdown(choices=names, value=kept(value, names), interactive=bool(names), info=info)
+            for value, info in zip(chosen, infos)
+        ]
         can = known is not None and known.info.kind == "image"
         texts = ("Inpaint", "Vary", "Interpolate", "Change the class")
         buttons = [gr.Button(text if can else "Needs an image model", interactive=can) for text in texts]

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from ..checkpoints.checkpoint import read_outline
-from ..checkpoints.loading import MODEL_OPTIONS, find_file
-from ..config import NUM_CLASSES, UserError
+from ..checkpoints.loading import MODEL_OPTIONS
+from ..config import UserError
 from ..config.settings import Settings
 from ..models.build import build_diffusion
 from ..sampling.sampler import build_sampler
@@ -33,17 +33,14 @@ class Facts:
     @property
     def classes(self) -> Sequence[str]:
         """The names of the classes, or their numbers; empty for a model without classes."""
-        if self.info.class_names:
-            return self.info.class_names
-        count = (self.options.get("num_classes") or NUM_CLASSES) if self.options.get("class_cond") else 0
-        return [str(i) for i in range(count)]
+        return self.info.class_names or [str(i) for i in range(self.info.num_classes)]
 
     @property
     def why_no_guidance(self) -> str:
         """Why classifier-free guidance cannot work; "" where it can."""
         if not self.classes:
             return "This model has no classes to guide towards."
-        if not self.options.get("label_drop"):
+        if not self.info.hides_classes:
             return "This model was never trained with its class hidden (label_drop), which guidance needs."
         return ""
 
@@ -62,7 +59,7 @@ def facts(app_state: AppState, name: str | None, average: str) -> Facts:
     """What is known of a model of the catalogue. Raises UserError without one, and for one that cannot be read."""
     if name is None:
         raise UserError("there is no model yet: train one in the Train tab, or upload the weights of one")
-    path = find_file(app_state.catalogue.path(name), average or None)
+    path = app_state.catalogue.file(name, average)
     return Facts(path, app_state.catalogue.describe(name), _options(path, os.path.getmtime(path)))
 
 

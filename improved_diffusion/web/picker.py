@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,10 +29,10 @@ class Picker:
     """
 
     def __init__(self, app_state: AppState, page: gr.Blocks):
-        self.catalogue = app_state.catalogue
+        self.catalogue, self.work_dir = app_state.catalogue, app_state.work_dir
         first = next(iter(self.catalogue.names()), None)
         uploads = gr.State([])
-        with gr.Row(elem_classes="picker", equal_height=False):
+        with gr.Row(elem_classes="picker", equal_height=True):
             averages = self._averages(first)
             self.model = gr.Dropdown(
                 self._choices([]), value=first, label="Model", scale=4, min_width=200, elem_id="model"
@@ -39,21 +41,29 @@ class Picker:
                 averages, value=averages[0][1], label="Average", scale=2, min_width=120, elem_id="average",
                 interactive=len(averages) > 1,
             )  # fmt: skip
-            refresh = gr.Button("Refresh", scale=1, min_width=90, elem_id="refresh")
+            refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_id="refresh")
             upload = gr.UploadButton(
-                "Upload weights", file_types=[".pt", ".safetensors"], scale=1, min_width=140, elem_id="upload-weights"
+                "Upload weights",
+                file_types=[".pt", ".safetensors"],
+                size="sm",
+                scale=1,
+                min_width=120,
+                elem_id="upload-weights",
             )
-        about = gr.HTML(self._about(first), elem_id="about-model")
+        about = gr.HTML(self._about(first), elem_id="about-model", padding=False)
 
         refresh.click(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
         self.loaded = page.load(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
         upload.upload(self.take_upload, [upload, self.model, uploads], [self.model, uploads], **AT_ONCE)
         self.on_change(self.describe, [self.average, about])
 
-    def on_change(self, fn: Callable[[str | None], Any], outputs: Sequence[Any]) -> None:
-        """Call `fn` with the name of each model that is chosen, or with None, and when the page opens."""
+    def on_change(self, fn: Callable[..., Any], outputs: Sequence[Any], inputs: Sequence[Any] = ()) -> None:
+        """Call `fn` with the name of each model that is chosen, or with None, and when the page opens.
+
+        :param inputs: controls whose values follow the name.
+        """
         for event in (self.model.change, self.loaded.then):
-            event(fn, self.model, list(outputs), **AT_ONCE)
+            event(fn, [self.model, *inputs], list(outputs), **AT_ONCE)
 
     def refresh(self, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The models that there are now; the chosen one stays chosen while it is there."""
@@ -64,10 +74,13 @@ class Picker:
     def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The menu with the uploaded model, which this session alone can choose."""
         title = os.path.basename(path)
+        kept = os.path.join(tempfile.mkdtemp(dir=self.work_dir), title)
+        shutil.move(path, kept)
         try:
-            name = self.catalogue.add_upload(path, title)
+            name = self.catalogue.add_upload(kept, title)
         except UserError as error:
-            warn(error)
+            os.remove(kept)
+            warn(UserError(str(error).replace(kept, title)))
             return gr.skip(), uploads
         uploads = [*uploads, (f"{title} (uploaded)", name)]
         return gr.Dropdown(choices=self._choices(uploads), value=name), uploads
@@ -106,7 +119,14 @@ class Picker:
         parts = [f"{size} pixels", "grey" if info.channels == 1 else f"{info.channels} channels"]
         if info.kind == "super_res":
             parts.insert(0, "enlarges images of " + "x".join(map(str, info.small_size)) + " to")
-        parts.append(f"{len(info.class_names)} classes" if info.class_names else "no classes")
+        parts.append(f"{info.num_classes} classes" if info.class_cond else "no classes")
         if info.step is not None:
             parts.append(f"trained for {info.step:,} steps")
         return f'<p class="quiet">{html.escape(" · ".join(parts))}</p>'
+
+
+def kept(chosen: list[str] | str | None, names: Sequence[str]) -> list[str] | str | None:
+    """Of what is chosen in a menu, what the menu of another model has too."""
+    if isinstance(chosen, list):
+        return [name for name in chosen if name in names]
+    return chosen if chosen in names else None

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-
-class Recipe(Protocol):
-    """How to draw images again: those with the given numbers, or all."""
-
-    def command(self, numbers: Sequence[int] = ()) -> str:
-        """Command lines."""
-
-    def python(self, numbers: Sequence[int] = ()) -> str:
-        """A program."""
+R = TypeVar("R", bound="Recipe")
 
 
 @dataclass(frozen=True)
-class SampleRecipe:
-    """Samples.
+class Recipe:
+    """How to draw images again: those with the given numbers, or all.
 
     :param path: of the checkpoint.
-    :param options: those that differ from the command's defaults.
     """
 
     path: str
+
+    def of(self: R, path: str) -> R:
+        """The same of another checkpoint: a run may have a newer one by the time that it draws."""
+        return replace(self, path=path)
+
+    def command(self, numbers: Sequence[int] = ()) -> str:
+        """Command lines."""
+        raise NotImplementedError
+
+    def python(self, numbers: Sequence[int] = ()) -> str:
+        """A program."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SampleRecipe(Recipe):
+    """Samples.
+
+    :param options: those that differ from the command's defaults.
+    """
+
     n: int
     seed: int
     classes: Sequence[Any]
@@ -43,7 +55,7 @@ class SampleRecipe:
 
 
 @dataclass(frozen=True)
-class EditRecipe:
+class EditRecipe(Recipe):
     """Images made from others, which the zip holds; all of them, since they depend on each other's files.
 
     :param name: of the method, and of the editing command unless `command_name` is given.
@@ -51,7 +63,6 @@ class EditRecipe:
     :param first: the method's positional arguments, as Python.
     """
 
-    path: str
     name: str
     inputs: Mapping[str, str]
     first: str
@@ -70,10 +81,9 @@ class EditRecipe:
 
 
 @dataclass(frozen=True)
-class TransformRecipe:
+class TransformRecipe(Recipe):
     """An image encoded as its own class, and decoded as others."""
 
-    path: str
     classes: Sequence[Any]
     others: Sequence[Any]
     options: Mapping[str, Any]

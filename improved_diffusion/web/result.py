@@ -62,10 +62,12 @@ class Result:
 
     def __init__(self, app_state: AppState, name: str, empty: str):
         self.app_state = app_state
-        self.cancel = gr.Button(
-            "Cancel", variant="stop", size="sm", min_width=90, interactive=False, elem_id=f"{name}-cancel"
-        )
-        self.status = gr.HTML(status_line(""), elem_id=f"{name}-status", padding=False)
+        with gr.Row(elem_classes="snug bar", equal_height=True):
+            with gr.Column(scale=4, min_width=180):
+                self.status = gr.HTML(status_line(""), elem_id=f"{name}-status", padding=False)
+            self.cancel = gr.Button(
+                "Cancel", variant="stop", size="sm", scale=1, min_width=80, interactive=False, elem_id=f"{name}-cancel"
+            )
         self.preview = gr.HTML(f'<div class="empty">{empty}</div>', elem_id=f"{name}-preview", padding=False)
         self.gallery = gr.Gallery(
             label="Images", show_label=False, visible=False, columns=4, height="auto", object_fit="contain",
@@ -77,7 +79,7 @@ class Result:
                 for kind, text in (("png", "PNG"), ("zip", "ZIP of all"), ("npz", "NPZ of all"))
             ]
         with gr.Accordion("Draw these again, byte for byte", open=False, elem_id=f"{name}-again"):
-            code: dict[str, Any] = {"lines": 1, "interactive": False, "buttons": ["copy"], "wrap_lines": True}
+            code: dict[str, Any] = {"lines": 1, "interactive": False, "buttons": ["copy"], "show_line_numbers": False}
             self.codes = [
                 gr.Code(label="As a command", language="shell", elem_id=f"{name}-command", **code),
                 gr.Code(label="As Python", language="python", elem_id=f"{name}-python", **code),
@@ -98,13 +100,14 @@ class Result:
         """The values of the outputs while the engine draws."""
         async for update in draw(self.app_state, order.request, request.session_hash or ""):
             if update.result is not None:
+                images, file = update.result
                 film = order.request.kind == "interpolate"
-                downloads = Downloads(update.result, self.app_state.work_dir, order.beside, film)
-                yield _finished(update, Drawn(update.result, downloads, order.recipe))
+                downloads = Downloads(images, self.app_state.work_dir, order.beside, film)
+                yield _finished(update, Drawn(images, downloads, order.recipe.of(file)))
             elif update.over:
                 yield _ended(update.status)
             else:
-                yield _running(update, order.request.n)
+                yield _running(update, order.request.numbers())
 
 
 def refused(error: UserError) -> tuple[Any, ...]:
@@ -112,9 +115,8 @@ def refused(error: UserError) -> tuple[Any, ...]:
     return _ended(warn(error))
 
 
-def _running(update: Update, n: int) -> tuple[Any, ...]:
-    arrays: list[Any] = list(update.preview.array) if update.preview else []
-    grid = gr.HTML(grid_html(arrays + [None] * (n - len(arrays))), visible=True)
+def _running(update: Update, numbers: Sequence[int]) -> tuple[Any, ...]:
+    grid = gr.HTML(grid_html([update.previews.get(i) for i in numbers]), visible=True)
     buttons = gr.Button(interactive=False), gr.Button(interactive=True)
     return update.status, update.job, *buttons, grid, gr.Gallery(visible=False), *[gr.skip()] * 7
 

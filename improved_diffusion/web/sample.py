@@ -12,13 +12,13 @@ import gradio as gr
 from ..config import GuidanceConfig, SampleConfig, SamplerConfig, UserError
 from ..config.run import RunConfig
 from ..config.settings import ImageSampling
-from ..service.engine import Request
+from ..service.requests import Request
 from ..utils.text import counted
 from .controls import control, help_of, whole_number
 from .drawing import explain, status_line
 from .events import AT_ONCE
 from .facts import facts, known_facts
-from .picker import Picker
+from .picker import Picker, kept
 from .reproduce import SampleRecipe
 from .result import Order, Result, refused
 from .state import AppState
@@ -62,7 +62,7 @@ class SampleTab:
             self.dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
         self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="sampler")
         self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="steps")
-        self.cost_line = gr.HTML(status_line(""), elem_id="cost")
+        self.cost_line = gr.HTML(status_line(""), elem_id="cost", padding=False)
         self.guidance = control(GuidanceConfig, "guidance_scale", maximum=20, step=0.1, elem_id="guidance")
         with gr.Accordion("More options", open=False):
             self.others = [control(_group(name), name, elem_id=name.replace("_", "-")) for name in _ADVANCED]
@@ -72,7 +72,7 @@ class SampleTab:
         asked = [picker.model, picker.average, self.classes, self.n, self.seed, *steps]
         self.go.click(self.draw, asked, self.result.outputs(self.go), **AT_ONCE)
         self.dice.click(_new_seed, None, self.seed, **AT_ONCE)
-        picker.on_change(self.fit, [self.classes, self.guidance, self.go])
+        picker.on_change(self.fit, [self.classes, self.guidance, self.go], [self.classes])
         priced = [picker.model, picker.average, self.n, *steps]
         gr.on([each.change for each in priced], self.cost, priced, self.cost_line, **AT_ONCE)
         picker.loaded.then(self.cost, priced, self.cost_line, **AT_ONCE)
@@ -99,14 +99,17 @@ class SampleTab:
         request = Request("sample", known.info.name, average, n, seed, classes, options)
         return Order(request, SampleRecipe(known.path, n, seed, classes, options))
 
-    def fit(self, model: str | None) -> tuple[Any, ...]:
+    def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
         if known is None:
             return gr.Dropdown(choices=[], value=[]), gr.skip(), gr.Button("Draw", interactive=False)
         names, why = list(known.classes), known.why_no_guidance
         classes = gr.Dropdown(
-            choices=names, value=[], interactive=bool(names), info=_CLASSES if names else "This model has no classes."
+            choices=names,
+            value=kept(chosen, names),
+            interactive=bool(names),
+            info=_CLASSES if names else "This model has no classes.",
         )
         guidance = gr.Number(interactive=False, value=1, info=why) if why else gr.Number(interactive=True, info=_SCALE)
         can = known.info.kind == "image"

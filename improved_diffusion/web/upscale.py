@@ -9,13 +9,13 @@ import gradio as gr
 
 from ..config import SampleConfig, SamplerConfig, UserError
 from ..config.run import RunConfig
-from ..service.engine import Request
+from ..service.requests import Request
 from ..utils.images import encode_png
 from .controls import control, help_of, whole_number
 from .edit import image_input, number_of_images, use_sample
 from .events import AT_ONCE
 from .facts import facts, known_facts
-from .picker import Picker
+from .picker import Picker, kept
 from .pictures import read_upload
 from .reproduce import EditRecipe
 from .result import Order, Result, refused
@@ -50,14 +50,14 @@ class UpscaleTab:
         model = [picker.model, picker.average]
         asked = [*model, self.image, self.classes, self.n, self.seed, self.sampler, self.steps]
         self.go.click(self.upscale, asked, self.result.outputs(self.go), **AT_ONCE)
-        picker.on_change(self.fit, [self.classes, self.go])
+        picker.on_change(self.fit, [self.classes, self.go], [self.classes])
 
-    def fit(self, model: str | None) -> tuple[Any, ...]:
+    def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
         names = [] if known is None else list(known.classes)
         info = help_of(SampleConfig, "classes") if names else "This model has no classes."
-        classes = gr.Dropdown(choices=names, value=[], interactive=bool(names), info=info)
+        classes = gr.Dropdown(choices=names, value=kept(chosen, names), interactive=bool(names), info=info)
         can = known is not None and known.info.kind == "super_res"
         return classes, gr.Button("Enlarge" if can else "Needs a super-resolution model", interactive=can)
 
