@@ -17,7 +17,7 @@ from .controls import control, help_of, whole_number
 from .drawing import warn
 from .events import AT_ONCE
 from .facts import Facts, facts, known_facts
-from .picker import Picker, kept
+from .picker import Picker, class_menu
 from .pictures import enlarged, painted_mask, read_upload
 from .reproduce import EditRecipe, TransformRecipe
 from .result import Drawn, Order, Result, refused
@@ -27,6 +27,7 @@ MOST = 16  # images of one request
 _CLASS = "Class of the image"
 _PAINT = "rgb(99, 102, 241)"
 _MENUS = (help_of(EditConfig, "classes"), "empty: that of the first", "one image for each")
+_BUTTONS = ("Inpaint", "Vary", "Interpolate", "Change the class")
 _NO_IMAGE = "Give an image: upload one, or select one in the Sample tab and press Use sample."
 
 
@@ -40,31 +41,31 @@ class EditTab:
         self.app_state, self.picker = app_state, picker
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                self._build_source(sampled)
+                self._build_source(sampled, picker.known)
                 with gr.Tabs():
                     with gr.Tab("Inpaint", id="inpaint"):
-                        self._build_inpaint()
+                        self._build_inpaint(picker.known)
                     with gr.Tab("Variations", id="variations"):
-                        self._build_variations()
+                        self._build_variations(picker.known)
                     with gr.Tab("Interpolate", id="interpolate"):
-                        self._build_interpolate(sampled)
+                        self._build_interpolate(sampled, picker.known)
                     with gr.Tab("Another class", id="transform"):
-                        self._build_transform()
+                        self._build_transform(picker.known)
             with gr.Column(scale=2, min_width=300):
                 self.result = Result(app_state, "edit", "The edited images appear here.")
                 self._build_film()
         self._connect()
 
-    def _build_source(self, sampled: Result) -> None:
+    def _build_source(self, sampled: Result, known: Facts | None) -> None:
         """The image to edit."""
         with gr.Row(elem_classes="snug"):
             self.image = image_input("Image to edit", "edit-image")
             with gr.Column(min_width=140):
                 use_sample(sampled, self.image, "use-sample")
-                self.label = gr.Dropdown([], label=_CLASS, info=_MENUS[0], elem_id="edit-class")
+                self.label = gr.Dropdown(label=_CLASS, elem_id="edit-class", **class_menu(known, _MENUS[0], None))
                 self.seed = control(RunConfig, "seed", elem_id="edit-seed", min_width=90)
 
-    def _build_inpaint(self) -> None:
+    def _build_inpaint(self, known: Facts | None) -> None:
         gr.Markdown("Paint over what is to be made anew; the rest stays as it is.")
         self.editor = gr.ImageEditor(
             type="pil", label="Mask", sources=(), transforms=(), layers=False, format="png", elem_id="mask",
@@ -77,9 +78,9 @@ class EditTab:
         with gr.Row(elem_classes="snug"):
             self.resamplings = control(InpaintConfig, "resamplings", value=3, maximum=50, min_width=90)
             self.jump = control(InpaintConfig, "jump_length", maximum=1000, min_width=90)
-        self.inpaint_go = gr.Button("Inpaint", variant="primary", elem_id="inpaint-go")
+        self.inpaint_go = gr.Button(variant="primary", elem_id="inpaint-go", **_button(known, _BUTTONS[0]))
 
-    def _build_variations(self) -> None:
+    def _build_variations(self, known: Facts | None) -> None:
         self.strength = gr.Slider(
             0.05, 1, value=VariationsConfig.strength, step=0.05, label="Strength",
             info=help_of(VariationsConfig, "strength"), elem_id="strength", buttons=[],
@@ -87,9 +88,9 @@ class EditTab:
         with gr.Row(elem_classes="snug"):
             self.vary_n = number_of_images("vary-n", 4)
             self.vary_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
-        self.vary_go = gr.Button("Vary", variant="primary", elem_id="vary-go")
+        self.vary_go = gr.Button(variant="primary", elem_id="vary-go", **_button(known, _BUTTONS[1]))
 
-    def _build_interpolate(self, sampled: Result) -> None:
+    def _build_interpolate(self, sampled: Result, known: Facts | None) -> None:
         gr.Markdown("From the image to edit to this one:")
         with gr.Row(elem_classes="snug"):
             self.last = image_input("Last image", "last-image")
@@ -99,13 +100,15 @@ class EditTab:
         with gr.Row(elem_classes="snug"):
             self.frames = control(InterpolateConfig, "frames", maximum=MOST, min_width=90, elem_id="frames")
             self.between_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
-        self.between_go = gr.Button("Interpolate", variant="primary", elem_id="interpolate-go")
+        self.between_go = gr.Button(variant="primary", elem_id="interpolate-go", **_button(known, _BUTTONS[2]))
 
-    def _build_transform(self) -> None:
+    def _build_transform(self, known: Facts | None) -> None:
         gr.Markdown("The image is encoded as noise with its own class, and decoded with each of these classes.")
-        self.others = gr.Dropdown([], label="New classes", info=_MENUS[2], multiselect=True, elem_id="other-classes")
+        self.others = gr.Dropdown(
+            label="New classes", multiselect=True, elem_id="other-classes", **class_menu(known, _MENUS[2])
+        )
         self.transform_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
-        self.transform_go = gr.Button("Change the class", variant="primary", elem_id="transform-go")
+        self.transform_go = gr.Button(variant="primary", elem_id="transform-go", **_button(known, _BUTTONS[3]))
 
     def _build_film(self) -> None:
         """The frames between two images, one at a time."""
@@ -139,21 +142,12 @@ class EditTab:
         menus = [self.label, self.last_label, self.others]
         self.picker.on_change(self.fit, [*menus, *jobs], menus)
 
-    def fit(self, model: str | None, *chosen: Any) -> tuple[Any, ...]:
+    def fit(self, model: str | None, label: Any, last_label: Any, others: Any) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        names = [] if known is None else list(known.classes)
-        infos = _MENUS if names else ["This model has no classes."] * len(_MENUS)
-        menus = [
-            gr.Dropdown(choices=names, value=kept(value, names), interactive=bool(names), info=info)
-            for value, info in zip(chosen, infos)
-        ]
-        can = known is not None and known.info.kind == "image"
-        texts = ("Inpaint", "Vary", "Interpolate", "Change the class")
-        buttons = [gr.Button(text if can else "Needs an image model", interactive=can) for text in texts]
-        if can and not names:
-            buttons[3] = gr.Button("Needs a model with classes", interactive=False)
-        return *menus, *buttons
+        chosen = (label, last_label, others or [])
+        menus = [gr.Dropdown(**class_menu(known, info, value)) for info, value in zip(_MENUS, chosen)]
+        return *menus, *[gr.Button(**_button(known, text)) for text in _BUTTONS]
 
     def show_in_editor(self, model: str | None, average: str, image: str | None) -> Any:
         """The image as the model sees it, enlarged, to paint on."""
@@ -252,6 +246,14 @@ class EditTab:
             return
         async for values in self.result.follow(request, Order(asked, recipe, {"image.png": encode_png(array)})):
             yield values
+
+
+def _button(known: Facts | None, text: str) -> dict[str, Any]:
+    if known is None or known.info.kind != "image":
+        return {"value": "Needs an image model", "interactive": False}
+    if text == _BUTTONS[-1] and not known.classes:
+        return {"value": "Needs a model with classes", "interactive": False}
+    return {"value": text, "interactive": True}
 
 
 # Controls that other tabs have too

@@ -14,6 +14,7 @@ import gradio as gr
 from ..config import UserError
 from .drawing import explain, warn
 from .events import AT_ONCE
+from .facts import Facts, known_facts
 from .state import AppState
 
 NO_MODELS = (
@@ -31,6 +32,7 @@ class Picker:
     def __init__(self, app_state: AppState, page: gr.Blocks):
         self.catalogue, self.work_dir = app_state.catalogue, app_state.work_dir
         first = next(iter(self.catalogue.names()), None)
+        self.known = known_facts(app_state, first)
         uploads = gr.State([])
         with gr.Row(elem_classes="picker", equal_height=True):
             averages = self._averages(first)
@@ -125,8 +127,16 @@ class Picker:
         return f'<p class="quiet">{html.escape(" · ".join(parts))}</p>'
 
 
-def kept(chosen: list[str] | str | None, names: Sequence[str]) -> list[str] | str | None:
-    """Of what is chosen in a menu, what the menu of another model has too."""
-    if isinstance(chosen, list):
-        return [name for name in chosen if name in names]
-    return chosen if chosen in names else None
+def class_menu(known: Facts | None, info: str, chosen: Any = ()) -> dict[str, Any]:
+    """What a menu of classes has for a model: switched off for one without classes, with the reason.
+
+    The value is left alone, so that a user who is quick keeps it, unless the model does not have what is chosen.
+    """
+    names = [] if known is None else list(known.classes)
+    menu = {"choices": names, "interactive": bool(names), "info": info if names else "This model has no classes."}
+    several = isinstance(chosen, (list, tuple))
+    wanted = chosen if several else [] if chosen is None else [chosen]
+    left = [name for name in wanted if name in names]
+    if len(left) < len(wanted):
+        menu["value"] = left if several else None
+    return menu
