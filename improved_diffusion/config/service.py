@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from .base import LONGEST_WAIT, Config, extra
+from .base import LONGEST_WAIT, Config, extra, with_default
 from .values import path_of, paths_of
 
 
@@ -85,3 +85,15 @@ class EngineConfig(Config):
 
     def validate(self) -> None:
         self.require(self.idle_minutes > 0, "idle_minutes", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebConfig(DoorConfig):
+    """Web page."""
+
+    runs: str = with_default(DoorConfig, "runs", "runs")
+    port: int = with_default(DoorConfig, "port", 7860)
+    max_upload_mb: int = extra(512, "largest upload, of an image or of a model's weights, in MB", low=1, high=10_000)
+    data_root: str = extra(
+        "data", "folder below which the page trains on, and compares with, folders of images", parse=path_of
+    )

@@ -38,7 +38,7 @@ from .sampling import (
     SampleConfig,
     SamplerConfig,
 )
-from .service import EngineConfig, ServeConfig
+from .service import EngineConfig, ServeConfig, WebConfig
 from .training import (
     ClassifierTrainConfig,
     DataConfig,
@@ -395,6 +395,14 @@ class Serving(Settings):
     engine: EngineConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class WebPage(Settings):
+    """The web page."""
+
+    web: WebConfig
+    engine: EngineConfig
+
+
 # The settings of each command, by the command's name.
 _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "train": (ImageTraining,),
@@ -410,6 +418,7 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "convert": (Converting,),
     "push": (Pushing,),
     "serve": (Serving,),
+    "web": (WebPage,),
 }
 
 

@@ -55,11 +55,14 @@ def announcement(listener: socket.socket, options: DoorConfig, access: Access) -
     return f"listening on http://{host}:{port} ({who}; {token}{advice})"
 
 
-def serve(app: App, listener: socket.socket, options: DoorConfig, stop: Callable[[float], None]) -> None:
+def serve(
+    app: App, listener: socket.socket, options: DoorConfig, stop: Callable[[float], None], *, has_lifespan: bool = False
+) -> None:
     """Answer requests until SIGTERM or Ctrl-C; then let `stop` finish what is running, while new work is refused.
 
     A second signal ends at once, with the exit code of that signal.
     :param stop: called in a thread with the seconds that it may take, and with 0 after a second signal.
+    :param has_lifespan: whether the application must be told that it starts and ends.
     """
     server = make_server(app, options, stop)
     run(server, listener)
@@ -79,7 +82,7 @@ def make_server(app: App, options: DoorConfig, stop: Callable[[float], None]) ->
         app,
         http=_bounded(options.max_connections),
         ws="none",
-        lifespan="off",
+        lifespan="on" if has_lifespan else "off",
         loop="asyncio",
         log_config=None,
         log_level="error",
