@@ -1,0 +1,1 @@
+"""What the web page and the HTTP service share."""
