@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ..data.sources import open_images
 from ..utils import files, images
 
 DEPTH = 4  # of the folders that are listed
+LONGEST_NAME = 100  # of a new folder
 MOST_LISTED = 500  # names in a list
 MOST_ENTRIES = 200_000  # files and folders that one listing looks at
 MOST_SECONDS = 5.0  # that one listing takes
@@ -53,6 +55,24 @@ class Root:
     def name_of(self, path: str) -> str:
         """The name by which `path_of` finds a path."""
         return os.path.relpath(os.path.realpath(path), self.path)
+
+    def new_folder(self, name: str) -> str:
+        """The path of a folder to make, of this name, directly below. Raises UserError for a name that will not do."""
+        if not re.fullmatch(r"\w[\w .+=-]*(?<![ .])", name) or len(name) > LONGEST_NAME:
+            raise UserError(
+                f"the name {shown(name)}: give letters, digits, blanks or . _ + = -, a letter or a digit first, at "
+                f"most {LONGEST_NAME}"
+            )
+        path = os.path.join(self.path, name)
+        if os.path.lexists(path):
+            raise UserError(f"{name} exists already: choose another name")
+        return path
+
+    def free_name(self, like: str) -> str:
+        """A name for `new_folder`, made of any text."""
+        stem = re.sub(r"[^\w+=-]+", "_", os.path.splitext(like)[0]).strip("_-+=")[: LONGEST_NAME - 10] or "run"
+        path = os.path.join(self.path, stem)
+        return os.path.basename(files.unused(path) if os.path.lexists(path) else path)
 
     def walk(self, depth: int = DEPTH) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
         """(path, entries) of this folder and those below it, sorted, without hidden ones and without links out of it.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config import UserError
 from ..utils import files
 
+CONSOLE_FILE = "console.txt"
+LONGEST_RECORD = 2**20  # bytes
 POLL = 0.05  # seconds
 LONGEST_TAIL = 2**16  # bytes
 
@@ -71,6 +75,42 @@ def launch(words: Sequence[str], output: str) -> Process:
     # Whoever starts a process has to take note of its end, else it stays in the system's table.
     threading.Thread(target=process.wait, name=f"end of {process.pid}", daemon=True).start()
     return started
+
+
+@dataclass(frozen=True)
+class Record:
+    """A process and the options that were given for it. The file in its folder finds it again later."""
+
+    process: Process
+    options: dict[str, Any]
+
+
+def begin(words: Sequence[str], folder: str, name: str, options: Mapping[str, Any]) -> None:
+    """`launch` a command, with its output in CONSOLE_FILE in the folder and its Record in the file `name` there.
+
+    Options that are empty are left out of the record.
+    """
+    process = launch(words, os.path.join(folder, CONSOLE_FILE))
+    record = Record(process, {name: value for name, value in options.items() if value not in ("", None)})
+    try:
+        files.write_bytes(os.path.join(folder, name), json.dumps(asdict(record), indent=1).encode())
+    except UserError:
+        process.kill()  # nobody would find it again
+        raise
+
+
+def read_record(folder: str, name: str) -> Record | None:
+    """The record that `begin` has written; None where there is none, or a damaged one."""
+    path = os.path.join(folder, name)
+    try:
+        files.require_plain(path)
+        content = files.read_json(path, LONGEST_RECORD)
+        process, options = content["process"], content["options"]
+        if type(process["pid"]) is int and type(process["started"]) is str and isinstance(options, dict):
+            return Record(Process(process["pid"], process["started"]), options)
+    except (UserError, KeyError, TypeError):
+        pass
+    return None
 
 
 def _state_of(pid: int) -> tuple[str, str]:

@@ -5,14 +5,13 @@ A run is a folder below a root. What its process is stands in a file there, so t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,12 @@ from ..data.listing import is_run
 from ..logs.run_folder import LOCK
 from ..utils import files
 from .folders import DataRoot, Root
-from .processes import Process, check_system, end_of, launch, tail
+from .processes import CONSOLE_FILE, Process, begin, check_system, end_of, launch, read_record, tail
 from .run_files import Rows, how_it_ended, newest_previews, newest_text, read_settings
 
-PROCESS_FILE, CONSOLE_FILE = "process.json", "console.txt"
+PROCESS_FILE = "process.json"
 DRY_RUN_SECONDS = 600.0
 STOP_SECONDS = 120.0
-LONGEST_RECORD = 2**20  # bytes
-LONGEST_NAME = 100
 KEPT_ROWS = 32  # runs whose rows are in memory
 
 # The paths that a run may be given from outside, each as a name below a root; no other option that is a path.
@@ -43,14 +40,6 @@ OFFERED = {
     for name, f in ImageTraining.options().items()
     if name not in _OWN and (name not in path_options() or name in OF_DATA + OF_RUNS)
 }
-
-
-@dataclass(frozen=True)
-class Record:
-    """What PROCESS_FILE holds. :param options: as given to `start`, with names in place of paths."""
-
-    process: Process
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +111,7 @@ class Trainings:
     def status(self, name: str) -> Status:
         """How a run is doing."""
         folder = self.folder(name)
-        record = _read_record(folder)
+        record = read_record(folder, PROCESS_FILE)
         with self._reading:
             rows = self._rows_of(folder)
             last = dict(rows.last)
@@ -162,7 +151,7 @@ class Trainings:
 
     def running(self) -> list[str]:
         """The names of the runs that were started here and go on."""
-        records = ((name, _read_record(os.path.join(self.root.path, name))) for name in self.names())
+        records = ((name, read_record(os.path.join(self.root.path, name), PROCESS_FILE)) for name in self.names())
         return [name for name, record in records if record and record.process.is_running()]
 
     def _rows_of(self, folder: str) -> Rows:
@@ -220,7 +209,7 @@ class Trainings:
         Raises UserError for what cannot work, and for a name that a run has already.
         """
         words = self.check(options)
-        folder = self._new_folder(name)
+        folder = self.root.new_folder(name)
         with self._preparing():
             self._require_free_place()
             table = self._dry_run(words)
@@ -236,7 +225,7 @@ class Trainings:
         status, folder = self.status(name), self.folder(name)
         if status.is_running:
             raise UserError(f"{name} is running")
-        record = _read_record(folder)
+        record = read_record(folder, PROCESS_FILE)
         options = dict(record.options if record else self._options_of(folder, name))
         if max_steps:
             options["max_steps"] = max_steps
@@ -248,7 +237,7 @@ class Trainings:
     def stop(self, name: str, seconds: float = STOP_SECONDS) -> Status:
         """Have a run save a checkpoint and end. Returns its status once it has, or after so many seconds."""
         folder = self.folder(name)
-        record = _read_record(folder)
+        record = read_record(folder, PROCESS_FILE)
         if record is None or not record.process.is_running():
             if _is_locked(folder):
                 raise UserError(f"{name} was started by another program: stop it there, with Ctrl-C or SIGTERM")
@@ -263,13 +252,7 @@ class Trainings:
         if _is_locked(folder):
             raise UserError(f"{os.path.basename(folder)} is being written by another program")
         # Always with --resume auto: the same command starts a run and continues it.
-        process = launch([*words, f"--out_dir={folder}", "--resume=auto"], _console(folder))
-        record = asdict(Record(process, {name: value for name, value in options.items() if value not in ("", None)}))
-        try:
-            files.write_bytes(os.path.join(folder, PROCESS_FILE), json.dumps(record, indent=1).encode())
-        except UserError:
-            process.kill()  # nobody would find it again
-            raise
+        begin([*words, f"--out_dir={folder}", "--resume=auto"], folder, PROCESS_FILE, options)
 
     def _dry_run(self, words: list[str]) -> str:
         out = os.path.join(self.root.path, f".dry_run_{os.getpid()}")
@@ -303,17 +286,6 @@ class Trainings:
         if len(running) >= self.most:
             raise UserError(f"{', '.join(running)} is running: stop it first, or wait for its end")
 
-    def _new_folder(self, name: str) -> str:
-        if not re.fullmatch(r"\w[\w .+=-]*(?<![ .])", name) or len(name) > LONGEST_NAME:
-            raise UserError(
-                f"the run's name {shown(name)}: give letters, digits and - _ . + = or blanks, beginning with a letter "
-                f"or a digit, at most {LONGEST_NAME}"
-            )
-        folder = os.path.join(self.root.path, name)
-        if os.path.lexists(folder):
-            raise UserError(f"{name} exists already: choose another name, or resume the run of that name")
-        return folder
-
     def _options_of(self, folder: str, name: str) -> dict[str, Any]:
         """The options to resume a run that was started elsewhere: those that are not given come from its checkpoint."""
         config = read_settings(folder)
@@ -332,20 +304,6 @@ def _is_run(folder: str) -> bool:
 
 def _console(folder: str) -> str:
     return os.path.join(folder, CONSOLE_FILE)
-
-
-def _read_record(folder: str) -> Record | None:
-    """The record in a folder; None where there is none, or a damaged one."""
-    path = os.path.join(folder, PROCESS_FILE)
-    try:
-        files.require_plain(path)
-        content = files.read_json(path, LONGEST_RECORD)
-        process, options = content["process"], content["options"]
-        if type(process["pid"]) is int and type(process["started"]) is str and isinstance(options, dict):
-            return Record(Process(process["pid"], process["started"]), options)
-    except (UserError, KeyError, TypeError):
-        pass
-    return None
 
 
 def _is_locked(folder: str) -> bool:

@@ -15,7 +15,7 @@ from PIL import Image
 from improved_diffusion.config import UserError
 from improved_diffusion.logs.run_folder import Claims
 from improved_diffusion.service import trainings as module
-from improved_diffusion.service.processes import Process, launch
+from improved_diffusion.service.processes import Process, launch, read_record
 from improved_diffusion.service.run_files import MOST_POINTS
 from improved_diffusion.service.trainings import OFFERED, PROCESS_FILE, Trainings
 
@@ -52,7 +52,7 @@ def trainings(places):
     made = Trainings(*places)
     yield made
     for name in made.names():
-        record = module._read_record(made.folder(name))
+        record = read_record(made.folder(name), PROCESS_FILE)
         if record and record.process.pid != os.getpid():
             record.process.kill()
 
@@ -261,7 +261,7 @@ def test_a_run_keeps_its_name(trainings):
 
 def test_a_run_of_the_command_is_resumed_where_its_data_lie_below_the_root(trainings, tmp_path, monkeypatch):
     launched = []
-    monkeypatch.setattr(module, "launch", lambda words, output: launched.append(words) or Process(0, "none"))
+    monkeypatch.setattr(module, "begin", lambda words, *others: launched.append(words))
     make_run(trainings, "inside", config={"data_dir": f"{trainings.data_root.path}/digits"})
     make_run(trainings, "outside", config={"data_dir": str(tmp_path)})
     make_run(trainings, "upsampler", config={"data_dir": f"{trainings.data_root.path}/digits", "large_size": 64})
@@ -354,9 +354,7 @@ def test_the_time_left_follows_from_the_speed(trainings):
     assert status.seconds_left == pytest.approx((40 - 10) * 2 / 4.0)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"process": 3, "options": {}}', '{"process": {"pid": "x"}, "options": {}}']
-)
+@pytest.mark.parametrize("content", ["", "[]", '{"process": 3}', '{"process": {"pid": "x"}, "options": {}}'])
 def test_a_damaged_record_is_no_record(trainings, content):
     folder = make_run(trainings, "mine", log=START)
     with open(f"{folder}/{PROCESS_FILE}", "w") as f:
