@@ -91,15 +91,18 @@ def newest_previews(folder: str, count: int) -> list[str]:
     return [name for _, _, name in sorted(found)[:count]]
 
 
-def read_preview(folder: str, name: str) -> Image.Image | None:
-    """A picture of `newest_previews`; None where it is gone, or no picture."""
-    path = os.path.join(folder, "previews", name)
+def read_picture(path: str) -> Image.Image | None:
+    """A PNG of a run; None where there is none, or a link, or something else."""
     try:
-        if os.path.islink(path):
-            return None
+        files.require_plain(path)
         return images.to_image(images.decode_png(files.read_bytes(path, files.MAX_TEXT_BYTES)))
     except (UserError, ValueError):
         return None
+
+
+def read_preview(folder: str, name: str) -> Image.Image | None:
+    """A picture of `newest_previews`; None where it is gone, or no picture."""
+    return read_picture(os.path.join(folder, "previews", name))
 
 
 def caption(name: str) -> str:

@@ -104,9 +104,11 @@ class Trainings:
 
     def folder(self, name: str) -> str:
         """The folder of a run. Raises UserError where there is no run of that name."""
-        if name not in self.names():
+        path = os.path.join(self.root.path, name)
+        plain = name == os.path.basename(name) and not name.startswith(".") and not os.path.islink(path)
+        if not (name and plain and os.path.isdir(path) and _is_run(path)):
             raise unknown_name("run", name, self.names()) if self.names() else UserError("there are no runs yet")
-        return os.path.join(self.root.path, name)
+        return path
 
     def status(self, name: str) -> Status:
         """How a run is doing."""

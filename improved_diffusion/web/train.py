@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
 from functools import partial
 from typing import Any
 
@@ -14,11 +13,10 @@ from ..config import UserError
 from ..config.presets import PRESETS, options_for
 from ..config.recipes import AUTO, RECIPES
 from ..config.settings import ImageTraining
-from ..evaluation.report import escape
 from ..service.run_files import caption, read_preview
 from ..service.trainings import LABELS, OFFERED, Status, Trainings
-from .controls import title
-from .live import culprit, enclosing_tab, log_view, mistake, note, timer_of
+from .form import Form, default_of, groups, menu
+from .live import enclosing_tab, log_view, mistake, note, timer_of
 from .state import AppState
 
 # Shown first; the others are in a closed group each, as in --help-all.
@@ -26,6 +24,7 @@ FIRST = (
     "image_size", "class_cond", "batch_size", "max_steps", "lr", "precision", "sample_interval", "save_interval",
     "val_dir",
 )  # fmt: skip
+_LISTED = ("data_dir", "val_dir", "labels", "init_checkpoint")  # chosen from what is below the roots
 _FIRST_COLUMN = "loss"
 _PREVIEWS = 4
 
@@ -36,23 +35,11 @@ def build_train(app_state: AppState) -> None:
     tab = enclosing_tab()
     with gr.Row():
         with gr.Column(min_width=320):
-            form = Form(trainings)
+            form = RunForm(trainings)
         with gr.Column(min_width=320):
             view = RunView(trainings)
     form.connect(tab, view)
     view.connect(tab)
-
-
-def groups() -> dict[str, list[str]]:
-    """The options of the form that are not FIRST, by the title of their group in --help-all."""
-    found: dict[str, list[str]] = {}
-    placed = {*FIRST, "data_dir"}
-    for config in ImageTraining.groups().values():
-        names = [f.name for f in fields(config) if f.name in OFFERED and f.name not in placed]
-        placed |= {*names}
-        if names:
-            found[(config.__doc__ or "").strip().splitlines()[0].rstrip(".")] = names
-    return found
 
 
 def placeholder(name: str, preset: str) -> str:
@@ -63,95 +50,65 @@ def placeholder(name: str, preset: str) -> str:
     options = options_for(preset, ImageTraining) if preset else {}
     if name in options:
         return f"preset: {options[name]}"
-    return f"preset: {options[also]} in all" if also in options else f"default: {_shown(OFFERED[name].default)}"
+    return f"preset: {options[also]} in all" if also in options else default_of(OFFERED[name])
 
 
-def _shown(default: Any) -> str:
-    return "none" if default == "" else str(default)
-
-
-def control(name: str, preset: str) -> Any:
-    """The control of an option. Left empty, the option is not given: the preset, or its default, decides."""
-    f, known = OFFERED[name], {"label": title(name), "info": OFFERED[name].metadata["help"], "interactive": True}
-    if name in ("val_dir", "labels", "init_checkpoint") or _values(f):
-        choices = [(placeholder(name, preset), ""), *((value, value) for value in _values(f))]
-        return gr.Dropdown(choices, value="", elem_id=f"train-{name}", **known)
-    return gr.Textbox("", placeholder=placeholder(name, preset), max_length=1000, elem_id=f"train-{name}", **known)
-
-
-def _values(f: Field) -> list[str]:
-    """The values of an option that has few; else none."""
-    return ["True", "False"] if isinstance(f.default, bool) else list(f.metadata["choices"])
-
-
-def _menu(names: list[str], first: str) -> gr.Dropdown:
-    return gr.Dropdown(choices=[(first, ""), *((name, name) for name in names)])
-
-
-class Form:
+class RunForm:
     """The form of a new run."""
 
     def __init__(self, trainings: Trainings):
         self.trainings = trainings
         gr.Markdown("### New run")
-        self.data = gr.Dropdown(
-            [], label="Images", info=f"folders, .zip and .npz files below {trainings.data_root.path}", interactive=True,
-            elem_id="train-data_dir",
-        )  # fmt: skip
+        self.form = Form("train", OFFERED, _LISTED)
+        below = f"folders, .zip and .npz files below {trainings.data_root.path}"
+        self.form.add("data_dir", "", label="Images", info=below)
         self.thumbnails = gr.Gallery(
             show_label=False, columns=5, rows=1, height=110, format="png", object_fit="contain", allow_preview=False,
             elem_classes="pixels", interactive=False, visible=False, buttons=[],
         )  # fmt: skip
-        presets = [AUTO, *RECIPES, *(name for name in PRESETS if _is_image(name))]
+        presets = [AUTO, *RECIPES, *filter(_is_image, PRESETS)]
         with gr.Row():
             self.name = gr.Textbox(
                 label="Name", info="of the run's folder", placeholder="the images' name", elem_id="train-name",
-                min_width=140,
+                min_width=140, max_length=200,
             )  # fmt: skip
             self.preset = gr.Dropdown(
                 [*presets, ("none", "")], value=AUTO, label="Preset", info=f"{AUTO}: by the images and the hardware",
                 interactive=True, elem_id="train-preset", min_width=140,
             )  # fmt: skip
-        self.options, self.places = {}, {}
-        with gr.Row():
-            for name in FIRST:
-                with gr.Column(min_width=150):
-                    self.options[name] = control(name, AUTO)
+        self.form.add_row({name: placeholder(name, AUTO) for name in FIRST})
         self.message = gr.HTML(elem_id="train-message")
         with gr.Row():
             self.dry = gr.Button("Dry run", elem_id="train-dry-run", min_width=100)
             self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=100)
         self.table = gr.Code(label="What the run needs", language=None, visible=False, elem_id="train-table")
         gr.Markdown("Further options, as in `improved-diffusion train --help-all`:")
-        for group, names in groups().items():
-            with gr.Accordion(group, open=False) as place:
-                for name in names:
-                    self.options[name], self.places[name] = control(name, AUTO), place
+        for group, names in groups(ImageTraining, OFFERED, self.form.controls.keys() | {*FIRST}).items():
+            self.form.add_group(group, {name: placeholder(name, AUTO) for name in names})
 
     def connect(self, tab: gr.Tab, view: RunView) -> None:
         """Have the controls do what they say. :param view: shows a run that is started."""
         self.runs = view.runs
-        controls: Any = {self.name, self.data, self.preset, *self.options.values()}
-        changed: Any = {
-            *self.options.values(), *self.places.values(), self.data, self.name, self.message, self.table, self.dry,
-            self.start, self.runs,
-        }  # fmt: skip
-        menus = [self.data, *(self.options[name] for name in ("val_dir", "labels", "init_checkpoint"))]
-        tab.select(self._fill_menus, None, menus, show_progress="hidden")
-        self.data.change(self._look, self.data, [self.thumbnails, self.message], show_progress="hidden")
-        self.preset.change(self._placeholders, self.preset, [*self.options.values()], show_progress="hidden")
+        controls: Any = {self.name, self.preset, *self.form.controls.values()}
+        changed: Any = {*self.form.parts, self.message, self.table, self.dry, self.start, self.runs}
+        data = self.form.controls["data_dir"]
+        tab.select(self._fill_menus, None, [self.form.controls[name] for name in _LISTED], show_progress="hidden")
+        data.change(self._look, data, [self.thumbnails, self.message], show_progress="hidden")
+        self.preset.change(
+            lambda preset: [self.form.with_empty(name, placeholder(name, preset)) for name in self.form.controls],
+            self.preset, [*self.form.controls.values()], show_progress="hidden",
+        )  # fmt: skip
         self.dry.click(partial(self._submit, starts=False), controls, changed, show_progress="hidden")
         self.start.click(partial(self._submit, starts=True), controls, changed, show_progress="hidden")
 
     def _fill_menus(self) -> list[gr.Dropdown]:
+        """The menus of _LISTED."""
         sets = self.trainings.data_root.sets()
-        choices = [(str(each), each.name) for each in sets]
-        labels = [*LABELS[1:], *self.trainings.data_root.label_files()]
+        names = [each.name for each in sets]
+        found = (names, [*LABELS[1:], *self.trainings.data_root.label_files()], self.trainings.names())
         return [
-            gr.Dropdown(choices=choices),
-            _menu([each.name for each in sets], placeholder("val_dir", "")),
-            _menu(labels, placeholder("labels", "")),
-            _menu(self.trainings.names(), placeholder("init_checkpoint", "")),
+            gr.Dropdown(choices=[(str(each), each.name) for each in sets]),
+            *(menu(each, placeholder(name, "")) for name, each in zip(_LISTED[1:], found)),
         ]
 
     def _look(self, data: str | None) -> tuple[Any, str]:
@@ -161,32 +118,17 @@ class Form:
             return gr.Gallery(visible=False), mistake(str(error))
         return gr.Gallery(seen, visible=bool(seen)), ""
 
-    def _placeholders(self, preset: str) -> list[Any]:
-        updates: list[Any] = []
-        for name, component in self.options.items():
-            text = placeholder(name, preset)
-            if isinstance(component, gr.Textbox):
-                updates.append(gr.Textbox(placeholder=text))
-            elif values := _values(OFFERED[name]):
-                updates.append(gr.Dropdown(choices=[(text, ""), *((value, value) for value in values)]))
-            else:
-                updates.append(gr.skip())  # its choices are names below the roots
-        return updates
-
     def _submit(self, given: Mapping[Any, Any], starts: bool) -> Iterator[dict[Any, Any]]:
         """Measure what a run needs, and start it."""
         yield {
             self.message: note("Measuring 3 steps of training ..."), self.table: gr.Code(visible=False),
-            self.dry: gr.Button(interactive=False), self.start: gr.Button(interactive=False),
-            **self._helps(),
+            self.dry: gr.Button(interactive=False), self.start: gr.Button(interactive=False), **self.form.helps(),
         }  # fmt: skip
-        result: dict[Any, Any] = {}
         try:
-            options = {name: given[component] for name, component in self.options.items()}
-            options |= {"data_dir": given[self.data], "preset": given[self.preset]}
+            options = {**self.form.options(given), "preset": given[self.preset]}
             result = self._started(given[self.name], options) if starts else self._measured(options)
         except UserError as error:
-            result = {self.message: mistake(str(error)), **self._beside(error)}
+            result = {self.message: mistake(str(error)), **self.form.beside(error)}
         yield {**result, self.dry: gr.Button(interactive=True), self.start: gr.Button(interactive=True)}
 
     def _measured(self, options: Mapping[str, Any]) -> dict[Any, Any]:
@@ -194,28 +136,13 @@ class Form:
         return {self.table: gr.Code(table, visible=True), self.message: note("Nothing was written.")}
 
     def _started(self, wanted: str, options: Mapping[str, Any]) -> dict[Any, Any]:
-        name = wanted.strip() or self.trainings.root.free_name(str(options["data_dir"] or "run"))
+        name = wanted.strip() or self.trainings.root.free_name(str(options["data_dir"]))
         table = self.trainings.start(name, options)
         return {
             self.table: gr.Code(table, visible=True),
             self.message: note(f"{name} has started. It goes on when this page is closed."),
             self.runs: gr.Dropdown(choices=self.trainings.names(), value=name),
         }
-
-    def _beside(self, error: UserError) -> dict[Any, Any]:
-        """What shows an error beside the control of the option that it names."""
-        name = culprit(error, [*self.options, "data_dir"])
-        if name is None:
-            return {}
-        component = self.data if name == "data_dir" else self.options[name]
-        shown: dict[Any, Any] = {component: type(component)(info=f"\N{WARNING SIGN} {escape(str(error))}")}
-        if name in self.places:
-            shown[self.places[name]] = gr.Accordion(open=True)
-        return shown
-
-    def _helps(self) -> dict[Any, Any]:
-        """The help of each control, in place of an earlier error."""
-        return {component: type(component)(info=component.info) for component in [self.data, *self.options.values()]}
 
 
 def _is_image(preset: str) -> bool:
