@@ -64,11 +64,13 @@ from .models.build import build_diffusion
 from .respace import SpacedDiffusion
 from .sampling.images import Images, SamplingStep
 from .sampling.labels import Labels
-from .sampling.pipeline import SamplingPipeline, SuperResPipeline, base_size
+from .sampling.pipeline import SamplingPipeline, SuperResPipeline, base_size, joined_trajectory
 from .sampling.writer import last_images
 from .training import run
 
 _OF_COMMANDS = {"model_path", "out_dir", "save_steps", "print_steps"}
+_WHICH = {"n", "seeds", "seed", "classes"}  # the arguments of `sample` that say which images
+OnStep = Callable[[SamplingStep], None]
 
 
 class Model:
@@ -128,7 +130,7 @@ class Model:
 
     def sample(
         self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
-        on_step: Callable[[SamplingStep], None] | None = None, **options: Any,
+        on_step: OnStep | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Draw images; image i of a seed is always the same, whatever n and the batch size.
 
@@ -142,6 +144,36 @@ class Model:
         pipeline = self._pipeline(n, classes, seed, batch_size, options)
         return self._collect(pipeline, progress, on_step)
 
+    def sample_together(
+        self, requests: Sequence[Mapping[str, Any]], *, on_step: OnStep | None = None,
+        **options: Any,
+    ) -> list[Images]:  # fmt: skip
+        """Draw the images of several requests as one batch, which is faster than one after the other.
+
+        :param requests: of each, the arguments of `sample` that say which images: n or seeds, seed, and classes.
+        :param on_step: called with a SamplingStep of all images, in the order of the requests, after each step.
+        :param options: the other options of `sample`, which the requests share.
+        Returns the Images of each request, as `sample` gives them. Raises UserError as `sample` does.
+        """
+        if not requests:
+            return []
+        for name in {name for request in requests for name in request} - _WHICH:
+            raise UserError(f"{shown(name)} is for all requests together: each has {', '.join(sorted(_WHICH))} only")
+        own = [{"n": None, "classes": None, "seed": 0, "seeds": "", **request} for request in requests]
+        first = self._pipeline(**{**own[0], "batch_size": 1, "options": options})
+        pipelines = [first, *(first.asking(_asked(**each)) for each in own[1:])]
+        parts = [(pipeline, list(pipeline.numbers)) for pipeline in pipelines]
+        numbers, steps = [number for _, numbers in parts for number in numbers], first.sampler.steps
+        predictions = (out for out in joined_trajectory(parts) if out["pred_xstart"] is not None)
+        for index, out in enumerate(predictions):
+            if on_step is not None:
+                on_step(SamplingStep(index, steps, numbers, out["pred_xstart"], out["sample"], self.class_names))
+        drawn, done = last_images([out]), []
+        for pipeline, numbers in parts:
+            done.append(Images(drawn[: len(numbers)], *_labels(pipeline.labels, numbers), numbers))
+            drawn = drawn[len(numbers) :]
+        return done
+
     def sample_steps(
         self, n: int | None = None, *, classes: Any = None, seed: int = 0, batch_size: int = 16, **options: Any
     ) -> Iterator[SamplingStep]:
@@ -152,7 +184,7 @@ class Model:
 
     def upscale(
         self, base: Any, *, classes: Any = None, seed: int = 0, batch_size: int = 16, progress: bool = True,
-        on_step: Callable[[SamplingStep], None] | None = None, **options: Any,
+        on_step: OnStep | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Enlarge images with a super-resolution model.
 
@@ -167,17 +199,14 @@ class Model:
         return self._collect(SuperResPipeline(loaded, given), progress, on_step)
 
     def _pipeline(
-        self, n: int | None, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any]
+        self, n: int | None, classes: Any, seed: int, batch_size: int, options: Mapping[str, Any], seeds: Any = ""
     ) -> SamplingPipeline:
         if self.is_super_resolution:
             raise UserError(f"{self.path} is a super-resolution model: use upscale(images)")
         if "num_samples" in options:
             raise UserError("num_samples: sample takes the number of images as n")
-        if n is None and not str(options.get("seeds", "")).strip():
-            n = 1
-        count = {} if n is None else {"num_samples": n}
-        asked = {**count, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
-        return SamplingPipeline(self._with(ImageSampling, asked))
+        which = _asked(n, classes, seed, options.get("seeds", seeds))
+        return SamplingPipeline(self._with(ImageSampling, {"batch_size": batch_size, **options, **which}))
 
     def _with(self, kind: type[Settings], options: Mapping[str, Any]) -> LoadedModel:
         """The model with the settings of a command, by name."""
@@ -218,9 +247,7 @@ class Model:
                     SamplingStep(index, steps, batch, out["pred_xstart"], out["sample"], self.class_names),
                 )
 
-    def _collect(
-        self, pipeline: SamplingPipeline, progress: bool, on_step: Callable[[SamplingStep], None] | None
-    ) -> Images:
+    def _collect(self, pipeline: SamplingPipeline, progress: bool, on_step: OnStep | None) -> Images:
         numbers, done = list(pipeline.numbers), []
         bar = Progress("sampling", len(numbers) * pipeline.sampler.steps, "step") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
@@ -233,21 +260,24 @@ class Model:
                     bar.update(len(step.numbers))
         return Images(np.concatenate(done), *_labels(pipeline.labels, numbers), numbers)
 
-    # Editing
+    # Editing. `on_step` is called with a SamplingStep after each step of each batch; `numbers` are those of the images
+    # to make, counted from 0, of all that the call would make.
 
-    def encode(self, images: Any, *, classes: Any = None, batch_size: int = 16, **options: Any) -> Latents:
+    def encode(
+        self, images: Any, *, classes: Any = None, batch_size: int = 16, on_step: OnStep | None = None, **options: Any
+    ) -> Latents:
         """The noise that a deterministic sampler turns into the images (DDIM sec. 5.4), for `decode`.
 
         :param images: a path, PIL images, Images, or uint8 [N, H, W, C]; resized to the model's size.
         :param classes: those of the images, for a model with classes whose images come without.
         :param options: of `improved-diffusion edit encode`; 200 steps of DDIM unless given.
         """
-        edit = self._edit_images(Encode, Encoding, images, {"batch_size": batch_size, **_classes(classes), **options})
-        return edit.latents()
+        asked = {"batch_size": batch_size, **_classes(classes), **options}
+        return self._edit_images(Encode, Encoding, images, asked, on_step).latents()
 
     def decode(
         self, latents: Latents | str | os.PathLike, n: int = 0, *, classes: Any = None, batch_size: int = 16,
-        progress: bool = True, **options: Any,
+        progress: bool = True, on_step: OnStep | None = None, numbers: Sequence[int] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """The images that latents lead to, by the steps that encoded them; other classes make other images of them.
 
@@ -258,11 +288,11 @@ class Model:
             latents = read_latents(path_argument("latents", latents))
         asked = {"num_samples": n, "batch_size": batch_size, **_classes(classes), **options}
         model = Decode.prepare(self._with(Decoding, asked), latents.step_options)
-        return self._draw(Decode(model, latents), progress)
+        return self._draw(Decode(replace(model, on_step=on_step), latents), progress, numbers)
 
     def interpolate(
         self, first: Any, last: Any, frames: int = 9, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
-        progress: bool = True, **options: Any,
+        progress: bool = True, on_step: OnStep | None = None, numbers: Sequence[int] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Images on the way from one to another, both ends included.
 
@@ -272,16 +302,17 @@ class Model:
         asked = {"frames": frames, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
         if isinstance(first, (int, np.integer)) and isinstance(last, (int, np.integer)):
             prepared = Interpolate.prepare(self._with(Interpolation, {"seeds": [first, last], **asked}))
-            return self._draw(Interpolate(prepared), progress)
-        prepared = Interpolate.prepare(self._with(Interpolation, asked))
+            return self._draw(Interpolate(replace(prepared, on_step=on_step)), progress, numbers)
+        prepared = replace(Interpolate.prepare(self._with(Interpolation, asked)), on_step=on_step)
         ends = [self._pixels(given, prepared) for given in (first, last)]
         arrays = np.concatenate([end.arrays for end in ends])
         labels = [label for end in ends if end.labels is not None for label in end.labels]
-        return self._draw(Interpolate(prepared, arrays, labels or None), progress)
+        return self._draw(Interpolate(prepared, arrays, labels or None), progress, numbers)
 
     def inpaint(
         self, images: Any, mask: Any, n: int = 0, *, classes: Any = None, seed: int = 0, batch_size: int = 16,
-        progress: bool = True, **options: Any,
+        progress: bool = True,
+        on_step: OnStep | None = None, numbers: Sequence[int] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Paint the masked part of images to fit the rest, which stays exactly as it is (RePaint).
 
@@ -290,17 +321,18 @@ class Model:
         :param n: images to make, from those given in turn; 0: one from each.
         """
         asked = {"num_samples": n, "seed": seed, "batch_size": batch_size, **_classes(classes), **options}
-        prepared = Inpaint.prepare(self._with(Inpainting, asked))
+        prepared = replace(Inpaint.prepare(self._with(Inpainting, asked)), on_step=on_step)
         found = self._pixels(images, prepared)
         _, height, width = prepared.shape
         masks = as_masks(mask, (height, width), found.names, prepared.settings.reading)
         edit = Inpaint(prepared, found.arrays, masks, found.labels)
         edit.sources = found.file_names
-        return self._draw(edit, progress)
+        return self._draw(edit, progress, numbers)
 
     def variations(
         self, images: Any, n: int = 0, strength: float = VariationsConfig.strength, *, classes: Any = None,
-        seed: int = 0, batch_size: int = 16, progress: bool = True, **options: Any,
+        seed: int = 0, batch_size: int = 16, progress: bool = True,
+        on_step: OnStep | None = None, numbers: Sequence[int] | None = None, **options: Any,
     ) -> Images:  # fmt: skip
         """Images like those given: noise is added to them and removed again (SDEdit).
 
@@ -308,11 +340,13 @@ class Model:
         :param strength: in (0, 1]: near 0 the same image, 1 another one.
         """
         asked = {"num_samples": n, "strength": strength, "seed": seed, "batch_size": batch_size}
-        edit = self._edit_images(Vary, Variations, images, {**asked, **_classes(classes), **options})
-        return self._draw(edit, progress)
+        edit = self._edit_images(Vary, Variations, images, {**asked, **_classes(classes), **options}, on_step)
+        return self._draw(edit, progress, numbers)
 
-    def _edit_images(self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any]) -> Any:
-        prepared = edit.prepare(self._with(kind, asked))
+    def _edit_images(
+        self, edit: Any, kind: type[Settings], images: Any, asked: Mapping[str, Any], on_step: OnStep | None
+    ) -> Any:
+        prepared = replace(edit.prepare(self._with(kind, asked)), on_step=on_step)
         found = self._pixels(images, prepared)
         made = edit(prepared, found.arrays, found.labels)
         made.sources = found.file_names
@@ -333,11 +367,11 @@ class Model:
             found = found._replace(names=list(given.names), from_files=True)
         return found
 
-    def _draw(self, edit: Edit, progress: bool) -> Images:
-        numbers, done, batch_size = range(edit.count), [], edit.model.settings.edit.batch_size
-        bar = Progress(edit.command, edit.count, "image") if progress else None
+    def _draw(self, edit: Edit, progress: bool, wanted: Sequence[int] | None) -> Images:
+        numbers, done, batch_size = _numbers(wanted, edit.count), [], edit.model.settings.edit.batch_size
+        bar = Progress(edit.command, len(numbers), "image") if progress else None
         with contextlib.closing(bar) if bar else contextlib.nullcontext():
-            for start in range(0, edit.count, batch_size):
+            for start in range(0, len(numbers), batch_size):
                 batch = numbers[start : start + batch_size]
                 done.append(edit.draw(batch))
                 if bar:
@@ -416,6 +450,23 @@ class Model:
     def _grid(self, options: Mapping[str, Any]) -> bytes:
         """The PNG of a grid of samples."""
         return self.sample(**options)._repr_png_()
+
+
+def _asked(n: int | None, classes: Any, seed: int, seeds: Any) -> dict[str, Any]:
+    """The options that say which images to draw."""
+    listed = {"seeds": seeds} if str(seeds).strip() else {}
+    if n is None and not listed:
+        n = 1
+    return {**({} if n is None else {"num_samples": n}), **listed, "seed": seed, **_classes(classes)}
+
+
+def _numbers(wanted: Sequence[int] | None, count: int) -> Sequence[int]:
+    """The numbers of the edited images to make. Raises UserError where they are none of them."""
+    if wanted is None:
+        return range(count)
+    if not len(wanted) or not all(isinstance(i, (int, np.integer)) and 0 <= i < count for i in wanted):
+        raise UserError(f"numbers={shown(wanted)}: expected some of 0 to {count - 1}")
+    return [int(i) for i in wanted]
 
 
 def _classes(classes: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .sampling import (
     SampleConfig,
     SamplerConfig,
 )
+from .service import EngineConfig, ServeConfig, WebConfig
 from .training import (
     ClassifierTrainConfig,
     DataConfig,
@@ -383,6 +384,25 @@ class Comparison(Settings):
     compare: CompareConfig
 
 
+# Doors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(Settings):
+    """The HTTP service."""
+
+    serve: ServeConfig
+    engine: EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebPage(Settings):
+    """The web page."""
+
+    web: WebConfig
+    engine: EngineConfig
+
+
 # The settings of each command, by the command's name.
 _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "train": (ImageTraining,),
@@ -397,6 +417,8 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "export": (Exporting,),
     "convert": (Converting,),
     "push": (Pushing,),
+    "serve": (Serving,),
+    "web": (WebPage,),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from ..config import UserError, height_width
 from ..config.settings import Editing
 from ..models.build import build_diffusion
 from ..sampling.guided import guide, prepare_model
+from ..sampling.images import SamplingStep
 from ..sampling.labels import Classes, Labels, image_labels
 from ..sampling.noise import SeededNoise
 from ..sampling.sampler import Sampler, build_sampler
-from ..sampling.solvers import BothWays
+from ..sampling.solvers import BothWays, Rule
 from ..utils.images import from_uint8
 
 
@@ -30,12 +32,14 @@ class EditingModel:
     :param sampler: with the command's path over the noise levels.
     :param model: on the device, with guidance.
     :param classes: what its labels mean; None for an unconditional model.
+    :param on_step: called with a SamplingStep after each step of each batch.
     """
 
     loaded: LoadedModel[Any]
     sampler: Sampler
     model: th.nn.Module
     classes: Classes | None
+    on_step: Callable[[SamplingStep], None] | None = None
 
     @classmethod
     def build(
@@ -88,7 +92,22 @@ class EditingModel:
         :param start: `noise`, `path` and `rule`, see Sampler.trajectory.
         """
         noise = SeededNoise(self.seed, numbers)
-        return self.sampler.trajectory(self.model, self.shape, noise, model_kwargs, **start)
+        outs = self.sampler.trajectory(self.model, self.shape, noise, model_kwargs, **start)
+        return outs if self.on_step is None else self._watched(self.on_step, outs, numbers, **start)
+
+    def _watched(
+        self, on_step: Callable[[SamplingStep], None], outs: Iterator[dict[str, th.Tensor]], numbers: Sequence[int],
+        path: Sequence[int] | None = None, rule: Rule | None = None, **start: Any,
+    ) -> Iterator[dict[str, th.Tensor]]:  # fmt: skip
+        """The steps, each shown to `on_step`; those that only add noise are not."""
+        both_ways = rule is not None and rule.both_ways
+        steps = sum(there < here or both_ways for here, there in pairwise(self.sampler.path if path is None else path))
+        names, index = self.classes.names if self.classes else None, 0
+        for out in outs:
+            if out["pred_xstart"] is not None:
+                on_step(SamplingStep(index, steps, numbers, out["pred_xstart"], out["sample"], names))
+                index += 1
+            yield out
 
     def to_device(self, images: np.ndarray) -> th.Tensor:
         """uint8 [N, H, W, C] as the network takes them: float32 [N, C, H, W] in [-1, 1]."""

@@ -63,7 +63,7 @@ class Images:
         Raises UserError where there are no images.
         """
         self._require_images()
-        return images.to_image(images.grid(self.array, columns, min_side=images.SHOWN_SIDE, captions=self._captions()))
+        return images.to_image(images.grid(self.array, columns, min_side=images.SHOWN_SIDE, captions=self.captions()))
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write PNGs, a grid and an npz of all (arr_0, and the labels as arr_1), as the command does.
@@ -74,14 +74,14 @@ class Images:
         self._require_images()
         folder = path_argument("folder", folder)
         png_dir = files.join(folder, PNG_DIR)
-        names, npz = self._file_names(), f"samples_{'x'.join(map(str, self.array.shape))}.npz"
+        names, npz = self.file_names(), f"samples_{'x'.join(map(str, self.array.shape))}.npz"
         _check_others(folder, {*names, npz})
         files.make_dirs(png_dir)
         for name, array in zip(names, self.array):
             files.write_bytes(files.join(png_dir, name), images.encode_png(array), durable=False)
         path = files.join(folder, npz)
         images.save_npz(path, self.array, *([] if self.labels is None else [self.labels]))
-        columns, captions = 10 if len(self) >= SHOWN // 2 else None, self._captions()
+        columns, captions = 10 if len(self) >= SHOWN // 2 else None, self.captions()
         images.save_grid(files.join(folder, "samples.png"), self.array[:SHOWN], columns, captions and captions[:SHOWN])
         return path
 
@@ -89,8 +89,8 @@ class Images:
         if not len(self):
             raise UserError("there are no images to show or save: the batch is empty")
 
-    def _file_names(self) -> list[str]:
-        """What the PNGs are called."""
+    def file_names(self) -> list[str]:
+        """What the PNGs are called, in `save` and in the service's replies."""
         if self.names is not None:
             return BySource(self.names, len(self)).names
         numbers = range(len(self)) if self.numbers is None else self.numbers
@@ -99,7 +99,7 @@ class Images:
         parts = class_parts(self.class_names) if self.class_names else None
         return [numbered_name(number, class_name(parts, int(y))) for number, y in zip(numbers, self.labels)]
 
-    def _captions(self) -> list[str] | None:
+    def captions(self) -> list[str] | None:
         """What is written below each image: its class, where there are classes."""
         return None if self.labels is None else [caption_of(self.class_names, int(y)) for y in self.labels]
 

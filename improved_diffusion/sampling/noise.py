@@ -45,6 +45,13 @@ class SeededNoise:
     def __init__(self, seed: int, numbers: Iterable[int]):
         self.generators = [image_generator(seed, int(number), "noise") for number in numbers]
 
+    @classmethod
+    def joined(cls, rows: Iterable[tuple[int, int]]) -> SeededNoise:
+        """Noise for images of several seeds: (seed, number) of each."""
+        noise = cls(0, [])
+        noise.generators = [image_generator(seed, int(number), "noise") for seed, number in rows]
+        return noise
+
     def __len__(self) -> int:
         return len(self.generators)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +69,20 @@ class SamplingPipeline:
                 "images: give one of them"
             )
 
+    def asking(self, options: Mapping[str, Any]) -> SamplingPipeline:
+        """The same model and sampler for other images: `options` are num_samples or seeds, seed, and classes.
+
+        Raises UserError for a class that the model does not have, and for numbers that contradict each other.
+        """
+        other = copy.copy(self)
+        settings = self.loaded.settings.replace(**{"seeds": "", "classes": "", **options})
+        given = self.loaded.given - {"num_samples", "seeds"} | options.keys()
+        other.loaded = replace(self.loaded, settings=settings, given=given)
+        other._check_numbers()
+        other.seed = other.loaded.settings.run.seed
+        other.labels = other._choose_labels()
+        return other
+
     def model_kwargs(self, numbers: Sequence[int]) -> dict[str, th.Tensor]:
         """What the network takes, besides x and t, for the images with these numbers."""
         return label_kwargs(self.labels, numbers)
@@ -107,6 +122,18 @@ class SamplingPipeline:
         first = list(numbers)[: sample.batch_size]
         write_steps(self.trajectory, out_dir, first, self.sampler.steps, sample.save_steps)
         return path
+
+
+def joined_trajectory(parts: Sequence[tuple[SamplingPipeline, Sequence[int]]]) -> Iterator[dict[str, th.Tensor]]:
+    """`sample` and `pred_xstart` [N, C, H, W] after each step, of images of several pipelines in one batch.
+
+    :param parts: (pipeline, numbers of its images); all pipelines from one by `asking`.
+    """
+    first = parts[0][0]
+    noise = SeededNoise.joined((pipeline.seed, number) for pipeline, numbers in parts for number in numbers)
+    each = [pipeline.model_kwargs(numbers) for pipeline, numbers in parts]
+    kwargs = {name: th.cat([found[name] for found in each]) for name in each[0]}
+    return first.sampler.trajectory(first.model, first.shape, noise, kwargs)
 
 
 class SuperResPipeline(SamplingPipeline):

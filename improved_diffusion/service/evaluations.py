@@ -19,7 +19,7 @@ from ..evaluation.report import DISTANCES_FILE, GRID_FILE, JSON_FILE, NEIGHBOURS
 from ..sampling.writer import PNG_DIR, REQUEST_FILE
 from ..utils import files
 from .folders import MOST_LISTED, DataRoot, Root
-from .processes import CONSOLE_FILE, begin, check_system, end_of, read_record, tail
+from .commands import CONSOLE_FILE, begin, check_system, end_of, read_record, tail
 from .run_files import read_picture
 
 EVALUATION_FILE = "evaluation.json"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..config import UserError
 from ..utils import files, images
-from .processes import LONGEST_TAIL, end_of, tail
+from .commands import LONGEST_TAIL, end_of, tail
 
 MOST_BYTES = 2**26  # of the rows that are read: the newest
 MOST_POINTS = 400  # of a curve that is shown

@@ -22,7 +22,7 @@ from ..data.listing import is_run
 from ..logs.run_folder import LOCK
 from ..utils import files
 from .folders import DataRoot, Root
-from .processes import CONSOLE_FILE, Process, begin, check_system, end_of, launch, read_record, tail
+from .commands import CONSOLE_FILE, Process, begin, check_system, end_of, launch, read_record, tail
 from .run_files import Rows, how_it_ended, newest_previews, newest_text, read_settings
 
 PROCESS_FILE = "process.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..config import Config
+from ..config import Config, UserError
 from ..config.settings import Settings
 
 
@@ -43,3 +43,12 @@ def control(kind: type[Settings] | type[Config], name: str, **changed: Any) -> A
         precision = 0 if isinstance(f.default, int) else None
         return gr.Number(**{**known, **limits, "precision": precision, **changed})
     return gr.Textbox(**{**known, **changed})
+
+
+def whole_number(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value of a number's control. Raises UserError for an empty one, and for one outside of its limits."""
+    if value is None:
+        raise UserError(f"--{name} is empty: give a number")
+    if value != int(value) or value < low or (high is not None and value > high):
+        raise UserError(f"--{name} {value}: expected a whole number from {low}" + (f" to {high}" if high else ""))
+    return int(value)

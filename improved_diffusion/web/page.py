@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
 
 import gradio as gr
+from fastapi import FastAPI, Response
 
+from ..config import UserError
+from ..service.engine import Engine
+from ..service.errors import ServiceError
+from ..service.requests import Request
+from .edit import EditTab
 from .evaluate import build_evaluate
+from .picker import Picker
+from .sample import SAMPLER, SampleTab
 from .state import AppState
 from .theme import CSS, theme
 from .train import build_train
+from .upscale import UpscaleTab
 
-TABS = {"Train": build_train, "Evaluate": build_evaluate}
-
-
-def build_page(app_state: AppState) -> gr.Blocks:
-    """The page."""
-    with gr.Blocks(analytics_enabled=False, title="improved_diffusion", delete_cache=(600, 3600)) as page:
-        with gr.Tabs():
-            for name, build in TABS.items():
-                with gr.Tab(name, id=name.lower()):
-                    build(app_state)
-    # The engine has the queue: Gradio passes each request on at once.
-    page.queue(default_concurrency_limit=None, api_open=False)
-    return page
+PUBLIC = ("/healthz",)  # needs no token, says no more than whether the engine works
+# Nothing comes from other hosts and nothing goes there. Gradio's page has scripts and styles within it.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
+    "object-src 'none'; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
 
 
-def mount_page(app: Any, app_state: AppState, path: str = "/") -> Any:
-    """Mount the page in a FastAPI application, which is returned.
+def create_app(app_state: AppState) -> FastAPI:
+    """The application that serves the page; the guard stands outside."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    Nothing is loaded from other hosts and nothing is sent there; no file but the page's own is served.
-    """
+    @app.get("/healthz")
+    def healthz() -> Response:
+        return Response(status_code=200 if app_state.engine.health().workers else 503)
+
     return gr.mount_gradio_app(
         app,
         build_page(app_state),
-        path=path,
+        path="/",
         theme=theme(),
         css=CSS,
         footer_links=[],
@@ -46,3 +52,30 @@ def mount_page(app: Any, app_state: AppState, path: str = "/") -> Any:
         ssr_mode=False,
         max_file_size=app_state.options.max_upload_mb * 10**6,
     )
+
+
+def build_page(app_state: AppState) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(analytics_enabled=False, title="improved_diffusion", delete_cache=(600, 3600)) as page:
+        picker = Picker(app_state, page)
+        with gr.Tabs():
+            with gr.Tab("Sample", id="sample"):
+                sampled = SampleTab(app_state, picker).result
+            with gr.Tab("Edit", id="edit"):
+                EditTab(app_state, picker, sampled)
+            with gr.Tab("Upscale", id="upscale"):
+                UpscaleTab(app_state, picker, sampled)
+            with gr.Tab("Train", id="train"):
+                build_train(app_state)
+            with gr.Tab("Evaluate", id="evaluate"):
+                build_evaluate(app_state)
+    # The engine has the queue: Gradio passes each request on at once.
+    page.queue(default_concurrency_limit=None, api_open=False)
+    return page
+
+
+def warm_up(engine: Engine) -> None:
+    """Let a worker load the model that the page offers first, so that the first image comes soon."""
+    for name in engine.catalogue.names()[:1]:
+        with contextlib.suppress(UserError, ServiceError):  # the page says what is wrong with it
+            engine.submit(Request("sample", name, options={"sampler": SAMPLER, "steps": 1}))

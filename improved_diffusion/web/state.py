@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..config.service import WebConfig
+from ..service.catalogue import Catalogue
+from ..service.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class AppState:
     :param work_dir: a temporary folder of this process, for files that users download.
     """
 
-    engine: Any
-    catalogue: Any
+    engine: Engine
+    catalogue: Catalogue
     options: WebConfig
     runs: str
     data_root: str

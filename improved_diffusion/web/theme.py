@@ -7,15 +7,28 @@ import gradio as gr
 _FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
-# Images of 16 to 64 pixels are enlarged: their pixels stay sharp.
+# Images of 16 to 64 pixels are enlarged: their pixels stay sharp. Places for images and messages keep their height.
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 .pixels img, .pixels canvas { image-rendering: pixelated; }
-.pixel-grid { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); }
+.pixels .image-frame img, .pixels .image-container img { width: 100%; height: 100%; object-fit: contain; }
+.pixel-grid { display: grid; gap: 8px; grid-template-columns: repeat(4, minmax(0, 1fr)); padding: 10px;
+  border: 1px solid var(--border-color-primary); border-radius: var(--block-radius); }
 .pixel-grid figure { margin: 0; }
-.pixel-grid img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; border-radius: 4px; }
+.pixel-grid img, .pixel-grid .blank { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
+  image-rendering: pixelated; border-radius: 6px; background: var(--background-fill-secondary); }
 .pixel-grid figcaption { font-size: 12px; text-align: center; color: var(--body-text-color-subdued); }
-.quiet { color: var(--body-text-color-subdued); font-size: 14px; }
+.empty { display: grid; place-items: center; min-height: 180px; padding: 16px; text-align: center;
+  border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius);
+  color: var(--body-text-color-subdued); }
+.empty b { display: contents; }
+.status { min-height: 44px; display: flex; flex-direction: column; justify-content: center; gap: 4px; }
+.status progress { width: 100%; height: 8px; accent-color: var(--primary-600); }
+.status.bad { color: #b91c1c; }
+.dark .status.bad { color: #fca5a5; }
+.quiet { color: var(--body-text-color-subdued); font-size: 14px; margin: 0 0 4px; }
+.bar button, .picker button { min-height: 40px; align-self: center; }
+.cm-editor { font-size: 13px; }
 """
 
 
@@ -32,4 +45,14 @@ def theme() -> gr.themes.Base:
         radius_size=gr.themes.sizes.radius_md,
         font=system_fonts(_FONT),
         font_mono=system_fonts(_MONO),
-    ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        button_large_text_size="*text_md",
+        button_small_text_size="*text_sm",
+    )

@@ -15,7 +15,7 @@ from PIL import Image
 from improved_diffusion.config import UserError
 from improved_diffusion.logs.run_folder import Claims
 from improved_diffusion.service import trainings as module
-from improved_diffusion.service.processes import Process, launch, read_record
+from improved_diffusion.service.commands import Process, launch, read_record
 from improved_diffusion.service.run_files import MOST_POINTS
 from improved_diffusion.service.trainings import OFFERED, PROCESS_FILE, Trainings
 

@@ -1,0 +1,132 @@
+"""Choosing a model: from the folder of runs, or uploaded."""
+
+from __future__ import annotations
+
+import html
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from ..config import UserError
+from .drawing import explain, warn
+from .events import AT_ONCE
+from .state import AppState
+
+NO_MODELS = (
+    "There is no model yet. Train one in the <b>Train</b> tab and press <b>Refresh</b>, or upload the weights of one."
+)
+
+
+class Picker:
+    """The row of controls that choose a model, with what is known of the chosen one below it.
+
+    :param model: a menu of names in the catalogue.
+    :param average: a menu of a run's moving averages of the weights; "" where there is no choice.
+    """
+
+    def __init__(self, app_state: AppState, page: gr.Blocks):
+        self.catalogue, self.work_dir = app_state.catalogue, app_state.work_dir
+        first = next(iter(self.catalogue.names()), None)
+        uploads = gr.State([])
+        with gr.Row(elem_classes="picker", equal_height=True):
+            averages = self._averages(first)
+            self.model = gr.Dropdown(
+                self._choices([]), value=first, label="Model", scale=4, min_width=200, elem_id="model"
+            )
+            self.average = gr.Dropdown(
+                averages, value=averages[0][1], label="Average", scale=2, min_width=120, elem_id="average",
+                interactive=len(averages) > 1,
+            )  # fmt: skip
+            refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_id="refresh")
+            upload = gr.UploadButton(
+                "Upload weights",
+                file_types=[".pt", ".safetensors"],
+                size="sm",
+                scale=1,
+                min_width=120,
+                elem_id="upload-weights",
+            )
+        about = gr.HTML(self._about(first), elem_id="about-model", padding=False)
+
+        refresh.click(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
+        self.loaded = page.load(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
+        upload.upload(self.take_upload, [upload, self.model, uploads], [self.model, uploads], **AT_ONCE)
+        self.on_change(self.describe, [self.average, about])
+
+    def on_change(self, fn: Callable[..., Any], outputs: Sequence[Any], inputs: Sequence[Any] = ()) -> None:
+        """Call `fn` with the name of each model that is chosen, or with None, and when the page opens.
+
+        :param inputs: controls whose values follow the name.
+        """
+        for event in (self.model.change, self.loaded.then):
+            event(fn, [self.model, *inputs], list(outputs), **AT_ONCE)
+
+    def refresh(self, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
+        """The models that there are now; the chosen one stays chosen while it is there."""
+        choices = self._choices(uploads)
+        names = [name for _, name in choices]
+        return gr.Dropdown(choices=choices, value=chosen if chosen in names else next(iter(names), None))
+
+    def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
+        """The menu with the uploaded model, which this session alone can choose."""
+        title = os.path.basename(path)
+        kept = os.path.join(tempfile.mkdtemp(dir=self.work_dir), title)
+        shutil.move(path, kept)
+        try:
+            name = self.catalogue.add_upload(kept, title)
+        except UserError as error:
+            os.remove(kept)
+            warn(UserError(str(error).replace(kept, title)))
+            return gr.skip(), uploads
+        uploads = [*uploads, (f"{title} (uploaded)", name)]
+        return gr.Dropdown(choices=self._choices(uploads), value=name), uploads
+
+    def describe(self, name: str | None) -> Any:
+        """The averages of a model, and a line on it."""
+        averages = self._averages(name)
+        menu = gr.Dropdown(choices=averages, value=averages[0][1], interactive=len(averages) > 1)
+        return menu, self._about(name)
+
+    def _choices(self, uploads: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [*((name, name) for name in self.catalogue.names()), *uploads]
+
+    def _averages(self, name: str | None) -> list[tuple[str, str]]:
+        found = self._info(name)
+        known = () if found is None or isinstance(found, UserError) else found.averages
+        return [(each, each) for each in known] or [("as in the file", "")]
+
+    def _info(self, name: str | None) -> Any:
+        """What is known of a model: None without one, the error for one that cannot be read."""
+        if name is None:
+            return None
+        try:
+            return self.catalogue.describe(name)
+        except UserError as error:
+            return error
+
+    def _about(self, name: str | None) -> str:
+        """A line on the chosen model."""
+        info = self._info(name)
+        if info is None:
+            return f'<p class="quiet">{NO_MODELS}</p>'
+        if isinstance(info, UserError):
+            return f'<p class="status bad">{html.escape(explain(info)[1])}</p>'
+        size = "x".join(map(str, info.size))
+        parts = [f"{size} pixels", "grey" if info.channels == 1 else f"{info.channels} channels"]
+        if info.kind == "super_res":
+            parts.insert(0, "enlarges images of " + "x".join(map(str, info.small_size)) + " to")
+        parts.append(f"{info.num_classes} classes" if info.class_cond else "no classes")
+        if info.step is not None:
+            parts.append(f"trained for {info.step:,} steps")
+        return f'<p class="quiet">{html.escape(" · ".join(parts))}</p>'
+
+
+def kept(chosen: list[str] | str | None, names: Sequence[str]) -> list[str] | str | None:
+    """Of what is chosen in a menu, what the menu of another model has too."""
+    if isinstance(chosen, list):
+        return [name for name in chosen if name in names]
+    return chosen if chosen in names else None

@@ -1,0 +1,148 @@
+"""The tab that draws samples."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import gradio as gr
+
+from ..config import GuidanceConfig, SampleConfig, SamplerConfig, UserError
+from ..config.run import RunConfig
+from ..config.settings import ImageSampling
+from ..service.requests import Request
+from ..utils.text import counted
+from .controls import control, help_of, whole_number
+from .drawing import explain, status_line
+from .events import AT_ONCE
+from .facts import facts, known_facts
+from .picker import Picker, kept
+from .reproduce import SampleRecipe
+from .result import Order, Result, refused
+from .state import AppState
+
+MOST = 64  # images of one request
+SAMPLER, STEPS = "dpmpp_2m", 20  # good images within seconds; the command's default takes every step
+_ADVANCED = (
+    "timestep_grid", "ddim_eta", "dynamic_threshold", "clip_denoised", "precision", "guidance_rescale",
+    "guidance_interval",
+)  # fmt: skip
+_GUIDANCE = {f.name for f in fields(GuidanceConfig)}
+_CLASSES, _SCALE = help_of(SampleConfig, "classes"), help_of(GuidanceConfig, "guidance_scale")
+EMPTY = "Press <b>Draw</b>: the images appear here."
+
+
+class SampleTab:
+    """The tab's controls, and what they do.
+
+    :param result: what the user has drawn, which other tabs may use.
+    """
+
+    def __init__(self, app_state: AppState, picker: Picker):
+        self.app_state = app_state
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self._build_request()
+            with gr.Column(scale=3, min_width=300):
+                self.go = gr.Button("Draw", variant="primary", elem_id="draw")
+                self.result = Result(app_state, "sample", EMPTY)
+        self._connect(picker)
+
+    def _build_request(self) -> None:
+        """What to draw."""
+        self.classes = gr.Dropdown([], label="Classes", info=_CLASSES, multiselect=True, elem_id="classes")
+        with gr.Row(elem_classes="snug"):
+            self.n = control(
+                SampleConfig, "num_samples", value=4, maximum=MOST, info=f"images to make, 1 to {MOST}",
+                elem_id="num-samples", min_width=90,
+            )  # fmt: skip
+            self.seed = control(RunConfig, "seed", elem_id="seed", min_width=90)
+            self.dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
+        self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="sampler")
+        self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="steps")
+        self.cost_line = gr.HTML(status_line(""), elem_id="cost", padding=False)
+        self.guidance = control(GuidanceConfig, "guidance_scale", maximum=20, step=0.1, elem_id="guidance")
+        with gr.Accordion("More options", open=False):
+            self.others = [control(_group(name), name, elem_id=name.replace("_", "-")) for name in _ADVANCED]
+
+    def _connect(self, picker: Picker) -> None:
+        steps = [self.sampler, self.steps, self.guidance, *self.others]
+        asked = [picker.model, picker.average, self.classes, self.n, self.seed, *steps]
+        self.go.click(self.draw, asked, self.result.outputs(self.go), **AT_ONCE)
+        self.dice.click(_new_seed, None, self.seed, **AT_ONCE)
+        picker.on_change(self.fit, [self.classes, self.guidance, self.go], [self.classes])
+        priced = [picker.model, picker.average, self.n, *steps]
+        gr.on([each.change for each in priced], self.cost, priced, self.cost_line, **AT_ONCE)
+        picker.loaded.then(self.cost, priced, self.cost_line, **AT_ONCE)
+
+    async def draw(
+        self, request: gr.Request, model: str | None, average: str, classes: Any, n: Any, seed: Any, *steps: Any
+    ) -> AsyncIterator[Any]:
+        """Draw, and show the images as they come."""
+        try:
+            order = self.order(model, average, classes, n, seed, _options(steps))
+        except UserError as error:
+            yield refused(error)
+            return
+        async for values in self.result.follow(request, order):
+            yield values
+
+    def order(
+        self, model: str | None, average: str, classes: Any, n: Any, seed: Any, options: Mapping[str, Any]
+    ) -> Order:
+        """What the controls ask for. Raises UserError for what cannot be drawn."""
+        known = facts(self.app_state, model, average)
+        n, seed = whole_number("num_samples", n, 1, MOST), whole_number("seed", seed, 0)
+        classes = tuple(classes or ())
+        request = Request("sample", known.info.name, average, n, seed, classes, options)
+        return Order(request, SampleRecipe(known.path, n, seed, classes, options))
+
+    def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
+        """The controls for a model: what it cannot do is switched off, and says why."""
+        known = known_facts(self.app_state, model)
+        if known is None:
+            return gr.Dropdown(choices=[], value=[]), gr.skip(), gr.Button("Draw", interactive=False)
+        names, why = list(known.classes), known.why_no_guidance
+        classes = gr.Dropdown(
+            choices=names,
+            value=kept(chosen, names),
+            interactive=bool(names),
+            info=_CLASSES if names else "This model has no classes.",
+        )
+        guidance = gr.Number(interactive=False, value=1, info=why) if why else gr.Number(interactive=True, info=_SCALE)
+        can = known.info.kind == "image"
+        return (
+            classes,
+            guidance,
+            gr.Button("Draw" if can else "This model enlarges images: see Upscale", interactive=can),
+        )
+
+    def cost(self, model: str | None, average: str, n: Any, *steps: Any) -> str:
+        """What the steps cost, or what is wrong with them."""
+        if model is None:
+            return status_line("")
+        options = _options(steps)
+        try:
+            found = facts(self.app_state, model, average).sampler(ImageSampling, options)
+        except UserError as error:
+            return status_line(explain(error)[1], bad=True)
+        each = found.evaluations * (2 if "guidance_scale" in options else 1)
+        text = f"{counted(found.steps, 'step')}: {counted(each, 'evaluation')} of the network for each image"
+        return status_line(text + (f", {each * int(n):,} in all" if n and n > 1 else ""))
+
+
+def _group(name: str) -> Any:
+    return GuidanceConfig if name in _GUIDANCE else SamplerConfig
+
+
+def _options(values: Sequence[Any]) -> dict[str, Any]:
+    """The options that differ from the command's defaults, by name, so that commands stay short."""
+    known = ImageSampling.options()
+    given = zip(("sampler", "steps", "guidance_scale", *_ADVANCED), values)
+    return {name: value for name, value in given if value is not None and value != known[name].default}
+
+
+def _new_seed() -> int:
+    return secrets.randbelow(2**31)
