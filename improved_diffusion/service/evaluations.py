@@ -18,8 +18,8 @@ from ..evaluation.comparison import comparison
 from ..evaluation.report import DISTANCES_FILE, GRID_FILE, JSON_FILE, NEIGHBOURS_FILE, Report
 from ..sampling.writer import PNG_DIR, REQUEST_FILE
 from ..utils import files
-from .folders import MOST_LISTED, DataRoot, Root
 from .commands import CONSOLE_FILE, begin, check_system, end_of, read_record, tail
+from .folders import MOST_LISTED, DataRoot, Root
 from .run_files import read_picture
 
 EVALUATION_FILE = "evaluation.json"

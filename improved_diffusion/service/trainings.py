@@ -21,8 +21,8 @@ from ..config.settings import ImageTraining, merge_options, path_options
 from ..data.listing import is_run
 from ..logs.run_folder import LOCK
 from ..utils import files
-from .folders import DataRoot, Root
 from .commands import CONSOLE_FILE, Process, begin, check_system, end_of, launch, read_record, tail
+from .folders import DataRoot, Root
 from .run_files import Rows, how_it_ended, newest_previews, newest_text, read_settings
 
 PROCESS_FILE = "process.json"

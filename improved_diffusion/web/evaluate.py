@@ -26,7 +26,11 @@ _BEST = (
 def build_evaluate(app_state: AppState) -> None:
     """The tab's controls."""
     options = app_state.options
-    evaluations = Evaluations(app_state.runs, app_state.data_root, options.features, options.trust_features)
+    try:
+        evaluations = Evaluations(app_state.runs, app_state.data_root, options.features, options.trust_features)
+    except UserError as error:
+        gr.HTML(note(f"No evaluation here: {error}; --data_root names the folder below which real images are."))
+        return
     tab = enclosing_tab()
     with gr.Row():
         with gr.Column(min_width=320, scale=2):
@@ -140,31 +144,39 @@ class Reports:
             label="Pictures", columns=2, format="png", interactive=False, elem_classes="pixels", visible=False,
             elem_id="evaluate-pictures", buttons=["fullscreen"], object_fit="contain",
         )  # fmt: skip
+        with gr.Accordion("What was compared, and how the samples were made", open=False, visible=False) as self.place:
+            self.details = gr.Markdown()
 
     def connect(self, tab: gr.Tab) -> None:
         """Have the controls do what they say."""
         tab.select(self._fill_menu, None, self.chosen, show_progress="hidden")
-        self.chosen.change(self._show, self.chosen, [self.message, self.text, self.pictures], show_progress="hidden")
+        outputs = [self.message, self.text, self.pictures, self.place, self.details]
+        self.chosen.change(self._show, self.chosen, outputs, show_progress="hidden")
 
     def _fill_menu(self) -> gr.Dropdown:
         return gr.Dropdown(choices=self.evaluations.reports())
 
-    def _show(self, names: list[str]) -> tuple[str, str, gr.Gallery]:
-        """(a mistake, the text, the pictures) of one report, or of several."""
+    def _show(self, names: list[str]) -> tuple[Any, ...]:
+        """(a mistake, the text, the pictures, further text) of one report, or of several."""
+        mistaken, text, details, pictures = "", "", "", []
         try:
             if len(names) == 1:
-                text, pictures = self._one(names[0])
-            else:
-                text, pictures = self._several(names) if names else ("", [])
+                text, details = self._one(names[0])
+                pictures = self.evaluations.pictures(names[0])
+            elif names:
+                text = self._several(names)
+                pictures = [(picture, name) for name in names for picture, _ in self.evaluations.pictures(name)[:1]]
         except UserError as error:
-            return mistake(str(error)), "", gr.Gallery([], visible=False)
-        return "", text, gr.Gallery(pictures, visible=bool(pictures))
+            mistaken = mistake(str(error))
+        gallery = gr.Gallery(pictures, visible=bool(pictures))
+        return mistaken, text, gallery, gr.Accordion(visible=bool(details)), details
 
-    def _one(self, name: str) -> tuple[str, list[Any]]:
-        return self.evaluations.report(name).markdown(pictures=False), self.evaluations.pictures(name)
+    def _one(self, name: str) -> tuple[str, str]:
+        """(the metrics, the rest) of a report."""
+        text = self.evaluations.report(name).markdown(pictures=False).removeprefix("# Evaluation\n")
+        metrics, heading, rest = text.partition("## What was compared")
+        return metrics, heading + rest
 
-    def _several(self, names: list[str]) -> tuple[str, list[Any]]:
-        grids = [
-            (picture, f"{name}: {text}") for name in names for picture, text in self.evaluations.pictures(name)[:1]
-        ]
-        return f"{self.evaluations.compare(names)}\n{_BEST}\n", grids
+    def _several(self, names: list[str]) -> str:
+        text = self.evaluations.compare(names)
+        return f"{text}\n{_BEST}\n" if "**" in text else text

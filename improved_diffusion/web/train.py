@@ -31,7 +31,11 @@ _PREVIEWS = 4
 
 def build_train(app_state: AppState) -> None:
     """The tab's controls."""
-    trainings = Trainings(app_state.runs, app_state.data_root)
+    try:
+        trainings = Trainings(app_state.runs, app_state.data_root)
+    except UserError as error:
+        gr.HTML(note(f"No training here: {error}; --data_root names the folder below which images are."))
+        return
     tab = enclosing_tab()
     with gr.Row():
         with gr.Column(min_width=320):
