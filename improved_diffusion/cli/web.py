@@ -60,6 +60,9 @@ COMMAND = Command(
     "Open a web page that samples, edits, enlarges, trains and evaluates.",
     WebPage,
     web,
-    first=("runs", "model_path", "data_root", "host", "port", "token_file", "max_upload_mb", "max_images", "workers"),
+    first=(
+        "runs", "model_path", "data_root", "features", "host", "port", "token_file", "max_upload_mb", "max_images",
+        "workers",
+    ),
     words="model_path",
-)
+)  # fmt: skip

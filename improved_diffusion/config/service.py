@@ -97,3 +97,7 @@ class WebConfig(DoorConfig):
     data_root: str = extra(
         "data", "folder below which the page trains on, and compares with, folders of images", parse=path_of
     )
+    features: str = extra(
+        "", "feature network of the page's evaluations: a .pt2 or .pt program, or inception; empty: none", parse=path_of
+    )
+    trust_features: bool = extra(False, "allow the program of --features, which can run any code on this machine")

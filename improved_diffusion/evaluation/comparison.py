@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from ..config import MAX_IMAGE_PIXELS, UserError
 from ..utils import files, images
 from .metrics.scores import METRICS
-from .report import GRID_FILE, Report, escape, number, title
+from .report import GRID_FILE, Metric, Report, direction, escape, number, title
 
 
 def name_reports(paths: Sequence[str]) -> list[str]:
@@ -25,18 +26,43 @@ def report_dir(path: str) -> str:
     return path if files.is_dir(path) else os.path.dirname(path) or "."
 
 
-def comparison(reports: Sequence[Report], names: Sequence[str]) -> str:
-    """A table of the metrics, and of what differs in how they came about. :param names: of the reports."""
-    lines = [line for warning in _incomparable(reports) for line in (f"Warning: {warning}.", "")]
+def comparison(reports: Sequence[Report], names: Sequence[str], mark_best: bool = False) -> str:
+    """A table of the metrics, and of what differs in how they came about.
+
+    :param names: of the reports. :param mark_best: print the best value of each metric bold, where they can be compared
+        and it is better than every other by more than twice the standard error of their difference.
+    """
+    warnings = _incomparable(reports)
+    lines = [line for warning in warnings for line in (f"Warning: {warning}.", "")]
     lines += [f"| | {' | '.join(map(escape, names))} |", "|---|" + "---|" * len(reports)]
     for name in METRICS:
         if any(name in report.metrics for report in reports):
             cells = [number(name, report.metrics[name]) if name in report.metrics else "" for report in reports]
+            best = best_of(name, [report.metrics.get(name) for report in reports])
+            if mark_best and not warnings and best is not None:
+                cells[best] = f"**{cells[best]}**"
             lines.append(f"| {title(name)} | {' | '.join(cells)} |")
     for key, row in _differences(reports):
         shown = [str(value)[:12] if key.endswith("sha256") and value else value for value in row]
         lines.append(f"| {escape(key)} | {' | '.join(map(escape, shown))} |")
     return "\n".join(lines) + "\n"
+
+
+def best_of(name: str, metrics: Sequence[Metric | None]) -> int | None:
+    """Which of several values of a metric is best; None where another one is as good, within two standard errors."""
+    known = [(_badness(name, metric), metric.error or 0.0, i) for i, metric in enumerate(metrics) if metric is not None]
+    if len(known) < 2:
+        return None
+    (least, error, best), *others = sorted(known)
+    clear = all(each - least > 2 * math.hypot(error, its_error) for each, its_error, _ in others)
+    return best if clear else None
+
+
+def _badness(name: str, metric: Metric) -> float:
+    """A number that is smaller for a better value."""
+    if direction(name).startswith("lower"):
+        return metric.value
+    return -metric.value if direction(name).startswith("higher") else abs(metric.value - 0.5)
 
 
 def _parts(report: Report) -> dict[str, Mapping[str, Any]]:
