@@ -14,6 +14,7 @@ Files that a block names and that are not there are made: images, checkpoints of
 import ast
 import contextlib
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch as th
 from feature_helpers import write_program, write_script
 from helpers import ROOT
 from model_helpers import save_checkpoint, tiny_settings
@@ -44,6 +46,7 @@ SHOWN = {
     "nll_timesteps": 5, "val_interval": 1, "resize": 8,
 }  # fmt: skip
 FEWEST_EVALUATED = 40
+OF_THE_GUIDED = ("channel_mult", "diffusion_steps", "image_size")  # options that a classifier takes from another model
 RESULTS = ("--out_dir", "--out")  # flags whose value a command writes
 LAUNCHER = re.compile(r"^(mpiexec -n \d+|torchrun --nproc-per-node \d+|srun --ntasks-per-node \d+|nohup) ")
 MARK = re.compile(r"<!-- (test|before|slow|not run): (.*?) *-->", re.S)
@@ -128,10 +131,11 @@ def small(words, marked):
     if {"features", "num_samples"} <= options.keys():
         chosen |= {"num_samples": FEWEST_EVALUATED} if "--num_samples" in words else {}
     if "max_steps" in options:
-        chosen |= {name: value for name, value in TRAINING.items() if name in options}
-        if "image_size" in options:
+        fixed = OF_THE_GUIDED if "classifier_width" in options else ()
+        chosen |= {name: value for name, value in TRAINING.items() if name in options and name not in fixed}
+        if "image_size" in options and not fixed:
             chosen["image_size"] = 8
-        if "--total_batch_size" not in words and "classifier_width" not in options:
+        if "--total_batch_size" not in words:
             chosen["batch_size"] = 4
     return with_values(words, chosen | {name: value for name, value in marked.items() if name in options})
 
@@ -213,9 +217,14 @@ class Page:
         assert finished.code == 0, f"{' '.join(words)}\n{finished.out}\n{finished.err}"
 
     def provide(self, name):
-        """Make the file or folder of this name where it is not there and one of PROVIDED."""
+        """Make the file or folder of this name where it is not there: of a run of this page, the same average of another
+        step; else what PROVIDED says."""
         path = self.folder / name
         if not name or name.startswith(("-", "/")) or path.exists():
+            return
+        alike = sorted(path.parent.glob(re.sub(r"\d{6}\.pt$", "*.pt", path.name)))
+        if path.suffix == ".pt" and alike:
+            shutil.copy(alike[-1], path)
             return
         for pattern, make in PROVIDED:
             if re.fullmatch(pattern, name):
@@ -286,10 +295,25 @@ def _classifier(shared, path):
     shutil.copy(run / "model000001.pt", path)
 
 
+def _lightning(shared, path):
+    weights = th.load(shared.checkpoint("photos"), weights_only=True)
+    th.save({"epoch": 1, "state_dict": {f"model.{name}": value for name, value in weights.items()}}, path)
+
+
+def _pipeline(shared, path):
+    import improved_diffusion as idf
+
+    save_checkpoint(shared.folder / "plain.pt", tiny_settings())
+    idf.load(shared.folder / "plain.pt").to_diffusers(path, drop_variance="ddim" in path.name)
+
+
+def _labels(shared, path):
+    path.write_text(json.dumps({f"{name}/{name}_{i:02d}.png": name for i in range(20) for name in ("cat", "dog")}))
+
+
 def _photos(shared, path):
-    write_images(path, 12, seed=len(path.name))
     for name in ("cat", "dog"):
-        write_images(path / name, 4, classes=(name,), seed=len(name))
+        write_images(path / name, 20, classes=(name,), seed=len(path.name + name))
 
 
 def _photo(shared, path):
@@ -298,7 +322,7 @@ def _photo(shared, path):
 
 
 def _digits(shared, path):
-    write_images(path, 60, size=(8, 8), channels=1, classes=DIGITS, seed=len(path.name))
+    write_images(path, 40, size=(8, 8), channels=1, classes=DIGITS, seed=len(path.name))
 
 
 def _mask(shared, path):
@@ -323,6 +347,9 @@ PROVIDED = [
     (r".*digits.*(\.pt|\.safetensors)|runs/digits", _model("digits")),
     (r"(.*/)?(photos|mine|model|other|ema_|model\d|M\.pt).*\.(pt|safetensors)|runs/(photos|mine|other)", _model("photos")),
     (r"(photos|held_out|small_images|path/to/held_out|data/cifar10/cifar_(train|test)|images)/?", _photos),
-    (r"(photo|a|b|first|last)\.png", _photo),
+    (r"(photo|cat_1|dog_2)\.png", _photo),
     (r"mask\.png", _mask),
+    (r"last\.ckpt", _lightning),
+    (r"pipelines/mine.*|downloads/.*", _pipeline),
+    (r"labels\.json", _labels),
 ]

@@ -38,7 +38,7 @@ def content(path):
     title = f"# {path.relative_to(ROOT).as_posix()}\n\n"
     if path.is_dir():
         names = sorted(each.name for each in path.iterdir() if each.suffix in LANGUAGES)
-        return title + "\n".join(f"- [{name}]({path.name}/{name})" for name in names)
+        return title + "\n".join(f"- [{name}]({name})" for name in names)
     return f"{title}````{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text()}````\n"
 
 
