@@ -43,13 +43,13 @@ TRAINING = {
 SHOWN = {
     "image_size": 8, "large_size": 16, "small_size": 8, "batch_size": 4, "total_batch_size": 4, "microbatch": 2,
     "num_samples": 4, "classifier_width": 32, "save_interval": 1, "steps": 3, "timestep_respacing": "3",
-    "nll_timesteps": 5, "val_interval": 1, "resize": 8,
+    "nll_timesteps": 5, "val_interval": 1,
 }  # fmt: skip
 FEWEST_EVALUATED = 40
 OF_THE_GUIDED = ("channel_mult", "diffusion_steps", "image_size")  # options that a classifier takes from another model
 RESULTS = ("--out_dir", "--out")  # flags whose value a command writes
 LAUNCHER = re.compile(r"^(mpiexec -n \d+|torchrun --nproc-per-node \d+|srun --ntasks-per-node \d+|nohup) ")
-MARK = re.compile(r"<!-- (test|before|slow|not run): (.*?) *-->", re.S)
+MARK = re.compile(r"<!-- (test|before|slow|not run):\s(.*?)\s*-->", re.S)
 BLOCK = re.compile(r"((?:<!--(?:(?!-->).)*-->\n)*)^```(bash|python)\n(.*?)^```$", re.S | re.M)
 
 
@@ -223,6 +223,8 @@ class Page:
         if not name or name.startswith(("-", "/")) or path.exists():
             return
         alike = sorted(path.parent.glob(re.sub(r"\d{6}\.pt$", "*.pt", path.name)))
+        if match := re.fullmatch(r"model(\d+)\.pt", path.name):
+            self.provide(str(path.parent.relative_to(self.folder) / f"ema_0.9999_{match[1]}.pt"))
         if path.suffix == ".pt" and alike:
             shutil.copy(alike[-1], path)
             return
@@ -316,6 +318,10 @@ def _photos(shared, path):
         write_images(path / name, 20, classes=(name,), seed=len(path.name + name))
 
 
+def _few(shared, path):
+    write_images(path, 2, seed=1)
+
+
 def _photo(shared, path):
     write_images(path.parent / f"{path.stem}.d", 1, seed=len(path.name))
     (path.parent / f"{path.stem}.d" / "cat_00.png").rename(path)
@@ -347,6 +353,7 @@ PROVIDED = [
     (r".*digits.*(\.pt|\.safetensors)|runs/digits", _model("digits")),
     (r"(.*/)?(photos|mine|model|other|ema_|model\d|M\.pt).*\.(pt|safetensors)|runs/(photos|mine|other)", _model("photos")),
     (r"(photos|held_out|small_images|path/to/held_out|data/cifar10/cifar_(train|test)|images)/?", _photos),
+    (r"chosen/", _few),
     (r"(photo|cat_1|dog_2)\.png", _photo),
     (r"mask\.png", _mask),
     (r"last\.ckpt", _lightning),
