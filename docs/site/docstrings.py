@@ -10,7 +10,7 @@ FIELD = re.compile(r":param ([\w, *]+): *|:(returns?|raises?)( \w+)?: *")
 def as_markdown(text):
     """The text of a docstring with its fields as items of a list."""
     lines, listing = [], False
-    for line in text.splitlines():
+    for line in re.sub(r"(?<=[.;]) (?=:param )", "\n", text).splitlines():  # some stand behind a sentence
         match = FIELD.match(line)
         if match:
             if not listing:
