@@ -1,13 +1,14 @@
-"""What a model learns from few images: how near its samples come to images that it has not seen, and whether they are
-copies of those that it has.
+"""What a model learns from few images: how near its samples come to images that it has not seen, and whether they
+are copies of those that it has.
 
     python datasets/cifar10.py
-    python benchmarks/small_data.py --data_dir data/cifar10/cifar_train --features cifar10_features.pt2 --name cifar10
+    python benchmarks/small_data.py --data_dir data/cifar10/cifar_train --features features.pt2 --name cifar10
 
     python datasets/digits.py
     python datasets/digits_features.py --digits data/digits --out data/digits/features.pt2
-    python benchmarks/small_data.py --data_dir data/digits/train --features data/digits/features.pt2 --name digits \\
-        --count 500 --held_out 400 --config datasets/digits.json --settings plain,dropout --max_steps 3000 --interval 500
+    python benchmarks/small_data.py --data_dir data/digits/train --features data/digits/features.pt2 \\
+        --name digits --count 500 --held_out 400 --config datasets/digits.json \\
+        --settings plain,dropout --max_steps 3000 --interval 500
 
 Of the images, --count are trained on; --held_out others are what the copy score compares with; the rest, at most
 10,000, are the reference of KID. Each setting is a run of its own, below --out_dir, of the recipe small-32 or of the
@@ -52,7 +53,9 @@ def split(args, options, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, chosen in zip(("train", "held_out", "reference"), np.split(order, ends)):
         if len(chosen) < 100:
-            raise SystemExit(f"{args.data_dir}: {len(chosen)} images are left for {name}.npz: lower --count, --held_out")
+            raise SystemExit(
+                f"{args.data_dir}: {len(chosen)} images are left for {name}.npz: lower --count, --held_out"
+            )
         np.savez(folder / f"{name}.npz", arr_0=images[chosen], arr_1=classes[chosen])
 
 
@@ -73,7 +76,8 @@ def losses(run):
     rows = [json.loads(line) for line in (run / "progress.jsonl").read_text().splitlines()]
     found = {}
     for row in rows:
-        found |= {row["step"]: value for key, value in row.items() if key.startswith("val_loss_ema")}
+        for key in (key for key in row if key.startswith("val_loss_ema")):
+            found[row["step"]] = row[key]
     return found
 
 

@@ -79,14 +79,6 @@ def samplers(args, model):
     labelled(rows, SAMPLERS, list(map(str, EVALUATIONS))).save(DOCS / "samplers.png")
 
 
-def guidance(args, model):
-    """guidance.png: the same digits by guidance scale, with a model that was trained with --label_drop."""
-    scales = (1, 2, 4, 8)
-    options = dict(classes=DIGITS, sampler="dpmpp_2m", steps=20, seed=3, progress=False)
-    rows = [row(model.sample(10, guidance_scale=scale, **options).array) for scale in scales]
-    labelled(rows, [f"scale {scale}" for scale in scales], width=70).save(DOCS / "guidance.png")
-
-
 def editing(args, model):
     """editing.png: variations, inpainting, interpolation and other classes of held-out digits."""
     first, last = (sorted(Path(args.digits, "test").glob(f"{digit}_*.png"))[0] for digit in (4, 9))
@@ -102,33 +94,18 @@ def editing(args, model):
     labelled(rows, ["variations", "inpaint", "interpolate", "decode"], width=90).save(DOCS / "editing.png")
 
 
-def super_resolution(args, model):
-    """super_resolution.png: small digits, enlarged by the model of docs/super-resolution.md, and the true ones."""
-    upsampler = idf.load(args.upsampler)
-    paths = sorted(Path(args.digits, "test").glob("*.png"))[::30][:10]
-    true = np.stack([np.asarray(Image.open(path))[..., None] for path in paths])
-    size = upsampler.settings.model.small_size
-    small = np.stack([np.asarray(Image.fromarray(image[..., 0]).resize((size, size), Image.BOX)) for image in true])
-    large = upsampler.upscale(small[..., None], steps=50, progress=False).array
-    blocks = np.kron(small, np.ones((1, true.shape[1] // size, true.shape[2] // size), np.uint8))[..., None]
-    rows = [row(np.kron(images, np.ones((1, 2, 2, 1), np.uint8))) for images in (blocks, large, true)]
-    labelled(rows, ["small", "enlarged", "true"], width=80).save(DOCS / "super_resolution.png")
-
-
 PICTURES = {made.__name__: made for made in (digits, digits_neighbours, steps, samplers, editing)}
-OF_OTHER_MODELS = {made.__name__: made for made in (guidance, super_resolution)}  # only where they are named
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", help=f"of {', '.join(PICTURES | OF_OTHER_MODELS)}")
+    parser.add_argument("pictures", nargs="*", help=f"of {', '.join(PICTURES)}")
     parser.add_argument("--run", default="runs/digits", help="the demo's run, or another model of digits")
     parser.add_argument("--digits", default="data/digits", help="the demo's images")
-    parser.add_argument("--upsampler", default="runs/digits_upsampler", help="for super_resolution")
     args = parser.parse_args()
     model = idf.load(args.run)
     for name in args.pictures or PICTURES:
-        (PICTURES | OF_OTHER_MODELS)[name](args, model)
+        PICTURES[name](args, model)
         print(f"wrote {DOCS / name}.png")
 
 

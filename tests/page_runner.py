@@ -2,7 +2,7 @@
 
 A comment before a block, which no reader sees, says what a test does otherwise:
 
-    <!-- test: --max_steps 2 --features features.pt -->     other values of flags (where shown, and of all trainings)
+    <!-- test: --num_samples 2 --features features.pt -->   other values of flags, of each command that has them
     <!-- test: n=2 -->                                      other values of keywords in Python
     <!-- before: x = 1 -->                                  Python that runs before the block
     <!-- slow: why -->                                      run only among the slow tests
@@ -14,6 +14,7 @@ Files that a block names and that are not there are made: images, checkpoints of
 import ast
 import contextlib
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -27,7 +28,6 @@ import torch as th
 from feature_helpers import write_program, write_script
 from helpers import ROOT
 from model_helpers import save_checkpoint, tiny_settings
-from PIL import Image
 from script_helpers import STUBS, _chdir, call, save_mask, write_images
 
 from improved_diffusion.cli.command import Command
@@ -129,6 +129,7 @@ def small(words, marked):
     options = command.settings.options()
     chosen = {name: value for name, value in SHOWN.items() if name in options and f"--{name}" in words}
     if {"features", "num_samples"} <= options.keys():
+        marked = {name: value for name, value in marked.items() if name != "num_samples"}
         chosen |= {"num_samples": FEWEST_EVALUATED} if "--num_samples" in words else {}
     if "max_steps" in options:
         fixed = OF_THE_GUIDED if "classifier_width" in options else ()
@@ -204,7 +205,7 @@ class Page:
         words = words_of(line)
         if is_ours(words):
             words = small(words, values)
-        for before, word in zip(words, words[1:]):
+        for before, word in itertools.pairwise(words):
             if before not in RESULTS:
                 for part in word.split(","):
                     self.provide(part)
@@ -217,8 +218,8 @@ class Page:
         assert finished.code == 0, f"{' '.join(words)}\n{finished.out}\n{finished.err}"
 
     def provide(self, name):
-        """Make the file or folder of this name where it is not there: of a run of this page, the same average of another
-        step; else what PROVIDED says."""
+        """Make the file or folder of this name where it is not there: of a run of this page, the same average of
+        another step; else what PROVIDED says."""
         path = self.folder / name
         if not name or name.startswith(("-", "/")) or path.exists():
             return
@@ -351,7 +352,10 @@ PROVIDED = [
     (r".*features\.pt", lambda shared, path: write_script(path)),
     (r"runs/digits/samples", _samples),
     (r".*digits.*(\.pt|\.safetensors)|runs/digits", _model("digits")),
-    (r"(.*/)?(photos|mine|model|other|ema_|model\d|M\.pt).*\.(pt|safetensors)|runs/(photos|mine|other)", _model("photos")),
+    (
+        r"(.*/)?(photos|mine|model|other|ema_|model\d|M\.pt).*\.(pt|safetensors)|runs/(photos|mine|other)",
+        _model("photos"),
+    ),
     (r"(photos|held_out|small_images|path/to/held_out|data/cifar10/cifar_(train|test)|images)/?", _photos),
     (r"chosen/", _few),
     (r"(photo|cat_1|dog_2)\.png", _photo),

@@ -9,8 +9,9 @@ from page_runner import Page, Shared, blocks, is_ours, option_names, words_of
 
 from improved_diffusion.cli.parsing import parse
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "datasets/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 NEEDED = {"the network", "a GPU", "several hosts", "SLURM", "published weights", "the Hub", "Docker", "a server",
           "minutes", "a browser"}  # fmt: skip  # what a block that is not run needs
 
