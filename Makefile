@@ -1,5 +1,5 @@
 # make demo   train a model of handwritten digits, sample from it and evaluate it, in minutes on a CPU
-# make test   the tests          make check   lint, types and import contracts
+# make test   the tests          make check   lint, types and import contracts          make docs   the documentation as a site
 # Without a GPU, the CPU build of torch saves gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ DIGITS := data/digits
 STEPS := 1500
 MODEL = $(RUN)/ema_0.99_$$(printf %06d $(STEPS)).pt
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo docs test test-slow check format clean
 
 $(VENV)/.venv: ; $(PYTHON) -m venv $(VENV) && touch $@
 
@@ -44,6 +44,10 @@ demo: $(VENV)/.demo
 	    --held_out $(DIGITS)/test --resize 16 --features $(DIGITS)/features.pt2 --trust_features --out_dir $(RUN)/report
 	@echo "look at $(RUN)/samples.png, $(RUN)/report/report.md, and $(RUN)/previews for its progress"
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or serve it: $(BIN)/mkdocs serve"
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -61,4 +65,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
