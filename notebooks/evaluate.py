@@ -11,7 +11,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Evaluate
 #
 # Are the samples as good as real digits? As varied? Copied from the training images? The notebook uses the model of
@@ -45,6 +44,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
+from IPython.display import display
 from PIL import Image
 from torch import nn
 
@@ -57,8 +57,9 @@ model
 # %% [markdown]
 # ## A network that looks at digits
 #
-# FID and the other scores compare images by the features of a network. For photographs there is `features="inception"`;
-# digits need a network that knows digits, so a small classifier is trained here. Its last hidden layer are the features.
+# FID and the other scores compare images by the features of a network. For photographs there is
+# `features="inception"`; digits need a network that knows digits, so a small classifier is trained here. Its last
+# hidden layer are the features.
 
 
 # %%
@@ -96,7 +97,8 @@ train, test = read(folder / "train.npz"), read(folder / "test.npz")
 # %%
 th.manual_seed(0)
 classifier = Classifier()
-optimizer = th.optim.AdamW(classifier.parameters(), lr=2e-3)
+optimizer = th.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=CLASSIFIER_STEPS)
 for _ in range(CLASSIFIER_STEPS):
     chosen = th.randint(len(train[0]), (128,))
     moved = th.roll(train[0][chosen], th.randint(-2, 3, (2,)).tolist(), (2, 3))
@@ -104,6 +106,7 @@ for _ in range(CLASSIFIER_STEPS):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    schedule.step()
 classifier.eval().requires_grad_(False)
 
 
@@ -126,9 +129,9 @@ th.export.save(program, folder / "features.pt2")
 
 # %%
 samples = model.sample(
-    NUM_SAMPLES, classes=model.class_names, sampler="dpmpp_2m", steps=STEPS[-1], seed=0, batch_size=100
+    NUM_SAMPLES, classes=model.class_names, sampler="dpmpp_2m_sde", steps=STEPS[-1], seed=0, batch_size=100
 )
-samples[:20]
+display(samples[:20].grid(columns=10))
 
 # %% [markdown]
 # Does the classifier see the digit that was asked for?
@@ -140,8 +143,8 @@ print(f"samples recognised as their digit: {accuracy(*as_input(samples)):.1%}")
 # ## The report
 #
 # The scores of the samples, and of as many real digits that were held out. `trust_features=True` allows the feature
-# network, because such a file can run any code and this one is our own. With a few hundred images, look at KID, precision
-# and recall; an FID for publication needs thousands.
+# network, because such a file can run any code and this one is our own. With a few hundred images, look at KID,
+# precision and recall; an FID for publication needs thousands.
 
 # %%
 options = dict(features=folder / "features.pt2", trust_features=True, resize=16)
@@ -152,12 +155,12 @@ report
 # %% [markdown]
 # ## Copies?
 #
-# Left, the samples that are nearest to a training image; right, the training images nearest to each. Copies would appear
-# here. The copy score is 0.5 for a model that does not copy, and near 1 for one that does.
+# Left, the samples that are nearest to a training image; right, the training images nearest to each. Copies would
+# appear here. The copy score is 0.5 for a model that does not copy, and near 1 for one that does.
 
 # %%
 print("copy score:", report.copies)
-Image.open(folder / "report/neighbours.png")
+Image.open(folder / "report/report_neighbours.png")
 
 # %% [markdown]
 # ## How many steps are enough?
@@ -168,7 +171,7 @@ Image.open(folder / "report/neighbours.png")
 fid = {STEPS[-1]: report.fid.value}
 for steps in STEPS[:-1]:
     drawn = model.sample(
-        NUM_SAMPLES, classes=model.class_names, sampler="dpmpp_2m", steps=steps, seed=0, batch_size=100
+        NUM_SAMPLES, classes=model.class_names, sampler="dpmpp_2m_sde", steps=steps, seed=0, batch_size=100
     )
     fid[steps] = idf.evaluate(drawn, folder / "train.npz", **options).fid.value
 print({steps: round(fid[steps], 3) for steps in STEPS})
