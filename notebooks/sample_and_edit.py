@@ -124,10 +124,10 @@ for seed in range(3):
 # %% [markdown]
 # ## Between two images
 #
-# Two of the threes, and what lies between their noise. Two image numbers of a seed work too.
+# A 4, a 9, and what lies between their noise. The class changes halfway. Two image numbers of a seed work too.
 
 # %%
-between = model.interpolate(real[4], real[6], frames=10, steps=ENCODE_STEPS)
+between = model.interpolate(real[2], real[7], frames=10, steps=ENCODE_STEPS)
 display(between.grid(columns=10))
 
 # %% [markdown]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
+import improved_diffusion as idf
 from improved_diffusion.cli.main import COMMANDS
 
 OURS = {"train", "serve", "web"}  # commands that run in containers
@@ -77,23 +78,29 @@ def test_only_files_of_this_repository_are_copied():
                 assert is_sent(source), f"{source} is left out by .dockerignore"
 
 
-def test_packages_are_pinned_and_installed_before_the_source_is_copied():
-    lines = [line for line in DOCKERFILE if line.stage == "packages"]
-    [source] = [i for i, line in enumerate(lines) if line.text == "improved_diffusion improved_diffusion"]
-    installs = [(i, line.text) for i, line in enumerate(lines) if "pip install" in line.text]
-    assert len(installs) == 3
-    for i, text in installs:
-        assert "--mount=type=cache,target=/root/.cache/pip" in text
-        assert ("--constraint constraints.txt" in text and i < source) or ("--no-deps ." in text and i > source)
+def test_packages_are_pinned_and_not_installed_again_for_a_change_of_the_source():
+    installs = [text for text in all_of("RUN", "packages") if "pip install" in text]
+    assert len(installs) == 2
+    assert all("--constraint constraints.txt" in text for text in installs)
+    assert all_of("COPY", "packages") == ["constraints.txt .", "--from=requirements /build/requirements.txt ."]
+    assert all_of("COPY", "requirements") == ["pyproject.toml ."]
+    assert "improved_diffusion improved_diffusion" in all_of("COPY", "wheel")
 
 
-def test_the_image_that_runs_has_neither_caches_nor_a_compiler_nor_root():
-    for stage in ("commands", "service", ""):
-        assert not any(re.search(r"\b(pip|apt-get)\b", text) for text in all_of("RUN", stage))
+def test_nothing_that_pip_downloads_stays_in_a_layer():
+    installs = [text for text in all_of("RUN") if re.search(r"\bpip\b", text)]
+    assert len(installs) == 4
+    for text in installs:
+        assert "--mount=type=cache,target=/root/.cache/pip" in text or "--no-cache-dir --no-index" in text
+
+
+def test_commands_run_without_root():
     [user] = all_of("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)  # numbers, which Kubernetes can check
     after_user = DOCKERFILE[DOCKERFILE.index(Line("commands", "USER", user)) :]
-    assert not any(line.instruction == "RUN" for line in after_user)
+    assert not any(line.instruction in ("RUN", "COPY") for line in after_user)
+    bases = {text.partition(" AS ")[2]: text.partition(" AS ")[0] for text in all_of("FROM")}
+    assert bases["service"] == bases[""] == "commands"
 
 
 def test_no_secret_is_built_in():
@@ -111,7 +118,8 @@ def test_commands_run_as_the_first_process_so_that_signals_reach_them():
 def test_labels_and_volumes():
     [labels] = all_of("LABEL", "commands")
     names = {pair.partition("=")[0].removeprefix("org.opencontainers.image.") for pair in shlex.split(labels)}
-    assert {"title", "description", "version", "licenses"} <= names
+    assert names == {"title", "description", "version", "licenses"}
+    assert f"VERSION={idf.__version__}" in all_of("ARG", "commands")
     [volumes] = all_of("VOLUME")
     assert json.loads(volumes) == ["/work/runs", "/work/data"]
 
