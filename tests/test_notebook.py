@@ -88,7 +88,7 @@ SMALL_NETWORK = dict(
 SMALL = {
     "train_digits": dict(MAX_STEPS=12, SAVE_INTERVAL=4, STEPS=2, SMALLER=SMALL_NETWORK),
     "sample_and_edit": dict(STEPS=2, ENCODE_STEPS=2, RESAMPLINGS=1),
-    "evaluate": dict(NUM_SAMPLES=20, STEPS=(1, 2), CLASSIFIER_STEPS=2, NUM_BITS=2),
+    "evaluate": dict(NUM_SAMPLES=40, STEPS=(1, 2), CLASSIFIER_STEPS=2, NUM_BITS=2),
 }
 # As at a disconnect: the kernel dies as soon as the first checkpoint is there.
 DISCONNECT = """
@@ -222,7 +222,7 @@ def test_the_sampling_notebook_shows_what_each_cell_makes(sampled, part, count):
 
 
 def test_the_evaluation_notebook_reports_the_right_numbers(evaluated, model, folder):
-    samples = model.sample(20, classes=model.class_names, sampler="dpmpp_2m_sde", steps=2, progress=False)
+    samples = model.sample(40, classes=model.class_names, sampler="dpmpp_2m_sde", steps=2, progress=False)
     data = folder / "digits"
     expected = idf.evaluate(
         samples, data / "train.npz", held_out=data / "test.npz", resize=16,
