@@ -11,11 +11,8 @@ ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 FROM ${PYTHON_IMAGE} AS requirements
 WORKDIR /build
 ARG EXTRAS=mpi,yaml,eval,safetensors,tensorboard,serve,web
-COPY pyproject.toml .
-RUN python3 -c "import tomllib; \
-project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-extras = [project['optional-dependencies'][name] for name in '${EXTRAS}'.split(',') if name]; \
-print(*project['dependencies'], *sum(extras, []), sep='\n')" > requirements.txt
+COPY pyproject.toml containers/requirements.py ./
+RUN python3 requirements.py "${EXTRAS}" > requirements.txt
 
 FROM ${PYTHON_IMAGE} AS packages
 WORKDIR /build

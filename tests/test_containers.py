@@ -83,7 +83,7 @@ def test_packages_are_pinned_and_not_installed_again_for_a_change_of_the_source(
     assert len(installs) == 2
     assert all("--constraint constraints.txt" in text for text in installs)
     assert all_of("COPY", "packages") == ["constraints.txt .", "--from=requirements /build/requirements.txt ."]
-    assert all_of("COPY", "requirements") == ["pyproject.toml ."]
+    assert all_of("COPY", "requirements") == ["pyproject.toml containers/requirements.py ./"]
     assert "improved_diffusion improved_diffusion" in all_of("COPY", "wheel")
 
 
@@ -130,16 +130,46 @@ def test_extras_exist():
     assert set(default.split(",")) <= extras_of_the_package() | OURS
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="the image's Python reads TOML")
-@pytest.mark.parametrize("extras", ["", "mpi,yaml"])
-def test_the_requirements_are_those_of_the_package_and_the_extras(tmp_path, extras):
-    [run] = all_of("RUN", "requirements")
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    script = run.replace("python3 ", f"{shlex.quote(sys.executable)} ", 1)
-    subprocess.run(["sh", "-c", script], cwd=tmp_path, env={"EXTRAS": extras, "PATH": "/usr/bin:/bin"}, check=True)
-    names = {re.match(r"[\w-]+", line)[0] for line in (tmp_path / "requirements.txt").read_text().splitlines()}
-    assert {"torch", "numpy", "pillow"} <= names and "pytest" not in names
-    assert ({"mpich", "pyyaml"} <= names) == bool(extras)
+PROJECT = """
+[project]
+name = "thing"
+dependencies = ["torch>=2"]
+optional-dependencies = {low = ["a>=1", "b[x]"], high = ["thing[low]", "c"], both = ["thing[low,high]"]}
+"""
+reads_toml = pytest.mark.skipif(sys.version_info < (3, 11), reason="the image's Python reads TOML")
+
+
+def requirements(folder, extras):
+    script = [sys.executable, str(ROOT / "containers/requirements.py"), extras]
+    return subprocess.run(script, cwd=folder, capture_output=True, text=True)
+
+
+@reads_toml
+@pytest.mark.parametrize(
+    ("extras", "lines"),
+    [
+        ("", ["torch>=2"]),
+        ("low", ["torch>=2", "a>=1", "b[x]"]),
+        ("high", ["torch>=2", "a>=1", "b[x]", "c"]),
+        ("low,both", ["torch>=2", "a>=1", "b[x]", "c"]),
+    ],
+)
+def test_requirements_are_those_of_the_package_and_its_extras(tmp_path, extras, lines):
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    assert requirements(tmp_path, extras).stdout.splitlines() == lines
+
+
+@reads_toml
+def test_requirements_of_an_unknown_extra_are_an_error(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(PROJECT)
+    done = requirements(tmp_path, "low,hgih")
+    assert done.returncode != 0 and done.stdout == "" and "hgih" in done.stderr
+
+
+@reads_toml
+def test_requirements_of_this_package():
+    names = [re.match(r"[\w-]+", line)[0] for line in requirements(ROOT, "mpi,yaml").stdout.splitlines()]
+    assert {"torch", "numpy", "pillow", "mpich", "pyyaml"} <= set(names) and "pytest" not in names
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (None, False)])
