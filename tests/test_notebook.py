@@ -83,7 +83,7 @@ def test_training_sampling_and_ctrl_c(notebook, tmp_path):
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.py"))}
 every_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 SMALL_NETWORK = dict(
-    image_size=8, channel_mult="1,1", attention_resolutions="4", batch_size=4, diffusion_steps=20, log_interval=2
+    image_size=8, channel_mult="1,1", attention_resolutions="4", batch_size=32, diffusion_steps=20, log_interval=2
 )
 SMALL = {
     "train_digits": dict(MAX_STEPS=12, SAVE_INTERVAL=4, STEPS=2, SMALLER=SMALL_NETWORK),
