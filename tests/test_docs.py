@@ -25,6 +25,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 COMMON_FLAGS = {"--help", "--help-all", "--config", "--preset"}
 FLAGS_OF_OTHERS = {"--version", "--index-url", "--nproc-per-node", "--ntasks-per-node", "--shm-size", "--signal"}
+FLAGS_OF_OTHERS |= {"--build", "--build-arg", "--entrypoint", "--gpus", "--init", "--profile", "--rm", "--stop-timeout"}
+FLAGS_OF_OTHERS |= {"--target", "--to", "--user"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]*")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,9 @@ class Progress:
             self.bar = self._make_bar(dict(desc=one_line(description), total=total, unit=unit, initial=initial))
 
     def _make_bar(self, options: dict[str, Any]) -> Any:
-        from tqdm import auto
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in a notebook without ipywidgets, lines are logged instead of a bar
+            from tqdm import auto
 
         if options["unit"] == "byte":
             options |= dict(unit="B", unit_scale=True)
