@@ -206,8 +206,10 @@ class Page:
         if line.startswith("pip install"):
             return
         words = words_of(line)
-        if is_ours(words):
-            words = small(words, values)
+        known = is_ours(words) or (ROOT / words[0]).is_file()
+        assert known and words[1:2] not in (["serve"], ["web"]), f"mark the block with <!-- not run: ... -->: {line}"
+        shown = {name: value for name, value in values.items() if f"--{name}" in words}
+        words = small(words, values) if is_ours(words) else with_values(words, shown)
         for before, word in itertools.pairwise(words):
             if before not in RESULTS:
                 for part in word.split(","):
