@@ -31,6 +31,7 @@ from model_helpers import save_checkpoint, tiny_settings
 from script_helpers import STUBS, _chdir, call, save_mask, write_images
 
 from improved_diffusion.cli.command import Command
+from improved_diffusion.cli.image_train import with_recipe
 from improved_diffusion.cli.main import COMMANDS
 from improved_diffusion.config.settings import SuperResModel
 
@@ -125,6 +126,8 @@ def small(words, marked):
     """The words of a command at the size of a test."""
     if "--help" in words or "--help-all" in words:
         return words
+    if words[:2] == ["improved-diffusion", "train"]:  # a recipe, unless the page itself has options of the model
+        words = [*words[:2], *with_recipe(words[2:])]
     command, _ = option_names(words)
     options = command.settings.options()
     chosen = {name: value for name, value in SHOWN.items() if name in options and f"--{name}" in words}
@@ -203,8 +206,10 @@ class Page:
         if line.startswith("pip install"):
             return
         words = words_of(line)
-        if is_ours(words):
-            words = small(words, values)
+        known = is_ours(words) or (ROOT / words[0]).is_file()
+        assert known and words[1:2] not in (["serve"], ["web"]), f"mark the block with <!-- not run: ... -->: {line}"
+        shown = {name: value for name, value in values.items() if f"--{name}" in words}
+        words = small(words, values) if is_ours(words) else with_values(words, shown)
         for before, word in itertools.pairwise(words):
             if before not in RESULTS:
                 for part in word.split(","):
@@ -267,6 +272,7 @@ class Shared:
 DIGITS = [str(digit) for digit in range(10)]
 MODELS = {
     "photos": (dict(class_cond=True, label_drop=0.1), ["cat", "dog"]),
+    "mine": ({}, None),
     "digits": (dict(class_cond=True, label_drop=0.1, channels=1, image_size=16), DIGITS),
     "upsampler": (dict(kind=SuperResModel, image_size=None, large_size=16, small_size=8), None),
 }
@@ -306,8 +312,8 @@ def _lightning(shared, path):
 def _pipeline(shared, path):
     import improved_diffusion as idf
 
-    save_checkpoint(shared.folder / "plain.pt", tiny_settings())
-    idf.load(shared.folder / "plain.pt").to_diffusers(path, drop_variance="ddim" in path.name)
+    kind = "photos" if path.name == "classes" else "mine"
+    idf.load(shared.checkpoint(kind)).to_diffusers(path, drop_variance="ddim" in path.name)
 
 
 def _labels(shared, path):
@@ -351,9 +357,10 @@ PROVIDED = [
     (r".*features\.pt2", _program),
     (r".*features\.pt", lambda shared, path: write_script(path)),
     (r"runs/digits/samples", _samples),
+    (r"mine\.(pt|safetensors)|runs/mine", _model("mine")),
     (r".*digits.*(\.pt|\.safetensors)|runs/digits", _model("digits")),
     (
-        r"(.*/)?(photos|mine|model|other|ema_|model\d|M\.pt).*\.(pt|safetensors)|runs/(photos|mine|other)",
+        r"(.*/)?(photos|model|other|ema_).*\.(pt|safetensors)|runs/(photos|other)",
         _model("photos"),
     ),
     (r"(photos|held_out|small_images|path/to/held_out|data/cifar10/cifar_(train|test)|images)/?", _photos),
@@ -361,6 +368,6 @@ PROVIDED = [
     (r"(photo|cat_1|dog_2)\.png", _photo),
     (r"mask\.png", _mask),
     (r"last\.ckpt", _lightning),
-    (r"pipelines/mine.*|downloads/.*", _pipeline),
+    (r"pipelines/.*|downloads/.*", _pipeline),
     (r"labels\.json", _labels),
 ]

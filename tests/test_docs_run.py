@@ -73,7 +73,7 @@ def test_commands_stand_in_blocks_that_are_run(page):
 
 def test_few_blocks_are_not_run():
     marks = [block.marks for page in PAGES for block in blocks(page)]
-    assert sum("not run" in mark for mark in marks) <= len(marks) / 4
+    assert sum("not run" in mark for mark in marks) <= len(marks) / 3
 
 
 def test_every_mark_is_known():
