@@ -25,8 +25,8 @@ COMMANDS = {
     "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
     "export": ("export", "write a model in the format of another program"),
     "convert": ("convert", "write the weights in another program's checkpoint to a plain file"),
-    "serve": ("serve", "serve models over HTTP"),
     "push": ("push", "upload a model to the Hugging Face Hub, with a model card"),
+    "serve": ("serve", "serve models over HTTP"),
 }
 
 
