@@ -27,11 +27,13 @@ from .guidance import (
 )
 from .labels import Classes, classes_of
 from .sampler import PUBLISHED, Sampler
+from .steady import Steady
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "") -> th.nn.Module:
     """The model on the device, with the precision and memory layout of the options, compiled if they ask for it.
 
+    Unless compiled, it gives each image the same bits whatever the batch, on CPUs; see `steady`.
     :param precision: instead of the options'.
     """
     to_device(model, precision or ("fp16" if config.use_fp16 else config.precision))
@@ -41,7 +43,8 @@ def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "
         if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave out --compile")
         model.compile()
-    return model
+        return model
+    return Steady(model)
 
 
 def to_device(model: th.nn.Module, precision: str) -> th.nn.Module:

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import Any
 
 from ..config.service import EngineConfig
 from ..utils.stop_signals import SIGNALS
@@ -31,13 +33,16 @@ class WorkerProcess:
         self.shares: list[Share] = []  # what its work is for
         self.share_done = 0.0  # of the work's steps
         self.stopped_at: float | None = None
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        args = (theirs, options, index % devices, threads)
-        self.process = context.Process(target=worker.main, args=args, name=f"worker {index}", daemon=True)
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = self._start(theirs, options, index % devices, threads)
+
+    def _start(self, pipe: Connection, options: EngineConfig, device: int, threads: int) -> Any:
+        args, name = (pipe, options, device, threads), f"worker {self.index}"
+        process = multiprocessing.get_context("spawn").Process(target=worker.main, args=args, name=name, daemon=True)
         with _without_signals():
-            self.process.start()
-        theirs.close()
+            process.start()
+        pipe.close()
+        return process
 
     def draw(self, number: int, shares: list[Share]) -> None:
         """Let it draw one batch."""

@@ -20,13 +20,13 @@ from ..config import (
     shown,
     unknown_name,
 )
-from ..config.editing import CopiesConfig, InterpolateConfig
+from ..config.editing import InterpolateConfig
 from ..config.run import RunConfig
 from ..config.sampling import BaseSamplesConfig
 from ..sampling.labels import parse_classes
 from .catalogue import ModelInfo
 
-_SAMPLER = {f.name for f in fields(SamplerConfig)} - {"print_steps", "compile"}
+_SAMPLER = {f.name for f in fields(SamplerConfig)} - {"print_steps", "compile", "channels_last"}
 _GUIDANCE = {"guidance_scale", "guidance_interval", "guidance_rescale"}
 _DRAWING = _SAMPLER | _GUIDANCE | {"timestep_respacing"}
 
@@ -92,12 +92,13 @@ class Request:
             raise UserError(f"{self.kind} needs {needs} model, and {info.name} is none")
         self._check_options()
         RunConfig(seed=self.seed)
-        CopiesConfig(num_samples=self.n)
+        if not isinstance(self.n, int) or not 0 <= self.n <= max_images:
+            raise UserError(f"n {shown(self.n)}: expected 1 to {max_images:,}")
         self._check_classes(info)
         self._check_images()
         count = len(self.numbers())
         if not 1 <= count <= max_images:
-            raise UserError(f"n: {count:,} images, expected 1 to {max_images:,}")
+            raise UserError(f"{count:,} images are asked for: expected 1 to {max_images:,}")
         if self.kind == "interpolate":
             InterpolateConfig(frames=self.n)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch as th
 
-from .. import api
+from .. import api, distributed
 from ..config import UserError
 from ..config.service import EngineConfig
 from ..distributed.devices import device_name, find_accelerator
@@ -208,18 +208,13 @@ class Worker:
 
 def _free() -> None:
     gc.collect()
-    found = find_accelerator()
-    if found is not None:
-        th.get_device_module(found).empty_cache()
+    distributed.empty_cache(distributed.dev())
 
 
 def _is_memory(error: Exception) -> bool:
     """Whether memory was full: of a GPU, of Python, or of torch on the CPU, which has no class of its own."""
-    if isinstance(error, (MemoryError, th.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("DefaultCPUAllocator", "out of memory", "could not create a memory object")
-    )
+    on_cpu = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    return on_cpu or distributed.is_out_of_memory(error)
 
 
 class Watch:
@@ -308,7 +303,7 @@ def _transform(model: api.Model, request: Request, numbers: tuple[int, ...], opt
     return model.decode(latents, request.n, classes=classes, numbers=numbers, progress=False, **both, **guidance)
 
 
-_OF_DECODING = {"batch_size", "on_step", "precision", "use_fp16", "channels_last", "clip_denoised"}  # beside the steps
+_OF_DECODING = {"batch_size", "on_step", "precision", "use_fp16", "clip_denoised"}  # beside the steps
 
 _EDITS: Mapping[str, Callable[..., Images]] = {
     "upscale": _upscale, "inpaint": _inpaint, "variations": _vary, "interpolate": _interpolate, "transform": _transform,

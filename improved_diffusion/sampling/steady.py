@@ -1,0 +1,81 @@
+"""Networks whose output for an image is the same, bit for bit, whatever else is in the batch: on CPUs.
+
+torch chooses a kernel by the size of the batch and the number of threads, and kernels add in different orders. So the
+same image would differ in its last bits, and now and then in a pixel, when more images are drawn beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+ROWS = 16  # that a matrix product takes at a time
+_DTYPES = (th.float32, th.bfloat16)
+
+
+class Steady(nn.Module):
+    """A network that computes each layer with one kernel. It changes nothing elsewhere than on a CPU with oneDNN.
+
+    A single image in channels-last layout may still differ: torch cannot tell its layout from the other one.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> th.Tensor:
+        if not th.backends.mkldnn.is_available():
+            return self.model(*args, **kwargs)
+        with _OneKernel():
+            return self.model(*args, **kwargs)
+
+
+class _OneKernel(TorchFunctionMode):
+    """Replaces what torch would choose a kernel for: convolutions are oneDNN's, products are of ROWS rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        steady = _STEADY.get(func)
+        if steady is not None and args and args[0].device.type == "cpu" and args[0].dtype in _DTYPES:
+            return steady(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
+    if x.ndim != 2:
+        return F.linear(x, weight, bias)
+    parts = [F.linear(F.pad(part, (0, 0, 0, ROWS - len(part))), weight, bias)[: len(part)] for part in x.split(ROWS)]
+    return th.cat(parts)
+
+
+def _conv1d(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> th.Tensor:  # fmt: skip
+    if x.ndim != 3 or isinstance(padding, str):
+        return F.conv1d(x, weight, bias, stride, padding, dilation, groups)
+    two = (_pair(1, stride), _pair(0, padding), _pair(1, dilation))
+    return _conv2d(x.contiguous().unsqueeze(2), weight.unsqueeze(2), bias, *two, groups).squeeze(2)
+
+
+def _conv2d(
+    x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> th.Tensor:  # fmt: skip
+    if x.ndim != 4 or isinstance(padding, str):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    first = x[:1]  # of one image, the strides between images say nothing, and torch may take another layout
+    is_last = first.is_contiguous(memory_format=th.channels_last) and not first.is_contiguous()
+    x = x.contiguous(memory_format=th.channels_last if is_last else th.contiguous_format)
+    sizes = [[n, n] if isinstance(n, int) else list(n) for n in (padding, stride, dilation)]
+    return th.ops.aten.mkldnn_convolution(x, weight, bias, *sizes, groups)
+
+
+def _pair(first: int, given: Any) -> list[int]:
+    return [first, *([given] if isinstance(given, int) else given)]
+
+
+_STEADY = {F.linear: _linear, F.conv1d: _conv1d, F.conv2d: _conv2d}
