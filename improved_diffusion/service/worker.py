@@ -75,11 +75,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The images of each piece, and the files of the models that the worker holds."""
+    """The images of each piece, the files of the models that the worker holds, and the steps taken, of all images."""
 
     work: int
     images: tuple[Images, ...]
     models: tuple[str, ...]
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ class Worker:
 
     def _answer(self, work: Work) -> Drawn | Undone:
         try:
-            images = draw(self._model(work.file), work, Watch(self.pipe, work))
-            return Drawn(work.number, tuple(images), tuple(self.models))
+            watch = Watch(self.pipe, work)
+            images = draw(self._model(work.file), work, watch)
+            return Drawn(work.number, tuple(images), tuple(self.models), watch.done)
         except Stopped:
             reason, text = "stopped", ""
         except UserError as error:
