@@ -350,7 +350,7 @@ class Engine:
             if reason == "memory" and count == 1:
                 self._finish(job, OutOfMemory("a single image does not fit into memory: choose a smaller size"))
             elif reason == "user" and len(shares) == 1:
-                self._finish(job, UserError(text))
+                self._finish(job, UserError(text.replace(job.file, job.request.model)))  # paths are not for users
             elif reason == "failed" and len(shares) == 1:
                 self._finish(job, Failed(f"drawing failed ({text}): the service's log says more"))
             else:

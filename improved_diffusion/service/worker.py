@@ -174,7 +174,10 @@ class Worker:
 
     def _model(self, file: str) -> api.Model:
         """The model of a file, loaded unless it is in memory and the file unchanged."""
-        found = os.stat(file)
+        try:
+            found = os.stat(file)
+        except FileNotFoundError:
+            raise UserError(f"{file} is gone, perhaps replaced by a newer checkpoint: ask again") from None
         state = (found.st_mtime_ns, found.st_size)
         if file not in self.models or self.models[file][0] != state:
             self.models.pop(file, None)
