@@ -27,11 +27,11 @@ class Steady(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> th.Tensor:
-        if not th.backends.mkldnn.is_available():
-            return self.model(*args, **kwargs)
+    def forward(self, x: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
+        if x.device.type != "cpu" or not th.backends.mkldnn.is_available():
+            return self.model(x, *args, **kwargs)
         with _OneKernel():
-            return self.model(*args, **kwargs)
+            return self.model(x, *args, **kwargs)
 
 
 class _OneKernel(TorchFunctionMode):
@@ -39,7 +39,7 @@ class _OneKernel(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         steady = _STEADY.get(func)
-        if steady is not None and args and args[0].device.type == "cpu" and args[0].dtype in _DTYPES:
+        if steady is not None and args and args[0].dtype in _DTYPES:
             return steady(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

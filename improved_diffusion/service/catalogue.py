@@ -108,7 +108,8 @@ class Catalogue:
             known = self._files.get((path, average))
         if known and state is not None and known[0] == state:
             return known[1]
-        found = find_file(path, average or None)
+        with _naming(path, name):
+            found = find_file(path, average or None)
         if self.runs and name not in self._given and name not in self._uploads and not _is_below(found, self.runs):
             raise UserError(f"{name}: its checkpoint is a link to a file outside of the folder of runs")
         with self._lock:
@@ -131,7 +132,8 @@ class Catalogue:
         if known and known[0] == state:
             return known[1]
         title = self._uploads[name].title if name in self._uploads else name
-        info = _describe(name, title, path, file)
+        with _naming(path, title):
+            info = _describe(name, title, path, file)
         with self._lock:
             self._described = {key: value for key, value in self._described.items() if key[0] != name}
             self._described[name, file] = (state, info)
@@ -165,6 +167,15 @@ class Catalogue:
                 names = [*self._given.items(), *sorted(_runs(self.runs))]
                 self._scanned = (time.monotonic(), _named(names))
             return self._scanned[1]
+
+
+@contextlib.contextmanager
+def _naming(path: str, name: str) -> Iterator[None]:
+    """Say the name of a model in errors, rather than its path, which is not for users."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(path, name)) from None
 
 
 def _named(found: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from ..distributed.devices import find_accelerator
 from ..logs import logger
 from . import worker
 from .catalogue import Catalogue, ModelInfo
-from .errors import Busy, Cancelled, Failed, OutOfMemory, TimedOut
+from .errors import Busy, Cancelled, Failed, OutOfMemory, Stopping, TimedOut
 from .job import Event, Job
 from .processes import WorkerProcess
 from .queue import FairQueue, Share
@@ -43,7 +43,7 @@ class Health:
     :param workers: processes that are ready; `wanted` is how many there should be.
     :param waiting, running: requests.
     :param models: names of the models in memory, those of all workers.
-    :param images, batches: drawn since the start.
+    :param images, batches: drawn since the start; `steps` of samplers are those of all images.
     :param restarts: of workers that died; :param memory_full: batches that did not fit.
     """
 
@@ -55,6 +55,7 @@ class Health:
     running: int
     models: tuple[str, ...]
     images: int
+    steps: int
     batches: int
     done: int
     failed: int
@@ -83,7 +84,9 @@ class Engine:
         self._failed_starts, self._start_at = 0, 0.0
         self._number = 0  # of the last work
         self._largest: dict[str, int] = {}  # how many images of a model fit, where that is less than max_batch
-        self._counts = dict.fromkeys(("images", "batches", "done", "failed", "cancelled", "restarts", "memory_full"), 0)
+        self._counts = dict.fromkeys(
+            ("images", "steps", "batches", "done", "failed", "cancelled", "restarts", "memory_full"), 0
+        )
         self._recent: deque[tuple[float, int]] = deque(maxlen=100)  # (when, how many images)
 
     # For everybody
@@ -195,7 +198,7 @@ class Engine:
             with self._lock:
                 self._state = "stopping"
                 for job in tuple(self._jobs.values()):
-                    self._finish(job, Failed("the service has stopped"))
+                    self._finish(job, Stopping("the service has stopped"))
             for each in self._workers:
                 each.close()
             self._workers.clear()
@@ -225,7 +228,7 @@ class Engine:
             elif now >= job.deadline:
                 self._finish(job, TimedOut(f"not done within {self.options.time_limit:g} seconds"))
             elif self._state == "stopping" and job.started is None:
-                self._finish(job, Failed("the service is stopping: try again later"))
+                self._finish(job, Stopping("the service is stopping: try again later"))
 
     def _release(self, now: float) -> None:
         """Stop workers that draw what nobody waits for any more."""
@@ -321,6 +324,7 @@ class Engine:
         count = sum(map(len, drawn.images))
         self._counts["batches"] += 1
         self._counts["images"] += count
+        self._counts["steps"] += drawn.steps
         self._recent.append((time.monotonic(), count))
         for (job, numbers), images in zip(shares, drawn.images):
             if job.id not in self._jobs:
@@ -346,7 +350,7 @@ class Engine:
             if reason == "memory" and count == 1:
                 self._finish(job, OutOfMemory("a single image does not fit into memory: choose a smaller size"))
             elif reason == "user" and len(shares) == 1:
-                self._finish(job, UserError(text))
+                self._finish(job, UserError(text.replace(job.file, job.request.model)))  # paths are not for users
             elif reason == "failed" and len(shares) == 1:
                 self._finish(job, Failed(f"drawing failed ({text}): the service's log says more"))
             else:

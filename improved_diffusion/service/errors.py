@@ -26,6 +26,10 @@ class Failed(ServiceError):
     """The request could not be answered, through no fault of whoever asked."""
 
 
+class Stopping(Failed):
+    """The engine stopped before the request was answered."""
+
+
 class TimedOut(Failed):
     """The request took longer than the time limit."""
 

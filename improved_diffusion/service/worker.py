@@ -75,11 +75,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The images of each piece, and the files of the models that the worker holds."""
+    """The images of each piece, the files of the models that the worker holds, and the steps taken, of all images."""
 
     work: int
     images: tuple[Images, ...]
     models: tuple[str, ...]
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,9 @@ class Worker:
 
     def _answer(self, work: Work) -> Drawn | Undone:
         try:
-            images = draw(self._model(work.file), work, Watch(self.pipe, work))
-            return Drawn(work.number, tuple(images), tuple(self.models))
+            watch = Watch(self.pipe, work)
+            images = draw(self._model(work.file), work, watch)
+            return Drawn(work.number, tuple(images), tuple(self.models), watch.done)
         except Stopped:
             reason, text = "stopped", ""
         except UserError as error:
@@ -172,7 +174,10 @@ class Worker:
 
     def _model(self, file: str) -> api.Model:
         """The model of a file, loaded unless it is in memory and the file unchanged."""
-        found = os.stat(file)
+        try:
+            found = os.stat(file)
+        except FileNotFoundError:
+            raise UserError(f"{file} is gone, perhaps replaced by a newer checkpoint: ask again") from None
         state = (found.st_mtime_ns, found.st_size)
         if file not in self.models or self.models[file][0] != state:
             self.models.pop(file, None)

@@ -22,7 +22,7 @@ from ...sampling.images import Images
 from ..requests import Request as Work
 from . import uploads
 from .formats import FORMATS, as_json, choose, encode
-from .jobs import LAST, ClientGone, Results, Watch, finish, gone, images_of, refused, sse
+from .jobs import LAST, STOP_RETRY, ClientGone, Results, Watch, finish, gone, images_of, refused, sse
 from .metrics import Metrics, Observed
 from .pages import docs_page
 from .replies import Refused, busy, mistake
@@ -83,7 +83,7 @@ class Service:
 
     async def _work(self, request: Request, body: Body, form: uploads.Form | None, kind: str) -> Work:
         if self.stopping:
-            raise busy("the service stops", 30, status=503)
+            raise busy("the service stops", STOP_RETRY, status=503)
         info = await self.info(body.model)
         options = options_of(body)
         if (steps := steps_of(kind, options, info.diffusion_steps)) > self.options.max_steps:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..engine import Event, Job
 
 LAST = ("done", "failed", "cancelled")  # the kinds of a job's last event
+STOP_RETRY = 30  # seconds until another try is worth it, where the service stops
 HEARTBEAT = 15.0  # seconds between signs of life on a quiet stream
 
 
@@ -109,8 +110,8 @@ def refused(error: Exception) -> Refused:
         return Refused(504, str(error))
     if isinstance(error, errors.OutOfMemory):
         return Refused(507, str(error))
-    if isinstance(error, errors.Cancelled):
-        return busy("the request was cancelled: the service stops", 30, status=503)
+    if isinstance(error, (errors.Cancelled, errors.Stopping)):
+        return busy(str(error), STOP_RETRY, status=503)
     if isinstance(error, errors.Failed):
         return Refused(500, str(error))
     if isinstance(error, UserError):

@@ -31,6 +31,7 @@ GAUGES = {
 }
 COUNTERS = {
     "images": "Images drawn",
+    "steps": "Steps of samplers, one for each image: evaluations of the network, but for solvers that need several",
     "batches": "Batches drawn; images / batches is their mean size",
     "done": "Requests for images that were answered with them",
     "failed": "Requests for images that failed",

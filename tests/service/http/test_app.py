@@ -92,6 +92,7 @@ def test_mistakes_name_the_field(client, body, status, parameter):
         (errors.TimedOut("too slow"), 504),
         (errors.Failed("a worker died"), 500),
         (errors.Cancelled("stopped"), 503),
+        (errors.Stopping("stopped"), 503),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
