@@ -4,7 +4,6 @@ checkpoint, resumes it, and evaluates it."""
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -73,8 +72,9 @@ class Page:
         self.tab.set_viewport_size({"width": 1280, "height": 900})
 
     def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 @pytest.fixture
