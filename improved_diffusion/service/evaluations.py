@@ -147,13 +147,15 @@ class Evaluations:
         return ["evaluate", f"--features={self.features}", *trust, *(f"--{k}={v}" for k, v in given.items())]
 
     def start(self, name: str, options: Mapping[str, Any]) -> None:
-        """Start an evaluation; its report will be in a new folder of this name."""
+        """Start an evaluation; its report will be in a new folder of this name, or in that of one that has failed."""
         words = self.check(options)
-        folder = self.root.new_folder(name)
         with self._starting:
             running = self.running()
             if len(running) >= self.most:
                 raise UserError(f"{', '.join(running)} is being evaluated: cancel it first, or wait for its end")
+            if name in self.started() and self.progress(name).state == "failed":
+                shutil.rmtree(self._folder(name))
+            folder = self.root.new_folder(name)
             files.make_dirs(folder)
             begin([*words, f"--out_dir={folder}"], folder, EVALUATION_FILE, options)
 

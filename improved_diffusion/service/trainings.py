@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ..config import UserError, shown, unknown_name
@@ -211,10 +211,11 @@ class Trainings:
         Raises UserError for what cannot work, and for a name that a run has already.
         """
         words = self.check(options)
-        folder = self.root.new_folder(name)
+        self.root.new_folder(name)
         with self._preparing():
             self._require_free_place()
             table = self._dry_run(words)
+            folder = self.root.new_folder(name)  # another program may have taken the name in the meantime
             files.make_dirs(folder)
             self._launch(folder, words, options)
         return table
@@ -257,14 +258,13 @@ class Trainings:
         begin([*words, f"--out_dir={folder}", "--resume=auto"], folder, PROCESS_FILE, options)
 
     def _dry_run(self, words: list[str]) -> str:
-        out = os.path.join(self.root.path, f".dry_run_{os.getpid()}")
-        process = launch([*words, f"--out_dir={out}", "--dry_run=True"], f"{out}.txt")
-        try:
+        folder = os.path.join(self.root.path, f".dry_run_{os.getpid()}")  # is not made, but its disk is looked at
+        with tempfile.TemporaryDirectory() as place:
+            console = os.path.join(place, CONSOLE_FILE)
+            process = launch([*words, f"--out_dir={folder}", "--dry_run=True"], console)
             ended = process.wait(DRY_RUN_SECONDS)
             process.kill()
-            text = tail(f"{out}.txt")
-        finally:
-            Path(f"{out}.txt").unlink(missing_ok=True)
+            text = tail(console)
         if not ended:
             raise UserError(f"the dry run took more than {DRY_RUN_SECONDS:.0f} seconds: choose a smaller network")
         table = text.partition("\ndry run:\n")[2]

@@ -139,13 +139,13 @@ class Reports:
             info="several: side by side", interactive=True, elem_id="evaluate-reports",
         )  # fmt: skip
         self.message = gr.HTML()
-        self.text = gr.Markdown(elem_id="evaluate-report")
+        self.text = gr.Markdown(elem_id="evaluate-report", elem_classes="report")
         self.pictures = gr.Gallery(
             label="Pictures", columns=2, format="png", interactive=False, elem_classes="pixels", visible=False,
             elem_id="evaluate-pictures", buttons=["fullscreen"], object_fit="contain",
         )  # fmt: skip
         with gr.Accordion("What was compared, and how the samples were made", open=False, visible=False) as self.place:
-            self.details = gr.Markdown()
+            self.details = gr.Markdown(elem_classes="report")
 
     def connect(self, tab: gr.Tab) -> None:
         """Have the controls do what they say."""

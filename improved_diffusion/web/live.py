@@ -44,7 +44,7 @@ def mistake(text: str) -> str:
 
 
 def log_view(text: str) -> str:
-    """The last lines of a log as HTML, scrolled to their end."""
+    """Lines of a log as HTML, scrolled to their end."""
     return (
         '<div class="log" style="display: flex; flex-direction: column-reverse; max-height: 300px; overflow: auto">'
         f'<pre style="white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px">{html.escape(text)}</pre></div>'

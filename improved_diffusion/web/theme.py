@@ -26,6 +26,8 @@ CSS = """
 .status progress { width: 100%; height: 8px; accent-color: var(--primary-600); }
 .status.bad { color: #b91c1c; }
 .dark .status.bad { color: #fca5a5; }
+.report { overflow-x: auto; }
+.report td, .report th { word-break: normal; overflow-wrap: anywhere; min-width: 70px; }
 .quiet { color: var(--body-text-color-subdued); font-size: 14px; margin: 0 0 4px; }
 .bar button, .picker button { min-height: 40px; align-self: center; }
 .cm-editor { font-size: 13px; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -85,7 +86,10 @@ class RunForm:
         with gr.Row():
             self.dry = gr.Button("Dry run", elem_id="train-dry-run", min_width=100)
             self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=100)
-        self.table = gr.Code(label="What the run needs", language=None, visible=False, elem_id="train-table")
+        self.table = gr.HTML(
+            label="What the run needs", show_label=True, container=True, padding=True, visible=False,
+            elem_id="train-table",
+        )  # fmt: skip
         gr.Markdown("Further options, as in `improved-diffusion train --help-all`:")
         for group, names in groups(ImageTraining, OFFERED, self.form.controls.keys() | {*FIRST}).items():
             self.form.add_group(group, {name: placeholder(name, AUTO) for name in names})
@@ -125,7 +129,7 @@ class RunForm:
     def _submit(self, given: Mapping[Any, Any], starts: bool) -> Iterator[dict[Any, Any]]:
         """Measure what a run needs, and start it."""
         yield {
-            self.message: note("Measuring 3 steps of training ..."), self.table: gr.Code(visible=False),
+            self.message: note("Measuring 3 steps of training ..."), self.table: gr.HTML(visible=False),
             self.dry: gr.Button(interactive=False), self.start: gr.Button(interactive=False), **self.form.helps(),
         }  # fmt: skip
         try:
@@ -137,13 +141,13 @@ class RunForm:
 
     def _measured(self, options: Mapping[str, Any]) -> dict[Any, Any]:
         table = self.trainings.dry_run(options)
-        return {self.table: gr.Code(table, visible=True), self.message: note("Nothing was written.")}
+        return {self.table: gr.HTML(log_view(table), visible=True), self.message: note("Nothing was written.")}
 
     def _started(self, wanted: str, options: Mapping[str, Any]) -> dict[Any, Any]:
         name = wanted.strip() or self.trainings.root.free_name(str(options["data_dir"]))
         table = self.trainings.start(name, options)
         return {
-            self.table: gr.Code(table, visible=True),
+            self.table: gr.HTML(log_view(table), visible=True),
             self.message: note(f"{name} has started. It goes on when this page is closed."),
             self.runs: gr.Dropdown(choices=self.trainings.names(), value=name),
         }
@@ -164,7 +168,7 @@ class RunView:
         self.trainings = trainings
         gr.Markdown("### Runs")
         self.runs = gr.Dropdown([], label="Run", interactive=True, elem_id="train-runs")
-        self.state = gr.HTML(elem_id="train-state")
+        self.state = gr.HTML(note("No run yet."), elem_id="train-state")
         with gr.Row():
             self.stop = gr.Button("Stop", interactive=False, elem_id="train-stop", min_width=100)
             self.resume = gr.Button("Resume", interactive=False, elem_id="train-resume", min_width=100)
@@ -204,7 +208,8 @@ class RunView:
             name = names[0] if names else None
         now: dict[str, Any] = {"runs": (name, names)}
         if name is not None:
-            now |= self._facts(name, column)
+            with suppress(UserError):  # its folder has just been removed
+                now |= self._facts(name, column)
         changes: dict[Any, Any] = {self.seen: now}
         if now["runs"] != seen.get("runs"):
             changes[self.runs] = gr.Dropdown(choices=names, value=name)
@@ -212,8 +217,8 @@ class RunView:
             ("status", self._show_status), ("columns", self._show_columns), ("curve", self._show_curve),
             ("previews", self._show_previews), ("log", self._show_log),
         ):  # fmt: skip
-            if now.get(key) != seen.get(key):
-                changes |= show(name, now)
+            if key in now and now[key] != seen.get(key):
+                changes |= show(now)
         return changes
 
     def _facts(self, name: str, column: str) -> dict[str, Any]:
@@ -225,32 +230,30 @@ class RunView:
             "curve": (name, column, self.trainings.curve(name, column)[0][-1:]), "log": self.trainings.log(name),
         }  # fmt: skip
 
-    def _show_status(self, name: str | None, now: Mapping[str, Any]) -> dict[Any, Any]:
-        status = now.get("status")
-        if status is None:
-            return {self.state: note("No run yet.")}
+    def _show_status(self, now: Mapping[str, Any]) -> dict[Any, Any]:
+        status = now["status"]
         return {
             self.state: describe(status),
             self.stop: gr.Button(interactive=status.is_running and not status.outside and status.state != "stopping"),
             self.resume: gr.Button(interactive=not status.is_running),
         }
 
-    def _show_columns(self, name: str | None, now: Mapping[str, Any]) -> dict[Any, Any]:
+    def _show_columns(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         return {self.column: gr.Dropdown(choices=now["columns"][1] or [_FIRST_COLUMN])}
 
-    def _show_curve(self, name: str | None, now: Mapping[str, Any]) -> dict[Any, Any]:
+    def _show_curve(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         import pandas
 
         column = now["curve"][1]
         steps, values = self.trainings.curve(now["curve"][0], column)
         return {self.curve: gr.LinePlot(pandas.DataFrame({"step": steps, "value": values}), y_title=column)}
 
-    def _show_previews(self, name: str | None, now: Mapping[str, Any]) -> dict[Any, Any]:
+    def _show_previews(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         run, names = now["previews"]
         pictures = ((read_preview(self.trainings.folder(run), each), caption(each)) for each in names)
         return {self.previews: [(picture, text) for picture, text in pictures if picture is not None]}
 
-    def _show_log(self, name: str | None, now: Mapping[str, Any]) -> dict[Any, Any]:
+    def _show_log(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         return {self.log: log_view(now["log"])}
 
     def _stop(self, name: str | None) -> str:

@@ -4,7 +4,6 @@ checkpoint, resumes it, and evaluates it."""
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 
 from feature_helpers import write_script
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from improved_diffusion.service.commands import read_record
 from improved_diffusion.service.trainings import PROCESS_FILE
@@ -25,11 +25,11 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
     pytest.mark.timeout(900),
 ]
-FIRST = {"image_size": 8, "batch_size": 2, "max_steps": 1_000_000, "sample_interval": 4, "save_interval": 100_000}
+FIRST = {"image_size": 8, "batch_size": 24, "max_steps": 1_000_000, "sample_interval": 4, "save_interval": 100_000}
 GROUPS = {
     "Training loop": {"log_interval": 1, "ema_rate": 0.5},
     "Network": {"channels": 1, "num_channels": 32, "num_heads": 1, "channel_mult": 1, "attention_resolutions": 4},
-    "Diffusion": {"diffusion_steps": 4},
+    "Diffusion": {"diffusion_steps": 4, "noise_schedule": "cosine"},
 }
 PICTURES = os.environ.get("SCREENSHOTS")  # a folder to leave pictures of the page in
 
@@ -72,17 +72,18 @@ class Page:
         self.tab.set_viewport_size({"width": 1280, "height": 900})
 
     def kill(self):
-        self.tab.close()
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "data" / "digits").mkdir(parents=True)
-    for i in range(24):
+    for i in range(48):
         pixels = np.random.RandomState(i).randint(0, 256, (8, 8), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "data" / "digits" / f"{i}.png")
+    (tmp_path / "runs").mkdir()
     yield tmp_path
     for name in os.listdir(tmp_path / "runs"):
         record = read_record(f"{tmp_path}/runs/{name}", PROCESS_FILE)
@@ -91,28 +92,41 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def open_page(folder, browser):
+    """Starts the web command and opens its page; ended after the test."""
+    features, opened = write_script(folder / "features.pt"), []
+
+    def start():
+        opened.append(Page(browser, folder, features))
+        return opened[-1]
+
+    yield start
+    for page in opened:
+        page.kill()
+
+
+@pytest.fixture
 def browser():
-    with playwright.sync_playwright() as p:
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
-def test_train_lose_the_page_stop_resume_evaluate(folder, browser):
-    features = write_script(folder / "features.pt")
-    page = Page(browser, folder, features)
+def test_train_lose_the_page_stop_resume_evaluate(folder, open_page):
+    page = open_page()
     page.open("Train")
-    page.choose("train-data_dir", "digits (24 images)")
+    page.choose("train-data_dir", "digits (48 images)")
     page.fill("train-name", "mine")
     page.choose("train-preset", "none")
     page.fill("train-lr", "-1")
     for name, value in FIRST.items():
         page.fill(f"train-{name}", value)
     for group, options in GROUPS.items():
-        page.tab.get_by_role("button", name=group, exact=True).click()
+        page.tab.locator("button.label-wrap:visible", has_text=group).click()
         for name, value in options.items():
-            page.fill(f"train-{name}", value)
-    page.choose("train-noise_schedule", "cosine")
+            (page.choose if name == "noise_schedule" else page.fill)(f"train-{name}", value)
+        page.tab.locator("button.label-wrap:visible", has_text=group).click()
 
     page.click("train-start")
     page.wait_for("train-message", "--lr -1.0 must be positive")
@@ -131,7 +145,7 @@ def test_train_lose_the_page_stop_resume_evaluate(folder, browser):
     process = read_record(f"{folder}/runs/mine", PROCESS_FILE).process
     assert process.is_running()
 
-    page = Page(browser, folder, features)
+    page = open_page()
     page.open("Train")
     page.wait_for("train-state", r"running.*step \d+")
     page.click("train-stop")
@@ -145,13 +159,10 @@ def test_train_lose_the_page_stop_resume_evaluate(folder, browser):
     page.open("Evaluate")
     page.choose("evaluate-model_path", "mine")
     page.choose("evaluate-reference", "digits")
-    for name, value in {"num_samples": 12, "steps": 2, "name": "first"}.items():
+    for name, value in {"num_samples": 40, "steps": 2, "name": "first"}.items():
         page.fill(f"evaluate-{name}", value)
     page.click("evaluate-start")
     page.wait_for("evaluate-message", "first is finished")
     page.wait_for("evaluate-report", "FID")
     page.tab.locator("#evaluate-pictures img").first.wait_for()
     page.picture("evaluate")
-    page.tab.close()
-    page.process.terminate()
-    page.process.communicate(timeout=60)
