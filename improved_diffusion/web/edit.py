@@ -146,8 +146,8 @@ class EditTab:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
         chosen = (label, last_label, others or [])
-        menus = [gr.Dropdown(**class_menu(known, info, value)) for info, value in zip(_MENUS, chosen)]
-        return *menus, *[gr.Button(**_button(known, text)) for text in _BUTTONS]
+        menus = [gr.update(**class_menu(known, info, value)) for info, value in zip(_MENUS, chosen)]
+        return *menus, *[gr.update(**_button(known, text)) for text in _BUTTONS]
 
     def show_in_editor(self, model: str | None, average: str, image: str | None) -> Any:
         """The image as the model sees it, enlarged, to paint on."""
@@ -320,10 +320,10 @@ def _order(
 def _film(drawn: Drawn | None) -> tuple[Any, ...]:
     """The frames, where the images are those of an interpolation."""
     if drawn is None or not drawn.downloads.gif:
-        return gr.Group(visible=False), gr.skip(), gr.skip(), gr.skip()
+        return gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()
     last = len(drawn.images) - 1
-    slider = gr.Slider(maximum=last, value=0, info=f"0: the first image, {last}: the last")
-    return gr.Group(visible=True), drawn.downloads.pngs[0], slider, gr.DownloadButton(value=drawn.downloads.gif)
+    slider = gr.update(maximum=last, value=0, info=f"0: the first image, {last}: the last")
+    return gr.update(visible=True), drawn.downloads.pngs[0], slider, gr.update(value=drawn.downloads.gif)
 
 
 def _show_frame(drawn: Drawn | None, position: float) -> Any:

@@ -104,8 +104,8 @@ class SampleTab:
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        classes = gr.Dropdown(**class_menu(known, _CLASSES, chosen or []))
-        return classes, gr.Number(**_guidance(known)), gr.Button(**_button(known))
+        classes = gr.update(**class_menu(known, _CLASSES, chosen or []))
+        return classes, gr.update(**_guidance(known)), gr.update(**_button(known))
 
     def cost(self, model: str | None, average: str, n: Any, *steps: Any) -> str:
         """What the steps cost, or what is wrong with them."""

@@ -56,7 +56,7 @@ class UpscaleTab:
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        return gr.Dropdown(**class_menu(known, _CLASSES, chosen or [])), gr.Button(**_button(known))
+        return gr.update(**class_menu(known, _CLASSES, chosen or [])), gr.update(**_button(known))
 
     async def upscale(
         self, request: gr.Request, model: str | None, average: str, image: str | None, classes: Any, n: Any, seed: Any,
