@@ -116,7 +116,7 @@ def refused(error: UserError) -> tuple[Any, ...]:
 
 
 def _running(update: Update, numbers: Sequence[int]) -> tuple[Any, ...]:
-    grid = gr.update(grid_html([update.previews.get(i) for i in numbers]), visible=True)
+    grid = gr.update(value=grid_html([update.previews.get(i) for i in numbers]), visible=True)
     buttons = gr.update(interactive=False), gr.update(interactive=True)
     return update.status, update.job, *buttons, grid, gr.update(visible=False), *[gr.skip()] * 7
 
