@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,6 +11,7 @@ import numpy as np
 from ..config import EditConfig, InpaintConfig, SamplerConfig, UserError, VariationsConfig
 from ..config.editing import InterpolateConfig
 from ..config.run import RunConfig
+from ..sampling.labels import class_name
 from ..service.requests import Request
 from ..utils.images import encode_png, to_image
 from .controls import control, help_of, whole_number
@@ -61,8 +62,11 @@ class EditTab:
         with gr.Row(elem_classes="snug"):
             self.image = image_input("Image to edit", "edit-image")
             with gr.Column(min_width=140):
-                use_sample(sampled, self.image, "use-sample")
-                self.label = gr.Dropdown(label=_CLASS, elem_id="edit-class", **class_menu(known, _MENUS[0], None))
+                self.label = gr.Dropdown(
+                    value=None, label=_CLASS, elem_id="edit-class", render=False, **class_menu(known, _MENUS[0], None)
+                )
+                use_sample(sampled, [self.image, self.label], "use-sample")
+                self.label.render()
                 self.seed = control(RunConfig, "seed", elem_id="edit-seed", min_width=90)
 
     def _build_inpaint(self, known: Facts | None) -> None:
@@ -95,8 +99,12 @@ class EditTab:
         with gr.Row(elem_classes="snug"):
             self.last = image_input("Last image", "last-image")
             with gr.Column(min_width=140):
-                use_sample(sampled, self.last, "use-sample-last")
-                self.last_label = gr.Dropdown([], label="Class of the last image", info=_MENUS[1], elem_id="last-class")
+                self.last_label = gr.Dropdown(
+                    value=None, label="Class of the last image", elem_id="last-class", render=False,
+                    **class_menu(known, _MENUS[1], None),
+                )  # fmt: skip
+                use_sample(sampled, [self.last, self.last_label], "use-sample-last")
+                self.last_label.render()
         with gr.Row(elem_classes="snug"):
             self.frames = control(InterpolateConfig, "frames", maximum=MOST, min_width=90, elem_id="frames")
             self.between_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
@@ -146,8 +154,8 @@ class EditTab:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
         chosen = (label, last_label, others or [])
-        menus = [gr.Dropdown(**class_menu(known, info, value)) for info, value in zip(_MENUS, chosen)]
-        return *menus, *[gr.Button(**_button(known, text)) for text in _BUTTONS]
+        menus = [gr.update(**class_menu(known, info, value)) for info, value in zip(_MENUS, chosen)]
+        return *menus, *[gr.update(**_button(known, text)) for text in _BUTTONS]
 
     def show_in_editor(self, model: str | None, average: str, image: str | None) -> Any:
         """The image as the model sees it, enlarged, to paint on."""
@@ -267,10 +275,15 @@ def image_input(label: str, name: str) -> gr.Image:
     )  # fmt: skip
 
 
-def use_sample(sampled: Result, image: gr.Image, name: str) -> None:
-    """A button that takes the image selected in the Sample tab."""
+def use_sample(sampled: Result, outputs: Sequence[Any], name: str) -> gr.Button:
+    """A button that takes the image selected in the Sample tab.
+
+    :param outputs: of the image, and of its class where that is asked for.
+    """
     button = gr.Button("Use sample", size="sm", min_width=90, elem_id=name)
-    button.click(_selected, [sampled.drawn, sampled.chosen], image, **AT_ONCE)
+    fn = _selected if len(outputs) == 2 else _selected_image
+    button.click(fn, [sampled.drawn, sampled.chosen], list(outputs), **AT_ONCE)
+    return button
 
 
 def number_of_images(name: str, value: int = 1) -> Any:
@@ -281,7 +294,15 @@ def number_of_images(name: str, value: int = 1) -> Any:
     )  # fmt: skip
 
 
-def _selected(drawn: Drawn | None, chosen: int | None) -> Any:
+def _selected(drawn: Drawn | None, chosen: int | None) -> tuple[Any, Any]:
+    """The selected image, or the first, and its class."""
+    image = _selected_image(drawn, chosen)
+    if drawn is None or drawn.images.labels is None:
+        return image, gr.skip()
+    return image, class_name(drawn.images.class_names, int(drawn.images.labels[chosen or 0]))
+
+
+def _selected_image(drawn: Drawn | None, chosen: int | None) -> Any:
     if drawn is None:
         gr.Info("Draw images in the Sample tab first; then select one.", title="No sample yet")
         return gr.skip()
@@ -320,10 +341,10 @@ def _order(
 def _film(drawn: Drawn | None) -> tuple[Any, ...]:
     """The frames, where the images are those of an interpolation."""
     if drawn is None or not drawn.downloads.gif:
-        return gr.Group(visible=False), gr.skip(), gr.skip(), gr.skip()
+        return gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()
     last = len(drawn.images) - 1
-    slider = gr.Slider(maximum=last, value=0, info=f"0: the first image, {last}: the last")
-    return gr.Group(visible=True), drawn.downloads.pngs[0], slider, gr.DownloadButton(value=drawn.downloads.gif)
+    slider = gr.update(maximum=last, value=0, info=f"0: the first image, {last}: the last")
+    return gr.update(visible=True), drawn.downloads.pngs[0], slider, gr.update(value=drawn.downloads.gif)
 
 
 def _show_frame(drawn: Drawn | None, position: float) -> Any:

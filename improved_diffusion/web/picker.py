@@ -71,7 +71,7 @@ class Picker:
         """The models that there are now; the chosen one stays chosen while it is there."""
         choices = self._choices(uploads)
         names = [name for _, name in choices]
-        return gr.Dropdown(choices=choices, value=chosen if chosen in names else next(iter(names), None))
+        return gr.update(choices=choices, value=chosen if chosen in names else next(iter(names), None))
 
     def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The menu with the uploaded model, which this session alone can choose."""
@@ -85,12 +85,12 @@ class Picker:
             warn(UserError(str(error).replace(kept, title)))
             return gr.skip(), uploads
         uploads = [*uploads, (f"{title} (uploaded)", name)]
-        return gr.Dropdown(choices=self._choices(uploads), value=name), uploads
+        return gr.update(choices=self._choices(uploads), value=name), uploads
 
     def describe(self, name: str | None) -> Any:
         """The averages of a model, and a line on it."""
         averages = self._averages(name)
-        menu = gr.Dropdown(choices=averages, value=averages[0][1], interactive=len(averages) > 1)
+        menu = gr.update(choices=averages, value=averages[0][1], interactive=len(averages) > 1)
         return menu, self._about(name)
 
     def _choices(self, uploads: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -133,7 +133,8 @@ def class_menu(known: Facts | None, info: str, chosen: Any = ()) -> dict[str, An
     The value is left alone, so that a user who is quick keeps it, unless the model does not have what is chosen.
     """
     names = [] if known is None else list(known.classes)
-    menu = {"choices": names, "interactive": bool(names), "info": info if names else "This model has no classes."}
+    why = "There is no model yet." if known is None else "This model has no classes."
+    menu: dict[str, Any] = {"choices": names, "interactive": bool(names), "info": info if names else why}
     several = isinstance(chosen, (list, tuple))
     wanted = chosen if several else [] if chosen is None else [chosen]
     left = [name for name in wanted if name in names]

@@ -42,12 +42,13 @@ class SampleTab:
 
     def __init__(self, app_state: AppState, picker: Picker):
         self.app_state = app_state
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
+        with gr.Column(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
                 self._build_request(picker.known)
-            with gr.Column(scale=3, min_width=300):
-                self.go = gr.Button(variant="primary", elem_id="draw", **_button(picker.known))
+            with gr.Column(elem_classes="got"):
                 self.result = Result(app_state, "sample", EMPTY)
+            with gr.Column(elem_classes="more"):
+                self._build_options(picker.known)
         self._connect(picker)
 
     def _build_request(self, known: Facts | None) -> None:
@@ -60,6 +61,10 @@ class SampleTab:
             )  # fmt: skip
             self.seed = control(RunConfig, "seed", elem_id="seed", min_width=90)
             self.dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
+        self.go = gr.Button(variant="primary", elem_id="draw", **_button(known))
+
+    def _build_options(self, known: Facts | None) -> None:
+        """How to draw it."""
         self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="sampler")
         self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="steps")
         self.cost_line = gr.HTML(status_line(""), elem_id="cost", padding=False)
@@ -104,8 +109,8 @@ class SampleTab:
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        classes = gr.Dropdown(**class_menu(known, _CLASSES, chosen or []))
-        return classes, gr.Number(**_guidance(known)), gr.Button(**_button(known))
+        classes = gr.update(**class_menu(known, _CLASSES, chosen or []))
+        return classes, gr.update(**_guidance(known)), gr.update(**_button(known))
 
     def cost(self, model: str | None, average: str, n: Any, *steps: Any) -> str:
         """What the steps cost, or what is wrong with them."""

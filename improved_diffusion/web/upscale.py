@@ -33,21 +33,22 @@ class UpscaleTab:
 
     def __init__(self, app_state: AppState, picker: Picker, sampled: Result):
         self.app_state = app_state
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
+        with gr.Column(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
                 self.image = image_input("Image to enlarge", "upscale-image")
-                use_sample(sampled, self.image, "upscale-use-sample")
+                use_sample(sampled, [self.image], "upscale-use-sample")
                 self.classes = gr.Dropdown(
                     label="Classes", multiselect=True, elem_id="upscale-classes", **class_menu(picker.known, _CLASSES)
                 )
                 with gr.Row(elem_classes="snug"):
                     self.n = number_of_images("upscale-n")
                     self.seed = control(RunConfig, "seed", min_width=90, elem_id="upscale-seed")
+                self.go = gr.Button(variant="primary", elem_id="upscale-go", **_button(picker.known))
+            with gr.Column(elem_classes="got"):
+                self.result = Result(app_state, "upscale", "The enlarged images appear here.")
+            with gr.Column(elem_classes="more"):
                 self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="upscale-sampler")
                 self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="upscale-steps")
-            with gr.Column(scale=3, min_width=300):
-                self.go = gr.Button(variant="primary", elem_id="upscale-go", **_button(picker.known))
-                self.result = Result(app_state, "upscale", "The enlarged images appear here.")
         model = [picker.model, picker.average]
         asked = [*model, self.image, self.classes, self.n, self.seed, self.sampler, self.steps]
         self.go.click(self.upscale, asked, self.result.outputs(self.go), **AT_ONCE)
@@ -56,7 +57,7 @@ class UpscaleTab:
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        return gr.Dropdown(**class_menu(known, _CLASSES, chosen or [])), gr.Button(**_button(known))
+        return gr.update(**class_menu(known, _CLASSES, chosen or [])), gr.update(**_button(known))
 
     async def upscale(
         self, request: gr.Request, model: str | None, average: str, image: str | None, classes: Any, n: Any, seed: Any,
