@@ -96,7 +96,8 @@ model
 Image.open(folder / "run/curves.png")
 
 # %% [markdown]
-# The previews show it: the first, the middle and the last that training drew, from the same noise.
+# The previews show it: the first, the middle and the last that training drew, from the same noise. They are drawn by
+# DDIM, which keeps more mistakes of a briefly trained model than the sampler below.
 
 # %%
 previews = sorted((folder / "run/previews").glob("step_??????.png"))
