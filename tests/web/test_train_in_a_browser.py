@@ -9,10 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-
-pytest.importorskip("gradio")
-pytest.importorskip("playwright")
-
 from feature_helpers import write_script
 from PIL import Image
 from playwright.sync_api import sync_playwright

@@ -64,7 +64,7 @@ def serve(
     :param stop: called in a thread with the seconds that it may take, and with 0 after a second signal.
     :param has_lifespan: whether the application must be told that it starts and ends.
     """
-    server = make_server(app, options, stop)
+    server = make_server(app, options, stop, has_lifespan)
     run(server, listener)
     if server.second:
         raise SystemExit(128 + server.second)
@@ -75,7 +75,7 @@ def run(server: _Server, listener: socket.socket) -> None:
     asyncio.run(server.serve(sockets=[listener]))
 
 
-def make_server(app: App, options: DoorConfig, stop: Callable[[float], None]) -> _Server:
+def make_server(app: App, options: DoorConfig, stop: Callable[[float], None], has_lifespan: bool = False) -> _Server:
     """The server of an application; see `serve`."""
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each wrong form
     config = uvicorn.Config(
