@@ -112,7 +112,7 @@ class Job:
     def add_listener(self, callback: Callable[[Event], None]) -> None:
         """Call `callback` with the newest event now, and with each one to come, from the engine's thread.
 
-        It must return at once.
+        It must return at once, and may not call the engine.
         """
         with self._lock:
             self._listeners.append(callback)
