@@ -152,8 +152,8 @@ class Worker:
 
     def _answer(self, work: Work) -> Drawn | Undone:
         try:
-            watch = Watch(self.pipe, work)
-            images = draw(self._model(work.file), work, watch)
+            model, watch = self._model(work.file), Watch(self.pipe, work)
+            images = draw(model, work, watch)
             return Drawn(work.number, tuple(images), tuple(self.models), watch.done)
         except Stopped:
             reason, text = "stopped", ""
