@@ -26,6 +26,7 @@ CSS = """
 .status progress { width: 100%; height: 8px; accent-color: var(--primary-600); }
 .status.bad { color: #b91c1c; }
 .dark .status.bad { color: #fca5a5; }
+.curve { contain: inline-size; }
 .report { overflow-x: auto; }
 .report td, .report th { word-break: normal; overflow-wrap: anywhere; min-width: 70px; }
 .quiet { color: var(--body-text-color-subdued); font-size: 14px; margin: 0 0 4px; }

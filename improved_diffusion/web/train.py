@@ -179,7 +179,9 @@ class RunView:
         self.column = gr.Dropdown(
             [_FIRST_COLUMN], value=_FIRST_COLUMN, label="Curve", interactive=True, elem_id="train-column"
         )
-        self.curve = gr.LinePlot(x="step", y="value", height=240, show_label=False, elem_id="train-curve", buttons=[])
+        self.curve = gr.LinePlot(
+            x="step", y="value", height=240, show_label=False, buttons=[], elem_id="train-curve", elem_classes="curve"
+        )
         self.previews = gr.Gallery(
             label="Previews", columns=2, format="png", interactive=False, elem_classes="pixels",
             elem_id="train-previews", buttons=["fullscreen"], object_fit="contain",
