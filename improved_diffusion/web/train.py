@@ -206,6 +206,7 @@ class RunView:
     def _look(self, name: str | None, column: str, seen: dict[str, Any]) -> dict[Any, Any]:
         """What has changed since the last look."""
         names = self.trainings.names()
+        chosen = name
         if name not in names:
             name = names[0] if names else None
         now: dict[str, Any] = {"runs": (name, names)}
@@ -214,7 +215,8 @@ class RunView:
                 now |= self._facts(name, column)
         changes: dict[Any, Any] = {self.seen: now}
         if now["runs"] != seen.get("runs"):
-            changes[self.runs] = gr.Dropdown(choices=names, value=name)
+            # Without a value where it stays: the user may have chosen another one in the meantime.
+            changes[self.runs] = gr.Dropdown(choices=names, **({} if name == chosen else {"value": name}))
         for key, show in (
             ("status", self._show_status), ("columns", self._show_columns), ("curve", self._show_curve),
             ("previews", self._show_previews), ("log", self._show_log),
