@@ -50,7 +50,7 @@ async def draw(app_state: AppState, request: Request, client: str) -> AsyncItera
     """
     try:
         job = await asyncio.to_thread(app_state.engine.submit, request, client=client, previews=True)
-    except (UserError, Busy) as error:
+    except (UserError, ServiceError) as error:
         yield _problem(error)
         return
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -11,13 +11,14 @@ import numpy as np
 from ..config import EditConfig, InpaintConfig, SamplerConfig, UserError, VariationsConfig
 from ..config.editing import InterpolateConfig
 from ..config.run import RunConfig
+from ..sampling.labels import class_name
 from ..service.requests import Request
 from ..utils.images import encode_png, to_image
 from .controls import control, help_of, whole_number
 from .drawing import warn
 from .events import AT_ONCE
 from .facts import Facts, facts, known_facts
-from .picker import Picker, kept
+from .picker import Picker, class_menu
 from .pictures import enlarged, painted_mask, read_upload
 from .reproduce import EditRecipe, TransformRecipe
 from .result import Drawn, Order, Result, refused
@@ -27,6 +28,7 @@ MOST = 16  # images of one request
 _CLASS = "Class of the image"
 _PAINT = "rgb(99, 102, 241)"
 _MENUS = (help_of(EditConfig, "classes"), "empty: that of the first", "one image for each")
+_BUTTONS = ("Inpaint", "Vary", "Interpolate", "Change the class")
 _NO_IMAGE = "Give an image: upload one, or select one in the Sample tab and press Use sample."
 
 
@@ -40,31 +42,34 @@ class EditTab:
         self.app_state, self.picker = app_state, picker
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                self._build_source(sampled)
+                self._build_source(sampled, picker.known)
                 with gr.Tabs():
                     with gr.Tab("Inpaint", id="inpaint"):
-                        self._build_inpaint()
-                    with gr.Tab("Variations", id="variations"):
-                        self._build_variations()
+                        self._build_inpaint(picker.known)
+                    with gr.Tab("Vary", id="variations"):
+                        self._build_variations(picker.known)
                     with gr.Tab("Interpolate", id="interpolate"):
-                        self._build_interpolate(sampled)
-                    with gr.Tab("Another class", id="transform"):
-                        self._build_transform()
+                        self._build_interpolate(sampled, picker.known)
+                    with gr.Tab("Class", id="transform"):
+                        self._build_transform(picker.known)
             with gr.Column(scale=2, min_width=300):
                 self.result = Result(app_state, "edit", "The edited images appear here.")
                 self._build_film()
         self._connect()
 
-    def _build_source(self, sampled: Result) -> None:
+    def _build_source(self, sampled: Result, known: Facts | None) -> None:
         """The image to edit."""
         with gr.Row(elem_classes="snug"):
             self.image = image_input("Image to edit", "edit-image")
             with gr.Column(min_width=140):
-                use_sample(sampled, self.image, "use-sample")
-                self.label = gr.Dropdown([], label=_CLASS, info=_MENUS[0], elem_id="edit-class")
+                self.label = gr.Dropdown(
+                    value=None, label=_CLASS, elem_id="edit-class", render=False, **class_menu(known, _MENUS[0], None)
+                )
+                use_sample(sampled, [self.image, self.label], "use-sample")
+                self.label.render()
                 self.seed = control(RunConfig, "seed", elem_id="edit-seed", min_width=90)
 
-    def _build_inpaint(self) -> None:
+    def _build_inpaint(self, known: Facts | None) -> None:
         gr.Markdown("Paint over what is to be made anew; the rest stays as it is.")
         self.editor = gr.ImageEditor(
             type="pil", label="Mask", sources=(), transforms=(), layers=False, format="png", elem_id="mask",
@@ -73,39 +78,45 @@ class EditTab:
         )  # fmt: skip
         with gr.Row(elem_classes="snug"):
             self.inpaint_n = number_of_images("inpaint-n")
-            self.inpaint_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
+            self.inpaint_steps = number_of_steps("inpaint-steps")
         with gr.Row(elem_classes="snug"):
             self.resamplings = control(InpaintConfig, "resamplings", value=3, maximum=50, min_width=90)
             self.jump = control(InpaintConfig, "jump_length", maximum=1000, min_width=90)
-        self.inpaint_go = gr.Button("Inpaint", variant="primary", elem_id="inpaint-go")
+        self.inpaint_go = gr.Button(variant="primary", elem_id="inpaint-go", **_button(known, _BUTTONS[0]))
 
-    def _build_variations(self) -> None:
+    def _build_variations(self, known: Facts | None) -> None:
         self.strength = gr.Slider(
             0.05, 1, value=VariationsConfig.strength, step=0.05, label="Strength",
             info=help_of(VariationsConfig, "strength"), elem_id="strength", buttons=[],
         )  # fmt: skip
         with gr.Row(elem_classes="snug"):
             self.vary_n = number_of_images("vary-n", 4)
-            self.vary_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
-        self.vary_go = gr.Button("Vary", variant="primary", elem_id="vary-go")
+            self.vary_steps = number_of_steps()
+        self.vary_go = gr.Button(variant="primary", elem_id="vary-go", **_button(known, _BUTTONS[1]))
 
-    def _build_interpolate(self, sampled: Result) -> None:
+    def _build_interpolate(self, sampled: Result, known: Facts | None) -> None:
         gr.Markdown("From the image to edit to this one:")
         with gr.Row(elem_classes="snug"):
             self.last = image_input("Last image", "last-image")
             with gr.Column(min_width=140):
-                use_sample(sampled, self.last, "use-sample-last")
-                self.last_label = gr.Dropdown([], label="Class of the last image", info=_MENUS[1], elem_id="last-class")
+                self.last_label = gr.Dropdown(
+                    value=None, label="Class of the last image", elem_id="last-class", render=False,
+                    **class_menu(known, _MENUS[1], None),
+                )  # fmt: skip
+                use_sample(sampled, [self.last, self.last_label], "use-sample-last")
+                self.last_label.render()
         with gr.Row(elem_classes="snug"):
             self.frames = control(InterpolateConfig, "frames", maximum=MOST, min_width=90, elem_id="frames")
-            self.between_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
-        self.between_go = gr.Button("Interpolate", variant="primary", elem_id="interpolate-go")
+            self.between_steps = number_of_steps()
+        self.between_go = gr.Button(variant="primary", elem_id="interpolate-go", **_button(known, _BUTTONS[2]))
 
-    def _build_transform(self) -> None:
+    def _build_transform(self, known: Facts | None) -> None:
         gr.Markdown("The image is encoded as noise with its own class, and decoded with each of these classes.")
-        self.others = gr.Dropdown([], label="New classes", info=_MENUS[2], multiselect=True, elem_id="other-classes")
-        self.transform_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
-        self.transform_go = gr.Button("Change the class", variant="primary", elem_id="transform-go")
+        self.others = gr.Dropdown(
+            label="New classes", multiselect=True, elem_id="other-classes", **class_menu(known, _MENUS[2])
+        )
+        self.transform_steps = number_of_steps()
+        self.transform_go = gr.Button(variant="primary", elem_id="transform-go", **_button(known, _BUTTONS[3]))
 
     def _build_film(self) -> None:
         """The frames between two images, one at a time."""
@@ -139,21 +150,12 @@ class EditTab:
         menus = [self.label, self.last_label, self.others]
         self.picker.on_change(self.fit, [*menus, *jobs], menus)
 
-    def fit(self, model: str | None, *chosen: Any) -> tuple[Any, ...]:
+    def fit(self, model: str | None, label: Any, last_label: Any, others: Any) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        names = [] if known is None else list(known.classes)
-        infos = _MENUS if names else ["This model has no classes."] * len(_MENUS)
-        menus = [
-            gr.Dropdown(choices=names, value=kept(value, names), interactive=bool(names), info=info)
-            for value, info in zip(chosen, infos)
-        ]
-        can = known is not None and known.info.kind == "image"
-        texts = ("Inpaint", "Vary", "Interpolate", "Change the class")
-        buttons = [gr.Button(text if can else "Needs an image model", interactive=can) for text in texts]
-        if can and not names:
-            buttons[3] = gr.Button("Needs a model with classes", interactive=False)
-        return *menus, *buttons
+        chosen = (label, last_label, others or [])
+        menus = [gr.update(**class_menu(known, info, value)) for info, value in zip(_MENUS, chosen)]
+        return *menus, *[gr.update(**_button(known, text)) for text in _BUTTONS]
 
     def show_in_editor(self, model: str | None, average: str, image: str | None) -> Any:
         """The image as the model sees it, enlarged, to paint on."""
@@ -254,6 +256,14 @@ class EditTab:
             yield values
 
 
+def _button(known: Facts | None, text: str) -> dict[str, Any]:
+    if known is None or known.info.kind != "image":
+        return {"value": "Needs an image model", "interactive": False}
+    if text == _BUTTONS[-1] and not known.classes:
+        return {"value": "Needs a model with classes", "interactive": False}
+    return {"value": text, "interactive": True}
+
+
 # Controls that other tabs have too
 
 
@@ -265,10 +275,15 @@ def image_input(label: str, name: str) -> gr.Image:
     )  # fmt: skip
 
 
-def use_sample(sampled: Result, image: gr.Image, name: str) -> None:
-    """A button that takes the image selected in the Sample tab."""
+def use_sample(sampled: Result, outputs: Sequence[Any], name: str) -> gr.Button:
+    """A button that takes the image selected in the Sample tab.
+
+    :param outputs: of the image, and of its class where that is asked for.
+    """
     button = gr.Button("Use sample", size="sm", min_width=90, elem_id=name)
-    button.click(_selected, [sampled.drawn, sampled.chosen], image, **AT_ONCE)
+    fn = _selected if len(outputs) == 2 else _selected_image
+    button.click(fn, [sampled.drawn, sampled.chosen], list(outputs), **AT_ONCE)
+    return button
 
 
 def number_of_images(name: str, value: int = 1) -> Any:
@@ -279,7 +294,20 @@ def number_of_images(name: str, value: int = 1) -> Any:
     )  # fmt: skip
 
 
-def _selected(drawn: Drawn | None, chosen: int | None) -> Any:
+def number_of_steps(name: str | None = None) -> Any:
+    """How many steps an edit takes: fewer than the command's default, so that it takes seconds."""
+    return control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90, elem_id=name)
+
+
+def _selected(drawn: Drawn | None, chosen: int | None) -> tuple[Any, Any]:
+    """The selected image, or the first, and its class."""
+    image = _selected_image(drawn, chosen)
+    if drawn is None or drawn.images.labels is None:
+        return image, gr.skip()
+    return image, class_name(drawn.images.class_names, int(drawn.images.labels[chosen or 0]))
+
+
+def _selected_image(drawn: Drawn | None, chosen: int | None) -> Any:
     if drawn is None:
         gr.Info("Draw images in the Sample tab first; then select one.", title="No sample yet")
         return gr.skip()
@@ -318,10 +346,10 @@ def _order(
 def _film(drawn: Drawn | None) -> tuple[Any, ...]:
     """The frames, where the images are those of an interpolation."""
     if drawn is None or not drawn.downloads.gif:
-        return gr.Group(visible=False), gr.skip(), gr.skip(), gr.skip()
+        return gr.update(visible=False), gr.skip(), gr.skip(), gr.skip()
     last = len(drawn.images) - 1
-    slider = gr.Slider(maximum=last, value=0, info=f"0: the first image, {last}: the last")
-    return gr.Group(visible=True), drawn.downloads.pngs[0], slider, gr.DownloadButton(value=drawn.downloads.gif)
+    slider = gr.update(maximum=last, value=0, info=f"0: the first image, {last}: the last")
+    return gr.update(visible=True), drawn.downloads.pngs[0], slider, gr.update(value=drawn.downloads.gif)
 
 
 def _show_frame(drawn: Drawn | None, position: float) -> Any:

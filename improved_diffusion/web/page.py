@@ -43,6 +43,7 @@ def create_app(app_state: AppState) -> FastAPI:
         path="/",
         theme=theme(),
         css=CSS,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
         footer_links=[],
         run_history=False,
         allowed_paths=[],

@@ -14,6 +14,7 @@ import gradio as gr
 from ..config import UserError
 from .drawing import explain, warn
 from .events import AT_ONCE
+from .facts import Facts, known_facts
 from .state import AppState
 
 NO_MODELS = (
@@ -31,6 +32,7 @@ class Picker:
     def __init__(self, app_state: AppState, page: gr.Blocks):
         self.catalogue, self.work_dir = app_state.catalogue, app_state.work_dir
         first = next(iter(self.catalogue.names()), None)
+        self.known = known_facts(app_state, first)
         uploads = gr.State([])
         with gr.Row(elem_classes="picker", equal_height=True):
             averages = self._averages(first)
@@ -69,7 +71,7 @@ class Picker:
         """The models that there are now; the chosen one stays chosen while it is there."""
         choices = self._choices(uploads)
         names = [name for _, name in choices]
-        return gr.Dropdown(choices=choices, value=chosen if chosen in names else next(iter(names), None))
+        return gr.update(choices=choices, value=chosen if chosen in names else next(iter(names), None))
 
     def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The menu with the uploaded model, which this session alone can choose."""
@@ -83,12 +85,12 @@ class Picker:
             warn(UserError(str(error).replace(kept, title)))
             return gr.skip(), uploads
         uploads = [*uploads, (f"{title} (uploaded)", name)]
-        return gr.Dropdown(choices=self._choices(uploads), value=name), uploads
+        return gr.update(choices=self._choices(uploads), value=name), uploads
 
     def describe(self, name: str | None) -> Any:
         """The averages of a model, and a line on it."""
         averages = self._averages(name)
-        menu = gr.Dropdown(choices=averages, value=averages[0][1], interactive=len(averages) > 1)
+        menu = gr.update(choices=averages, value=averages[0][1], interactive=len(averages) > 1)
         return menu, self._about(name)
 
     def _choices(self, uploads: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -125,8 +127,17 @@ class Picker:
         return f'<p class="quiet">{html.escape(" · ".join(parts))}</p>'
 
 
-def kept(chosen: list[str] | str | None, names: Sequence[str]) -> list[str] | str | None:
-    """Of what is chosen in a menu, what the menu of another model has too."""
-    if isinstance(chosen, list):
-        return [name for name in chosen if name in names]
-    return chosen if chosen in names else None
+def class_menu(known: Facts | None, info: str, chosen: Any = ()) -> dict[str, Any]:
+    """What a menu of classes has for a model: switched off for one without classes, with the reason.
+
+    The value is left alone, so that a user who is quick keeps it, unless the model does not have what is chosen.
+    """
+    names = [] if known is None else list(known.classes)
+    why = "There is no model yet." if known is None else "This model has no classes."
+    menu: dict[str, Any] = {"choices": names, "interactive": bool(names), "info": info if names else why}
+    several = isinstance(chosen, (list, tuple))
+    wanted = chosen if several else [] if chosen is None else [chosen]
+    left = [name for name in wanted if name in names]
+    if len(left) < len(wanted):
+        menu["value"] = left if several else None
+    return menu

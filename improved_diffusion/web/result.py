@@ -116,22 +116,22 @@ def refused(error: UserError) -> tuple[Any, ...]:
 
 
 def _running(update: Update, numbers: Sequence[int]) -> tuple[Any, ...]:
-    grid = gr.HTML(grid_html([update.previews.get(i) for i in numbers]), visible=True)
-    buttons = gr.Button(interactive=False), gr.Button(interactive=True)
-    return update.status, update.job, *buttons, grid, gr.Gallery(visible=False), *[gr.skip()] * 7
+    grid = gr.update(value=grid_html([update.previews.get(i) for i in numbers]), visible=True)
+    buttons = gr.update(interactive=False), gr.update(interactive=True)
+    return update.status, update.job, *buttons, grid, gr.update(visible=False), *[gr.skip()] * 7
 
 
 def _ended(status: str) -> tuple[Any, ...]:
     """Without images: what is there stays."""
-    return status, None, gr.Button(interactive=True), gr.Button(interactive=False), *[gr.skip()] * 9
+    return status, None, gr.update(interactive=True), gr.update(interactive=False), *[gr.skip()] * 9
 
 
 def _finished(update: Update, drawn: Drawn) -> tuple[Any, ...]:
     files = drawn.downloads
     pictures = list(zip(files.pngs, captions_of(drawn.images)))
-    gallery = gr.Gallery(pictures, visible=True, selected_index=None)
-    buttons = [gr.DownloadButton(value=path, interactive=True) for path in (files.pngs[0], files.zip, files.npz)]
-    shown = update.status, None, gr.Button(interactive=True), gr.Button(interactive=False), gr.HTML(visible=False)
+    gallery = gr.update(value=pictures, visible=True, selected_index=None)
+    buttons = [gr.update(value=path, interactive=True) for path in (files.pngs[0], files.zip, files.npz)]
+    shown = update.status, None, gr.update(interactive=True), gr.update(interactive=False), gr.update(visible=False)
     return *shown, gallery, drawn, None, *buttons, *drawn.codes()
 
 
@@ -145,4 +145,4 @@ def _select(drawn: Drawn | None, event: gr.SelectData) -> Sequence[Any]:
     if drawn is None:
         return None, gr.skip(), gr.skip(), gr.skip()
     i = int(event.index)
-    return i, gr.DownloadButton(value=drawn.downloads.pngs[i]), *drawn.codes(i)
+    return i, gr.update(value=drawn.downloads.pngs[i]), *drawn.codes(i)

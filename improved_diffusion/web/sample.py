@@ -17,8 +17,8 @@ from ..utils.text import counted
 from .controls import control, help_of, whole_number
 from .drawing import explain, status_line
 from .events import AT_ONCE
-from .facts import facts, known_facts
-from .picker import Picker, kept
+from .facts import Facts, facts, known_facts
+from .picker import Picker, class_menu
 from .reproduce import SampleRecipe
 from .result import Order, Result, refused
 from .state import AppState
@@ -42,17 +42,18 @@ class SampleTab:
 
     def __init__(self, app_state: AppState, picker: Picker):
         self.app_state = app_state
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
-                self._build_request()
-            with gr.Column(scale=3, min_width=300):
-                self.go = gr.Button("Draw", variant="primary", elem_id="draw")
+        with gr.Column(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
+                self._build_request(picker.known)
+            with gr.Column(elem_classes="got"):
                 self.result = Result(app_state, "sample", EMPTY)
+            with gr.Column(elem_classes="more"):
+                self._build_options(picker.known)
         self._connect(picker)
 
-    def _build_request(self) -> None:
+    def _build_request(self, known: Facts | None) -> None:
         """What to draw."""
-        self.classes = gr.Dropdown([], label="Classes", info=_CLASSES, multiselect=True, elem_id="classes")
+        self.classes = gr.Dropdown(label="Classes", multiselect=True, elem_id="classes", **class_menu(known, _CLASSES))
         with gr.Row(elem_classes="snug"):
             self.n = control(
                 SampleConfig, "num_samples", value=4, maximum=MOST, info=f"images to make, 1 to {MOST}",
@@ -60,10 +61,16 @@ class SampleTab:
             )  # fmt: skip
             self.seed = control(RunConfig, "seed", elem_id="seed", min_width=90)
             self.dice = gr.Button("New seed", size="sm", min_width=90, elem_id="dice")
+        self.go = gr.Button(variant="primary", elem_id="draw", **_button(known))
+
+    def _build_options(self, known: Facts | None) -> None:
+        """How to draw it."""
         self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="sampler")
         self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="steps")
         self.cost_line = gr.HTML(status_line(""), elem_id="cost", padding=False)
-        self.guidance = control(GuidanceConfig, "guidance_scale", maximum=20, step=0.1, elem_id="guidance")
+        self.guidance = control(
+            GuidanceConfig, "guidance_scale", maximum=20, step=0.1, elem_id="guidance", **_guidance(known)
+        )
         with gr.Accordion("More options", open=False):
             self.others = [control(_group(name), name, elem_id=name.replace("_", "-")) for name in _ADVANCED]
 
@@ -102,22 +109,8 @@ class SampleTab:
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        if known is None:
-            return gr.Dropdown(choices=[], value=[]), gr.skip(), gr.Button("Draw", interactive=False)
-        names, why = list(known.classes), known.why_no_guidance
-        classes = gr.Dropdown(
-            choices=names,
-            value=kept(chosen, names),
-            interactive=bool(names),
-            info=_CLASSES if names else "This model has no classes.",
-        )
-        guidance = gr.Number(interactive=False, value=1, info=why) if why else gr.Number(interactive=True, info=_SCALE)
-        can = known.info.kind == "image"
-        return (
-            classes,
-            guidance,
-            gr.Button("Draw" if can else "This model enlarges images: see Upscale", interactive=can),
-        )
+        classes = gr.update(**class_menu(known, _CLASSES, chosen or []))
+        return classes, gr.update(**_guidance(known)), gr.update(**_button(known))
 
     def cost(self, model: str | None, average: str, n: Any, *steps: Any) -> str:
         """What the steps cost, or what is wrong with them."""
@@ -131,6 +124,16 @@ class SampleTab:
         each = found.evaluations * (2 if "guidance_scale" in options else 1)
         text = f"{counted(found.steps, 'step')}: {counted(each, 'evaluation')} of the network for each image"
         return status_line(text + (f", {each * int(n):,} in all" if n and n > 1 else ""))
+
+
+def _guidance(known: Facts | None) -> dict[str, Any]:
+    why = "" if known is None else known.why_no_guidance
+    return {"interactive": False, "value": 1, "info": why} if why else {"interactive": True, "info": _SCALE}
+
+
+def _button(known: Facts | None) -> dict[str, Any]:
+    can = known is not None and known.info.kind == "image"
+    return {"value": "Draw" if can or known is None else "This model enlarges images: see Upscale", "interactive": can}
 
 
 def _group(name: str) -> Any:

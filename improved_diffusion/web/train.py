@@ -69,7 +69,7 @@ class RunForm:
         self.form.add("data_dir", "", label="Images", info=below)
         self.thumbnails = gr.Gallery(
             show_label=False, columns=5, rows=1, height=110, format="png", object_fit="contain", allow_preview=False,
-            elem_classes="pixels", interactive=False, visible=False, buttons=[],
+            elem_classes="sharp", interactive=False, visible=False, buttons=[],
         )  # fmt: skip
         presets = [AUTO, *RECIPES, *filter(_is_image, PRESETS)]
         with gr.Row():
@@ -183,7 +183,7 @@ class RunView:
             x="step", y="value", height=240, show_label=False, buttons=[], elem_id="train-curve", elem_classes="curve"
         )
         self.previews = gr.Gallery(
-            label="Previews", columns=2, format="png", interactive=False, elem_classes="pixels",
+            label="Previews", columns=2, format="png", interactive=False, elem_classes="sharp",
             elem_id="train-previews", buttons=["fullscreen"], object_fit="contain",
         )  # fmt: skip
         self.log = gr.HTML(label="Log", show_label=True, container=True, padding=True, elem_id="train-log")

@@ -14,13 +14,15 @@ from ..utils.images import encode_png
 from .controls import control, help_of, whole_number
 from .edit import image_input, number_of_images, use_sample
 from .events import AT_ONCE
-from .facts import facts, known_facts
-from .picker import Picker, kept
+from .facts import Facts, facts, known_facts
+from .picker import Picker, class_menu
 from .pictures import read_upload
 from .reproduce import EditRecipe
 from .result import Order, Result, refused
 from .sample import SAMPLER, STEPS
 from .state import AppState
+
+_CLASSES = help_of(SampleConfig, "classes")
 
 
 class UpscaleTab:
@@ -31,22 +33,22 @@ class UpscaleTab:
 
     def __init__(self, app_state: AppState, picker: Picker, sampled: Result):
         self.app_state = app_state
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=300):
+        with gr.Column(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
                 self.image = image_input("Image to enlarge", "upscale-image")
-                use_sample(sampled, self.image, "upscale-use-sample")
+                use_sample(sampled, [self.image], "upscale-use-sample")
                 self.classes = gr.Dropdown(
-                    [], label="Classes", info=help_of(SampleConfig, "classes"), multiselect=True,
-                    elem_id="upscale-classes",
-                )  # fmt: skip
+                    label="Classes", multiselect=True, elem_id="upscale-classes", **class_menu(picker.known, _CLASSES)
+                )
                 with gr.Row(elem_classes="snug"):
                     self.n = number_of_images("upscale-n")
                     self.seed = control(RunConfig, "seed", min_width=90, elem_id="upscale-seed")
+                self.go = gr.Button(variant="primary", elem_id="upscale-go", **_button(picker.known))
+            with gr.Column(elem_classes="got"):
+                self.result = Result(app_state, "upscale", "The enlarged images appear here.")
+            with gr.Column(elem_classes="more"):
                 self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="upscale-sampler")
                 self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="upscale-steps")
-            with gr.Column(scale=3, min_width=300):
-                self.go = gr.Button("Enlarge", variant="primary", elem_id="upscale-go")
-                self.result = Result(app_state, "upscale", "The enlarged images appear here.")
         model = [picker.model, picker.average]
         asked = [*model, self.image, self.classes, self.n, self.seed, self.sampler, self.steps]
         self.go.click(self.upscale, asked, self.result.outputs(self.go), **AT_ONCE)
@@ -55,11 +57,7 @@ class UpscaleTab:
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
-        names = [] if known is None else list(known.classes)
-        info = help_of(SampleConfig, "classes") if names else "This model has no classes."
-        classes = gr.Dropdown(choices=names, value=kept(chosen, names), interactive=bool(names), info=info)
-        can = known is not None and known.info.kind == "super_res"
-        return classes, gr.Button("Enlarge" if can else "Needs a super-resolution model", interactive=can)
+        return gr.update(**class_menu(known, _CLASSES, chosen or [])), gr.update(**_button(known))
 
     async def upscale(
         self, request: gr.Request, model: str | None, average: str, image: str | None, classes: Any, n: Any, seed: Any,
@@ -84,3 +82,8 @@ class UpscaleTab:
             return
         async for values in self.result.follow(request, Order(asked, recipe, {"image.png": encode_png(array)})):
             yield values
+
+
+def _button(known: Facts | None) -> dict[str, Any]:
+    can = known is not None and known.info.kind == "super_res"
+    return {"value": "Enlarge" if can else "Needs a super-resolution model", "interactive": can}
