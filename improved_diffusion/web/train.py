@@ -216,7 +216,8 @@ class RunView:
         changes: dict[Any, Any] = {self.seen: now}
         if now["runs"] != seen.get("runs"):
             # Without a value where it stays: the user may have chosen another one in the meantime.
-            changes[self.runs] = gr.Dropdown(choices=names, **({} if name == chosen else {"value": name}))
+            value: Any = {} if name == chosen else {"value": name}
+            changes[self.runs] = gr.Dropdown(choices=names, **value)
         for key, show in (
             ("status", self._show_status), ("columns", self._show_columns), ("curve", self._show_curve),
             ("previews", self._show_previews), ("log", self._show_log),
