@@ -68,7 +68,8 @@ class Page:
         """The page is as wide as a screen and a phone; pictures of both, where they are asked for."""
         for width in (1280, 390):
             self.tab.set_viewport_size({"width": width, "height": 900})
-            self.tab.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
+            self.tab.wait_for_timeout(1000)
+            assert self.tab.evaluate("document.documentElement.scrollWidth") <= width
             if PICTURES:
                 self.tab.wait_for_timeout(2000)
                 self.tab.screenshot(path=f"{PICTURES}/{name}_{width}.png", full_page=True)
