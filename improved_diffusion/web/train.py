@@ -17,7 +17,7 @@ from ..config.settings import ImageTraining
 from ..service.run_files import caption, read_preview
 from ..service.trainings import LABELS, OFFERED, Status, Trainings
 from .form import Form, default_of, groups, menu
-from .live import enclosing_tab, log_view, mistake, note, timer_of
+from .live import enclosing_tab, lines_view, log_view, mistake, note, timer_of
 from .state import AppState
 
 # Shown first; the others are in a closed group each, as in --help-all.
@@ -141,13 +141,13 @@ class RunForm:
 
     def _measured(self, options: Mapping[str, Any]) -> dict[Any, Any]:
         table = self.trainings.dry_run(options)
-        return {self.table: gr.HTML(log_view(table), visible=True), self.message: note("Nothing was written.")}
+        return {self.table: gr.HTML(lines_view(table), visible=True), self.message: note("Nothing was written.")}
 
     def _started(self, wanted: str, options: Mapping[str, Any]) -> dict[Any, Any]:
         name = wanted.strip() or self.trainings.root.free_name(str(options["data_dir"]))
         table = self.trainings.start(name, options)
         return {
-            self.table: gr.HTML(log_view(table), visible=True),
+            self.table: gr.HTML(lines_view(table), visible=True),
             self.message: note(f"{name} has started. It goes on when this page is closed."),
             self.runs: gr.Dropdown(choices=self.trainings.names(), value=name),
         }
