@@ -264,7 +264,7 @@ class Trainings:
             process = launch([*words, f"--out_dir={folder}", "--dry_run=True"], console)
             ended = process.wait(DRY_RUN_SECONDS)
             process.kill()
-            text = tail(console)
+            text = tail(console).replace(folder, self.root.path)
         if not ended:
             raise UserError(f"the dry run took more than {DRY_RUN_SECONDS:.0f} seconds: choose a smaller network")
         table = text.partition("\ndry run:\n")[2]

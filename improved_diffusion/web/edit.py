@@ -46,11 +46,11 @@ class EditTab:
                 with gr.Tabs():
                     with gr.Tab("Inpaint", id="inpaint"):
                         self._build_inpaint(picker.known)
-                    with gr.Tab("Variations", id="variations"):
+                    with gr.Tab("Vary", id="variations"):
                         self._build_variations(picker.known)
                     with gr.Tab("Interpolate", id="interpolate"):
                         self._build_interpolate(sampled, picker.known)
-                    with gr.Tab("Another class", id="transform"):
+                    with gr.Tab("Class", id="transform"):
                         self._build_transform(picker.known)
             with gr.Column(scale=2, min_width=300):
                 self.result = Result(app_state, "edit", "The edited images appear here.")
@@ -78,7 +78,7 @@ class EditTab:
         )  # fmt: skip
         with gr.Row(elem_classes="snug"):
             self.inpaint_n = number_of_images("inpaint-n")
-            self.inpaint_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
+            self.inpaint_steps = number_of_steps("inpaint-steps")
         with gr.Row(elem_classes="snug"):
             self.resamplings = control(InpaintConfig, "resamplings", value=3, maximum=50, min_width=90)
             self.jump = control(InpaintConfig, "jump_length", maximum=1000, min_width=90)
@@ -91,7 +91,7 @@ class EditTab:
         )  # fmt: skip
         with gr.Row(elem_classes="snug"):
             self.vary_n = number_of_images("vary-n", 4)
-            self.vary_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
+            self.vary_steps = number_of_steps()
         self.vary_go = gr.Button(variant="primary", elem_id="vary-go", **_button(known, _BUTTONS[1]))
 
     def _build_interpolate(self, sampled: Result, known: Facts | None) -> None:
@@ -107,7 +107,7 @@ class EditTab:
                 self.last_label.render()
         with gr.Row(elem_classes="snug"):
             self.frames = control(InterpolateConfig, "frames", maximum=MOST, min_width=90, elem_id="frames")
-            self.between_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
+            self.between_steps = number_of_steps()
         self.between_go = gr.Button(variant="primary", elem_id="interpolate-go", **_button(known, _BUTTONS[2]))
 
     def _build_transform(self, known: Facts | None) -> None:
@@ -115,7 +115,7 @@ class EditTab:
         self.others = gr.Dropdown(
             label="New classes", multiselect=True, elem_id="other-classes", **class_menu(known, _MENUS[2])
         )
-        self.transform_steps = control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90)
+        self.transform_steps = number_of_steps()
         self.transform_go = gr.Button(variant="primary", elem_id="transform-go", **_button(known, _BUTTONS[3]))
 
     def _build_film(self) -> None:
@@ -292,6 +292,11 @@ def number_of_images(name: str, value: int = 1) -> Any:
         value, label="Num samples", info=f"images to make, 1 to {MOST}", precision=0, minimum=1, maximum=MOST,
         min_width=90, elem_id=name,
     )  # fmt: skip
+
+
+def number_of_steps(name: str | None = None) -> Any:
+    """How many steps an edit takes: fewer than the command's default, so that it takes seconds."""
+    return control(SamplerConfig, "steps", value=50, info="number of steps", min_width=90, elem_id=name)
 
 
 def _selected(drawn: Drawn | None, chosen: int | None) -> tuple[Any, Any]:

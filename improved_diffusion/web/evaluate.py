@@ -141,7 +141,7 @@ class Reports:
         self.message = gr.HTML()
         self.text = gr.Markdown(elem_id="evaluate-report", elem_classes="report")
         self.pictures = gr.Gallery(
-            label="Pictures", columns=2, format="png", interactive=False, elem_classes="pixels", visible=False,
+            label="Pictures", columns=2, format="png", interactive=False, elem_classes="sharp", visible=False,
             elem_id="evaluate-pictures", buttons=["fullscreen"], object_fit="contain",
         )  # fmt: skip
         with gr.Accordion("What was compared, and how the samples were made", open=False, visible=False) as self.place:

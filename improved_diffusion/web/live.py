@@ -43,12 +43,16 @@ def mistake(text: str) -> str:
     return f'<p role="alert" style="color: var(--error-text-color)">{html.escape(text)}</p>'
 
 
+def lines_view(text: str) -> str:
+    """Lines of fixed width as HTML."""
+    style = "white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px"
+    return f'<pre style="{style}">{html.escape(text)}</pre>'
+
+
 def log_view(text: str) -> str:
-    """Lines of a log as HTML, scrolled to their end."""
-    return (
-        '<div class="log" style="display: flex; flex-direction: column-reverse; max-height: 300px; overflow: auto">'
-        f'<pre style="white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px">{html.escape(text)}</pre></div>'
-    )
+    """The last lines of a log as HTML, scrolled to their end."""
+    style = "display: flex; flex-direction: column-reverse; max-height: 300px; overflow: auto"
+    return f'<div style="{style}">{lines_view(text)}</div>'
 
 
 def culprit(error: Exception, names: Iterable[str]) -> str | None:

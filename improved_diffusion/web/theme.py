@@ -26,21 +26,26 @@ CSS = """
 .status progress { width: 100%; height: 8px; accent-color: var(--primary-600); }
 .status.bad { color: #b91c1c; }
 .dark .status.bad { color: #fca5a5; }
-.report { overflow-x: auto; }
-.report td, .report th { word-break: normal; overflow-wrap: anywhere; min-width: 70px; }
 .work > .ask, .work > .got, .work > .more { min-width: 0; }
 @media (min-width: 800px) {
   .work { display: grid !important; grid-template-columns: 2fr 3fr; grid-template-rows: auto 1fr; gap: 16px; }
   .work > .ask { grid-area: 1 / 1; } .work > .got { grid-area: 1 / 2 / 3 / 3; } .work > .more { grid-area: 2 / 1; }
 }
 .gradio-container, .gradio-container .app, .gradio-container .contain { min-width: 0 !important; max-width: 100vw; }
-.gradio-container .app > .wrap, .tab-wrapper, .work, .column { min-width: 0 !important; }
-@media (max-width: 640px) { .gradio-container .app { padding: 12px !important; width: 100vw !important; } }
+.gradio-container .app > .wrap, .tab-wrapper, .work, .contain > .column { min-width: 0 !important; }
+@media (max-width: 640px) { .gradio-container .app { padding: 12px !important; width: 100vw !important; }
+  .tab-container button { padding-left: 8px !important; padding-right: 8px !important; } }
 .html-container.padding { padding: 0 !important; }
 .pixels .grid-wrap, .pixels .gallery-container { min-height: 0 !important; height: auto !important; }
+.pixels .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+.pixels .thumbnail-item { min-width: 0 !important; width: 100% !important; }
 .quiet { color: var(--body-text-color-subdued); font-size: 14px; margin: 0 0 4px; }
 .bar button, .picker button { min-height: 40px; align-self: center; }
 .cm-editor { font-size: 13px; }
+.sharp img { image-rendering: pixelated; }
+.curve { contain: inline-size; }
+.report { overflow-x: auto; }
+.report td, .report th { word-break: normal; overflow-wrap: anywhere; min-width: 70px; }
 """
 
 

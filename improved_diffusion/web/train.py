@@ -17,7 +17,7 @@ from ..config.settings import ImageTraining
 from ..service.run_files import caption, read_preview
 from ..service.trainings import LABELS, OFFERED, Status, Trainings
 from .form import Form, default_of, groups, menu
-from .live import enclosing_tab, log_view, mistake, note, timer_of
+from .live import enclosing_tab, lines_view, log_view, mistake, note, timer_of
 from .state import AppState
 
 # Shown first; the others are in a closed group each, as in --help-all.
@@ -69,7 +69,7 @@ class RunForm:
         self.form.add("data_dir", "", label="Images", info=below)
         self.thumbnails = gr.Gallery(
             show_label=False, columns=5, rows=1, height=110, format="png", object_fit="contain", allow_preview=False,
-            elem_classes="pixels", interactive=False, visible=False, buttons=[],
+            elem_classes="sharp", interactive=False, visible=False, buttons=[],
         )  # fmt: skip
         presets = [AUTO, *RECIPES, *filter(_is_image, PRESETS)]
         with gr.Row():
@@ -141,13 +141,13 @@ class RunForm:
 
     def _measured(self, options: Mapping[str, Any]) -> dict[Any, Any]:
         table = self.trainings.dry_run(options)
-        return {self.table: gr.HTML(log_view(table), visible=True), self.message: note("Nothing was written.")}
+        return {self.table: gr.HTML(lines_view(table), visible=True), self.message: note("Nothing was written.")}
 
     def _started(self, wanted: str, options: Mapping[str, Any]) -> dict[Any, Any]:
         name = wanted.strip() or self.trainings.root.free_name(str(options["data_dir"]))
         table = self.trainings.start(name, options)
         return {
-            self.table: gr.HTML(log_view(table), visible=True),
+            self.table: gr.HTML(lines_view(table), visible=True),
             self.message: note(f"{name} has started. It goes on when this page is closed."),
             self.runs: gr.Dropdown(choices=self.trainings.names(), value=name),
         }
@@ -179,9 +179,11 @@ class RunView:
         self.column = gr.Dropdown(
             [_FIRST_COLUMN], value=_FIRST_COLUMN, label="Curve", interactive=True, elem_id="train-column"
         )
-        self.curve = gr.LinePlot(x="step", y="value", height=240, show_label=False, elem_id="train-curve", buttons=[])
+        self.curve = gr.LinePlot(
+            x="step", y="value", height=240, show_label=False, buttons=[], elem_id="train-curve", elem_classes="curve"
+        )
         self.previews = gr.Gallery(
-            label="Previews", columns=2, format="png", interactive=False, elem_classes="pixels",
+            label="Previews", columns=2, format="png", interactive=False, elem_classes="sharp",
             elem_id="train-previews", buttons=["fullscreen"], object_fit="contain",
         )  # fmt: skip
         self.log = gr.HTML(label="Log", show_label=True, container=True, padding=True, elem_id="train-log")
@@ -204,6 +206,7 @@ class RunView:
     def _look(self, name: str | None, column: str, seen: dict[str, Any]) -> dict[Any, Any]:
         """What has changed since the last look."""
         names = self.trainings.names()
+        chosen = name
         if name not in names:
             name = names[0] if names else None
         now: dict[str, Any] = {"runs": (name, names)}
@@ -212,7 +215,9 @@ class RunView:
                 now |= self._facts(name, column)
         changes: dict[Any, Any] = {self.seen: now}
         if now["runs"] != seen.get("runs"):
-            changes[self.runs] = gr.Dropdown(choices=names, value=name)
+            # Without a value where it stays: the user may have chosen another one in the meantime.
+            value: Any = {} if name == chosen else {"value": name}
+            changes[self.runs] = gr.Dropdown(choices=names, **value)
         for key, show in (
             ("status", self._show_status), ("columns", self._show_columns), ("curve", self._show_curve),
             ("previews", self._show_previews), ("log", self._show_log),

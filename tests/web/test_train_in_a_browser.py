@@ -60,11 +60,15 @@ class Page:
     def wait_for(self, name, text):
         self.tab.locator(f"#{name}").filter(has_text=re.compile(text)).wait_for()
 
-    def picture(self, name):
-        for width in (1280, 390) if PICTURES else ():
+    def look(self, name):
+        """The page is as wide as a screen and a phone; pictures of both, where they are asked for."""
+        for width in (1280, 390):
             self.tab.set_viewport_size({"width": width, "height": 900})
-            self.tab.wait_for_timeout(2000)
-            self.tab.screenshot(path=f"{PICTURES}/{name}_{width}.png", full_page=True)
+            self.tab.wait_for_timeout(1000)
+            assert self.tab.evaluate("document.documentElement.scrollWidth") <= width
+            if PICTURES:
+                self.tab.wait_for_timeout(2000)
+                self.tab.screenshot(path=f"{PICTURES}/{name}_{width}.png", full_page=True)
         self.tab.set_viewport_size({"width": 1280, "height": 900})
 
     def kill(self):
@@ -135,7 +139,7 @@ def test_train_lose_the_page_stop_resume_evaluate(folder, open_page):
     page.wait_for("train-state", r"running.*step \d+ of 1,000,000.*loss.*images/s")
     page.tab.locator("#train-previews img").first.wait_for()
     page.wait_for("train-log", "step ")
-    page.picture("train")
+    page.look("train")
 
     page.kill()
     process = read_record(f"{folder}/runs/mine", PROCESS_FILE).process
@@ -161,4 +165,4 @@ def test_train_lose_the_page_stop_resume_evaluate(folder, open_page):
     page.wait_for("evaluate-message", "first is finished")
     page.wait_for("evaluate-report", "FID")
     page.tab.locator("#evaluate-pictures img").first.wait_for()
-    page.picture("evaluate")
+    page.look("evaluate")
