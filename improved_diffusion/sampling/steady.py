@@ -27,6 +27,13 @@ class Steady(nn.Module):
         super().__init__()
         self.model = model
 
+    def __getattr__(self, name: str) -> Any:
+        """What the network has: code that extends the published classes asks it for its own attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
     def forward(self, x: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
         if x.device.type != "cpu" or not th.backends.mkldnn.is_available():
             return self.model(x, *args, **kwargs)

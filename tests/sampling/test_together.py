@@ -86,6 +86,15 @@ def test_a_steady_network_gives_every_image_the_same_bits_and_the_same_numbers(o
             assert th.equal(th.cat(parts), whole)
 
 
+def test_a_steady_network_has_the_attributes_of_its_own():
+    settings = tiny_settings()
+    network = build_model(settings.model, settings.diffusion.learn_sigma)
+    network.of_a_subclass = 5
+    steady = Steady(network)
+    assert (steady.of_a_subclass, steady.num_res_blocks) == (5, network.num_res_blocks)
+    assert not hasattr(steady, "no_such_thing")
+
+
 def test_steps_show_all_images_in_the_order_of_the_requests(model):
     seen = []
     model.sample_together([dict(n=2), dict(seeds="7")], sampler="ddim", steps=3, on_step=seen.append)
