@@ -55,7 +55,7 @@ def page(browser, address, request):
     page.set_default_timeout(SECONDS)
     asked, errors = [], []
     page.on("request", lambda sent: asked.append(sent.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("pageerror", lambda error: errors.append(error.stack))
     page.goto(address)
     page.wait_for_selector("#draw:not([disabled])")
     yield page
