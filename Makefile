@@ -24,7 +24,7 @@ $(VENV)/.torch: $(VENV)/.venv constraints.txt
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "installing improved_diffusion into $(VENV)"
-	$(PIP) -e '.[digits]' && touch $@
+	$(PIP) -e '.[digits,web]' && touch $@
 
 # gradio names pillow < 13 and works with 13, whose bicubic filter made the stored numbers of tests/golden.
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
@@ -45,6 +45,7 @@ demo: $(VENV)/.demo
 	$(BIN)/improved-diffusion evaluate --samples $(RUN)/samples_200x16x16x1.npz --reference $(DIGITS)/train \
 	    --held_out $(DIGITS)/test --resize 16 --features $(DIGITS)/features.pt2 --trust_features --out_dir $(RUN)/report
 	@echo "look at $(RUN)/samples.png, $(RUN)/report/report.md, and $(RUN)/previews for its progress"
+	@echo "open the page on this model:  $(BIN)/improved-diffusion web --runs $(dir $(RUN))"
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

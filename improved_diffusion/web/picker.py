@@ -71,7 +71,9 @@ class Picker:
         """The models that there are now; the chosen one stays chosen while it is there."""
         choices = self._choices(uploads)
         names = [name for _, name in choices]
-        return gr.update(choices=choices, value=chosen if chosen in names else next(iter(names), None))
+        if chosen in names:
+            return gr.update(choices=choices)  # the value is left alone: a quick user may have chosen meanwhile
+        return gr.update(choices=choices, value=next(iter(names), None))
 
     def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The menu with the uploaded model, which this session alone can choose."""

@@ -55,7 +55,7 @@ def page(browser, address, request):
     page.set_default_timeout(SECONDS)
     asked, errors = [], []
     page.on("request", lambda sent: asked.append(sent.url))
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("pageerror", lambda error: errors.append(error.stack))
     page.goto(address)
     page.wait_for_selector("#draw:not([disabled])")
     yield page
@@ -136,11 +136,3 @@ def test_inpaints_with_a_drawn_mask(page, tmp_path):
     run_command(code(page, "edit-command"), tmp_path)
     (made,) = png_files(tmp_path / "images").values()
     assert made == downloaded(page, "edit-png").path().read_bytes()
-
-
-def test_a_model_that_enlarges_moves_the_user_to_its_tab(page):
-    choose(page, "model", "super")
-    page.wait_for_selector("#draw[disabled]")
-    page.get_by_role("tab", name="Upscale").click()
-    page.wait_for_selector("#upscale-go:not([disabled])")
-    picture(page, "upscale")

