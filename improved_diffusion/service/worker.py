@@ -240,7 +240,8 @@ class Watch:
         self._check()
         self.done += len(step.numbers)
         now = time.monotonic()
-        if now - self.told < PROGRESS_SECONDS:
+        total = self._total(step.steps)
+        if now - self.told < PROGRESS_SECONDS and self.done < total:
             return
         previews = {}
         if self.places and now - self.shown >= PREVIEW_SECONDS and len(step.numbers) == self.work.count:
@@ -248,7 +249,7 @@ class Watch:
             previews = {place: images[part] for place, part in self.places.items()}
             self.shown = now
         self.told = now
-        self.pipe.send(Step(self.work.number, self.done, self._total(step.steps), previews))
+        self.pipe.send(Step(self.work.number, self.done, total, previews))
 
     def _check(self) -> None:
         while self.pipe.poll():
