@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
+from functools import cache
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from .base import Config
@@ -61,15 +63,17 @@ class Settings:
     unused: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def groups(cls) -> dict[str, type[Config]]:
+    @cache
+    def groups(cls) -> Mapping[str, type[Config]]:
         """The config class of each group, by the group's name."""
         hints = get_type_hints(cls)
-        return {f.name: hints[f.name] for f in fields(cls)}
+        return MappingProxyType({f.name: hints[f.name] for f in fields(cls)})
 
     @classmethod
-    def options(cls) -> dict[str, Field]:
+    @cache
+    def options(cls) -> Mapping[str, Field]:
         """Each option, by its name."""
-        return {f.name: f for group in cls.groups().values() for f in fields(group)}
+        return MappingProxyType({f.name: f for group in cls.groups().values() for f in fields(group)})
 
     @classmethod
     def of(cls: type[S], options: Mapping[str, Any]) -> S:
