@@ -114,7 +114,8 @@ def test_the_options_that_are_paths():
     assert {name for _, name in PATHS} == {
         "data_dir", "val_dir", "labels", "resume", "resume_checkpoint", "init_checkpoint", "out_dir", "run_dir",
         "model_path", "guide_path", "classifier_path", "base_samples", "reference", "samples", "train_dir", "held_out",
-        "features", "logits", "images", "mask", "latents", "out", "report", "reports", "runs", "data_root", "token_file",
+        "features", "logits", "images", "mask", "latents", "out", "report", "reports", "runs", "data_root",
+        "token_file",
     }  # fmt: skip
 
 
