@@ -10,6 +10,7 @@ import gradio as gr
 from ..config import UserError
 from ..config.settings import Scoring
 from ..service.evaluations import MOST_COMPARED, OFFERED, Evaluations
+from .events import AT_ONCE
 from .form import Form, default_of, groups, menu
 from .live import enclosing_tab, log_view, mistake, note, timer_of
 from .state import AppState
@@ -71,10 +72,10 @@ class EvaluationForm:
         controls: Any = {self.name, *self.form.controls.values()}
         changed: Any = {*self.form.parts, self.message, self.current, self.progress, self.cancel}
         watched: Any = {self.current, self.progress, self.cancel, self.message, self.chosen}
-        tab.select(self._fill_menus, None, [self.form.controls[name] for name in _LISTED], show_progress="hidden")
-        gr.on([timer_of(tab).tick, tab.select], self._look, self.current, watched, show_progress="hidden")
-        self.start.click(self._start, controls, changed, show_progress="hidden")
-        self.cancel.click(self._cancel, self.current, watched, show_progress="hidden")
+        tab.select(self._fill_menus, None, [self.form.controls[name] for name in _LISTED], **AT_ONCE)
+        gr.on([timer_of(tab).tick, tab.select], self._look, self.current, watched, **AT_ONCE)
+        self.start.click(self._start, controls, changed, **AT_ONCE)
+        self.cancel.click(self._cancel, self.current, watched, **AT_ONCE)
 
     def _fill_menus(self) -> list[gr.Dropdown]:
         """The menus of _LISTED."""
@@ -149,9 +150,9 @@ class Reports:
 
     def connect(self, tab: gr.Tab) -> None:
         """Have the controls do what they say."""
-        tab.select(self._fill_menu, None, self.chosen, show_progress="hidden")
+        tab.select(self._fill_menu, None, self.chosen, **AT_ONCE)
         outputs = [self.message, self.text, self.pictures, self.place, self.details]
-        self.chosen.change(self._show, self.chosen, outputs, show_progress="hidden")
+        self.chosen.change(self._show, self.chosen, outputs, **AT_ONCE)
 
     def _fill_menu(self) -> gr.Dropdown:
         return gr.Dropdown(choices=self.evaluations.reports())

@@ -10,6 +10,8 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
+from .events import AT_ONCE
+
 SECONDS = 2.0  # between two looks
 
 
@@ -29,7 +31,7 @@ def timer_of(tab: gr.Tab, active: bool = False) -> gr.Timer:
         return gr.Timer(active=event.value == tab.label)
 
     tabs: Any = tab.parent
-    tabs.select(toggle, None, timer, show_progress="hidden")
+    tabs.select(toggle, None, timer, **AT_ONCE)
     return timer
 
 

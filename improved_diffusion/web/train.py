@@ -16,6 +16,7 @@ from ..config.recipes import AUTO, RECIPES
 from ..config.settings import ImageTraining
 from ..service.run_files import caption, read_preview
 from ..service.trainings import LABELS, OFFERED, Status, Trainings
+from .events import AT_ONCE, close_menus
 from .form import Form, default_of, groups, menu
 from .live import enclosing_tab, lines_view, log_view, mistake, note, timer_of
 from .state import AppState
@@ -100,14 +101,14 @@ class RunForm:
         controls: Any = {self.name, self.preset, *self.form.controls.values()}
         changed: Any = {*self.form.parts, self.message, self.table, self.dry, self.start, self.runs}
         data = self.form.controls["data_dir"]
-        tab.select(self._fill_menus, None, [self.form.controls[name] for name in _LISTED], show_progress="hidden")
-        data.change(self._look, data, [self.thumbnails, self.message], show_progress="hidden")
+        tab.select(self._fill_menus, None, [self.form.controls[name] for name in _LISTED], **AT_ONCE)
+        data.change(self._look, data, [self.thumbnails, self.message], **AT_ONCE)
         self.preset.change(
             lambda preset: [self.form.with_empty(name, placeholder(name, preset)) for name in self.form.controls],
-            self.preset, [*self.form.controls.values()], show_progress="hidden",
+            self.preset, [*self.form.controls.values()], **AT_ONCE,
         )  # fmt: skip
-        self.dry.click(partial(self._submit, starts=False), controls, changed, show_progress="hidden")
-        self.start.click(partial(self._submit, starts=True), controls, changed, show_progress="hidden")
+        self.dry.click(partial(self._submit, starts=False), controls, changed, **AT_ONCE)
+        self.start.click(partial(self._submit, starts=True), controls, changed, **AT_ONCE)
 
     def _fill_menus(self) -> list[gr.Dropdown]:
         """The menus of _LISTED."""
@@ -196,12 +197,15 @@ class RunView:
             self.runs, self.state, self.stop, self.resume, self.column, self.curve, self.previews, self.log, self.seen,
         }  # fmt: skip
         gr.on(
-            [timer_of(tab).tick, tab.select, self.runs.change, self.column.change],
-            self._look, inputs, shown, show_progress="hidden", trigger_mode="always_last",
+            [timer_of(tab).tick, tab.select, self.column.change],
+            self._look, inputs, shown, **AT_ONCE, trigger_mode="always_last",
         )  # fmt: skip
-        self.stop.click(self._stop, self.runs, [self.answer], show_progress="hidden")
-        self.resume.click(self._resume, [self.runs, self.until], [self.answer], show_progress="hidden")
-        self.runs.change(lambda: "", None, self.answer, show_progress="hidden")
+        close_menus(self.runs.change, [self.column]).then(
+            lambda name, column: self._look(name, column, {}), inputs[:2], shown, trigger_mode="always_last", **AT_ONCE
+        )
+        self.stop.click(self._stop, self.runs, [self.answer], **AT_ONCE)
+        self.resume.click(self._resume, [self.runs, self.until], [self.answer], **AT_ONCE)
+        self.runs.change(lambda: "", None, self.answer, **AT_ONCE)
 
     def _look(self, name: str | None, column: str, seen: dict[str, Any]) -> dict[Any, Any]:
         """What has changed since the last look."""
@@ -244,7 +248,7 @@ class RunView:
         }
 
     def _show_columns(self, now: Mapping[str, Any]) -> dict[Any, Any]:
-        return {self.column: gr.Dropdown(choices=now["columns"][1] or [_FIRST_COLUMN])}
+        return {self.column: gr.Dropdown(choices=now["columns"][1] or [_FIRST_COLUMN], interactive=True)}
 
     def _show_curve(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         import pandas
