@@ -76,9 +76,8 @@ def picture(page, name):
 def choose(page, menu, text):
     page.click(f"#{menu} input")
     page.locator(f"#{menu} input").fill(text)
-    page.get_by_role("option", name=text).first.wait_for()
-    page.keyboard.press("Enter")
-    page.keyboard.press("Tab")
+    page.get_by_role("option", name=text).first.click()
+    page.keyboard.press("Tab")  # leaves a menu of several; from a menu of one it opens the next one
 
 
 def draw_threes(page):
