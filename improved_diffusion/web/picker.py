@@ -13,7 +13,7 @@ import gradio as gr
 
 from ..config import UserError
 from .drawing import explain, warn
-from .events import AT_ONCE
+from .events import AT_ONCE, close_menus
 from .facts import Facts, known_facts
 from .state import AppState
 
@@ -54,7 +54,8 @@ class Picker:
             )
         about = gr.HTML(self._about(first), elem_id="about-model", padding=False)
 
-        refresh.click(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
+        closed = close_menus(refresh.click, [self.model])
+        closed.then(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
         self.loaded = page.load(self.refresh, [self.model, uploads], self.model, **AT_ONCE)
         upload.upload(self.take_upload, [upload, self.model, uploads], [self.model, uploads], **AT_ONCE)
         self.on_change(self.describe, [self.average, about])
@@ -62,18 +63,20 @@ class Picker:
     def on_change(self, fn: Callable[..., Any], outputs: Sequence[Any], inputs: Sequence[Any] = ()) -> None:
         """Call `fn` with the name of each model that is chosen, or with None, and when the page opens.
 
+        :param outputs: `fn` says of its menus whether they can be used.
         :param inputs: controls whose values follow the name.
         """
-        for event in (self.model.change, self.loaded.then):
-            event(fn, [self.model, *inputs], list(outputs), **AT_ONCE)
+        for event in (close_menus(self.model.change, outputs).then, self.loaded.then):
+            event(fn, [self.model, *inputs], list(outputs), trigger_mode="always_last", **AT_ONCE)
 
     def refresh(self, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The models that there are now; the chosen one stays chosen while it is there."""
         choices = self._choices(uploads)
         names = [name for _, name in choices]
         if chosen in names:
-            return gr.update(choices=choices)  # the value is left alone: a quick user may have chosen meanwhile
-        return gr.update(choices=choices, value=next(iter(names), None))
+            # The value is left alone: a quick user may have chosen meanwhile.
+            return gr.update(choices=choices, interactive=True)
+        return gr.update(choices=choices, value=next(iter(names), None), interactive=True)
 
     def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The menu with the uploaded model, which this session alone can choose."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from feature_helpers import write_script
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from improved_diffusion.service.commands import read_record
 from improved_diffusion.service.trainings import PROCESS_FILE
@@ -42,10 +42,14 @@ class Page:
         address = next(match[0] for match in map(re.compile(r"http://\S+").search, self.process.stdout) if match)
         self.tab = browser.new_page(viewport={"width": 1280, "height": 900})
         self.tab.set_default_timeout(120_000)
+        self.errors = []
+        self.tab.on("pageerror", lambda error: self.errors.append(error.stack))
         self.tab.goto(address)
 
     def open(self, name):
-        self.tab.get_by_role("tab", name=name).click()
+        tab = self.tab.get_by_role("tab", name=name)
+        tab.click()
+        expect(tab).to_have_attribute("aria-selected", "true")
 
     def fill(self, name, value):
         self.tab.locator(f"#{name}").locator("textarea, input").first.fill(str(value))
@@ -103,6 +107,7 @@ def open_page(folder, browser):
     yield start
     for page in opened:
         page.kill()
+        assert page.errors == []
 
 
 @pytest.fixture
