@@ -14,7 +14,7 @@ PACKAGE = ROOT / "improved_diffusion"
 # Windows has none of these. Other packages are imported first: they look at the real operating system.
 WITHOUT_UNIX = """
 import json, importlib, logging, multiprocessing, os, random, signal, sys
-import numpy, PIL.Image, torch, torch.distributed, torch.nn.parallel, torch.utils.data
+import gradio, numpy, PIL.Image, torch, torch.distributed, torch.nn.parallel, torch.utils.data, uvicorn
 for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None
 for module, name in ((signal, "SIGUSR1"), (os, "register_at_fork"), (os, "sysconf"), (os, "getuid")):

@@ -25,9 +25,9 @@ COMMANDS = {
     "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
     "export": ("export", "write a model in the format of another program"),
     "convert": ("convert", "write the weights in another program's checkpoint to a plain file"),
-    "web": ("web", "open a web page that samples, edits, trains and evaluates"),
     "push": ("push", "upload a model to the Hugging Face Hub, with a model card"),
     "serve": ("serve", "serve models over HTTP"),
+    "web": ("web", "open a web page that samples, edits, trains and evaluates"),
 }
 
 

@@ -252,7 +252,7 @@ def test_the_command_writes_the_same_files_and_says_what_is_lost(load, tmp_path,
 
 def test_the_loop_in_the_docs_draws_the_classes(load, tmp_path, monkeypatch):
     model = load(class_cond=True)
-    model.to_diffusers(tmp_path / "pipelines/mine")
+    model.to_diffusers(tmp_path / "pipelines/classes")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/exchange.md").read_text(), flags=re.S)
     (loop,) = [block for block in blocks if "class_labels=labels" in block]
     monkeypatch.chdir(tmp_path)

@@ -429,4 +429,4 @@ def test_help_names_the_classifiers_options_and_the_process(tmp_path):
     text = call("classifier_train", "--help-all", cwd=tmp_path).succeed().out
     flags = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
     assert {"classifier_width", "model_path", "noise_schedule", "image_size", "resume", "val_dir"} <= flags
-    assert not {"class_cond", "learn_sigma", "num_channels", "sample_interval"} & flags
+    assert not {"class_cond", "num_channels", "sample_interval"} & flags
