@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
@@ -28,10 +29,10 @@ def main() -> None:
             page = browser.new_page(viewport={"width": int((sys.argv[4:] or ["1280"])[0]), "height": 900})
             page.set_default_timeout(MINUTE)
             page.goto(address)
-            for name, show in TABS.items():
-                page.get_by_role("tab", name=name.title()).first.click()
+            for name, (tab, show) in PICTURES.items():
+                page.get_by_role("tab", name=tab).click()
                 show(page)
-                picture(page, f"{folder}/{PICTURES.get(name, f'web_{name}.png')}")
+                picture(page, f"{folder}/{name}")
             browser.close()
     finally:
         server.terminate()
@@ -41,11 +42,12 @@ def main() -> None:
 def picture(page: Page, path: str) -> None:
     page.wait_for_timeout(2500)  # whatever moves has come to rest
     page.screenshot(path=path, full_page=True)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def sample(page: Page) -> None:
     """Two rows of digits."""
-    if not page.locator("#draw").is_enabled():
+    if not page.locator("#draw").is_enabled():  # there is no model
         return
     for name in "37":
         page.click("#classes input")
@@ -78,6 +80,7 @@ def inpaint(page: Page) -> None:
 
 
 def vary(page: Page) -> None:
+    """Images like the digit."""
     if page.locator("#vary-go").is_enabled():
         page.click("#vary-go")
         page.wait_for_selector("#vary-go:not([disabled])")
@@ -89,15 +92,14 @@ def leave(page: Page) -> None:
 
 def train(page: Page) -> None:
     """The form, and the newest run."""
-    page.wait_for_selector("#train-runs")
-    page.wait_for_timeout(3000)
+    page.locator("#train-previews img").first.wait_for()
 
 
-TABS = {
-    "sample": sample, "edit": inpaint, "vary": vary, "interpolate": leave, "class": leave, "upscale": leave,
-    "train": train, "evaluate": leave,
+PICTURES = {
+    "web_sample.png": ("Sample", sample), "web_edit.png": ("Edit", inpaint), "web_vary.png": ("Vary", vary),
+    "web_interpolate.png": ("Interpolate", leave), "web_class.png": ("Class", leave),
+    "web_upscale.png": ("Upscale", leave), "web_train.png": ("Train", train), "web_evaluate.png": ("Evaluate", leave),
 }  # fmt: skip
-PICTURES = {"sample": "web_sample.png", "edit": "web_edit.png", "train": "web_train.png", "evaluate": "web_evaluate.png"}
 
 
 if __name__ == "__main__":
