@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ..config import EditConfig, InpaintConfig, SamplerConfig, UserError, VariationsConfig
+from ..config import InpaintConfig, SamplerConfig, UserError, VariationsConfig
 from ..config.editing import InterpolateConfig
 from ..config.run import RunConfig
 from ..sampling.labels import class_name
@@ -27,7 +27,7 @@ from .state import AppState
 MOST = 16  # images of one request
 _CLASS = "Class of the image"
 _PAINT = "rgb(99, 102, 241)"
-_MENUS = (help_of(EditConfig, "classes"), "empty: that of the first", "one image for each")
+_MENUS = ("what the image shows", "empty: that of the first", "one image for each")
 _BUTTONS = ("Inpaint", "Vary", "Interpolate", "Change the class")
 _NO_IMAGE = "Give an image: upload one, or select one in the Sample tab and press Use sample."
 

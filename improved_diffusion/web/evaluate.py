@@ -140,7 +140,7 @@ class Reports:
             info="several: side by side", interactive=True, elem_id="evaluate-reports",
         )  # fmt: skip
         self.message = gr.HTML()
-        self.text = gr.Markdown(elem_id="evaluate-report", elem_classes="report")
+        self.text = gr.Markdown("Choose a report to read it here.", elem_id="evaluate-report", elem_classes="report")
         self.pictures = gr.Gallery(
             label="Pictures", columns=2, format="png", interactive=False, elem_classes="sharp", visible=False,
             elem_id="evaluate-pictures", buttons=["fullscreen"], object_fit="contain",

@@ -43,6 +43,12 @@ CSS = """
 .bar button, .picker button { min-height: 40px; align-self: center; }
 .cm-editor { font-size: 13px; }
 .sharp img { image-rendering: pixelated; }
+#train-previews .grid-wrap, #evaluate-pictures .grid-wrap { max-height: none !important; height: auto !important; }
+#train-previews, #evaluate-pictures { height: auto !important; max-height: none !important; }
+input[role="combobox"] { text-overflow: ellipsis; }
+#dice, #train-stop, #train-resume { align-self: center; min-height: 40px; }
+@media (max-width: 640px) {
+  .pixel-grid, .pixels .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 .curve { contain: inline-size; }
 .report { overflow-x: auto; }
 .report td, .report th { word-break: normal; overflow-wrap: anywhere; min-width: 70px; }

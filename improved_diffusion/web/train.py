@@ -16,7 +16,7 @@ from ..config.recipes import AUTO, RECIPES
 from ..config.settings import ImageTraining
 from ..service.run_files import caption, read_preview
 from ..service.trainings import LABELS, OFFERED, Status, Trainings
-from .events import AT_ONCE, close_menus
+from .events import AT_ONCE
 from .form import Form, default_of, groups, menu
 from .live import enclosing_tab, lines_view, log_view, mistake, note, timer_of
 from .state import AppState
@@ -197,12 +197,9 @@ class RunView:
             self.runs, self.state, self.stop, self.resume, self.column, self.curve, self.previews, self.log, self.seen,
         }  # fmt: skip
         gr.on(
-            [timer_of(tab).tick, tab.select, self.column.change],
+            [timer_of(tab).tick, tab.select, self.runs.change, self.column.change],
             self._look, inputs, shown, **AT_ONCE, trigger_mode="always_last",
         )  # fmt: skip
-        close_menus(self.runs.change, [self.column]).then(
-            lambda name, column: self._look(name, column, {}), inputs[:2], shown, trigger_mode="always_last", **AT_ONCE
-        )
         self.stop.click(self._stop, self.runs, [self.answer], **AT_ONCE)
         self.resume.click(self._resume, [self.runs, self.until], [self.answer], **AT_ONCE)
         self.runs.change(lambda: "", None, self.answer, **AT_ONCE)
@@ -248,7 +245,7 @@ class RunView:
         }
 
     def _show_columns(self, now: Mapping[str, Any]) -> dict[Any, Any]:
-        return {self.column: gr.Dropdown(choices=now["columns"][1] or [_FIRST_COLUMN], interactive=True)}
+        return {self.column: gr.Dropdown(choices=now["columns"][1] or [_FIRST_COLUMN])}
 
     def _show_curve(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         import pandas

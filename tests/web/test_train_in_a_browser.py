@@ -18,6 +18,8 @@ from improved_diffusion.service.trainings import PROCESS_FILE
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,  # a training, its resumption and an evaluation
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
     pytest.mark.timeout(900),
 ]
