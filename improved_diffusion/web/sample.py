@@ -25,7 +25,6 @@ from .state import AppState
 
 MOST = 64  # images of one request
 SAMPLER, STEPS = "dpmpp_2m", 20  # good images within seconds; the command's default takes every step
-SOLVER, STEP_HELP = "the solver", "number of steps; 0: all, or 20 for the fast solvers"
 _ADVANCED = (
     "timestep_grid", "ddim_eta", "dynamic_threshold", "clip_denoised", "precision", "guidance_rescale",
     "guidance_interval",
@@ -66,8 +65,8 @@ class SampleTab:
 
     def _build_options(self, known: Facts | None) -> None:
         """How to draw it."""
-        self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, info=SOLVER, elem_id="sampler")
-        self.steps = control(SamplerConfig, "steps", value=STEPS, info=STEP_HELP, elem_id="steps")
+        self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="sampler")
+        self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="steps")
         self.cost_line = gr.HTML(status_line(""), elem_id="cost", padding=False)
         self.guidance = control(
             GuidanceConfig, "guidance_scale", maximum=20, step=0.1, elem_id="guidance", **_guidance(known)

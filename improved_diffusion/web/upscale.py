@@ -19,7 +19,7 @@ from .picker import Picker, class_menu
 from .pictures import read_upload
 from .reproduce import EditRecipe
 from .result import Order, Result, refused
-from .sample import SAMPLER, SOLVER, STEP_HELP, STEPS
+from .sample import SAMPLER, STEPS
 from .state import AppState
 
 _CLASSES = help_of(SampleConfig, "classes")
@@ -47,8 +47,8 @@ class UpscaleTab:
             with gr.Column(elem_classes="got"):
                 self.result = Result(app_state, "upscale", "The enlarged images appear here.")
             with gr.Column(elem_classes="more"):
-                self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, info=SOLVER, elem_id="upscale-sampler")
-                self.steps = control(SamplerConfig, "steps", value=STEPS, info=STEP_HELP, elem_id="upscale-steps")
+                self.sampler = control(SamplerConfig, "sampler", value=SAMPLER, elem_id="upscale-sampler")
+                self.steps = control(SamplerConfig, "steps", value=STEPS, elem_id="upscale-steps")
         model = [picker.model, picker.average]
         asked = [*model, self.image, self.classes, self.n, self.seed, self.sampler, self.steps]
         self.go.click(self.upscale, asked, self.result.outputs(self.go), **AT_ONCE)
