@@ -95,10 +95,18 @@ def train(page: Page) -> None:
     page.locator("#train-previews img").first.wait_for()
 
 
+def evaluate(page: Page) -> None:
+    """The form, and the first report."""
+    page.click("#evaluate-reports input")
+    page.get_by_role("option").first.click()
+    page.keyboard.press("Escape")
+    page.locator("#evaluate-pictures img").first.wait_for()
+
+
 PICTURES = {
     "web_sample.png": ("Sample", sample), "web_edit.png": ("Edit", inpaint), "web_vary.png": ("Vary", vary),
     "web_interpolate.png": ("Interpolate", leave), "web_class.png": ("Class", leave),
-    "web_upscale.png": ("Upscale", leave), "web_train.png": ("Train", train), "web_evaluate.png": ("Evaluate", leave),
+    "web_upscale.png": ("Upscale", leave), "web_train.png": ("Train", train), "web_evaluate.png": ("Evaluate", evaluate),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from .result import Order, Result, refused
 from .state import AppState
 
 MOST = 64  # images of one request
-SAMPLER, STEPS = "dpmpp_2m", 20  # good images within seconds; the command's default takes every step
+SAMPLER, STEPS = "dpmpp_2m_sde", 20  # good images within seconds, of a model that was trained briefly too
 _ADVANCED = (
     "timestep_grid", "ddim_eta", "dynamic_threshold", "clip_denoised", "precision", "guidance_rescale",
     "guidance_interval",
