@@ -92,7 +92,8 @@ def leave(page: Page) -> None:
 
 def train(page: Page) -> None:
     """The form, and the newest run."""
-    page.locator("#train-previews img").first.wait_for()
+    if page.locator("#draw").get_attribute("disabled") is None:  # there is a run
+        page.locator("#train-previews img").last.scroll_into_view_if_needed()
 
 
 def evaluate(page: Page) -> None:

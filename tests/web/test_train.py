@@ -30,7 +30,7 @@ def build(make):
         with gr.Blocks(), gr.Tabs(), gr.Tab("Train") as tab:
             return make(tab)
 
-    return asyncio.run(made())
+    return asyncio.get_event_loop().run_until_complete(made())
 
 
 @pytest.fixture
