@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 CHROMIUM = "/usr/bin/chromium"
-MINUTE = 60_000  # milliseconds that a step may take
+LONGEST = 180_000  # milliseconds that a step may take
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         with sync_playwright() as started:
             browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": int((sys.argv[4:] or ["1280"])[0]), "height": 900})
-            page.set_default_timeout(MINUTE)
+            page.set_default_timeout(LONGEST)
             page.goto(address)
             for name, (tab, show) in PICTURES.items():
                 page.get_by_role("tab", name=tab).click()
@@ -107,7 +107,8 @@ def evaluate(page: Page) -> None:
 PICTURES = {
     "web_sample.png": ("Sample", sample), "web_edit.png": ("Edit", inpaint), "web_vary.png": ("Vary", vary),
     "web_interpolate.png": ("Interpolate", leave), "web_class.png": ("Class", leave),
-    "web_upscale.png": ("Upscale", leave), "web_train.png": ("Train", train), "web_evaluate.png": ("Evaluate", evaluate),
+    "web_upscale.png": ("Upscale", leave), "web_train.png": ("Train", train),
+    "web_evaluate.png": ("Evaluate", evaluate),
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ input[role="combobox"] { text-overflow: ellipsis; }
   .pixel-grid, .pixels .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 .curve { contain: inline-size; }
 .report { overflow-x: auto; }
-.report td, .report th { word-break: normal; overflow-wrap: anywhere; min-width: 70px; }
+.report td, .report th { word-break: normal; overflow-wrap: normal; min-width: 70px; }
 """
 
 
