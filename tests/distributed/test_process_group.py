@@ -20,7 +20,8 @@ from improved_diffusion.logs import logger
 from improved_diffusion.resample import LossSecondMomentResampler
 
 WORKER = Path(dist_worker.__file__)
-LAUNCHERS = ("mpiexec", "torchrun", "srun")
+SRUN = pytest.param("srun", marks=pytest.mark.slow)  # joins as torchrun does; its variables are tested elsewhere
+LAUNCHERS = ("mpiexec", "torchrun", SRUN)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_a_rank_that_hangs_in_its_own_work_says_where(launcher, tmp_path):
     assert re.search(r"dist_worker.py\", line \d+, in end_badly", result.err)
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", SRUN])
 def test_a_step_that_never_ends_names_who_is_in_it(launcher, tmp_path):
     """Rank 1 sleeps in its fourth step, while rank 0 waits for it in the same one's barrier."""
     result = run(launcher, 2, WORKER, "hanging", tmp_path, cwd=tmp_path, timeout=60)
@@ -177,14 +178,14 @@ def test_ranks_that_stop_together_end_in_order_with_75(launcher, tmp_path):
     assert result.err == result.out == ""
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", SRUN])
 def test_rank_0_may_end_long_after_the_others(launcher, tmp_path):
     result = run(launcher, 2, WORKER, "uneven", tmp_path, cwd=tmp_path, timeout=60).succeed()
     assert result.err == "" and (tmp_path / "uneven0").exists()
     assert result.seconds > 8 or launcher == "srun"
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", SRUN])
 def test_a_rank_that_never_joins_is_named(launcher, tmp_path):
     result = run(launcher, 2, WORKER, "absent", tmp_path, cwd=tmp_path, timeout=60)
     assert result.code == 1

@@ -351,7 +351,7 @@ def correlated_network(diffusion):
         (SDEDPMSolverPP, 100, "logsnr", 0),
         (SDEDPMSolverPP, 100, "karras", 0),
         (Heun, 60, "karras", 20),
-        (Euler, 400, "karras", 40),
+        pytest.param(Euler, 400, "karras", 40, marks=pytest.mark.slow),
     ],
 )
 def test_stochastic_rules_give_the_datas_mean_and_covariance(rule, count, grid, churn):

@@ -176,7 +176,7 @@ def test_an_error_of_another_rank_alone_ends_all_in_time(tmp_path):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_change_nothing(tmp_path, kills):
     """SIGKILL to all processes of a two-rank run, half of the times in the midst of a save."""
     argv = [sys.executable, str(ROOT / "benchmarks/kill_and_resume.py"), "--kills", str(kills), "--out", "result.json"]
