@@ -481,7 +481,7 @@ def test_the_bound_is_printed_with_its_error_and_its_terms_are_written(measured)
     assert (terms["mse"] > 0).all() and (terms["xstart_mse"] > 0).all()
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpiexec", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_measure_what_one_measures(launcher, measured, evaluation, tmp_path):
     args = [*evaluation, "--batch_size", 2, "--out_dir", "nll"]
     result = run(launcher, 2, "image_nll", *args, cwd=tmp_path).succeed()

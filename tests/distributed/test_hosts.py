@@ -46,7 +46,9 @@ def test_two_hosts_learn_bit_for_bit_what_two_ranks_on_one_learn(launcher, optio
         assert th.equal(learned[name], expected), name
 
 
-@pytest.mark.parametrize(("launcher", "ranks_after"), [("mpiexec", 1), ("torchrun", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "ranks_after"), [("mpiexec", 1), pytest.param("torchrun", 2, marks=pytest.mark.slow)]
+)
 def test_a_cut_link_ends_both_sides_and_one_host_goes_on(launcher, ranks_after, hosts, tmp_path):
     args = training(tmp_path, "--out_dir", "run")
     processes = getattr(hosts, launcher)(WORKER, "script", TRAIN, *args, cwd=tmp_path)

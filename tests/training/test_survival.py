@@ -344,7 +344,9 @@ def test_one_bad_step_is_skipped_on_all_ranks(launcher, ranks, tmp_path):
     assert all(th.equal(p, parameters[0]) and th.isfinite(p).all() for p in parameters)
 
 
-@pytest.mark.parametrize("launcher, ranks", [("python", 1), ("mpiexec", 2), ("torchrun", 2)])
+@pytest.mark.parametrize(
+    "launcher, ranks", [("python", 1), ("mpiexec", 2), pytest.param("torchrun", 2, marks=pytest.mark.slow)]
+)
 def test_bad_steps_for_ever_end_all_ranks_with_one_message(launcher, ranks, tmp_path):
     result = run(launcher, ranks, WORKER, tmp_path / "run", 3, 99, cwd=tmp_path, env=with_tests())
     assert result.code != 0
