@@ -19,14 +19,18 @@ from improved_diffusion.web.state import AppState
 CLASSES = [str(i) for i in range(10)]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def event_loop():
-    """For all that runs in this process."""
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    yield
+LOOP = asyncio.new_event_loop()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The same event loop for all tests here, before their fixtures: asyncio.run in other tests leaves none."""
+    asyncio.set_event_loop(LOOP)
+
+
+def pytest_sessionfinish():
     asyncio.set_event_loop(None)
-    loop.close()
+    LOOP.close()
 
 
 @pytest.fixture(scope="session")
