@@ -37,7 +37,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 FROM ${PYTHON_IMAGE} AS commands
 # Any other user (`docker run --user`) may write to the home too: caches, and the list of trusted feature networks.
 RUN useradd --uid 1000 --create-home diffusion && chmod 1777 /home/diffusion \
-    && install -d -o diffusion -g diffusion /work /work/runs /work/data
+    && install -d -o diffusion -g diffusion /project /project/runs /project/data
 COPY --from=packages /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH HOME=/home/diffusion PYTHONUNBUFFERED=1
 # A layer of its own, so that a new version is a download of a megabyte.
@@ -45,8 +45,8 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     pip install --no-deps --no-cache-dir --no-index /wheels/*.whl
 USER 1000:1000
 # Paths are those of the documentation: data/photos is read, runs/photos is written.
-WORKDIR /work
-VOLUME ["/work/runs", "/work/data"]
+WORKDIR /project
+VOLUME ["/project/runs", "/project/data"]
 ENTRYPOINT ["improved-diffusion"]
 CMD ["--help"]
 ARG VERSION=0.1.0

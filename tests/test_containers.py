@@ -121,7 +121,7 @@ def test_labels_and_volumes():
     assert names == {"title", "description", "version", "licenses"}
     assert f"VERSION={idf.__version__}" in all_of("ARG", "commands")
     [volumes] = all_of("VOLUME")
-    assert json.loads(volumes) == ["/work/runs", "/work/data"]
+    assert json.loads(volumes) == ["/project/runs", "/project/data"]
 
 
 def test_extras_exist():
@@ -231,7 +231,7 @@ def test_a_service_is_a_stage_of_the_dockerfile_with_few_rights(name):
     assert not {"privileged", "network_mode", "cap_add", "pid"} & service.keys()
     assert ":latest" not in service["image"] and ":" in service["image"]
     assert set(service["build"]["args"]) <= {text.partition("=")[0] for text in all_of("ARG")}
-    data = [volume for volume in service["volumes"] if volume["target"] == "/work/data"]
+    data = [volume for volume in service["volumes"] if volume["target"] == "/project/data"]
     assert all(volume["read_only"] for volume in data)
 
 
