@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
 
@@ -11,6 +12,7 @@ import pytest
 import torch as th
 
 from improved_diffusion.logs import logger
+from improved_diffusion.training import run
 from improved_diffusion.utils.stop_signals import SIGNALS
 
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
@@ -27,6 +29,15 @@ th.set_num_threads(1)  # the tensors are small, and threads that wait for each o
 def own_config(tmp_path_factory):
     """The user's own files, such as the list of trusted programs, are neither read nor changed."""
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """A run that ends draws no curves.png, which takes longer than a small run; tests/logs/test_curves.py draws, and
+    tests/cli/test_scripts.py looks for the picture of a run in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_curves", lambda csv_path, png_path: Path(png_path).write_bytes(b"not drawn"))
+        yield
 
 
 @pytest.fixture(autouse=True)
