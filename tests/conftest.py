@@ -44,7 +44,7 @@ def no_curves():
 def fresh_start(monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    th.manual_seed(0)
+    th.default_generator.manual_seed(0)  # th.manual_seed also writes down, for devices, where it was called: it is slow
     np.random.seed(0)
     logger.reset()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

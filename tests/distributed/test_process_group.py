@@ -22,7 +22,7 @@ from improved_diffusion.resample import LossSecondMomentResampler
 WORKER = Path(dist_worker.__file__)
 SRUN = pytest.param("srun", marks=pytest.mark.slow)  # joins as torchrun does; its variables are tested elsewhere
 LAUNCHERS = ("mpiexec", "torchrun", SRUN)
-TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)  # how ranks watch each other is the same there
+TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)  # ranks that have joined are the same there
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def alone(tmp_path_factory):
     logger.reset()
 
 
-@pytest.fixture(scope="module", params=LAUNCHERS)
+@pytest.fixture(scope="module", params=["mpiexec", TORCHRUN, SRUN])
 def ranks(request, tmp_path_factory):
     """What each of two ranks got, under each launcher."""
     folder = tmp_path_factory.mktemp(request.param)

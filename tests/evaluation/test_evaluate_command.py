@@ -324,6 +324,11 @@ def sweep(place, tmp_path, *args, model=None):
     return call("evaluate", "sweep", *flags, cwd=tmp_path)
 
 
+def draw_no_plots(monkeypatch):
+    """The slowest part of a sweep."""
+    monkeypatch.setattr("improved_diffusion.evaluation.sweep.save_figure", lambda path, *figure: None)
+
+
 def counted(monkeypatch):
     """How often samples are drawn and evaluated from here on."""
     calls = []
@@ -359,6 +364,7 @@ def test_a_sweep_reports_every_combination_and_goes_on_where_it_stopped(place, t
 
     # The same again makes nothing again.
     before = contents(out)
+    draw_no_plots(monkeypatch)
     calls = counted(monkeypatch)
     again = sweep(place, tmp_path, *settings).succeed()
     assert calls == [] and again.out.count("has the report already") == 4 and contents(out) == before
@@ -373,9 +379,7 @@ def test_a_sweep_reports_every_combination_and_goes_on_where_it_stopped(place, t
 
 @pytest.fixture
 def without_plots(monkeypatch):
-    monkeypatch.setattr(
-        "improved_diffusion.evaluation.sweep.save_figure", lambda path, *figure: None
-    )  # the slowest part
+    draw_no_plots(monkeypatch)
 
 
 def test_a_sweep_for_other_samples_or_another_reference_evaluates_again(place, tmp_path, monkeypatch, without_plots):
