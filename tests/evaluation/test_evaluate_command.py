@@ -111,7 +111,7 @@ def test_a_second_run_writes_the_same_bytes(place, tmp_path):
 def test_two_ranks_write_the_bytes_of_one(place, tmp_path):
     args = ["--samples", place.samples, *place.real_images, "--held_out", place.held_out, "--feature_batch", 7]
     call("evaluate", *args, "--out_dir", "one", cwd=tmp_path).succeed()
-    run("mpiexec", 2, "evaluate", *args, "--out_dir", "two", cwd=tmp_path).succeed()
+    run("mpiexec", 2, "evaluate", *args, "--out_dir", "two", cwd=tmp_path, figures=True).succeed()
     two = contents(tmp_path / "two")
     assert two.pop("log-rank001.txt") and two == contents(tmp_path / "one")
 
