@@ -15,6 +15,7 @@ from .. import distributed
 from ..config import UserError
 from ..logs import logger
 from ..utils import files
+from ..utils.outline import outline
 from .ema import warn_of_slow_averages
 from .loop import TrainLoop, get_blob_logdir
 from .patience import ADVICE, ticking
@@ -129,7 +130,7 @@ def check_memory(task: Any, precision: str, averages: int) -> None:
 
     :param averages: how many moving averages there will be.
     """
-    with th.device("meta"):
+    with outline():
         count = sum(p.numel() for p in task.build()[0].parameters())
     # Weights, gradient, Adam's two moments, averages; in 16 bits the network is beside its master weights.
     need = count * (4 * (4 + averages) + (2 if precision != "fp32" else 0))

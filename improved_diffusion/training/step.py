@@ -20,6 +20,7 @@ from . import objective
 from . import precision as precision_util
 from .ema import ParameterEMA, PowerEMA, flatten
 from .lr_schedule import LRSchedule
+from .optimizer import AdamW
 from .run_log import RunLog
 
 
@@ -75,7 +76,7 @@ class TrainStep:
         self.loss_scale = precision_util.LossScale(self.device, self.fp16_scale_growth)
         if self.sixteen_bits:
             self._setup_fp16()
-        self.opt: th.optim.Optimizer = th.optim.AdamW(
+        self.opt: th.optim.Optimizer = AdamW(
             self.master_params, lr=self.lr, weight_decay=self.weight_decay, betas=adam_betas, eps=adam_eps, fused=True
         )
         self.emas: list[ParameterEMA | PowerEMA] = [
