@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .base import MOST_SAMPLES, PRECISIONS, Config, extra, option, with_default
 from .messages import UserError, shown
 from .model import EncoderConfig
+from .speed import SpeedConfig
 from .values import comma_list, number_list, path_of, real_number
 
 SAMPLERS = (
@@ -15,7 +16,7 @@ SAMPLERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig(Config):
+class SamplerConfig(SpeedConfig):
     """Sampler options."""
 
     use_ddim: bool = option(False, "deterministic DDIM steps (the same as --sampler ddim)")
@@ -48,10 +49,9 @@ class SamplerConfig(Config):
     print_steps: bool = extra(False, "print the steps with their noise levels, and stop")
     precision: str = extra("fp32", "number format of the networks' blocks", choices=PRECISIONS)
     use_fp16: bool = extra(False, "the model, but no classifier that guides it, computes in float16")
-    channels_last: bool = extra(False, "channels-last memory layout: faster on GPUs in bf16 and fp16")
-    compile: bool = extra(False, "compile the network with torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
+        super().validate()
         if self.use_fp16 and self.precision == "bf16":
             raise UserError("--use_fp16 True contradicts --precision bf16: give one of them")
         if 0 < self.churn_max <= self.churn_min:

@@ -286,6 +286,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
         seed=settings.run.seed,
         metadata=description,
         hooks=[] if train.dry_run else task.hooks(objective, data),
+        speed=settings.speed,
         strict_resume=bool(train.resume),  # --resume_checkpoint takes weights alone, as published
         **{f.name: getattr(settings.train, f.name) for f in fields(TrainConfig) if f.name not in own},
     )

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
-from ..config import comma_list
+from ..config import TrainSpeedConfig, comma_list
 from ..fp16_util import make_master_params, master_params_to_model_params
 from ..logs import logger
+from ..models.acceleration import accelerate, checkpoint_levels
 from ..resample import LossAwareSampler
 from . import objective
 from . import precision as precision_util
@@ -40,6 +41,7 @@ class TrainStep:
     global_batch: int  # images a step over all ranks
     schedule_sampler: Any
     precision: str
+    speed: TrainSpeedConfig
     use_fp16: bool
     fp16_scale_growth: float
     ema_rate: list[float]
@@ -76,6 +78,8 @@ class TrainStep:
         self.loss_scale = precision_util.LossScale(self.device, self.fp16_scale_growth)
         if self.sixteen_bits:
             self._setup_fp16()
+        checkpoint_levels(self.model, self.speed.levels)
+        self.ddp_model: Any = accelerate(self.model, self.speed)
         self.opt: th.optim.Optimizer = AdamW(
             self.master_params, lr=self.lr, weight_decay=self.weight_decay, betas=adam_betas, eps=adam_eps, fused=True
         )
@@ -85,10 +89,9 @@ class TrainStep:
         ]
         # In 16-bit training _average_gradients adds the ranks' gradients in float32; DDP would add them in 16 bits.
         self.use_ddp = distributed.get_world_size() > 1 and not self.sixteen_bits
-        self.ddp_model: Any = self.model
         if self.use_ddp:
             devices = None if self.device.type == "cpu" else [self.device]
-            self.ddp_model = DistributedDataParallel(self.model, device_ids=devices, bucket_cap_mb=128)
+            self.ddp_model = DistributedDataParallel(self.ddp_model, device_ids=devices, bucket_cap_mb=128)
 
     @property
     def sixteen_bits(self) -> bool:
