@@ -151,6 +151,28 @@ def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
     return tensor.to(device)
 
 
+class HostCopy:
+    """A copy of a tensor in host memory that arrives while the device works on; only `get` waits, for no more than it.
+
+    Of a tensor that is in host memory already, the tensor itself.
+    """
+
+    def __init__(self, tensor: th.Tensor):
+        self._arrived = None
+        self._copy = tensor.detach()
+        if pins_memory(tensor.device):
+            self._copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor.detach(), non_blocking=True)
+            self._arrived = th.get_device_module(tensor.device).Event()
+            self._arrived.record()
+
+    def get(self) -> th.Tensor:
+        """The copy."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.cpu()
+
+
 def synchronize(device: th.device) -> None:
     """Wait until the device has done all queued work; returns at once for the CPU."""
     if device.type == "mps":  # takes no device
