@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..config import comma_list
+from ..data.pixels import to_model_range
 from ..fp16_util import make_master_params, master_params_to_model_params
 from ..logs import logger
 from ..resample import LossAwareSampler
@@ -169,7 +170,7 @@ class TrainStep:
         master_params, to be averaged by the optimize methods.
         """
         precision_util.clear_gradients([*self.model_params, *self.master_params])
-        batch = batch.to(self.device, non_blocking=True)
+        batch = to_model_range(batch, self.device)
         cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
         # Drawn for the whole batch before it is split, so that the microbatch changes memory use only.
         t, weights = self.schedule_sampler.sample(len(batch), self.device)
