@@ -8,6 +8,7 @@ arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -15,7 +16,21 @@ _LOW = 0xFFFFFFFF
 _POOL = 4  # words in a SeedSequence
 _MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645  # of PCG64
 
+BLOCK = 4096  # neighbouring places whose numbers are computed at once
+
 Pair = tuple[np.ndarray, np.ndarray]  # high and low 64 bits
+
+
+def uniform_in_order(key: tuple[int, ...], places: np.ndarray, *more: int) -> np.ndarray:
+    """`uniform` of ascending places, for an order that is walked through: the numbers of neighbours are kept."""
+    first, last = int(places[0]) // BLOCK, int(places[-1]) // BLOCK
+    drawn = [_block(key, number, more) for number in range(first, last + 1)]
+    return (drawn[0] if first == last else np.concatenate(drawn))[places - first * BLOCK]
+
+
+@lru_cache(maxsize=8)
+def _block(key: tuple[int, ...], number: int, more: tuple[int, ...]) -> np.ndarray:
+    return uniform(key, np.arange(number * BLOCK, (number + 1) * BLOCK), *more)
 
 
 def uniform(key: Sequence[int], places: np.ndarray, *more: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ..utils.text import counted
 from .cache import use_cache
 from .classes import read_classes
 from .dataset import Check, ImageDataset, check_images, max_unreadable
-from .draws import uniform
+from .draws import uniform_in_order
 from .pixels import to_model_range
 from .sources import open_images
 from .workers import BatchReader, check_workers, workers_for_cores
@@ -53,8 +53,8 @@ class _Stream(Dataset):
         self.failed: dict[int, str] = {}  # images that could not be used: index -> why
 
     def __getitems__(self, positions: Sequence[int]) -> Batch | UserError:
-        """The batch at these positions. An error is returned: raised in a worker, it would be wrapped in the worker's
-        traceback."""
+        """The batch at these ascending positions. An error is returned: raised in a worker, it would be wrapped in the
+        worker's traceback."""
         epochs, places = np.divmod(np.asarray(positions), len(self.usable))
         try:
             rows, indices, failed = self._images(epochs, places)
@@ -74,15 +74,15 @@ class _Stream(Dataset):
     def _draw(self, epochs: np.ndarray, places: np.ndarray, *more: int) -> np.ndarray:
         """A number in [0, 1) for each place: that of np.random.default_rng((seed, epoch, place, *more))."""
         drawn = np.empty(len(places))
-        for epoch in np.unique(epochs):
-            drawn[epochs == epoch] = uniform((self.seed, int(epoch)), places[epochs == epoch], *more)
+        for epoch, mine in _by_epoch(epochs):
+            drawn[mine] = uniform_in_order((self.seed, epoch), places[mine], *more)
         return drawn
 
     def _images(self, epochs: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """(images uint8 [N, H, W, C], their indices, what could not be used for them)."""
         indices = np.empty(len(places), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            indices[epochs == epoch] = self._order_of(int(epoch))[places[epochs == epoch]]
+        for epoch, mine in _by_epoch(epochs):
+            indices[mine] = self._order_of(epoch)[places[mine]]
         store = self.dataset.store
         if self.dataset.reading.resize_mode != "random_crop" and store is not None and store.holds(indices):
             return store.rows[indices], indices, {}
@@ -115,6 +115,11 @@ class _Stream(Dataset):
                 failed[i] = self.failed[i] = str(error)
                 _check_number(self.failed, len(self.dataset))
                 place += 1
+
+
+def _by_epoch(epochs: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, which positions are in it) of each epoch: most batches have one."""
+    return ((epoch, epochs == epoch) for epoch in dict.fromkeys(epochs.tolist()))
 
 
 def _mirror(rows: np.ndarray, which: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 import zipfile
@@ -15,15 +16,18 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from script_helpers import run, start, wait, wait_for
 
 from improved_diffusion.config import ReadingConfig, UserError
-from improved_diffusion.data import cache, packing
+from improved_diffusion.data import cache, packing, workers
 from improved_diffusion.data import dataset as dataset_module
 from improved_diffusion.data.cache import use_cache
 from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.packed import CacheError
+from improved_diffusion.data.pixels import to_model_range
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.data.stream import BatchStream, load_data
+from improved_diffusion.nn import NULL_LABEL
 from improved_diffusion.utils import files, images
 
 RNG = np.random.default_rng(3)
@@ -167,6 +171,42 @@ def test_a_stream_gives_the_same_batches(folder, tmp_path, num_workers):
             assert th.equal(one, two) and th.equal(kwargs["y"], other["y"])
         plain.seek(2), data.seek(2)
         assert th.equal(next(plain)[0], next(data)[0])
+
+
+def label_of(i):
+    return i % 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("where", ["files", "memory", "cache"])
+def test_bytes_are_the_same_batches(folder, tmp_path, where, num_workers):
+    def stream(**kwargs):
+        dataset = dataset_of(folder, classes=[label_of(i) for i in range(COUNT)])
+        if where == "files":
+            dataset.store = None
+        use_cache(dataset, str(tmp_path) if where == "cache" else "off", folder)
+        return BatchStream(dataset, 7, random_flip=True, label_drop=0.3, seed=9, **kwargs)
+
+    with stream(num_workers=0) as plain, stream(num_workers=num_workers, as_bytes=True) as data:
+        for (one, kwargs), (two, other) in zip(itertools.islice(plain, 8), data):
+            assert two.dtype == th.uint8 and two.shape == one.shape and one.dtype == th.float32
+            assert one.is_contiguous() and th.equal(to_model_range(two, "cpu"), one)
+            assert th.equal(kwargs["y"], other["y"]) and kwargs["y"].dtype == th.int64
+
+
+def test_flips_and_hidden_classes_are_numpys_draws(folder):
+    def stream(**kwargs):
+        dataset = dataset_of(folder, classes=[label_of(i) for i in range(COUNT)])
+        return BatchStream(dataset, 10, num_workers=0, seed=9, as_bytes=True, **kwargs)
+
+    drawn = zip(stream(), stream(random_flip=True, label_drop=0.3))
+    for step, ((plain, kwargs), (flipped, hidden)) in enumerate(itertools.islice(drawn, 8)):
+        for n in range(10):
+            epoch, place = divmod(10 * step + n, COUNT)
+            flip = np.random.default_rng((9, epoch, place)).random() < 0.5
+            drop = np.random.default_rng((9, epoch, place, 1)).random() < 0.3
+            assert th.equal(flipped[n], plain[n].flip(2) if flip else plain[n])
+            assert hidden["y"][n] == (NULL_LABEL if drop else kwargs["y"][n])
 
 
 def test_anyone_can_look_at_the_file(folder, tmp_path):
@@ -405,6 +445,57 @@ def test_a_process_that_is_started_afresh_opens_it_again(folder, tmp_path, kind)
     data = pickle.dumps(dataset)
     assert len(data) < 20_000 and len(data) < dataset.store.rows.nbytes + 10_000
     assert_same_pixels(pickle.loads(data), dataset)
+
+
+RANK = """
+import sys, time
+from improved_diffusion import distributed
+from improved_diffusion.data import packing
+from improved_diffusion.data.cache import use_cache
+from improved_diffusion.data.dataset import ImageDataset
+from improved_diffusion.data.sources import open_images
+
+if __name__ == "__main__":
+    packing.PART = 2
+    prepare = ImageDataset.prepare
+    ImageDataset.prepare = lambda self, i: time.sleep(float(sys.argv[3])) or prepare(self, i)
+    distributed.setup_dist()
+    dataset = ImageDataset(16, open_images(sys.argv[1]))
+    use_cache(dataset, sys.argv[2], sys.argv[1])
+    assert dataset.store.there.all() and dataset.store.done is not None
+    print("packed by", distributed.get_world_size())
+"""
+
+
+def test_ranks_pack_together(folder, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    done = run("torchrun", 2, tmp_path / "rank.py", folder, tmp_path / "cache", 0, cwd=tmp_path)
+    assert done.succeed().out.count("packed by 2") == 2
+    assert_same_pixels(packed(folder, tmp_path / "cache"), dataset_of(folder))
+
+
+def test_two_runs_after_a_killed_one_finish_its_cache_together(folder, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    arguments = ("python", 1, tmp_path / "rank.py", folder, tmp_path / "cache")
+    killed = start(*arguments, 0.2, cwd=tmp_path)
+    wait_for(lambda: list(tmp_path.glob("cache/*/parts-*")), "the first part")
+    os.killpg(killed.pid, signal.SIGKILL)
+    wait(killed)
+    kept = len(next(tmp_path.glob("cache/*/parts-*")).read_text().splitlines())
+    both = [start(*arguments, 0.05, cwd=tmp_path) for _ in range(2)]
+    outs = [wait(process).succeed().out for process in both]
+    assert sum(f"({kept} of {COUNT // 2} parts are there)" in out for out in outs) == 1, outs
+    assert all("packed by 1" in out for out in outs)
+    assert_same_pixels(packed(folder, tmp_path / "cache"), dataset_of(folder))
+
+
+def test_a_stream_without_a_cache_has_workers_as_there_are_cores(folder, monkeypatch):
+    dataset = dataset_of(folder)
+    dataset.store = None
+    for cores, ranks, expected in ((1, 1, 1), (4, 1, 3), (64, 8, 7), (64, 1, 8), (8, 8, 1)):
+        monkeypatch.setattr(workers, "_cores", lambda: cores)  # noqa: B023
+        monkeypatch.setattr(workers.distributed, "local_size", lambda: ranks)  # noqa: B023
+        assert BatchStream(dataset, 5, num_workers="auto", check=False).num_workers == expected
 
 
 # Images that cannot be read
