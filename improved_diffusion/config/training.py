@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .base import LONGEST_WAIT, PRECISIONS, Config, extra, option
 from .messages import UserError, unknown_name
-from .values import comma_list, path_of, str2bool
+from .values import comma_list, path_of, str2bool, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +24,38 @@ class SourceConfig(Config):
     )
 
 
+MAX_WORKERS = 1024
+
+
+def _workers(value: Any) -> int | str:
+    """A number of processes, or `auto`."""
+    if value == "auto":
+        return "auto"
+    number = whole_number(value)
+    if not 0 <= number <= MAX_WORKERS:
+        raise ValueError(f"expected auto, or a number from 0 to {MAX_WORKERS}")
+    return number
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
     """Training images."""
 
     random_flip: bool = extra(False, "mirror each image left to right with probability 1/2")
-    num_workers: int = extra(
-        1, "processes that read and resize images, per rank; 0: read in the training process", low=0, high=1024
+    num_workers: int | str = extra(
+        "auto",
+        "processes that read and resize images, per rank; 0: read in the training process; auto: as the machine has "
+        "cores, 0 for images in memory or in a cache",
+        parse=_workers,
     )
+    cache: str = extra(
+        "auto",
+        "folder in which the resized images are packed, once for all runs; auto: in ~/.cache, where it pays; off: none",
+        parse=path_of,
+    )
+
+    def validate(self) -> None:
+        self.require(bool(self.cache), "cache", "is empty: name a folder, auto or off")
 
 
 MIN_SIGMA_REL = 0.001

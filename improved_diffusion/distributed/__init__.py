@@ -17,6 +17,7 @@ from .devices import (
     dev,
     empty_cache,
     is_out_of_memory,
+    local_size,
     memory_info,
     peak_memory,
     pins_memory,
@@ -31,6 +32,7 @@ from .watchdog import end_process, heartbeat, watched, working
 __all__ = [
     "STOPPED", "HostCopy", "all_gather_object", "all_gather_ragged", "barrier", "describe_error", "describe_ranks",
     "dev", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat", "is_out_of_memory",
-    "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script",
-    "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched", "working",
+    "join_ranks", "load_state_dict", "local_size", "memory_info", "peak_memory", "pins_memory", "read_bytes",
+    "run_script", "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched",
+    "working",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from . import launchers
 from .collectives import all_gather_object
 
 _device: th.device | None = None
+_local_size = 1
 
 
 def find_accelerator() -> th.device | None:
@@ -37,7 +38,8 @@ def choose_device(joined: launchers.Joined) -> str:
 
     Raises UserError for several ranks on a kind of device that has no backend, such as MPS.
     """
-    global _device
+    global _device, _local_size
+    _local_size = joined.local_size
     found = find_accelerator()
     if found is None:
         _device = th.device("cpu")
@@ -59,6 +61,11 @@ def choose_device(joined: launchers.Joined) -> str:
             'one process, or run on CPUs with CUDA_VISIBLE_DEVICES=""'
         )
     return f"cpu:gloo,{found.type}:{backend}" if backend else "gloo"
+
+
+def local_size() -> int:
+    """The number of ranks on this host."""
+    return _local_size
 
 
 def _backend(kind: str) -> str | None:

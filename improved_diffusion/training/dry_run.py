@@ -13,6 +13,7 @@ import torch as th
 
 from .. import distributed
 from ..config import UserError
+from ..data.pixels import to_model_range
 from ..logs import logger
 from ..utils import files
 from ..utils.outline import outline
@@ -35,6 +36,7 @@ def dry_run(loop: TrainLoop) -> None:
     start = time.perf_counter()
     batch, cond = next(loop.data)
     logger.log(f"dry run: the first batch of images took {time.perf_counter() - start:.2g} s to read")
+    batch = to_model_range(batch, loop.device)
     with ticking("dry run: a pass over one image"):
         one = _time_one_image(loop, batch, cond)
     logger.log(f"dry run: a pass over one image took {one.seconds:.2g} s")
