@@ -15,6 +15,7 @@ from .collectives import (
 from .devices import (
     dev,
     empty_cache,
+    has_float64,
     is_out_of_memory,
     memory_info,
     peak_memory,
@@ -29,7 +30,8 @@ from .watchdog import end_process, heartbeat, watched, working
 
 __all__ = [
     "STOPPED", "all_gather_object", "all_gather_ragged", "barrier", "describe_error", "describe_ranks", "dev",
-    "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat", "is_out_of_memory",
-    "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script",
-    "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched", "working",
+    "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "has_float64", "heartbeat",
+    "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes",
+    "run_script", "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched",
+    "working",
 ]  # fmt: skip
