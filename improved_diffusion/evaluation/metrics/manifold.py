@@ -60,7 +60,7 @@ def manifold_scores(
         doubtful |= unsure
         in_density, unsure = _classify(closeness, *by_density)
         covered |= in_density.any(dim=0)
-        balls[rows] = in_density.sum(dim=1).double()
+        balls[rows] = in_density.sum(dim=1, dtype=th.int32)
         doubtful |= unsure
         row, j = doubtful.nonzero(as_tuple=True)
         i = row + rows.start
