@@ -2,11 +2,13 @@
 
     python benchmarks/metrics_speed.py                           (50,000 rows against 50,000, 192 features, 10 classes)
     python benchmarks/metrics_speed.py --features 2048 --only frechet
+    python benchmarks/metrics_speed.py --features 2048 --device cuda
 
 Each measure after the other in one process, over random features with a spectrum that falls as those of networks do.
 Beside the seconds, those of all processors together; far fewer than threads times as many say that others kept the
 machine busy. The peak is that of the whole process up to then, torch and the features included. The number of threads
-is that of the environment (OMP_NUM_THREADS). Writes benchmarks/results/metrics_speed.json.
+is that of the environment (OMP_NUM_THREADS). Writes benchmarks/results/metrics_speed.json; for a GPU, whose seconds
+include the copies there, the file's name ends in its name.
 """
 
 import argparse
@@ -49,22 +51,27 @@ def main():
     parser.add_argument("--rows", type=int, default=50_000, help="of the samples, and as many of the real images")
     parser.add_argument("--features", type=int, default=192)
     parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", default="", help="one of the measures, and no result file")
     args = parser.parse_args()
     samples, real = draw(args.rows, args.features, 1, shift=0.02), draw(args.rows, args.features, 2)
     logits = 3 * np.random.default_rng(3).standard_normal((args.rows, args.classes))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
+    on = args.device
+    where = platform.machine() if on == "cpu" else th.cuda.get_device_name()
+    th.zeros(1, device=on)  # which starts the device
+
     def copies():
-        distances, _ = nearest(samples, real)
+        distances, _ = nearest(samples, real, on)
         return copy_score(distances[::2], distances[1::2])
 
     measures = {
-        "frechet": lambda: frechet_distance(moments(samples), moments(real)),
-        "inception score": lambda: inception_score(probabilities),
+        "frechet": lambda: frechet_distance(moments(samples, on), moments(real, on), on),
+        "inception score": lambda: inception_score(probabilities, device=on),
         "copies": copies,
-        "manifold": lambda: manifold_scores(samples, real),
-        "kid": lambda: kernel_distance(samples, real),
+        "manifold": lambda: manifold_scores(samples, real, device=on),
+        "kid": lambda: kernel_distance(samples, real, device=on),
     }
     table = {}
     print(f"{'measure':<16} {'seconds':>8} {'of CPUs':>8} {'peak GB':>8}")
@@ -80,11 +87,12 @@ def main():
     print(f"{'all':<16} {total:8.2f} {total_of_cpus:8.2f} {peak_bytes() / 1e9:8.2f}")
     if not args.only:
         content = dict(
-            device=platform.machine(), cores=os.cpu_count(), threads=th.get_num_threads(), numpy=np.__version__,
+            device=where, cores=os.cpu_count(), threads=th.get_num_threads(), numpy=np.__version__,
             torch=th.__version__, rows=args.rows, features=args.features, classes=args.classes, measures=table,
             seconds=total, seconds_of_cpus=total_of_cpus, peak_bytes=peak_bytes(),
         )  # fmt: skip
-        (RESULTS / "metrics_speed.json").write_text(json.dumps(content, indent=1) + "\n")
+        name = "metrics_speed" if on == "cpu" else f"metrics_speed_{where.replace(' ', '_')}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

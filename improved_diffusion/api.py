@@ -136,7 +136,7 @@ class Model:
 
         :param n: how many, 1 unless given; or give seeds="17,40-47", numbers of images, among the options.
         :param classes: names or labels, taken in turn, as a list or comma-separated; random ones unless given.
-        :param batch_size: images at once: more is faster, and needs more memory.
+        :param batch_size: images at once: more is faster, and needs more memory; 0: as many as fit a GPU's memory.
         :param progress: show a progress bar.
         :param on_step: called with a SamplingStep after each step.
         Raises UserError for options that contradict each other or the model.
@@ -238,7 +238,7 @@ class Model:
     def _steps(self, pipeline: SamplingPipeline) -> Iterator[tuple[bool, SamplingStep]]:
         """(whether it is the batch's last, step) for each step of each batch."""
         numbers, steps = list(pipeline.numbers), pipeline.sampler.steps
-        batch_size = pipeline.loaded.settings.sample.batch_size
+        batch_size = pipeline.batch_size
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             predictions = (out for out in pipeline.trajectory(batch) if out["pred_xstart"] is not None)

@@ -135,7 +135,9 @@ class SampleConfig(Config):
     seeds: str = extra(
         "", "numbers of the images to make, such as 17,40-47, out of those of --seed; empty: 0 to num_samples - 1"
     )
-    batch_size: int = option(16, "images per batch on each rank", low=1)
+    batch_size: int = option(
+        16, "images per batch on each rank; 0: as many as fit a GPU's memory, and 16 on CPUs", low=0
+    )
     classes: str = extra("", "classes to make, by name or index, comma-separated, repeated in turn; empty: random")
     save_steps: int = extra(
         0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import torch as th
 import torch.distributed as dist
@@ -204,6 +205,28 @@ def peak_memory(device: th.device) -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024  # kilobytes, except on macOS
+
+
+def knows_peak_memory(device: th.device) -> bool:
+    """Whether `measure_memory` and `available_memory` work: on CUDA and XPU."""
+    return device.type in ("cuda", "xpu")
+
+
+def measure_memory(work: Callable[[], object], device: th.device) -> int:
+    """The most bytes of the device that tensors took during `work`, beyond those that were there before."""
+    module = th.get_device_module(device)
+    before = module.memory_allocated(device)
+    module.reset_peak_memory_stats(device)
+    work()
+    return module.max_memory_allocated(device) - before
+
+
+def available_memory(device: th.device) -> int:
+    """Bytes that new tensors can take: what the device has free, and what torch keeps without using it."""
+    module = th.get_device_module(device)
+    info = memory_info(device)
+    free = 0 if info is None else info[0]
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
 def memory_info(device: th.device) -> tuple[int, int] | None:
