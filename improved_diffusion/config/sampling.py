@@ -25,8 +25,7 @@ class SamplerConfig(SpeedConfig):
     sampler: str = extra("auto", "the solver; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
     steps: int = extra(
         0,
-        "number of steps, 1 to diffusion_steps; 0: by timestep_respacing, else all for ancestral and ddim, 20 for the "
-        "others; when editing: 200 to encode, decode and interpolate images, 100 to inpaint and vary them",
+        "number of steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others, 100 or 200 for edits",
         low=0,
     )
     timestep_grid: str = extra(
@@ -138,7 +137,7 @@ class SampleConfig(Config):
     batch_size: int = option(
         16, "images per batch on each rank; 0: as many as fit a GPU's memory, and 16 on CPUs", low=0
     )
-    classes: str = extra("", "classes to make, by name or index, comma-separated, repeated in turn; empty: random")
+    classes: str = extra("", "classes by name or index, comma-separated, repeated in turn; empty: random")
     save_steps: int = extra(
         0,
         "show this many of the predictions of x_0 during sampling of the first images in steps.png and steps.gif; "

@@ -95,11 +95,11 @@ class TrainConfig(Config):
     use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
     fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step", low=0, high=10)
     precision: str = extra(
-        "fp32", "arithmetic of the network's blocks; the master weights stay fp32", choices=PRECISIONS
+        "fp32", "number format of the network's blocks; master weights stay fp32", choices=PRECISIONS
     )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks", low=0)
     max_steps: int = extra(
-        0, "steps to train for; 0: until lr_anneal_steps, or until stopped", low=0, flags={"iterations": str}
+        0, "steps to train for; 0: lr_anneal_steps, or until stopped", low=0, flags={"iterations": str}
     )
     max_hours: float = extra(
         0.0, "hours of wall-clock time after which training saves and ends; 0: no limit", low=0, high=1e6
@@ -189,7 +189,7 @@ class ProgressConfig(Config):
 
     val_dir: str = extra(
         "",
-        "held-out images, in any form of data_dir, to measure the loss and bits/dim (a classifier's accuracy) on",
+        "held-out images to measure loss and bits/dim (a classifier's accuracy) on",
         parse=path_of,
         flags={"val_data_dir": str},
     )
@@ -207,12 +207,7 @@ class ProgressConfig(Config):
 class WatchConfig(ProgressConfig):
     """Monitoring."""
 
-    sample_interval: int = extra(
-        0,
-        "steps between preview grids of samples, from the model and its first average that has forgotten the initial "
-        "weights; 0: none",
-        low=0,
-    )
+    sample_interval: int = extra(0, "steps between preview grids of samples; 0: none", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
