@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ import gradio as gr
 from anyio import to_thread
 from PIL import Image
 
+from ..config import UserError
 from ..service.http.replies import Refused
 from ..service.http.security import App, Receive, Scope, Send
 
@@ -50,10 +51,11 @@ class Gate:
 
     :param page: whose functions may be called.
     :param folder: of the files that Gradio keeps: those that were uploaded, and those that are shown.
+    :param require_room: raises UserError where no more bytes than these can be kept.
     """
 
-    def __init__(self, app: App, page: gr.Blocks, folder: str):
-        self.app, self.page, self.folder = app, page, os.path.realpath(folder)
+    def __init__(self, app: App, page: gr.Blocks, folder: str, require_room: Callable[[int], None]):
+        self.app, self.page, self.folder, self.require_room = app, page, os.path.realpath(folder), require_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -61,6 +63,8 @@ class Gate:
             self._check_route(method, path)
             if path == CALL:
                 receive = await self._checked(receive)
+            elif path == UPLOAD:
+                await self._check_upload(dict(scope["headers"]))
         await self.app(scope, receive, send)
 
     def _check_route(self, method: str, path: str) -> None:
@@ -77,6 +81,16 @@ class Gate:
         """Whether a path, which may be anything, is of a file that Gradio keeps."""
         real = os.path.realpath(path) if os.path.isabs(path) and "\0" not in path else ""
         return real.startswith(self.folder + os.sep) and os.path.isfile(real)
+
+    async def _check_upload(self, headers: Mapping[bytes, bytes]) -> None:
+        """Raise NotTaken where the files of the page's users fill its place."""
+        length = headers.get(b"content-length")
+        if length is None:
+            raise NotTaken("the length of the upload is missing", "Content-Length")
+        try:
+            await to_thread.run_sync(self.require_room, int(length))
+        except UserError as error:
+            raise NotTaken(str(error)) from None
 
     async def _checked(self, receive: Receive) -> Receive:
         """What gives the body of a call again, once it is one that the page could make."""
