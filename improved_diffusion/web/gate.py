@@ -16,6 +16,7 @@ from typing import Any
 import gradio as gr
 from anyio import to_thread
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
 from ..config import UserError
 from ..service.http.replies import Refused
@@ -65,7 +66,8 @@ class Gate:
                 receive = await self._checked(receive)
             elif path == UPLOAD:
                 await self._check_upload(dict(scope["headers"]))
-        await self.app(scope, receive, send)
+        with suppress(ClientDisconnect):  # nobody waits for the reply, and it is no fault of ours
+            await self.app(scope, receive, send)
 
     def _check_route(self, method: str, path: str) -> None:
         if method == "POST" and path in WRITTEN:
