@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -19,8 +20,10 @@ from PIL import Image
 from starlette.requests import ClientDisconnect
 
 from ..config import UserError
+from ..logs import logger
 from ..service.http.replies import Refused
 from ..service.http.security import App, Receive, Scope, Send
+from .kept import NO_ROOM
 
 API = "/gradio_api"
 CALL, UPLOAD, FILE = f"{API}/queue/join", f"{API}/upload", f"{API}/file="
@@ -31,6 +34,7 @@ WRITTEN = (CALL, UPLOAD, f"{API}/cancel", f"{API}/reset")
 MOST_PIXELS = 40_000_000  # of an image that a control gets
 MOST_FILES = 8  # in one call: an editor has a background, a layer and both together
 LONGEST_TEXT = 2000
+FAULT = "an error of the page: its log has the details"
 LONGEST_SESSION = 64
 _NUMBERS: tuple[type, ...] = (gr.Number, gr.Slider)
 _IMAGES: tuple[type, ...] = (gr.Image, gr.ImageEditor)
@@ -66,8 +70,30 @@ class Gate:
                 receive = await self._checked(receive)
             elif path == UPLOAD:
                 await self._check_upload(dict(scope["headers"]))
-        with suppress(ClientDisconnect):  # nobody waits for the reply, and it is no fault of ours
+            await self._pass(scope, receive, send)
+        else:
             await self.app(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let Gradio answer; where it fails, with a message rather than its own."""
+        failed = False
+
+        async def unless_failed(message: Any) -> None:
+            nonlocal failed
+            failed = failed or message.get("status") == 500
+            if not failed:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, unless_failed)
+        except ClientDisconnect:  # nobody waits for the reply
+            return
+        except Exception as error:
+            if not failed or isinstance(error, Refused):
+                raise
+            raise _fault(scope["path"], error) from None
+        if failed:
+            raise Refused(500, FAULT)
 
     def _check_route(self, method: str, path: str) -> None:
         if method == "POST" and path in WRITTEN:
@@ -147,6 +173,17 @@ class Gate:
                     raise NotTaken("this file is not here any more: upload it again")
         if paths > MOST_FILES:
             raise NotTaken(f"more than {MOST_FILES} files")
+
+
+def _fault(path: str, error: Exception) -> Refused:
+    """The reply where Gradio has failed; the log has the details of what is no user's mistake."""
+    if path == UPLOAD and isinstance(error, OSError):
+        logger.warn(f"an upload could not be kept: {error.strerror}")
+        return NotTaken(NO_ROOM)
+    if path == UPLOAD:
+        return NotTaken("expected files, in a form")
+    logger.error(f"Gradio failed: {traceback.format_exc()}")
+    return Refused(500, FAULT)
 
 
 def _no_number(text: str) -> float:

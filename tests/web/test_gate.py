@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+from unittest import mock
 
 import gradio as gr
 import pytest
@@ -14,7 +15,7 @@ from web_helpers import in_loop
 
 from improved_diffusion.service.http.security import Access, Guard
 from improved_diffusion.web import kept
-from improved_diffusion.web.gate import MOST_FILES, MOST_PIXELS, Gate
+from improved_diffusion.web.gate import FAULT, MOST_FILES, MOST_PIXELS, Gate
 from improved_diffusion.web.page import POLICY, create_app
 
 
@@ -158,6 +159,25 @@ def test_uploads_wait_where_there_is_no_room(client, app_state, monkeypatch):
     reply = client.post("/gradio_api/upload", files={"files": ("a.png", png())})
     assert refused(reply) and kept.NO_ROOM in reply.text
     assert refused(client.post("/gradio_api/upload", content=iter([b"x"])))  # of unknown length
+
+
+def test_uploads_that_are_no_files_are_refused(client):
+    form = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\ntext\r\n--x--\r\n'
+    for kind in ("multipart/form-data; boundary=x", "multipart/form-data", "text/plain", ""):
+        reply = client.post("/gradio_api/upload", content=form, headers={"content-type": kind})
+        assert reply.status_code == 400, kind
+
+
+def test_an_upload_that_does_not_fit_on_the_disk_is_a_clear_message(client, monkeypatch):
+    monkeypatch.setattr("gradio.routes.upload_fn", mock.AsyncMock(side_effect=OSError(28, "No space left on device")))
+    reply = client.post("/gradio_api/upload", files={"files": ("a.png", png())})
+    assert refused(reply) and kept.NO_ROOM in reply.text
+
+
+def test_a_fault_of_gradio_is_no_traceback_to_the_user(call, monkeypatch):
+    monkeypatch.setattr("gradio.queueing.Queue.push", mock.AsyncMock(side_effect=KeyError("x")))
+    reply = call("draw")
+    assert reply.status_code == 500 and reply.json()["error"]["message"] == FAULT
 
 
 def test_what_the_page_sends_passes_as_it_is(gate, client):
