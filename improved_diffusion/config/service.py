@@ -94,6 +94,10 @@ class WebConfig(DoorConfig):
     runs: str = with_default(DoorConfig, "runs", "runs")
     port: int = with_default(DoorConfig, "port", 7860)
     max_upload_mb: int = extra(512, "largest upload, of an image or of a model's weights, in MB", low=1, high=10_000)
+    max_kept_mb: int = extra(
+        4096, "uploads and drawn images that the page keeps for its users, in MB; what was drawn first is removed",
+        low=1, high=10**6,
+    )  # fmt: skip
     data_root: str = extra(
         "data", "folder below which the page trains on, and compares with, folders of images", parse=path_of
     )

@@ -155,8 +155,12 @@ class Catalogue:
         with self._lock:
             old = [name for name, each in self._uploads.items() if time.monotonic() - each.used >= idle_seconds]
             for name in old:
-                with contextlib.suppress(OSError):
-                    os.remove(self._uploads.pop(name).path)
+                self.remove_upload(name)
+
+    def remove_upload(self, name: str) -> None:
+        """Remove an upload and its file; nothing where there is none of that name."""
+        with self._lock, contextlib.suppress(OSError, KeyError):
+            os.remove(self._uploads.pop(name).path)
 
     def _known(self) -> dict[str, str]:
         """The path of each model, by name."""

@@ -32,6 +32,7 @@ __all__ = ["Catalogue", "Engine", "Event", "Health", "Job", "ModelInfo", "Reques
 
 MAX_DEATHS = 3  # of workers that draw the same request; before the last it is drawn alone
 MAX_FAILED_STARTS = 5  # of workers, in a row
+FIRST_PAUSE = 1.0  # seconds, which double with each failed start
 TEND_SECONDS = 1.0  # between two looks at deadlines and uploads
 ABANDONED_SECONDS = 60.0  # that a worker may go on with what nobody waits for
 LONGEST_RETRY = 120  # seconds
@@ -258,7 +259,12 @@ class Engine:
         for index in range(self._wanted()):
             if index not in taken:
                 threads = self.options.device_threads or _threads(self._wanted())
-                self._workers.append(WorkerProcess(self.options, index, _devices(), threads))
+                try:
+                    self._workers.append(WorkerProcess(self.options, index, _devices(), threads))
+                except (OSError, MemoryError) as error:  # the machine has no memory, processes or open files left
+                    logger.warn(f"worker {index} cannot be started ({error}): trying again")
+                    self._start_has_failed()
+                    return
 
     def _hand_out(self) -> None:
         """Give idle workers what is next."""
@@ -375,8 +381,7 @@ class Engine:
         if each.device:
             self._failed_starts = 0
         else:
-            self._failed_starts += 1
-            self._start_at = time.monotonic() + min(2**self._failed_starts, 60)
+            self._start_has_failed()
         for job, numbers in reversed(shares):
             if job.id not in self._jobs:
                 continue
@@ -388,7 +393,12 @@ class Engine:
                 )
             else:
                 self._queue.put_back(job, numbers)
-        if self._failed_starts >= MAX_FAILED_STARTS:
+
+    def _start_has_failed(self) -> None:
+        """Wait before the next start, longer each time; end all requests where no worker starts."""
+        self._failed_starts += 1
+        self._start_at = time.monotonic() + min(FIRST_PAUSE * 2**self._failed_starts, 60)
+        if self._failed_starts >= MAX_FAILED_STARTS and not any(each.device for each in self._workers):
             for job in tuple(self._jobs.values()):
                 self._finish(job, Failed("workers cannot start: the service's log says why"))
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import gradio as gr
 from anyio import to_thread
 from PIL import Image
+from starlette.requests import ClientDisconnect
 
+from ..config import UserError
+from ..logs import logger
 from ..service.http.replies import Refused
 from ..service.http.security import App, Receive, Scope, Send
+from .kept import NO_ROOM
 
 API = "/gradio_api"
 CALL, UPLOAD, FILE = f"{API}/queue/join", f"{API}/upload", f"{API}/file="
@@ -29,6 +34,7 @@ WRITTEN = (CALL, UPLOAD, f"{API}/cancel", f"{API}/reset")
 MOST_PIXELS = 40_000_000  # of an image that a control gets
 MOST_FILES = 8  # in one call: an editor has a background, a layer and both together
 LONGEST_TEXT = 2000
+FAULT = "an error of the page: its log has the details"
 LONGEST_SESSION = 64
 _NUMBERS: tuple[type, ...] = (gr.Number, gr.Slider)
 _IMAGES: tuple[type, ...] = (gr.Image, gr.ImageEditor)
@@ -50,10 +56,11 @@ class Gate:
 
     :param page: whose functions may be called.
     :param folder: of the files that Gradio keeps: those that were uploaded, and those that are shown.
+    :param require_room: raises UserError where no more bytes than these can be kept.
     """
 
-    def __init__(self, app: App, page: gr.Blocks, folder: str):
-        self.app, self.page, self.folder = app, page, os.path.realpath(folder)
+    def __init__(self, app: App, page: gr.Blocks, folder: str, require_room: Callable[[int], None]):
+        self.app, self.page, self.folder, self.require_room = app, page, os.path.realpath(folder), require_room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -61,7 +68,32 @@ class Gate:
             self._check_route(method, path)
             if path == CALL:
                 receive = await self._checked(receive)
-        await self.app(scope, receive, send)
+            elif path == UPLOAD:
+                await self._check_upload(dict(scope["headers"]))
+            await self._pass(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let Gradio answer; where it fails, with a message rather than its own."""
+        failed = False
+
+        async def unless_failed(message: Any) -> None:
+            nonlocal failed
+            failed = failed or message.get("status") == 500
+            if not failed:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, unless_failed)
+        except ClientDisconnect:  # nobody waits for the reply
+            return
+        except Exception as error:
+            if not failed or isinstance(error, Refused):
+                raise
+            raise _fault(scope["path"], error) from None
+        if failed:
+            raise Refused(500, FAULT)
 
     def _check_route(self, method: str, path: str) -> None:
         if method == "POST" and path in WRITTEN:
@@ -77,6 +109,16 @@ class Gate:
         """Whether a path, which may be anything, is of a file that Gradio keeps."""
         real = os.path.realpath(path) if os.path.isabs(path) and "\0" not in path else ""
         return real.startswith(self.folder + os.sep) and os.path.isfile(real)
+
+    async def _check_upload(self, headers: Mapping[bytes, bytes]) -> None:
+        """Raise NotTaken where the files of the page's users fill its place."""
+        length = headers.get(b"content-length")
+        if length is None:
+            raise NotTaken("the length of the upload is missing", "Content-Length")
+        try:
+            await to_thread.run_sync(self.require_room, int(length))
+        except UserError as error:
+            raise NotTaken(str(error)) from None
 
     async def _checked(self, receive: Receive) -> Receive:
         """What gives the body of a call again, once it is one that the page could make."""
@@ -131,6 +173,17 @@ class Gate:
                     raise NotTaken("this file is not here any more: upload it again")
         if paths > MOST_FILES:
             raise NotTaken(f"more than {MOST_FILES} files")
+
+
+def _fault(path: str, error: Exception) -> Refused:
+    """The reply where Gradio has failed; the log has the details of what is no user's mistake."""
+    if path == UPLOAD and isinstance(error, OSError):
+        logger.warn(f"an upload could not be kept: {error.strerror}")
+        return NotTaken(NO_ROOM)
+    if path == UPLOAD:
+        return NotTaken("expected files, in a form")
+    logger.error(f"Gradio failed: {traceback.format_exc()}")
+    return Refused(500, FAULT)
 
 
 def _no_number(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import gradio as gr
 from fastapi import FastAPI, Response
@@ -16,6 +17,7 @@ from ..service.requests import Request
 from .edit import EditTab
 from .evaluate import build_evaluate
 from .gate import Gate
+from .kept import require_room
 from .picker import Picker
 from .sample import SAMPLER, SampleTab
 from .state import AppState
@@ -59,7 +61,7 @@ def create_app(app_state: AppState) -> App:
         max_file_size=app_state.options.max_upload_mb * 10**6,
         show_error=False,
     )
-    return Gate(mounted, page, get_upload_folder())
+    return Gate(mounted, page, get_upload_folder(), partial(require_room, app_state))
 
 
 def build_page(app_state: AppState) -> gr.Blocks:

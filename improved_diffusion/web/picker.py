@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,10 @@ from ..config import UserError
 from .drawing import explain, warn
 from .events import AT_ONCE, close_menus
 from .facts import Facts, known_facts
+from .kept import MODELS, NO_ROOM, new_folder
 from .state import AppState
 
+MOST_UPLOADS = 4  # models that one user keeps
 NO_MODELS = (
     "There is no model yet. Train one in the <b>Train</b> tab and press <b>Refresh</b>, or upload the weights of one."
 )
@@ -30,7 +31,7 @@ class Picker:
     """
 
     def __init__(self, app_state: AppState, page: gr.Blocks):
-        self.catalogue, self.work_dir = app_state.catalogue, app_state.work_dir
+        self.app_state, self.catalogue = app_state, app_state.catalogue
         first = next(iter(self.catalogue.names()), None)
         self.known = known_facts(app_state, first)
         uploads = gr.State([])
@@ -81,16 +82,27 @@ class Picker:
     def take_upload(self, path: str, chosen: str | None, uploads: list[tuple[str, str]]) -> Any:
         """The menu with the uploaded model, which this session alone can choose."""
         title = os.path.basename(path)
-        kept = os.path.join(tempfile.mkdtemp(dir=self.work_dir), title)
-        shutil.move(path, kept)
         try:
-            name = self.catalogue.add_upload(kept, title)
+            name = self._add(path, title)
         except UserError as error:
-            os.remove(kept)
-            warn(UserError(str(error).replace(kept, title)))
+            warn(error)
             return gr.skip(), uploads
-        uploads = [*uploads, (f"{title} (uploaded)", name)]
+        for _, older in uploads[: -MOST_UPLOADS + 1]:
+            self.catalogue.remove_upload(older)
+        uploads = [*uploads[-MOST_UPLOADS + 1 :], (f"{title} (uploaded)", name)]
         return gr.update(choices=self._choices(uploads), value=name), uploads
+
+    def _add(self, path: str, title: str) -> str:
+        """The name in the catalogue of an uploaded file, which is moved to where Gradio does not remove it."""
+        folder = new_folder(self.app_state, MODELS)
+        kept = os.path.join(folder, title)
+        try:
+            shutil.move(path, kept)
+            return self.catalogue.add_upload(kept, title)
+        except (UserError, OSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            text = str(error).replace(kept, title) if isinstance(error, UserError) else NO_ROOM
+            raise UserError(text) from None
 
     def describe(self, name: str | None) -> Any:
         """The averages of a model, and a line on it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -47,13 +46,13 @@ def captions_of(drawn: Images) -> list[str]:
 class Downloads:
     """The files of drawn images, in a folder of their own: PNGs, a zip of them, an npz and maybe a GIF.
 
-    :param work_dir: where the folder is made.
+    :param folder: an empty one.
     :param beside: further files for the zip, by name: what the images were made from.
     :param film: whether the images follow each other: then there is a GIF to the last one and back.
     """
 
-    def __init__(self, drawn: Images, work_dir: str, beside: dict[str, bytes] | None = None, film: bool = False):
-        self.folder = tempfile.mkdtemp(dir=work_dir)
+    def __init__(self, drawn: Images, folder: str, beside: dict[str, bytes] | None = None, film: bool = False):
+        self.folder = folder
         names = drawn.file_names()
         self.pngs = [os.path.join(self.folder, name) for name in names]
         for path, array in zip(self.pngs, drawn.array):

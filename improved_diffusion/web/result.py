@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,7 @@ from ..config import UserError
 from ..sampling.images import Images
 from .drawing import Update, draw, status_line, warn
 from .events import AT_ONCE
+from .kept import DRAWN, NO_ROOM, new_folder
 from .pictures import Downloads, captions_of, grid_html
 from .reproduce import Recipe
 from .state import AppState
@@ -84,7 +87,7 @@ class Result:
                 gr.Code(label="As a command", language="shell", elem_id=f"{name}-command", **code),
                 gr.Code(label="As Python", language="python", elem_id=f"{name}-python", **code),
             ]
-        self.drawn, self.chosen, self.job = gr.State(), gr.State(), gr.State()
+        self.drawn, self.chosen, self.job = gr.State(delete_callback=_remove), gr.State(), gr.State()
         self.cancel.click(_cancel, self.job, **AT_ONCE)
         self.gallery.select(_select, self.drawn, [self.chosen, self.files[0], *self.codes], **AT_ONCE)
 
@@ -101,13 +104,25 @@ class Result:
         async for update in draw(self.app_state, order.request, request.session_hash or ""):
             if update.result is not None:
                 images, file = update.result
-                film = order.request.kind == "interpolate"
-                downloads = Downloads(images, self.app_state.work_dir, order.beside, film)
+                try:
+                    downloads = await asyncio.to_thread(self._write, images, order)
+                except UserError as error:
+                    yield refused(error)
+                    return
                 yield _finished(update, Drawn(images, downloads, order.recipe.of(file)))
             elif update.over:
                 yield _ended(update.status)
             else:
                 yield _running(update, order.request.numbers())
+
+    def _write(self, images: Images, order: Order) -> Downloads:
+        """The files of drawn images. Raises UserError where they do not fit on the disk."""
+        folder = new_folder(self.app_state, DRAWN)
+        try:
+            return Downloads(images, folder, order.beside, film=order.request.kind == "interpolate")
+        except (OSError, UserError):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(NO_ROOM) from None
 
 
 def refused(error: UserError) -> tuple[Any, ...]:
@@ -133,6 +148,12 @@ def _finished(update: Update, drawn: Drawn) -> tuple[Any, ...]:
     buttons = [gr.update(value=path, interactive=True) for path in (files.pngs[0], files.zip, files.npz)]
     shown = update.status, None, gr.update(interactive=True), gr.update(interactive=False), gr.update(visible=False)
     return *shown, gallery, drawn, None, *buttons, *drawn.codes()
+
+
+def _remove(drawn: Drawn | None) -> None:
+    """Remove the files of a session that is over."""
+    if drawn is not None:
+        shutil.rmtree(drawn.downloads.folder, ignore_errors=True)
 
 
 def _cancel(job: Any) -> None:

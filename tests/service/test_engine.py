@@ -10,6 +10,7 @@ from service_helpers import FAST, WAIT, ask, until
 
 import improved_diffusion as idf
 from improved_diffusion.config import UserError
+from improved_diffusion.service import engine as engines
 from improved_diffusion.service import worker
 from improved_diffusion.service.engine import Catalogue, Engine, Request
 from improved_diffusion.service.errors import Busy, Cancelled, Failed, OutOfMemory, TimedOut
@@ -271,6 +272,33 @@ def test_stopping_finishes_what_runs_and_refuses_what_waits(start, monkeypatch):
         engine.submit(ask())
     engine.start()
     assert len(engine.submit(ask()).result(WAIT)) == 1
+
+
+def test_an_engine_outlives_a_machine_without_room_for_a_worker(start, monkeypatch):
+    refusals, begin = [OSError(24, "Too many open files"), MemoryError()], engines.WorkerProcess._start
+
+    def refuse(self, *args):
+        if refusals:
+            raise refusals.pop()
+        return begin(self, *args)
+
+    monkeypatch.setattr(engines.WorkerProcess, "_start", refuse)
+    monkeypatch.setattr(engines, "FIRST_PAUSE", 0.01)
+    assert start().submit(ask("plain")).result(WAIT).array.any()
+    assert not refusals
+
+
+def test_requests_end_where_no_worker_can_be_started(start, monkeypatch):
+    def refuse(self, *args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(engines.WorkerProcess, "_start", refuse)
+    monkeypatch.setattr(engines, "FIRST_PAUSE", 0.001)
+    engine = start()
+    for _ in range(2):
+        with pytest.raises(Failed, match="workers cannot start"):
+            engine.submit(ask("plain")).result(WAIT)
+    assert engine.health().state == "starting"
 
 
 def test_idle_models_leave_the_memory(start):

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+from unittest import mock
 
 import gradio as gr
 import pytest
@@ -13,7 +14,8 @@ from starlette.testclient import TestClient
 from web_helpers import in_loop
 
 from improved_diffusion.service.http.security import Access, Guard
-from improved_diffusion.web.gate import MOST_FILES, MOST_PIXELS, Gate
+from improved_diffusion.web import kept
+from improved_diffusion.web.gate import FAULT, MOST_FILES, MOST_PIXELS, Gate
 from improved_diffusion.web.page import POLICY, create_app
 
 
@@ -152,6 +154,32 @@ def test_uploads_are_served_to_nobody_as_pages(client):
     assert reply.status_code == 200 and reply.headers["content-disposition"].startswith("attachment")
 
 
+def test_uploads_wait_where_there_is_no_room(client, app_state, monkeypatch):
+    monkeypatch.setattr(kept, "MOST_FILES", -1)
+    reply = client.post("/gradio_api/upload", files={"files": ("a.png", png())})
+    assert refused(reply) and kept.NO_ROOM in reply.text
+    assert refused(client.post("/gradio_api/upload", content=iter([b"x"])))  # of unknown length
+
+
+def test_uploads_that_are_no_files_are_refused(client):
+    form = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\ntext\r\n--x--\r\n'
+    for kind in ("multipart/form-data; boundary=x", "multipart/form-data", "text/plain", ""):
+        reply = client.post("/gradio_api/upload", content=form, headers={"content-type": kind})
+        assert reply.status_code == 400, kind
+
+
+def test_an_upload_that_does_not_fit_on_the_disk_is_a_clear_message(client, monkeypatch):
+    monkeypatch.setattr("gradio.routes.upload_fn", mock.AsyncMock(side_effect=OSError(28, "No space left on device")))
+    reply = client.post("/gradio_api/upload", files={"files": ("a.png", png())})
+    assert refused(reply) and kept.NO_ROOM in reply.text
+
+
+def test_a_fault_of_gradio_is_no_traceback_to_the_user(call, monkeypatch):
+    monkeypatch.setattr("gradio.queueing.Queue.push", mock.AsyncMock(side_effect=KeyError("x")))
+    reply = call("draw")
+    assert reply.status_code == 500 and reply.json()["error"]["message"] == FAULT
+
+
 def test_what_the_page_sends_passes_as_it_is(gate, client):
     passed = []
 
@@ -169,12 +197,12 @@ def test_what_the_page_sends_passes_as_it_is(gate, client):
         return {"type": "http.request", **parts.pop()}
 
     scope = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join"}
-    asyncio.get_event_loop().run_until_complete(Gate(inner, gate.page, gate.folder)(scope, receive, None))
+    asyncio.get_event_loop().run_until_complete(Gate(inner, gate.page, gate.folder, print)(scope, receive, None))
     assert passed == [content]
 
 
 def test_a_gate_has_no_other_folder(tmp_path):
-    gate = Gate(None, in_loop(gr.Blocks), str(tmp_path / "a"))
+    gate = Gate(None, in_loop(gr.Blocks), str(tmp_path / "a"), print)
     (tmp_path / "ab").write_text("")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").symlink_to("/etc/passwd")

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -16,6 +17,8 @@ from improved_diffusion.sampling.images import Images
 from improved_diffusion.service.errors import Busy, Failed, OutOfMemory
 from improved_diffusion.service.job import Event, Job
 from improved_diffusion.utils.images import decode_png, load_npz
+from improved_diffusion.web import kept
+from improved_diffusion.web.picker import MOST_UPLOADS
 from improved_diffusion.web.pictures import data_url
 
 
@@ -80,6 +83,41 @@ def test_images_are_shown_while_they_are_drawn(app_state):
     first, *_, last = run(seen())
     assert first[4]["value"].count("data:image/png") == 1 and data_url(half[0]) in first[4]["value"]
     assert np.array_equal(drawn_of([last]).images.array, whole)
+
+
+def test_a_tab_that_is_closed_cancels_its_drawing(app_state):
+    class Slow:
+        def submit(self, request, **_):
+            self.job = Job(request, "file.pt", "", True, 1e9)
+            return self.job
+
+    engine = Slow()
+    tab = Place(dataclasses.replace(app_state, engine=engine)).sample
+
+    async def close():
+        drawing = tab.draw(ASKING, "digits", "", [], 2, 0, "ancestral", 20, 1)
+        yield await anext(drawing)
+        assert not engine.job.wants_cancel
+        await drawing.aclose()  # as Gradio does where the browser leaves
+        for _ in range(100):  # the generators within are closed by the loop
+            await asyncio.sleep(0.01 * (not engine.job.wants_cancel))
+
+    assert len(run(close())) == 1 and engine.job.wants_cancel
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "/tmp/x"), UserError("cannot write /tmp/x")])
+def test_a_full_disk_is_a_message_without_paths(place, monkeypatch, error):
+    monkeypatch.setattr("improved_diffusion.web.result.Downloads", mock.Mock(side_effect=error))
+    *_, last = place.draw(n=1)
+    assert kept.NO_ROOM in status_of(last) and "/tmp" not in status_of(last)
+
+
+def test_the_files_of_a_session_go_with_it(place):
+    found = drawn_of(place.draw(n=1))
+    assert os.path.isdir(found.downloads.folder)
+    place.sample.result.drawn.delete_callback(found)
+    assert not os.path.exists(found.downloads.folder)
+    place.sample.result.drawn.delete_callback(None)
 
 
 def test_options_at_their_defaults_are_left_out_of_the_command(place):
@@ -182,6 +220,26 @@ def test_uploaded_weights_draw(place, runs, tmp_path):
     menu, uploads = place.picker.take_upload(str(copy), "digits", [])
     assert uploads[0][1] == menu["value"] and uploads[0][1] not in place.app_state.catalogue.names()
     assert len(drawn_of(place.draw(model=menu["value"], n=1)).images) == 1
+
+
+def test_a_user_keeps_a_few_uploads(place, runs, tmp_path):
+    uploads, catalogue = [], place.app_state.catalogue
+    for i in range(MOST_UPLOADS + 2):
+        copy = tmp_path / f"{i}.pt"
+        copy.write_bytes((runs / "digits" / "model000010.pt").read_bytes())
+        before = uploads
+        _, uploads = place.picker.take_upload(str(copy), "digits", before)
+    assert [title[0] for title, _ in uploads] == [str(i) for i in range(2, MOST_UPLOADS + 2)]
+    assert all(os.path.exists(catalogue.path(name)) for _, name in uploads)
+    with pytest.raises(UserError, match="unknown model"):
+        catalogue.path(before[0][1])
+
+
+def test_an_upload_that_cannot_be_kept_is_a_message(place, tmp_path):
+    with mock.patch("improved_diffusion.web.picker.warn") as warn:
+        _, uploads = place.picker.take_upload(str(tmp_path / "gone.pt"), "digits", [])
+    (error,) = warn.call_args.args
+    assert str(error) == kept.NO_ROOM and uploads == []
 
 
 def test_a_file_that_is_no_model_is_refused_by_its_name(place, tmp_path):

@@ -7,7 +7,8 @@ Options are a `DoorConfig`. Whatever the application does, the guard
 - refuses Host names that are not this machine's, on loopback addresses: DNS rebinding,
 - demands the token, where there is one, everywhere but on the `public` paths,
 - refuses what browsers send from other sites, unless it bears the token in its Authorization header: CSRF,
-- bounds the body in bytes as it streams and in seconds, and the seconds that a client may take to read,
+- bounds the body in bytes as it streams and in seconds, the bytes of all bodies at a time, and the seconds that a
+  client may take to read,
 - adds the headers that browsers should have.
 Websockets are refused. Only the standard library and anyio are used.
 """
@@ -30,7 +31,7 @@ import anyio
 from ...config import UserError
 from ...config.service import DoorConfig
 from ...utils import files
-from .replies import Refused
+from .replies import Refused, busy
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -43,6 +44,7 @@ LARGEST_TOKEN_FILE = 4096
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 API_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'"
 MAX_BODY = 2**20  # bytes of a request that is no form with files
+UPLOADS_AT_ONCE = 8  # of the largest size: so many bytes may the requests have that are being answered
 LONGEST_HEAD = 32_768  # bytes
 LOGIN_BODY = 4096
 LOGIN_SECONDS = 12 * 3600
@@ -130,6 +132,13 @@ class Guard:
     def __init__(self, app: App, access: Access):
         self.app = app
         self.access = access
+        self._held = 0  # bytes of the bodies of the requests that are being answered
+
+    def hold(self, size: int) -> None:
+        """Count bytes of a body. Refuses what is too much together with what other requests have."""
+        self._held += size
+        if self._held > UPLOADS_AT_ONCE * self.access.max_upload:
+            raise busy("other uploads fill the memory of the service: try again later", 10, status=503)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -137,11 +146,13 @@ class Guard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            exchange = _Exchange(self.access, scope, receive, send)
+            exchange = _Exchange(self.access, scope, receive, send, self.hold)
             try:
                 await self._answer(scope, exchange)
             except Refused as refused:
                 await exchange.refuse(refused)
+            finally:
+                self._held -= exchange.size
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         headers = _headers(scope)
@@ -235,14 +246,16 @@ class Guard:
 class _Exchange:
     """A request and its reply: the body within bounds, the reply with the headers that browsers should have."""
 
-    def __init__(self, access: Access, scope: Scope, receive: Receive, send: Send):
+    def __init__(self, access: Access, scope: Scope, receive: Receive, send: Send, hold: Callable[[int], None]):
+        """:param hold: is told of each part of the body, and raises Refused where all bodies are too much."""
         self.access = access
         self.scope = scope
+        self.hold = hold
+        self.size = 0  # of the body, so far
         self.complete = False  # the whole body has come
         self._receive = receive
         self._send = send
         self._limit = access.max_body
-        self._size = 0
         self._deadline: float | None = None
         self._refusal: Refused | None = None
         self._answered: Refused | None = None
@@ -279,11 +292,16 @@ class _Exchange:
         except TimeoutError:
             self._refusal = Refused(408, f"the request did not come within {self.access.body_seconds:g} seconds")
             raise self._refusal from None
-        self._size += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self.size += size
         self.complete = not message.get("more_body", False)
-        if self._size > self._limit:
-            self._refusal = self._too_large()
-            raise self._refusal
+        try:
+            self.hold(size)
+            if self.size > self._limit:
+                raise self._too_large()
+        except Refused as refused:
+            self._refusal = refused
+            raise
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:

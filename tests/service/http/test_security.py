@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+from unittest import mock
 
 import httpx
 import pytest
@@ -135,6 +136,36 @@ def test_forms_with_files_have_their_own_bound():
     access = Access(max_body=10, max_upload=1000)
     assert ask(access, "POST", files={"images": b"x" * 100}).status_code == 200
     assert ask(access, "POST", files={"images": b"x" * 1000}).status_code == 413
+
+
+def test_the_bodies_of_all_requests_are_bounded_together(monkeypatch):
+    monkeypatch.setattr(security, "LINGER_SECONDS", 0.01)
+
+    async def go():
+        statuses, hold = [], asyncio.Event()
+
+        async def keep(scope, receive, send):
+            if (await receive())["body"] == b"x" * 900:
+                await hold.wait()
+            await echo(scope, mock.AsyncMock(return_value={"body": b""}), send)
+
+        guard = Guard(keep, Access(max_upload=1000))
+        transport = httpx.ASGITransport(guard)
+
+        async def post(size):
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+                statuses.append((await client.post("/", content=b"x" * size)).status_code)
+
+        waiting = [asyncio.create_task(post(900)) for _ in range(security.UPLOADS_AT_ONCE)]
+        await asyncio.sleep(0.1)
+        await post(500)
+        await post(801)
+        hold.set()
+        await asyncio.gather(*waiting)
+        await post(1000)
+        return statuses, guard._held
+
+    assert asyncio.run(go()) == ([200, 503, *[200] * security.UPLOADS_AT_ONCE, 200], 0)
 
 
 def test_a_slow_body_times_out(monkeypatch):
