@@ -11,7 +11,7 @@ from script_helpers import SCRIPTS, environment
 from improved_diffusion.utils import stop_signals
 
 # In place of torch, whose import takes seconds: the signal comes in the midst of it.
-TORCH = "import os, signal\nos.kill(os.getpid(), {number})\nraise SystemExit('it lives')\n"
+TORCH = "import os, signal\nos.kill(os.getpid(), {number})\nos.write(2, b'it lives')\nraise SystemExit(1)\n"
 TRAINING = (["-m", "improved_diffusion", "train"], [str(SCRIPTS / "image_train.py")],
             [str(SCRIPTS / "super_res_train.py")], ["-m", "improved_diffusion", "classifier-train"])  # fmt: skip
 OTHERS = (["-m", "improved_diffusion", "sample"], [str(SCRIPTS / "image_nll.py")])
