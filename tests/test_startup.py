@@ -32,8 +32,9 @@ print([name for name in sys.argv[1:] if name in sys.modules])
 RUN = """
 import sys
 import improved_diffusion as idf
-tiny = dict(image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1,1", noise_schedule="cosine")
-model = idf.train("photos", out_dir="run", batch_size=4, max_steps=1, diffusion_steps=4, class_cond=True, num_workers=0, **tiny)
+tiny = dict(image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1,1", num_workers=0)
+tiny.update(diffusion_steps=4, noise_schedule="cosine", class_cond=True)
+idf.train("photos", out_dir="run", batch_size=4, max_steps=1, **tiny)
 idf.load("run").sample(2, progress=False)
 print([name for name in sys.argv[1:] if name in sys.modules])
 """
