@@ -2,12 +2,11 @@
 
 from ..config.settings import ClassifierTraining
 from .command import Command
-from .training import train_command
 
 COMMAND = Command(
     "Train the classifier that guides a diffusion model.",
     ClassifierTraining,
-    train_command("classifier_train"),
+    "training:classifier_train",
     first=(
         "data_dir", "model_path", "labels", "batch_size", "max_steps", "lr", "val_dir", "resume",
         "out_dir",

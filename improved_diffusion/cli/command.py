@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from ..config import UserError, unknown_name
 from ..config.settings import Settings
 from ..distributed import run_script
 from ..logs import logger
-from ..utils.stop_signals import ignore_until_exit
+from ..utils import stop_signals
 from ..utils.terminal import show
 from .parsing import Parsed, parse, split_lists
 
@@ -22,7 +23,7 @@ class Command:
 
     :param summary: a sentence on what it does.
     :param settings: its options.
-    :param run: what it does with them.
+    :param run: what it does with them: a function, or "module:function" of cli/run, imported when it runs.
     :param first: the options that matter most: --help shows these, --help-all all of them.
     :param words: the option that words before the flags are the values of.
     :param lists: the options that may have several values, separated by commas. `run` then takes a list: for each
@@ -31,17 +32,29 @@ class Command:
 
     summary: str
     settings: type[Settings]
-    run: Callable[[Any], Any]
+    run: Callable[[Any], Any] | str
     first: Sequence[str] = ()
     words: str = ""
     lists: Sequence[str] = ()
 
     def main(self, argv: Sequence[str], program: str) -> None:
         """Parse the command line and run."""
+        parsed: Any
         if self.lists:
-            self.run([(chosen, self.parse(words, program)) for chosen, words in split_lists(argv, self.lists)])
+            parsed = [(chosen, self.parse(words, program)) for chosen, words in split_lists(argv, self.lists)]
         else:
-            self.run(self.parse(argv, program))
+            parsed = self.parse(argv, program)
+        run = self._function()
+        stop_signals.begin()
+        run(parsed)
+
+    def _function(self) -> Callable[[Any], Any]:
+        """The function to run, imported."""
+        if not isinstance(self.run, str):
+            return self.run
+        module, _, name = self.run.partition(":")
+        function: Callable[[Any], Any] = getattr(import_module(f".run.{module}", __package__), name)
+        return function
 
     def parse(self, argv: Sequence[str], program: str) -> Parsed[Any]:
         """The settings of a command line."""
@@ -96,4 +109,4 @@ def _logging_errors(main: Callable[[], None]) -> None:
         logger.log_error(error)
         raise
     finally:
-        ignore_until_exit()
+        stop_signals.ignore_until_exit()

@@ -7,12 +7,11 @@ from ..config import ReadingConfig
 from ..config.recipes import AUTO
 from ..config.settings import ImageTraining
 from .command import Command
-from .training import train_command
 
 COMMAND = Command(
     "Train a diffusion model on images.",
     ImageTraining,
-    train_command("image_train"),
+    "training:image_train",
     words="data_dir",
     first=(
         "data_dir", "preset", "image_size", "class_cond", "batch_size", "max_steps", "lr",

@@ -1,6 +1,7 @@
 """The console command `improved-diffusion`, whose first word names a command, and the scripts of the same commands.
 
-Little is imported before the signals of the first moments are caught: torch takes seconds.
+torch, whose import takes seconds, is imported when a command line has been read, so that --help and a mistake in a flag
+answer at once, and after the signals of these moments are caught.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from ..utils import stop_signals
 
-# Name: (module, what it does). A module is imported when its command runs, so that --help answers at once.
+# Name: (module, what it does). A module is imported when its command is asked for.
 COMMANDS = {
     "train": ("image_train", "train a model on images"),
     "sample": ("image_sample", "draw images from a model"),
@@ -68,7 +69,7 @@ def dispatch(argv: Sequence[str]) -> None:
 def main() -> None:
     """The entry point of the console command."""
     words = sys.argv[1:]
-    _run(COMMANDS[words[0]][0] if words and words[0] in COMMANDS else "", lambda: dispatch(words))
+    _run(lambda: dispatch(words), trains=bool(words) and words[0].endswith("train"))
 
 
 def run_script(name: str) -> None:
@@ -82,20 +83,14 @@ def run_script(name: str) -> None:
 
         _import(name).COMMAND.main(sys.argv[1:], program_name())
 
-    _run(name, run)
+    _run(run, trains=name.endswith("train"))
 
 
-def _run(name: str, command: Callable[[], None]) -> None:
-    """Run a command with this process's arguments; a user's mistake ends in one message and exit code 1.
-
-    :param name: of the module to import before signals are left to the command; "" for none.
-    """
-    handlers = stop_signals.catch_early(trains=name.endswith("_train"))
+def _run(command: Callable[[], None], trains: bool) -> None:
+    """Run a command with this process's arguments; a user's mistake ends in one message and exit code 1."""
+    stop_signals.catch_early(trains)
     from .command import run_logged
 
-    if name:
-        _import(name)
-    stop_signals.put_back(handlers)
     run_logged(command)
 
 

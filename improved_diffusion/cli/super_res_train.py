@@ -2,12 +2,11 @@
 
 from ..config.settings import SuperResTraining
 from .command import Command
-from .training import train_command
 
 COMMAND = Command(
     "Train a super-resolution model: large images from their own area-downsampled versions.",
     SuperResTraining,
-    train_command("super_res_train"),
+    "training:super_res_train",
     first=(
         "data_dir", "large_size", "small_size", "class_cond", "batch_size", "max_steps", "lr",
         "precision", "val_dir", "resume", "out_dir",

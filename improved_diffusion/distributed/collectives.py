@@ -14,21 +14,9 @@ import torch.distributed as dist
 
 from ..config import UserError
 from ..utils import files, torch_files
-from .launchers import rank_by_environment
+from .launchers import get_rank, get_world_size
 
 BROADCAST_BYTES = 2**26  # sent at once
-
-
-def get_rank() -> int:
-    """This process's rank; also known before setup_dist()."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return rank_by_environment()
-
-
-def get_world_size() -> int:
-    """The number of ranks; 1 before setup_dist()."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_gather_object(obj: Any) -> list[Any]:

@@ -242,10 +242,3 @@ def empty_cache(device: th.device) -> None:
     """Give memory that torch keeps for later back to the accelerator."""
     if device.type != "cpu":
         th.get_device_module(device).empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that an accelerator's memory is full."""
-    return isinstance(error, th.cuda.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
-    )

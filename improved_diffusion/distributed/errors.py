@@ -1,4 +1,4 @@
-"""How a command ends: messages, exit codes, and what happens to the other ranks."""
+"""How a command ends: messages, exit codes, and what happens to the other ranks. Also before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from ..config import UserError
 from ..utils.stop_signals import STOPPED
 from ..utils.terminal import close_streams, complain, open_streams
 from . import launchers, watchdog
-from .collectives import get_rank, get_world_size
-from .devices import is_out_of_memory
-from .launchers import detect_launcher
+from .launchers import detect_launcher, get_rank, get_world_size
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -34,6 +32,14 @@ def run_script(main: Callable[[], None]) -> None:
             close_streams()
             raise
         end_by_exception(type(error), error, error.__traceback__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that an accelerator's memory is full."""
+    th = sys.modules.get("torch")  # which raises it
+    return (th is not None and isinstance(error, th.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "MPS backend out of memory" in str(error)
+    )
 
 
 def describe_error(error: BaseException) -> str:

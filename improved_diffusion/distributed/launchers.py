@@ -1,4 +1,7 @@
-"""How ranks started by mpiexec, torchrun or srun find each other; plain python is one rank."""
+"""How ranks started by mpiexec, torchrun or srun find each other; plain python is one rank.
+
+The rank is known before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-
-import torch.distributed as dist
 
 from ..config import UserError
 
@@ -52,6 +53,24 @@ def detect_launcher(env: Mapping[str, str] = os.environ) -> str:
     if "SLURM_STEP_ID" not in env and ("PMI_SIZE" in env or "PMIX_RANK" in env):
         return "mpiexec"
     return "python"
+
+
+def get_rank() -> int:
+    """This process's rank; also known before setup_dist()."""
+    group = _group()
+    return group.get_rank() if group else rank_by_environment()
+
+
+def get_world_size() -> int:
+    """The number of ranks; 1 before setup_dist()."""
+    group = _group()
+    return group.get_world_size() if group else 1
+
+
+def _group() -> Any:
+    """torch.distributed where the ranks have joined; None before that, when torch may not be imported yet."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 def rank_by_environment() -> int:
@@ -190,6 +209,8 @@ def _interface_with(address: str) -> str:
 
 
 def _alone(timeout: float) -> Joined:
+    import torch.distributed as dist
+
     return Joined(dist.HashStore(), 0, 1, 0, 1, "127.0.0.1", 0)
 
 
@@ -197,6 +218,8 @@ def _by_torchrun(timeout: float) -> Joined:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", 0))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        import torch.distributed as dist
+
         _wait_for_listener(host, port, rank, timeout)
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))
     else:
@@ -281,6 +304,8 @@ def _own_address(hosts: list[str]) -> str:
 
 
 def _store(host: str, port: int, rank: int, world_size: int, timeout: float) -> Any:
+    import torch.distributed as dist
+
     if rank:
         _wait_for_listener(host, port, rank, timeout)
     try:

@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from ..config import RunConfig, UserError
 from . import launchers, watchdog
-from .collectives import all_gather_object, barrier, get_rank, get_world_size
+from .collectives import all_gather_object, barrier
 from .devices import check_devices, choose_device, dev, device_name
 from .errors import abort, end_by_exception
-from .launchers import detect_launcher
+from .launchers import detect_launcher, get_rank, get_world_size
 from .watchdog import working
 
 _CONNECTIONS = (

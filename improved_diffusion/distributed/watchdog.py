@@ -18,9 +18,6 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch as th
-import torch.distributed as dist
-
 from ..config import RunConfig
 from ..utils.terminal import close_streams
 
@@ -115,6 +112,9 @@ class Watchdog(threading.Thread):
 
     def _check_ranks(self) -> bool:
         """Wait for all ranks' threads; returns whether all of them are done."""
+        import torch as th
+        import torch.distributed as dist
+
         # Rank 0 gives up first: only rank 0 learns which rank is missing.
         patience = SILENCE if self.rank == 0 else SILENCE + GRACE
         mine = th.tensor([int(self.leaving), _process.step, int(_process.work is not None)])
@@ -152,6 +152,9 @@ class Watchdog(threading.Thread):
 
     def _missing(self, error: str) -> list[int]:
         """The ranks missing from a check, as far as this rank knows: ranks other than 0 can only name rank 0."""
+        import torch as th
+        import torch.distributed as dist
+
         named = re.search(r"Ranks? ([\d, ]+?) failed to pass monitoredBarrier", error)
         if named:
             return [int(number) for number in named.group(1).split(",")]
@@ -226,6 +229,8 @@ def set_limit(limit_s: float) -> None:
 
 def start(rank: int, hosts: Sequence[str]) -> None:
     """Watch all ranks of the default process group. Collective."""
+    import torch.distributed as dist
+
     leave()  # the watchdog of the start, which watched this process only
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE))
     _start(Watchdog(rank, hosts, group))

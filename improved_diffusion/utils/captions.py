@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -47,9 +48,9 @@ def _write(text: str, size: int, width: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
     """The fonts to try in turn: Pillow's, which has English letters, and one of many alphabets."""
-    import matplotlib
-
-    path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    matplotlib = find_spec("matplotlib")  # not imported, which takes long, for the place of a file
+    assert matplotlib is not None and matplotlib.origin is not None
+    path = os.path.join(os.path.dirname(matplotlib.origin), "mpl-data", "fonts", "ttf", "DejaVuSans.ttf")
     own = ImageFont.load_default(size)
     many = ImageFont.truetype(path, size)
     return (own, many) if isinstance(own, ImageFont.FreeTypeFont) else (many,)

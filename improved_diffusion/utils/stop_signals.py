@@ -14,6 +14,7 @@ STOPPED = 75  # the exit code of a run that was asked to stop and has saved: EX_
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 _kept: list[int] = []  # early warnings for the training to come
+_early: dict[int, Any] = {}  # the handlers to put back when the command begins
 
 
 def catch(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
@@ -35,17 +36,23 @@ def put_back(handlers: dict[int, Any]) -> None:
         signal.signal(number, signal.SIG_IGN if handler is None else handler)
 
 
-def catch_early(trains: bool) -> dict[int, Any]:
+def catch_early(trains: bool) -> None:
     """For the first moments of a command, before it imports torch: there is nothing to save, and a signal ends it.
 
     :param trains: SIGTERM and SIGHUP end it as they end a training before its first step, and SIGUSR1 is kept for it.
-    Returns the handlers to put back when the command runs: SIGINT's. The others stay until the training's own.
+    SIGINT's handler is put back by `begin`. The others stay until the training's own.
     """
+    _early.clear()
     if trains:
         catch(tuple(number for number in SIGNALS if number != signal.SIGINT), _end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        return catch((signal.SIGINT,), _end)
-    return {}  # a shell's background job ignores it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        _early.update(catch((signal.SIGINT,), _end))
+
+
+def begin() -> None:
+    """The command runs from now on: Ctrl-C is its own."""
+    put_back(_early)
+    _early.clear()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import torch as th
 
 from improved_diffusion import distributed
 from improved_diffusion.config import UserError
-from improved_diffusion.distributed import devices
+from improved_diffusion.distributed import devices, errors
 from improved_diffusion.distributed.launchers import Joined
 
 
@@ -115,9 +115,9 @@ def test_the_cpu_has_nothing_to_wait_for():
 
 
 def test_a_full_memory_is_told_from_other_errors():
-    assert devices.is_out_of_memory(th.cuda.OutOfMemoryError("CUDA out of memory"))
-    assert devices.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
-    assert not devices.is_out_of_memory(RuntimeError("shape mismatch"))
+    assert errors.is_out_of_memory(th.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert errors.is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
+    assert not errors.is_out_of_memory(RuntimeError("shape mismatch"))
 
 
 def test_ranks_that_would_share_a_gpu_and_hosts_without_one_are_named(monkeypatch):

@@ -8,8 +8,8 @@ import torch as th
 from feature_helpers import write_script
 from script_helpers import pixels, write_images
 
-from improved_diffusion.cli.evaluate import check_source
 from improved_diffusion.cli.parsing import parse
+from improved_diffusion.cli.run.evaluate import check_source
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import Scoring
 from improved_diffusion.evaluation import evaluator, feature_sets

@@ -82,7 +82,8 @@ def test_a_run_takes_the_recipe_and_its_checkpoint_holds_the_options(tmp_path, m
 def test_resuming_keeps_the_first_choice_though_the_images_are_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "photos", 6, mode="L")
-    first = checkpoint.load(idf.train(folder, preset="auto", **TINY).path)[1]["config"]
+    quick = dict(TINY, sample_interval=0)
+    first = checkpoint.load(idf.train(folder, preset="auto", **quick).path)[1]["config"]
     write(folder, 30, mode="L", size=(300, 300), first=6)
     again = idf.train(folder, preset="auto", max_steps=3, num_workers=0, resume="auto")
     config = checkpoint.load(again.path)[1]["config"]
@@ -112,5 +113,7 @@ def test_the_hardware_of_this_process():
 def test_flags_are_checked_together_with_what_is_to_be_chosen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "photos", 4)
-    model = idf.train(folder, preset="auto", lr_schedule="cosine", **TINY)  # which needs an end, and the recipe has one
+    quick = dict(TINY, sample_interval=0)
+    # The schedule needs an end, and the recipe has one.
+    model = idf.train(folder, preset="auto", lr_schedule="cosine", **quick)
     assert model.step == 2

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from ..config import UserError
-from ..config.settings import Training
-from ..distributed import STOPPED
-from ..training.run import train
-from .parsing import Parsed
+from ...config import UserError
+from ...config.settings import Training
+from ...distributed import STOPPED
+from ...training.run import train
+from ..parsing import Parsed
 
 
 def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
@@ -23,3 +23,8 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
             raise SystemExit(STOPPED)
 
     return run
+
+
+image_train, super_res_train, classifier_train = map(
+    train_command, ("image_train", "super_res_train", "classifier_train")
+)
