@@ -40,6 +40,8 @@ def main() -> None:
 
 
 def picture(page: Page, path: str) -> None:
+    for image in page.locator("img:visible").all():  # a browser loads those that are in sight
+        image.scroll_into_view_if_needed()
     page.wait_for_timeout(2500)  # whatever moves has come to rest
     page.screenshot(path=path, full_page=True)
     Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
