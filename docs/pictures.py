@@ -60,8 +60,8 @@ def digits_neighbours(args, model):
 
 def steps(args, model):
     """steps.png: predictions on the way from noise."""
-    chosen = (0, 2, 4, 6, 8, 10, 12, 14)
-    found = list(model.sample_steps(8, classes=list("01234567"), sampler="dpmpp_2m", steps=15, seed=2))
+    chosen = (0, 4, 7, 10, 13, 15, 17, 19)
+    found = list(model.sample_steps(8, classes=list("01234567"), sampler="dpmpp_2m_sde", steps=20, seed=2))
     rows = [row([found[index].images.array[image] for index in chosen]) for image in range(8)]
     labelled(rows, [], [f"step {index + 1}" for index in chosen], width=0).save(DOCS / "steps.png")
 

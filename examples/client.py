@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 
 url, model, path, *classes = sys.argv[1:]
 token = {"Authorization": f"Bearer {os.environ.get('IMPROVED_DIFFUSION_TOKEN', '')}"}
-body = {"model": model, "n": 4, "classes": classes, "sampler": "dpmpp_2m", "steps": 15, "format": "zip"}
+body = {"model": model, "n": 4, "classes": classes, "sampler": "dpmpp_2m_sde", "steps": 20, "format": "zip"}
 asked = Request(f"{url}/v1/samples", json.dumps(body).encode(), {"Content-Type": "application/json", **token})
 with urlopen(asked) as answer:
     Path(path).write_bytes(answer.read())

@@ -5,5 +5,5 @@ import sys
 import improved_diffusion as idf
 
 run, folder = sys.argv[1:]
-images = idf.load(run).sample(16, sampler="dpmpp_2m", steps=15, seed=0)
+images = idf.load(run).sample(16, sampler="dpmpp_2m_sde", steps=20, seed=0)
 print("wrote", images.save(folder))

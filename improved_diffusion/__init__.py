@@ -3,7 +3,7 @@
 import improved_diffusion as idf
 
 model = idf.train("photos/", image_size=64, max_steps=20_000, out_dir="runs/mine")
-model.sample(16, sampler="dpmpp_2m", steps=15).save("out/")
+model.sample(16, sampler="dpmpp_2m_sde", steps=20).save("out/")
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
     model = idf.train("photos/", image_size=64, max_steps=20_000, out_dir="runs/mine")
     model = idf.load("runs/mine")
-    model.sample(16, classes=["cat"], sampler="dpmpp_2m", steps=15, seed=0).save("out/")
+    model.sample(16, classes=["cat"], sampler="dpmpp_2m_sde", steps=20, seed=0).save("out/")
 
 Options are those of the commands, under the same names; a mistake raises UserError. The same seed gives the same bytes
 as the command.
@@ -78,7 +78,7 @@ class Model:
 
     Sampling options are those of `improved-diffusion sample`, by name: sampler, steps, timestep_respacing,
     guidance_scale, precision, ... . Without steps, ancestral sampling takes every step that the model was trained on;
-    sampler="dpmpp_2m" with steps=15 is much faster.
+    sampler="dpmpp_2m_sde" with steps=20 is much faster.
     """
 
     def __init__(self, loaded: LoadedModel):

@@ -67,7 +67,7 @@ def test_sample(monkeypatch, run_dir, tmp_path, capsys):
     run_example(monkeypatch, "sample.py", run_dir, tmp_path / "out")
     path = tmp_path / "out" / "samples_16x8x8x3.npz"
     assert str(path) in capsys.readouterr().out
-    expected = idf.load(run_dir).sample(16, sampler="dpmpp_2m", steps=15, progress=False)
+    expected = idf.load(run_dir).sample(16, sampler="dpmpp_2m_sde", steps=20, progress=False)
     np.testing.assert_array_equal(np.load(path)["arr_0"], expected.array)
 
 

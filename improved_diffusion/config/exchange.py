@@ -78,7 +78,7 @@ class CardConfig(Config):
     )
     samples: str = extra("", "image to show instead of samples that are drawn, such as samples.png", parse=path_of)
     num_samples: int = extra(16, "samples to draw for the card; 0: none", low=0, high=400)
-    steps: int = extra(20, "steps of dpmpp_2m to draw them in", low=1)
+    steps: int = extra(20, "steps of dpmpp_2m_sde to draw them in", low=1)
 
     def validate(self) -> None:
         if self.license and self.license not in LICENSES:

@@ -18,7 +18,7 @@ from ..utils.text import counted
 from .evaluations import Evaluations, find_evaluations
 
 CARD_FILE, GRID_FILE = "README.md", "samples.png"
-SAMPLER = "dpmpp_2m"
+SAMPLER = "dpmpp_2m_sde"
 MOST_CLASSES = 100  # that are named
 FEW_STEPS = 10_000
 MANY_EPOCHS = 1000

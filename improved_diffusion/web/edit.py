@@ -289,7 +289,7 @@ def use_sample(sampled: Result, outputs: Sequence[Any], name: str) -> gr.Button:
 def number_of_images(name: str, value: int = 1) -> Any:
     """How many images to make."""
     return gr.Number(
-        value, label="Num samples", info=f"images to make, 1 to {MOST}", precision=0, minimum=1, maximum=MOST,
+        value, label="Num samples", info=f"images, 1 to {MOST}", precision=0, minimum=1, maximum=MOST,
         min_width=90, elem_id=name,
     )  # fmt: skip
 

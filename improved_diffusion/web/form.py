@@ -64,7 +64,7 @@ class Form:
         """Add controls side by side. :param empty: of each option."""
         with gr.Row():
             for name, text in empty.items():
-                with gr.Column(min_width=150):
+                with gr.Column(min_width=200):
                     self.add(name, text)
 
     def add_group(self, group: str, empty: Mapping[str, str]) -> None:

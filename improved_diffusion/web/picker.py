@@ -41,7 +41,7 @@ class Picker:
                 self._choices([]), value=first, label="Model", scale=4, min_width=200, elem_id="model"
             )
             self.average = gr.Dropdown(
-                averages, value=averages[0][1], label="Average", scale=2, min_width=120, elem_id="average",
+                averages, value=averages[0][1], label="Average", scale=3, min_width=120, elem_id="average",
                 interactive=len(averages) > 1,
             )  # fmt: skip
             refresh = gr.Button("Refresh", size="sm", scale=1, min_width=90, elem_id="refresh")
@@ -116,7 +116,7 @@ class Picker:
     def _averages(self, name: str | None) -> list[tuple[str, str]]:
         found = self._info(name)
         known = () if found is None or isinstance(found, UserError) else found.averages
-        return [(each, each) for each in known] or [("as in the file", "")]
+        return [(each, each) for each in known] or [("as saved", "")]
 
     def _info(self, name: str | None) -> Any:
         """What is known of a model: None without one, the error for one that cannot be read."""

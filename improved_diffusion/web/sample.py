@@ -55,7 +55,7 @@ class SampleTab:
         self.classes = gr.Dropdown(label="Classes", multiselect=True, elem_id="classes", **class_menu(known, _CLASSES))
         with gr.Row(elem_classes="snug"):
             self.n = control(
-                SampleConfig, "num_samples", value=4, maximum=MOST, info=f"images to make, 1 to {MOST}",
+                SampleConfig, "num_samples", value=4, maximum=MOST, info=f"images, 1 to {MOST}",
                 elem_id="num-samples", min_width=90,
             )  # fmt: skip
             self.seed = control(RunConfig, "seed", elem_id="seed", min_width=90)

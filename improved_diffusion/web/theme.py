@@ -22,7 +22,10 @@ CSS = """
   border: 1px dashed var(--border-color-primary); border-radius: var(--block-radius);
   color: var(--body-text-color-subdued); }
 .status { min-height: 44px; display: flex; flex-direction: column; justify-content: center; gap: 4px; }
-.status progress { width: 100%; height: 8px; accent-color: var(--primary-600); }
+.status progress { width: 100%; height: 8px; appearance: none; border: 0; background: var(--border-color-primary); }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: var(--primary-600); }
+.status progress::-moz-progress-bar { background: var(--primary-600); }
 .status.bad { color: #b91c1c; }
 .dark .status.bad { color: #fca5a5; }
 .work > .ask, .work > .got, .work > .more { min-width: 0; }
@@ -35,7 +38,8 @@ CSS = """
 .gradio-container .app > .wrap, .tab-wrapper, .work, .contain > .column { min-width: 0 !important; }
 @media (max-width: 640px) { .gradio-container .app { padding: 12px !important; width: 100vw !important; }
   .tab-container button { padding-left: 8px !important; padding-right: 8px !important; } }
-.snug > .form { align-items: end; }
+.form > .block { display: flex; flex-direction: column; justify-content: end; }
+#frame { border: 0 !important; }
 .html-container.padding { padding: 0 !important; }
 .pixels .grid-wrap, .pixels .gallery-container { min-height: 0 !important; height: auto !important; }
 .pixels .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }

@@ -46,7 +46,7 @@ def test_a_service_answers_and_stops_in_order(checkpoint, tmp_path, monkeypatch)
     monkeypatch.setenv("IMPROVED_DIFFUSION_TOKEN", TOKEN)
     monkeypatch.setattr(sys, "argv", ["client.py", url, "pets", str(tmp_path / "pets.zip"), "dog", "cat"])
     runpy.run_path(str(ROOT / "examples" / "client.py"), run_name="__main__")
-    expected = model.sample(4, classes=["dog", "cat"], sampler="dpmpp_2m", steps=15, progress=False)
+    expected = model.sample(4, classes=["dog", "cat"], sampler="dpmpp_2m_sde", steps=20, progress=False)
     with zipfile.ZipFile(tmp_path / "pets.zip") as archive:
         assert archive.namelist() == ["dog_000000.png", "cat_000001.png", "dog_000002.png", "cat_000003.png"]
         for name, image in zip(archive.namelist(), expected.array):

@@ -6,6 +6,7 @@ With WEB_SCREENSHOTS=FOLDER the tests leave pictures of the tabs there; docs/scr
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,14 +16,16 @@ from playwright.sync_api import sync_playwright
 from script_helpers import environment
 from web_helpers import png_files, run_command, run_python
 
+from improved_diffusion.evaluation.report import Metric, Report
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")]
 SECONDS = 60_000  # milliseconds that a step may take on a busy machine
 
 
 @pytest.fixture(scope="module")
-def address(runs, tmp_path_factory):
-    """Where the command serves the page."""
+def server(runs, tmp_path_factory):
+    """The command that serves the page, with its `address`."""
     place = tmp_path_factory.mktemp("browser")
     words = ["--runs", str(runs), "--data_root", str(place), "--port", "0", "--device_threads", "1"]
     command = [sys.executable, "-m", "improved_diffusion", "web", *words]
@@ -34,10 +37,21 @@ def address(runs, tmp_path_factory):
                 break
         else:
             pytest.fail((place / "log.txt").read_text())
-        yield found[0]
+        server.address = found[0]
+        yield server
     finally:
         server.terminate()
         server.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def reports(runs):
+    """The names of two reports."""
+    about = {"count": 50, "images": "x", "features_sha256": "1"}
+    names = ["first_report", "second_report"]
+    for name, fid in zip(names, (3.0, 2.0)):
+        Report(fid=Metric(fid), samples=about, reference=about).save(runs / name)
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +63,9 @@ def browser():
 
 
 @pytest.fixture(params=[1280, 390], ids=["wide", "phone"])
-def page(browser, address, request):
+def page(browser, server, request):
     """A page that has asked no other host for anything, and fits the width."""
+    address = server.address
     page = browser.new_page(viewport={"width": request.param, "height": 900}, accept_downloads=True)
     page.set_default_timeout(SECONDS)
     asked, errors = [], []
@@ -90,6 +105,17 @@ def downloaded(page, button):
     with page.expect_download() as found:
         page.click(f"#{button}")
     return found.value
+
+
+def freeze(server):
+    """Stop the worker of a server as a debugger does; returns what lets it go on."""
+    listed = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    (worker,) = [int(pid) for pid, parent, words in rows if int(parent) == server.pid and "spawn_main" in words]
+    os.kill(worker, signal.SIGSTOP)
+    return lambda: os.kill(worker, signal.SIGCONT)
 
 
 def code(page, name):
@@ -135,6 +161,44 @@ def test_inpaints_with_a_drawn_mask(page, tmp_path):
     run_command(code(page, "edit-command"), tmp_path)
     (made,) = png_files(tmp_path / "images").values()
     assert made == downloaded(page, "edit-png").path().read_bytes()
+
+
+@pytest.mark.parametrize("page", [1280], indirect=True)
+def test_the_images_of_a_gallery_are_looked_at_one_by_one(page):
+    page.locator("#num-samples input").fill("8")
+    page.click("#draw")
+    page.wait_for_selector("#sample-gallery img")
+    page.locator("#sample-again button").first.click()
+    for number in (1, 6, 0):  # the first click enlarges an image; the strip below it has the others
+        page.locator("#sample-gallery button.thumbnail-item").nth(number).click()
+        page.locator("#sample-command .cm-content", has_text=f"--seeds {number}").wait_for()
+
+
+@pytest.mark.parametrize("page", [1280], indirect=True)
+def test_a_cancelled_request_leaves_the_page_ready_for_the_next(page, server):
+    thaw = freeze(server)
+    try:
+        page.click("#draw")
+        page.click("#sample-cancel:not([disabled])")
+        page.locator("#sample-status", has_text="Cancelled").wait_for()
+        page.wait_for_selector("#draw:not([disabled])")
+        assert page.locator("#sample-cancel").is_disabled() and page.locator("#sample-gallery img").count() == 0
+    finally:
+        thaw()
+    draw_threes(page)
+
+
+def test_reports_stand_side_by_side(page, reports):
+    page.get_by_role("tab", name="Evaluate").click()
+    for name in reports:
+        page.click("#evaluate-reports input")
+        page.get_by_role("option", name=name).click()
+    page.keyboard.press("Escape")
+    page.locator("#evaluate-report th", has_text=reports[1]).wait_for()
+    for name in reports:
+        assert page.locator("#evaluate-report th", has_text=name).count() == 1
+    assert page.locator("#evaluate-report tr", has_text="FID").locator("strong").inner_text() == "2.0000"
+    picture(page, "reports")
 
 
 def test_a_model_that_enlarges_moves_the_user_to_its_tab(page):
