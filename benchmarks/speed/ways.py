@@ -123,9 +123,10 @@ def compare(
             if prepared:
                 ready.append(prepared)
         _rounds(ready, clock, least, most)
-        for each in ready if inspect else []:
-            each.switches.apply()
-            inspect(each.timing.way, each.call)
+        if inspect:
+            for each in ready:
+                each.switches.apply()
+                inspect(each.timing.way, each.call)
     return timings
 
 
