@@ -112,11 +112,12 @@ def as_text(name: str, found: dict[str, Any]) -> str:
 
 
 class Profiles:
-    """The profiles of a run, in a file of numbers and one of text, written again after each."""
+    """Profiles, in a file of numbers and one of text, written again after each; those of other calls stay in them."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.found: dict[str, Any] = {}
+        before = path.with_suffix(".json")
+        self.found: dict[str, Any] = json.loads(before.read_text())["profiles"] if before.exists() else {}
 
     def add(self, name: str, call: Callable[[], Any]) -> None:
         """Profile the call."""

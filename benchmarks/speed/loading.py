@@ -1,7 +1,12 @@
-"""Images from files: JPEGs of 500x400 at 64x64, in batches, by the published loader and by ours."""
+"""Images from files: JPEGs of 500x400 at 64x64, in batches, by the published loader and by ours.
+
+All ways read in this process with one thread, so that the numbers are images a second and core; worker processes would
+read ahead while others are measured.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch as th
 from PIL import Image
 
 from benchmarks import published
@@ -22,22 +28,47 @@ DIFFERENT = 250  # JPEGs; the other names are links to them
 
 
 def run(context: Context) -> None:
-    """Report images a second, which a process of its own reads, or several, or this one."""
-    count, batch = (60, 16) if context.quick else (5000, BATCH)
-    title = f"{count:,} JPEGs of 500x400 at {SIZE}x{SIZE} in batches of {batch}"
+    """Report images a second and core."""
+    count, batch = (40, 8) if context.quick else (10_000, BATCH)
+    title = f"{count:,} JPEGs of 500x400 at {SIZE}x{SIZE} in batches of {batch}, on one core"
     context.report.begin("loading", title, images=count, batch=batch)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "images"
-        folder.mkdir()
-        write_jpegs(folder, count)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ways = [
-            Way("published, 1 worker", lambda: _batches(published.batches(folder, SIZE, batch)), memory=False),
-            Way("ours, 1 worker", _ours(folder, batch, num_workers=1), memory=False),
-            Way("ours, in the training process", _ours(folder, batch, num_workers=0), memory=False),
-            Way(f"ours, {cores} workers", _ours(folder, batch, num_workers=cores), memory=False),
-        ]
-        context.compare(context.ways(ways), context.clock, batch)
+    threads = th.get_num_threads()
+    th.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder, cache = Path(scratch) / "images", str(Path(scratch) / "cache")
+            folder.mkdir()
+            write_jpegs(folder, count)
+            theirs = published.batches(folder, SIZE, batch, workers=0)
+            ways = [Way("published", lambda: lambda: next(theirs), 1, memory=False)]
+            for name, options in _options(cache).items():
+                ways.append(Way(name, _ours(folder, batch, options), 2, memory=False))
+            context.compare(context.ways(ways), context.clock, batch)
+    finally:
+        th.set_num_threads(threads)
+
+
+def _options(cache: str) -> dict[str, dict[str, Any]]:
+    """Our ways: from the files and, where this version has it, from the packed cache."""
+    if "cache" not in inspect.signature(load_data).parameters:
+        return {"files": {}}
+    return {
+        "files": dict(cache="off"),
+        "cache, float32": dict(cache=cache),
+        "cache, uint8": dict(cache=cache, as_bytes=True),
+        "cache, uint8, flips": dict(cache=cache, as_bytes=True, random_flip=True),
+    }
+
+
+def _ours(folder: Path, batch: int, options: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
+    def make() -> Callable[[], Any]:
+        given = {name: value for name, value in options.items() if name != "as_bytes"}
+        data: Iterator[Any] = load_data(data_dir=str(folder), batch_size=batch, image_size=SIZE, num_workers=0, **given)
+        if options.get("as_bytes"):
+            data.stream.as_bytes = True  # type: ignore[attr-defined]
+        return lambda: next(data)
+
+    return make
 
 
 def write_jpegs(folder: Path, count: int) -> None:
@@ -51,14 +82,3 @@ def write_jpegs(folder: Path, count: int) -> None:
         Image.fromarray(array.clip(0, 255).astype(np.uint8)).save(folder / name, quality=85)
     for i, name in enumerate(names[DIFFERENT:]):
         os.link(folder / names[i % DIFFERENT], folder / name)
-
-
-def _ours(folder: Path, batch: int, **options: Any) -> Callable[[], Callable[[], Any]]:
-    def make() -> Callable[[], Any]:
-        return _batches(load_data(data_dir=str(folder), batch_size=batch, image_size=SIZE, **options))
-
-    return make
-
-
-def _batches(data: Iterator[Any]) -> Callable[[], Any]:
-    return lambda: next(data)

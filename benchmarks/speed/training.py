@@ -17,7 +17,7 @@ from improved_diffusion.training.run import build_loop
 from improved_diffusion.training.tasks import task_of
 
 from .context import Context
-from .ways import Way
+from .ways import Clock, Way
 from .workloads import Workload, parameters
 
 # The options of `improved-diffusion train` that are compared, by name, the most interesting ones first.
@@ -56,7 +56,7 @@ CPU_COMPILED: dict[str, dict[str, Any]] = {
     "bf16 compile": dict(precision="bf16", compile="blocks"),
 }  # fmt: skip
 QUICK_OPTIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": dict(precision="bf16")}
-NEEDS = {"off": 2.0, "blocks": 40.0, "model": 90.0}  # seconds, most of them to compile
+NEEDS = {"off": 4.0, "blocks": 40.0, "model": 90.0}  # seconds to prepare and measure, most of them to compile
 LOG_INTERVAL = 10
 
 
@@ -70,9 +70,9 @@ def run(context: Context) -> None:
         size = workload.together - 1
         parts = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
         for left, part in zip(range(len(parts), 0, -1), parts):
-            time_of = [sum(way.needs for way in [baseline, *each]) for each in parts[-left:]]
-            share = time_of[0] / sum(time_of)
-            context.compare([baseline, *part], clock.part(share), workload.batch_size, workload=workload.name)
+            needs = [sum(way.needs for way in [baseline, *each]) for each in parts[-left:]]
+            seconds = min(clock.left, max(needs[0], clock.left * needs[0] / sum(needs)))
+            context.compare([baseline, *part], Clock(seconds), workload.batch_size, workload=workload.name)
             gc.collect()
             distributed.empty_cache(distributed.dev())
 
