@@ -13,7 +13,7 @@ run() { # share of the time in hundredths, then the arguments
 
 if [ "${3:-}" = short ]; then
     run 60 peak training --workloads 'cifar10-128' --profile 'published fp16,bf16 channels_last,bf16 channels_last compile' \
-        --ways 'bf16,bf16 channels_last,fp16 channels_last,tf32,diffusers*,bf16 channels_last compile'
+        --ways 'bf16,bf16 channels_last,fp16 channels_last,*mixed,tf32,diffusers*,bf16 channels_last compile'
     run 15 training --workloads 'cifar10-16' --ways 'bf16,bf16 channels_last,bf16 cuda_graphs,diffusers*'
     run 25 training --workloads 'imagenet64-*' --ways 'bf16,bf16 channels_last,diffusers*' --profile 'bf16 channels_last'
     exit

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from . import distributed
 from .bound import BoundSummary
 from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
 from .checkpoints.safetensors_file import has_suffix
-from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
+from .config import ReadingConfig, SpeedConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import CardConfig, ExportConfig, PushConfig
 from .config.presets import options_for, until_chosen
 from .config.settings import (
@@ -136,7 +136,7 @@ class Model:
 
         :param n: how many, 1 unless given; or give seeds="17,40-47", numbers of images, among the options.
         :param classes: names or labels, taken in turn, as a list or comma-separated; random ones unless given.
-        :param batch_size: images at once: more is faster, and needs more memory.
+        :param batch_size: images at once: more is faster, and needs more memory; 0: as many as fit a GPU's memory.
         :param progress: show a progress bar.
         :param on_step: called with a SamplingStep after each step.
         Raises UserError for options that contradict each other or the model.
@@ -227,8 +227,9 @@ class Model:
     def _network(self, options: Mapping[str, Any]) -> th.nn.Module:
         """The network to prepare for these options: other precisions and layouts get a copy of their own."""
         precision = "fp16" if options.get("use_fp16") else options.get("precision", "fp32")
-        key = (precision, options.get("channels_last", False), options.get("compile", False))
-        if key == ("fp32", False, False):
+        speed = SpeedConfig(**{f.name: options[f.name] for f in fields(SpeedConfig) if f.name in options})
+        key = (precision, speed)
+        if key == ("fp32", SpeedConfig()):
             return self.network
         if key not in self._prepared:
             self._prepared = {key: copy.deepcopy(self.network)}  # one, so that memory does not grow
@@ -237,7 +238,7 @@ class Model:
     def _steps(self, pipeline: SamplingPipeline) -> Iterator[tuple[bool, SamplingStep]]:
         """(whether it is the batch's last, step) for each step of each batch."""
         numbers, steps = list(pipeline.numbers), pipeline.sampler.steps
-        batch_size = pipeline.loaded.settings.sample.batch_size
+        batch_size = pipeline.batch_size
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
             predictions = (out for out in pipeline.trajectory(batch) if out["pred_xstart"] is not None)

@@ -93,6 +93,15 @@ def draw_noise(x: th.Tensor) -> th.Tensor:
     return th.randn_like(x) if noise_fn is None else noise_fn(x)
 
 
+def skip_noise(x: th.Tensor) -> None:
+    """Pass over noise like x that is not used, so that what is drawn later is the same as if it had been drawn.
+
+    A noise_fn with a method `skip` is told; anything else draws it, as the published code does.
+    """
+    skip = getattr(_noise_fn.get(), "skip", draw_noise)
+    skip(x)
+
+
 def start_noise(model, shape: Sequence[int], noise=None, device=None, noise_fn: Draw | None = None) -> th.Tensor:
     """x_T [N, C, ...]: `noise` where it is given, otherwise drawn on the device (the model's, unless given)."""
     if not isinstance(shape, (tuple, list)):
@@ -388,9 +397,11 @@ class GaussianDiffusion:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
-        noise = draw_noise(x)  # with eta = 0 too; see p_sample
         direction = 1 - alpha_bar_prev
-        if eta:
+        if not eta:
+            skip_noise(x)  # see p_sample
+        else:
+            noise = draw_noise(x)
             alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
             sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
             sigma = sigma * th.sqrt(1 - alpha_bar / alpha_bar_prev)

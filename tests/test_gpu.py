@@ -16,11 +16,20 @@ pytestmark = [
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_waits_for_the_device_between_rows_of_the_log(precision, tmp_path):
+def succeed(program, *args, cwd):
+    """Run a program of this folder where the GPU is visible."""
     env = environment()
     env["PYTHONPATH"] += f"{os.pathsep}{HERE}"
     del env["CUDA_VISIBLE_DEVICES"]
-    argv = [sys.executable, str(HERE / "gpu_steps.py"), precision, str(tmp_path)]
-    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)
+    argv = [sys.executable, str(HERE / program), *map(str, args)]
+    done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_the_device_between_rows_of_the_log(precision, tmp_path):
+    succeed("gpu_steps.py", precision, tmp_path, cwd=tmp_path)
+
+
+def test_metrics_are_those_of_the_cpu(tmp_path):
+    succeed("gpu_metrics.py", cwd=tmp_path)

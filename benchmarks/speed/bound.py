@@ -53,7 +53,7 @@ def _call(workload: Workload, steps: int, per_pass: int, ours: bool = True) -> C
         settings = workload.settings(timestep_respacing=str(steps))
         diffusion = build_diffusion(settings.diffusion)
         model = our_model(workload, {}) if ours else published_model(workload, fp16=False)
-        images, classes = workload.images(pinned=False)
+        images, classes = workload.images()
         batch = images.to(distributed.dev())
         kwargs = {name: value.to(distributed.dev()) for name, value in classes.items()}
 

@@ -1,30 +1,37 @@
-"""Images from files: JPEGs of 500x400 at 64x64, in batches, by the published loader and by ours.
+"""Images from files: JPEGs of 500x400 at 64x64, in batches, by the published loader, by ours and from the packed cache.
 
 All ways read in this process with one thread, so that the numbers are images a second and core; worker processes would
-read ahead while others are measured.
+read ahead while others are measured. First, all are checked to give the same batch.
 """
 
 from __future__ import annotations
 
-import inspect
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch as th
-from PIL import Image
+from torch.utils.data import default_collate
 
 from benchmarks import published
-from improved_diffusion.data.stream import load_data
+from improved_diffusion.data.cache import use_cache
+from improved_diffusion.data.dataset import ImageDataset
+from improved_diffusion.data.pixels import to_model_range
+from improved_diffusion.data.sources import open_images
+from improved_diffusion.data.stream import BatchStream
 
 from .context import Context
 from .ways import Way
 
 BATCH, SIZE = 128, 64
 DIFFERENT = 250  # JPEGs; the other names are links to them
+OURS: dict[str, dict[str, Any]] = {
+    "files": dict(cached=False),
+    "cache, float32": dict(cached=True),
+    "cache, uint8": dict(cached=True, as_bytes=True),
+    "cache, uint8, flips": dict(cached=True, as_bytes=True, random_flip=True),
+}
 
 
 def run(context: Context) -> None:
@@ -36,39 +43,43 @@ def run(context: Context) -> None:
     th.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            folder, cache = Path(scratch) / "images", str(Path(scratch) / "cache")
-            folder.mkdir()
-            write_jpegs(folder, count)
-            theirs = published.batches(folder, SIZE, batch, workers=0)
-            ways = [Way("published", lambda: lambda: next(theirs), 1, memory=False)]
-            for name, options in _options(cache).items():
-                ways.append(Way(name, _ours(folder, batch, options), 2, memory=False))
+            reader = Reader(Path(scratch), batch)
+            write_jpegs(reader.folder, count)
+            reader.check()
+            ways = [Way("published", lambda: _next(published.batches(reader.folder, SIZE, batch, workers=0)), 1,
+                        memory=False)]  # fmt: skip
+            for name, options in OURS.items():
+                ways.append(Way(name, lambda options=options: _next(reader.ours(**options)), memory=False))
             context.compare(context.ways(ways), context.clock, batch)
     finally:
         th.set_num_threads(threads)
 
 
-def _options(cache: str) -> dict[str, dict[str, Any]]:
-    """Our ways: from the files and, where this version has it, from the packed cache."""
-    if "cache" not in inspect.signature(load_data).parameters:
-        return {"files": {}}
-    return {
-        "files": dict(cache="off"),
-        "cache, float32": dict(cache=cache),
-        "cache, uint8": dict(cache=cache, as_bytes=True),
-        "cache, uint8, flips": dict(cache=cache, as_bytes=True, random_flip=True),
-    }
+def _next(data: Iterator[Any]) -> Any:
+    return lambda: next(data)
 
 
-def _ours(folder: Path, batch: int, options: dict[str, Any]) -> Callable[[], Callable[[], Any]]:
-    def make() -> Callable[[], Any]:
-        given = {name: value for name, value in options.items() if name != "as_bytes"}
-        data: Iterator[Any] = load_data(data_dir=str(folder), batch_size=batch, image_size=SIZE, num_workers=0, **given)
-        if options.get("as_bytes"):
-            data.stream.as_bytes = True  # type: ignore[attr-defined]
-        return lambda: next(data)
+class Reader:
+    """The images, and the streams that read them."""
 
-    return make
+    def __init__(self, scratch: Path, batch: int):
+        self.folder, self.cache, self.batch = scratch / "images", str(scratch / "cache"), batch
+        self.folder.mkdir()
+
+    def ours(self, cached: bool, **options: Any) -> BatchStream:
+        """Our stream, from the packed cache or from the files, which do not stay in memory."""
+        dataset = ImageDataset(SIZE, open_images(str(self.folder)))
+        dataset.store = None
+        use_cache(dataset, self.cache if cached else "off", str(self.folder))
+        return BatchStream(dataset, self.batch, num_workers=0, check=False, **options)
+
+    def check(self) -> None:
+        """The first images are the same in all ways."""
+        images = published.Images(self.folder, SIZE)
+        expected, _ = default_collate([images[i] for i in range(self.batch)])
+        for options in OURS.values():
+            found, _ = next(self.ours(**{**options, "random_flip": False}, shuffle=False))
+            assert th.equal(to_model_range(found, "cpu"), expected), f"other images: {options}"
 
 
 def write_jpegs(folder: Path, count: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch as th
 
 from improved_diffusion import distributed
+from improved_diffusion.data.pixels import to_model_range
 from improved_diffusion.logs import logger
 from improved_diffusion.logs.trackers import make_trackers
 from improved_diffusion.models.build import build_model_and_diffusion
@@ -88,7 +89,7 @@ class BareLoop:
         """One step on the batch."""
         for p in self.params:
             p.grad = None
-        batch = images.to(distributed.dev(), non_blocking=True)
+        batch = to_model_range(images, distributed.dev())
         kwargs = {name: value.to(distributed.dev(), non_blocking=True) for name, value in kwargs.items()}
         t = th.randint(self.diffusion.num_timesteps, (len(batch),), device=batch.device)
         self.diffusion.training_losses(self.model, batch, t, kwargs)["loss"].mean().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import torch as th
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from . import launchers
 from .collectives import all_gather_object
 
 _device: th.device | None = None
+_local_size = 1
 
 
 def find_accelerator() -> th.device | None:
@@ -37,7 +39,8 @@ def choose_device(joined: launchers.Joined) -> str:
 
     Raises UserError for several ranks on a kind of device that has no backend, such as MPS.
     """
-    global _device
+    global _device, _local_size
+    _local_size = joined.local_size
     found = find_accelerator()
     if found is None:
         _device = th.device("cpu")
@@ -59,6 +62,11 @@ def choose_device(joined: launchers.Joined) -> str:
             'one process, or run on CPUs with CUDA_VISIBLE_DEVICES=""'
         )
     return f"cpu:gloo,{found.type}:{backend}" if backend else "gloo"
+
+
+def local_size() -> int:
+    """The number of ranks on this host."""
+    return _local_size
 
 
 def _backend(kind: str) -> str | None:
@@ -151,6 +159,28 @@ def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
     return tensor.to(device)
 
 
+class HostCopy:
+    """A copy of a tensor in host memory that arrives while the device works on; only `get` waits, for no more than it.
+
+    Of a tensor that is in host memory already, the tensor itself.
+    """
+
+    def __init__(self, tensor: th.Tensor):
+        self._arrived = None
+        self._copy = tensor.detach()
+        if pins_memory(tensor.device):
+            self._copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor.detach(), non_blocking=True)
+            self._arrived = th.get_device_module(tensor.device).Event()
+            self._arrived.record()
+
+    def get(self) -> th.Tensor:
+        """The copy."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.cpu()
+
+
 def synchronize(device: th.device) -> None:
     """Wait until the device has done all queued work; returns at once for the CPU."""
     if device.type == "mps":  # takes no device
@@ -175,6 +205,28 @@ def peak_memory(device: th.device) -> int | None:
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024  # kilobytes, except on macOS
+
+
+def knows_peak_memory(device: th.device) -> bool:
+    """Whether `measure_memory` and `available_memory` work: on CUDA and XPU."""
+    return device.type in ("cuda", "xpu")
+
+
+def measure_memory(work: Callable[[], object], device: th.device) -> int:
+    """The most bytes of the device that tensors took during `work`, beyond those that were there before."""
+    module = th.get_device_module(device)
+    before = module.memory_allocated(device)
+    module.reset_peak_memory_stats(device)
+    work()
+    return module.max_memory_allocated(device) - before
+
+
+def available_memory(device: th.device) -> int:
+    """Bytes that new tensors can take: what the device has free, and what torch keeps without using it."""
+    module = th.get_device_module(device)
+    info = memory_info(device)
+    free = 0 if info is None else info[0]
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
 def memory_info(device: th.device) -> tuple[int, int] | None:

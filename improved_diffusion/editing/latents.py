@@ -15,6 +15,7 @@ from .. import distributed
 from ..config import SAMPLERS, UserError
 from ..logs import logger
 from ..logs.progress import Progress
+from ..sampling.batches import Halving
 from ..sampling.labels import Labels
 from ..utils import files, images
 
@@ -97,7 +98,7 @@ def write_latents(
         bar = Progress("encoding", count, "image", initial=count - len(missing))
         try:
             with closing(bar):
-                _make_missing(invert, missing, batch_size, parts, bar)
+                _make_missing(Halving(invert), missing, batch_size, parts, bar)
         except KeyboardInterrupt:
             saved = f"{bar.done} of {count} latents are in {parts}; rerun the same command to continue"
             raise KeyboardInterrupt(saved) from None

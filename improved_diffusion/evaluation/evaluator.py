@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -19,7 +19,7 @@ from ..logs import logger
 from ..utils import files
 from ..utils.resizing import PREPARED
 from . import report
-from .feature_sets import AS_THEY_ARE, IN_MEMORY, MIN_IMAGES, FeatureSet, ImageSet, by, extract
+from .feature_sets import AS_THEY_ARE, IN_MEMORY, MIN_IMAGES, FeatureSet, ImageSet, by, extract, metrics_device
 from .features import FeatureNetwork
 from .metrics.copies import nearest
 from .metrics.frechet import moments
@@ -32,6 +32,7 @@ from .report import Metric, Pictures, Real, Report
 MAX_OVERLAP = 0.01  # share of held-out images that may be training images too: some data sets have a few duplicates
 _DEFAULT_READING = ReadingConfig()
 
+Result = TypeVar("Result")
 Images = str | os.PathLike | np.ndarray  # a folder, a zip or an npz; or uint8 [N, H, W, C]
 
 
@@ -196,7 +197,7 @@ class Evaluator:
         assert samples.images is not None
         warnings = check_comparable(samples, self.reference)
         logger.log("computing the metrics")
-        metrics, missing = score(samples, self.reference)
+        metrics, missing = _computed(score, samples, self.reference)
         copies = self._copies(samples)
         if copies.metric is None:
             missing["copies"] = _why_no_copies(self.train)
@@ -228,7 +229,7 @@ class Evaluator:
         assert held_out.features is not None
         n = len(held_out.features)
         if n not in self._held_out_scores:
-            metrics = score(held_out, self.reference).metrics
+            metrics = _computed(score, held_out, self.reference).metrics
             self._held_out_scores[n] = Real(n, _metrics(metrics))
         return self._held_out_scores[n]
 
@@ -246,21 +247,36 @@ class Evaluator:
         """The distances [K] of the held-out images to the training images."""
         if self.train is None or self.train.features is None or self.held_out is None or self.held_out.features is None:
             return None
-        return nearest(self.held_out.features, self.train.features)[0]
+        return _computed(nearest, self.held_out.features, self.train.features)[0]
 
     def _copies(self, samples: FeatureSet) -> _Copies:
         """How near the samples are to the training images, and the nearest pairs."""
         if self.train is None:
             return _Copies(None, None, None)
         assert samples.features is not None and self.train.features is not None
-        copies = find_copies(samples.features, self.train.features, self._held_out_distances)
+        copies = _computed(find_copies, samples.features, self.train.features, self._held_out_distances)
         suspects = np.argsort(copies.distances, kind="stable")[: report.SHOWN_COPIES]
-        _, near = nearest_neighbours(samples.features[suspects], self.train.features, count=report.SHOWN_NEIGHBOURS)
+        _, near = _computed(
+            nearest_neighbours, samples.features[suspects], self.train.features, report.SHOWN_NEIGHBOURS
+        )
         neighbours = report.Neighbours(
             samples.take(suspects.tolist()), np.stack([self.train.take(row) for row in near])
         )
         distances = None if copies.held_out is None else (copies.distances, copies.held_out)
         return _Copies(copies.metric, neighbours, distances)
+
+
+def _computed(metric: Callable[..., Result], *args: Any) -> Result:
+    """The result of a metric on an accelerator, or on the CPU where there is none or its memory is too small."""
+    device = metrics_device()
+    try:
+        return metric(*args, device=device)
+    except RuntimeError as error:
+        if not distributed.is_out_of_memory(error):
+            raise
+    logger.log(f"the metrics need more memory than {device.type} has free: computing them on the CPU, which is slower")
+    distributed.empty_cache(device)
+    return metric(*args, device="cpu")
 
 
 class _Copies(NamedTuple):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
 
 from .. import distributed
 from ..config import ReadingConfig, UserError, height_width
@@ -183,7 +184,14 @@ class FeatureSet:
         rows = selection(len(self.features), count)
         probabilities = None if self.probabilities is None else self.probabilities[rows]
         about = {**self.about, "count": count}
-        return FeatureSet(self.flag, about, self.features[rows], probabilities, moments(self.features[rows]))
+        return FeatureSet(
+            self.flag, about, self.features[rows], probabilities, moments(self.features[rows], metrics_device())
+        )
+
+
+def metrics_device() -> th.device:
+    """What computes metrics: this rank's device where it has float64, else the CPU."""
+    return distributed.dev() if distributed.has_float64(distributed.dev()) else th.device("cpu")
 
 
 class _Part(NamedTuple):
@@ -229,7 +237,7 @@ class _Collected:
 
     def __init__(self, numbers: np.ndarray):
         self.numbers = numbers
-        self.moments, self.spatial = RunningMoments(), RunningMoments()
+        self.moments, self.spatial = (RunningMoments(metrics_device()) for _ in range(2))
         self.features: list[np.ndarray] = []
         self.probabilities: list[np.ndarray] = []
         self.checksum, self.resized = hashlib.sha256(), False

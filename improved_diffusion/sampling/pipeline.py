@@ -19,6 +19,7 @@ from ..data.given import GivenImages, read_images
 from ..logs import logger
 from ..models.build import with_levels
 from ..utils.images import from_uint8
+from .batches import fitting_batch
 from .guided import guide, prepare_model
 from .labels import Labels, choose_labels, image_labels, label_kwargs
 from .noise import SeededNoise
@@ -58,6 +59,16 @@ class SamplingPipeline:
         """The numbers of the images that the settings ask for."""
         sample = self.loaded.settings.sample
         return number_list(sample.seeds) or range(sample.num_samples)
+
+    @property
+    def batch_size(self) -> int:
+        """How many images this rank draws at once: --batch_size, or its share of all where that fits its memory."""
+        asked: int = self.loaded.settings.sample.batch_size
+        if asked:
+            return asked
+        numbers = self.numbers
+        share = math.ceil(len(numbers) / distributed.get_world_size())
+        return fitting_batch(lambda count: next(self.trajectory(numbers[:count])), share, distributed.dev())
 
     def _check_numbers(self) -> None:
         """Raise UserError where --num_samples is not the number of --seeds."""
@@ -110,16 +121,19 @@ class SamplingPipeline:
         numbers = self.numbers
         if len(numbers) == sample.num_samples and not {"num_samples", "seeds"} & self.loaded.given:
             logger.log(f"drawing {len(numbers):,} images, as --num_samples is not given: --num_samples 16 draws 16")
+        batch_size = min(distributed.all_gather_object(self.batch_size))
+        if not sample.batch_size:
+            logger.log(f"drawing {batch_size} images at once on each rank, as --batch_size is 0")
         path = write_samples(
             self.draw,
             out_dir=out_dir,
             numbers=numbers,
-            batch_size=sample.batch_size,
+            batch_size=batch_size,
             labels=self.labels,
             request=describe_request(self.loaded, self.sampler),
             beside=self.shown_beside,
         )
-        first = list(numbers)[: sample.batch_size]
+        first = list(numbers)[:batch_size]
         write_steps(self.trajectory, out_dir, first, self.sampler.steps, sample.save_steps)
         return path
 

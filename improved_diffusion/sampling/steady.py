@@ -54,8 +54,10 @@ class _OneKernel(TorchFunctionMode):
 def _linear(x: th.Tensor, weight: th.Tensor, bias: th.Tensor | None = None) -> th.Tensor:
     if x.ndim != 2:
         return F.linear(x, weight, bias)
-    parts = [F.linear(F.pad(part, (0, 0, 0, ROWS - len(part))), weight, bias)[: len(part)] for part in x.split(ROWS)]
-    return th.cat(parts)
+    count, missing = len(x), -len(x) % ROWS
+    padded = F.pad(x, (0, 0, 0, missing)) if missing else x
+    parts = [F.linear(part, weight, bias) for part in padded.split(ROWS)]
+    return (parts[0] if len(parts) == 1 else th.cat(parts))[:count]
 
 
 def _conv1d(
@@ -74,9 +76,10 @@ def _conv2d(
 ) -> th.Tensor:  # fmt: skip
     if x.ndim != 4 or isinstance(padding, str):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    first = x[:1]  # of one image, the strides between images say nothing, and torch may take another layout
-    is_last = first.is_contiguous(memory_format=th.channels_last) and not first.is_contiguous()
-    x = x.contiguous(memory_format=th.channels_last if is_last else th.contiguous_format)
+    if not x.is_contiguous():
+        first = x[:1]  # of one image, the strides between images say nothing, and torch may take another layout
+        is_last = first.is_contiguous(memory_format=th.channels_last) and not first.is_contiguous()
+        x = x.contiguous(memory_format=th.channels_last if is_last else th.contiguous_format)
     sizes = [[n, n] if isinstance(n, int) else list(n) for n in (padding, stride, dilation)]
     return th.ops.aten.mkldnn_convolution(x, weight, bias, *sizes, groups)
 

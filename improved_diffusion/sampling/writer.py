@@ -6,6 +6,7 @@ import json
 import math
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..data.low_res import pairs
 from ..logs import logger
 from ..logs.progress import Progress
 from ..utils import files, images
+from .batches import Halving
 from .labels import Labels
 from .names import ByNumber, FileNames
 
@@ -27,6 +29,7 @@ SHOWN = 100  # images in the grid
 SHOWN_STEPS = 8  # images whose steps are shown
 HELD_FRAMES = 10
 SHOWN_CHARACTERS = 100  # of a value in a message
+WRITERS = 4  # threads on each rank
 
 
 def last_images(steps: Iterable[Mapping[str, th.Tensor]]) -> np.ndarray:
@@ -95,9 +98,10 @@ def write_samples(
 
     Returns the npz's path.
 
-    Samples that an interrupted run with the same request left behind are kept, but for damaged ones. No more than a
-    batch of images, or those of the grid, is held in memory.
-    :param draw: sample numbers -> uint8 [N, H, W, C]; each rank calls it with its share.
+    Samples that an interrupted run with the same request left behind are kept, but for damaged ones. No more than two
+    batches of images, or those of the grid, are held in memory.
+    :param draw: sample numbers -> uint8 [N, H, W, C]; each rank calls it with its share, or with parts of it where an
+        accelerator's memory is too small.
     :param request: what the samples depend on; a folder that holds samples of another request raises UserError.
     :param beside: an image [h, w, C] to show beside sample i in the grid.
     :param names: of the PNGs; by number and class unless given.
@@ -112,7 +116,7 @@ def write_samples(
     bar = Progress("sampling", len(numbers), "image", initial=done)
     try:
         with closing(bar):
-            _draw_missing(draw, missing, batch_size, png_dir, names, bar)
+            _draw_missing(Halving(draw), missing, batch_size, PngWriter(png_dir, names), bar)
         return distributed.from_rank0(_finish, out_dir, numbers, labels, beside, names)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_saved(bar, png_dir)) from None
@@ -126,38 +130,77 @@ def _draw_missing(
     draw: Callable[[list[int]], np.ndarray],
     missing: list[int],
     batch_size: int,
-    png_dir: str,
-    names: FileNames,
+    writer: PngWriter,
     bar: Progress,
 ) -> None:
-    """Draw and write the missing samples, a batch on each rank at a time. Collective.
+    """Draw the missing samples, a batch on each rank at a time, and write each while the next is drawn. Collective.
 
     An error of any rank is the same UserError on all.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    for start in range(0, len(missing), batch_size * world_size):
-        chunk = missing[start : start + batch_size * world_size]
-        mine = chunk[rank * batch_size : (rank + 1) * batch_size]
-        outcomes = distributed.all_gather_object(_draw_and_write(draw, mine, png_dir, names))
-        bar.update(sum(written for written, _ in outcomes))
-        for _, problem in outcomes:
-            if problem is not None:
-                raise UserError(f"{problem}. {_saved(bar, png_dir)}")
+    chunks = [missing[i : i + batch_size * world_size] for i in range(0, len(missing), batch_size * world_size)]
+    with writer:
+        try:
+            for chunk in [*chunks, []]:  # after the last one, its files are waited for
+                mine = chunk[rank * batch_size : (rank + 1) * batch_size]
+                drawn, problem = _drawn(draw, mine)
+                written, unwritten = writer.finish()
+                outcomes = distributed.all_gather_object((written, unwritten or problem))
+                bar.update(sum(written for written, _ in outcomes))
+                for _, found in outcomes:
+                    if found is not None:
+                        raise UserError(f"{found}. {_saved(bar, writer.png_dir)}")
+                writer.start(mine, drawn)
+        except KeyboardInterrupt:
+            bar.update(writer.finish()[0])
+            raise
 
 
-def _draw_and_write(
-    draw: Callable[[list[int]], np.ndarray], numbers: list[int], png_dir: str, names: FileNames
-) -> tuple[int, str | None]:
-    """Draw samples and write their PNGs. Returns how many were written, and what went wrong, if something did."""
-    written = 0
+def _drawn(draw: Callable[[list[int]], np.ndarray], numbers: list[int]) -> tuple[np.ndarray | tuple[()], str | None]:
+    """(the samples, what went wrong, if something did)."""
     try:
-        for i, array in zip(numbers, draw(numbers) if numbers else ()):
-            path = files.join(png_dir, names(i))
-            files.write_bytes(path, images.encode_png(array), durable=False)
-            written += 1
+        return (draw(numbers) if numbers else ()), None
     except UserError as error:
-        return written, str(error)
-    return written, None
+        return (), str(error)
+
+
+class PngWriter:
+    """Encodes and writes PNGs in threads. The with statement ends when all are written.
+
+    :param names: of the files.
+    """
+
+    def __init__(self, png_dir: str, names: FileNames):
+        self.png_dir, self.names = png_dir, names
+        self._futures: list[Future[None]] = []
+
+    def __enter__(self) -> PngWriter:
+        self._pool = ThreadPoolExecutor(WRITERS)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def start(self, numbers: Sequence[int], arrays: Iterable[np.ndarray]) -> None:
+        """Write the samples with these numbers, uint8 [H, W, C] each."""
+        self._futures += [self._pool.submit(self._write, i, array) for i, array in zip(numbers, arrays)]
+
+    def _write(self, number: int, array: np.ndarray) -> None:
+        path = files.join(self.png_dir, self.names(number))
+        files.write_bytes(path, images.encode_png(array), durable=False)
+
+    def finish(self) -> tuple[int, str | None]:
+        """Wait for what was started. Returns how many were written, and what went wrong, if something did.
+
+        Raises the first error that is not a user's.
+        """
+        wait(self._futures)
+        errors = [error for future in self._futures if (error := future.exception()) is not None]
+        written, self._futures = len(self._futures) - len(errors), []
+        for error in errors:
+            if not isinstance(error, UserError):
+                raise error
+        return written, str(errors[0]) if errors else None
 
 
 def _check_shared(out_dir: str) -> None:

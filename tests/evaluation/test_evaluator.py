@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch as th
 from feature_helpers import write_script
 from script_helpers import pixels, write_images
 
@@ -11,7 +12,7 @@ from improved_diffusion.cli.evaluate import check_source
 from improved_diffusion.cli.parsing import parse
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import Scoring
-from improved_diffusion.evaluation import evaluator
+from improved_diffusion.evaluation import evaluator, feature_sets
 from improved_diffusion.evaluation.evaluator import Inputs, evaluate, prepare_like_training
 from improved_diffusion.evaluation.report import Report
 
@@ -29,6 +30,37 @@ def place(tmp_path_factory):
 def inputs_of(place, **paths):
     settings = Scoring.of({"features": str(place / "features.pt"), **{k: str(place / v) for k, v in paths.items()}})
     return Inputs.of(settings.evaluation, settings.features, settings.reading)
+
+
+# Where metrics are computed
+
+
+def test_metrics_that_do_not_fit_an_accelerators_memory_are_computed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(evaluator, "metrics_device", lambda: th.device("cuda:0"))
+    monkeypatch.setattr(evaluator.distributed, "empty_cache", lambda device: None)
+    said, tried = [], []
+    monkeypatch.setattr(evaluator.logger, "log", said.append)
+
+    def metric(a, b, device):
+        tried.append(str(device))
+        if device != "cpu":
+            raise th.cuda.OutOfMemoryError
+        return a + b
+
+    assert evaluator._computed(metric, 1, 2) == 3 and tried == ["cuda:0", "cpu"]
+    assert len(said) == 1 and "CPU" in said[0]
+
+    def broken(device):
+        raise RuntimeError("another error")
+
+    with pytest.raises(RuntimeError, match="another error"):
+        evaluator._computed(broken)
+
+
+@pytest.mark.parametrize("kind, chosen", [("cuda:0", "cuda:0"), ("mps", "cpu"), ("cpu", "cpu")])
+def test_metrics_are_computed_where_there_is_float64(kind, chosen, monkeypatch):
+    monkeypatch.setattr(evaluator.distributed, "dev", lambda: th.device(kind))
+    assert feature_sets.metrics_device() == th.device(chosen)
 
 
 # What is read

@@ -10,6 +10,7 @@ from script_helpers import call, refused
 
 from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.config.settings import ImageSampling
+from improved_diffusion.sampling import noise
 from improved_diffusion.sampling.labels import Labels
 from improved_diffusion.sampling.noise import SEED_SCHEME, SeededNoise, image_generator
 from improved_diffusion.sampling.pipeline import SamplingPipeline
@@ -58,6 +59,38 @@ def test_noise_does_not_depend_on_the_batch():
         x = whole(th.empty(6, 3, 4, 4))
         alone, two = (part(th.empty(len(part), 3, 4, 4)) for part in parts)
         assert th.equal(alone, x[[3]]) and th.equal(two, x[[0, 5]])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1), (5, 3, 8, 8), (7, 2, 3)])
+def test_threads_draw_the_numbers_of_each_images_generator(shape, threads, monkeypatch):
+    monkeypatch.setattr(noise, "NUMBERS_PER_THREAD", 4)
+    monkeypatch.setattr(th, "get_num_threads", lambda: threads)
+    draw = SeededNoise(11, range(shape[0]))
+    generators = [image_generator(11, i, "noise") for i in range(shape[0])]
+    for _ in range(3):
+        expected = np.stack([generator.standard_normal(shape[1:], dtype=np.float32) for generator in generators])
+        np.testing.assert_array_equal(draw(th.empty(shape)).numpy(), expected)
+
+
+def test_noise_that_is_passed_over_changes_nothing_later():
+    drawn, skipped = SeededNoise(1, range(3)), SeededNoise(1, range(3))
+    x = th.empty(3, 2, 5)
+    drawn(x), drawn(x[:, :1])
+    skipped.skip(x), skipped.skip(x[:, :1])
+    assert drawn.integers(1000).tolist() == skipped.integers(1000).tolist()
+    skipped.skip(x), drawn(x)
+    assert th.equal(drawn(x), skipped(x))
+
+
+@pytest.mark.parametrize("eta, draws", [(0.0, 1), (0.5, 5)])
+def test_ddim_draws_what_it_uses(eta, draws, model, monkeypatch):
+    """The start, and with eta the noise of each step."""
+    calls, fill = [], SeededNoise._draw
+    monkeypatch.setattr(SeededNoise, "_draw", lambda self, shape: (calls.append(shape), fill(self, shape))[1])
+    options = dict(num_samples=2, sampler="ddim", steps=4, ddim_eta=eta)
+    SamplingPipeline(load_model(ImageSampling.of(options), options, str(model))).draw(range(2))
+    assert len(calls) == draws
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -344,6 +345,58 @@ def test_ctrl_c_says_what_is_saved(tmp_path, monkeypatch):
     check(tmp_path, 20)
 
 
+def test_a_batch_is_written_while_the_next_is_drawn(tmp_path, monkeypatch):
+    """As the artist sees: no more than one batch is on its way, and its files come without him waiting for them."""
+    allowed, encode_png = threading.Event(), images.encode_png
+    monkeypatch.setattr(images, "encode_png", lambda array: (allowed.wait(10), encode_png(array))[1])
+    there = []
+
+    class Watching(Artist):
+        def __call__(self, indices):
+            if indices[0] == 4:  # the first batch is held back until now
+                there.append(len(list(tmp_path.glob("samples/*.png"))))
+                allowed.set()
+            elif indices[0] == 8:
+                there.append(len(list(tmp_path.glob("samples/*.png"))))
+            return super().__call__(indices)
+
+    write(tmp_path, 12, Watching())
+    assert there[0] == 0 and there[1] >= 4
+    check(tmp_path, 12)
+
+
+def test_what_is_drawn_is_written_when_drawing_fails(tmp_path):
+    class Failing(Artist):
+        def __call__(self, indices):
+            if 8 in indices:
+                raise UserError("the model is broken")
+            return super().__call__(indices)
+
+    with pytest.raises(UserError, match=r"the model is broken. 8 of 12 samples are in"):
+        write(tmp_path, 12, Failing())
+    assert len(list((tmp_path / "samples").iterdir())) == 8
+
+
+@pytest.mark.parametrize("error", [UserError("the disk is full"), ZeroDivisionError("a bug")])
+def test_an_error_in_a_writing_thread_is_raised_and_the_others_files_are_counted(error, tmp_path, monkeypatch):
+    encode_png = images.encode_png
+
+    def failing(array):
+        if np.array_equal(array, picture(5)):
+            raise error
+        return encode_png(array)
+
+    monkeypatch.setattr(images, "encode_png", failing)
+    said = r"the disk is full\. 7 of 20 samples are in" if isinstance(error, UserError) else "a bug"
+    with pytest.raises(type(error), match=said):
+        write(tmp_path, 20)
+    monkeypatch.undo()
+    artist = Artist()
+    write(tmp_path, 20, artist)
+    assert artist.drawn == [5, *range(8, 20)]
+    check(tmp_path, 20)
+
+
 IN_ANOTHER_PROCESS = """
     import os, signal, sys
     from sampling.test_writer import LABELS, images, write
@@ -380,9 +433,11 @@ def test_a_kill_leaves_no_damaged_file_and_the_same_command_finishes(tmp_path, a
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert not list(tmp_path.glob("samples_*.npz")) and not (tmp_path / "samples.png").exists()
     assert len(list(tmp_path.glob(".samples_12x8x8x3.npz.*.tmp"))) == (made == 12)
+    whole = {int(png.stem[-6:]) for png in (tmp_path / "samples").glob("[!.]*.png")}
+    assert len(whole) <= made and (made < 12 or len(whole) == 12)  # other threads may have had some in hand
     artist = Artist()
     write(tmp_path, 12, artist, LABELS)
-    assert artist.drawn == list(range(made, 12))
+    assert artist.drawn == [i for i in range(12) if i not in whole]
     check(tmp_path, 12, LABELS)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .arrays import Device
 from .neighbours import nearest_neighbours
 
 
@@ -16,12 +17,12 @@ class CopyScore(NamedTuple):
     standard_error: float
 
 
-def nearest(features: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest(features: np.ndarray, train: np.ndarray, device: Device = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """(Euclidean distance float64 [N], row int64 [N]) of the nearest of train [M, D] to each of the features [N, D].
 
     Among equal rows, any may be returned. Raises ValueError for sets of different widths.
     """
-    squared, index = nearest_neighbours(features, train)
+    squared, index = nearest_neighbours(features, train, device=device)
     return np.sqrt(squared[:, 0]), index[:, 0]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch as th
+
+from .arrays import Device, on_device
 
 ROWS = 4096  # of the features converted to float64 at once
 
@@ -17,23 +20,27 @@ class Moments(NamedTuple):
 
 
 class RunningMoments:
-    """The mean and the unbiased covariance of features, added in parts."""
+    """The mean and the unbiased covariance of features, added in parts.
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mu = np.zeros(0)  # [D]
-        self.scatter = np.zeros((0, 0))  # [D, D], the sum of the squares about the mean
+    :param device: what computes them; it must have float64.
+    """
+
+    def __init__(self, device: Device = "cpu") -> None:
+        self.device, self.count = device, 0
+        self.mu = th.zeros(0)  # [D]
+        self.scatter = th.zeros(0, 0)  # [D, D], the sum of the squares about the mean
 
     def add(self, features: np.ndarray) -> None:
         """Add features [n, D]."""
-        n, mu = len(features), features.mean(axis=0, dtype=np.float64)
+        rows = on_device(features, self.device).double()
+        n, mu = len(rows), rows.mean(dim=0)
         # Centred first: the mean of squares minus the square of the mean loses digits where the mean is large.
-        centred = features - mu
+        centred = rows - mu
         if not self.count:
-            self.mu, self.scatter = np.zeros_like(mu), np.zeros((len(mu), len(mu)))
+            self.mu, self.scatter = th.zeros_like(mu), mu.new_zeros(len(mu), len(mu))
         shift, total = mu - self.mu, self.count + n
         # Chan, Golub & LeVeque 1979, eq. 2.1: the distance of the means is part of the scatter.
-        self.scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * n / total)
+        self.scatter.addmm_(centred.T, centred).addr_(shift, shift, alpha=self.count * n / total)
         self.mu = self.mu + shift * (n / total)
         self.count = total
 
@@ -41,23 +48,23 @@ class RunningMoments:
         """Raises ValueError for fewer than two rows, and for numbers that are not finite."""
         if self.count < 2:
             raise ValueError(f"{self.count} images have no covariance: give at least 2")
-        if not np.isfinite(self.scatter).all():
+        if not self.scatter.isfinite().all():
             raise ValueError("features that are not finite numbers have no covariance")
-        return Moments(self.mu, self.scatter / (self.count - 1))
+        return Moments(self.mu.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
 
-def moments(features: np.ndarray) -> Moments:
+def moments(features: np.ndarray, device: Device = "cpu") -> Moments:
     """The mean and the unbiased covariance of features [N, D].
 
     Raises ValueError for fewer than two rows, and for numbers that are not finite.
     """
-    running = RunningMoments()
+    running = RunningMoments(device)
     for start in range(0, len(features), ROWS):
         running.add(features[start : start + ROWS])
     return running.result()
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments, device: Device = "cpu") -> float:
     """|mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^1/2), at least 0.
 
     (Dowson & Landau 1982; Heusel et al. 2017, arXiv 1706.08500, eq. 6.) Biased upwards, the
@@ -66,16 +73,17 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if len(a.mu) != len(b.mu):
         raise ValueError(f"features of {len(a.mu)} and {len(b.mu)} dimensions cannot be compared")
+    factors = [_factor(on_device(each.sigma, device).double()) for each in (a, b)]
     # With sigma = F F', the product's eigenvalues are the squares of the singular values of F_a' F_b, which
     # are real and computed directly: roots of the product's own eigenvalues have only half of the digits.
-    cross = np.linalg.svd(_factor(a.sigma).T @ _factor(b.sigma), compute_uv=False).sum()
+    cross = float(th.linalg.svdvals(factors[0].T @ factors[1]).sum())
     difference = a.mu - b.mu
     return max(float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross), 0.0)
 
 
-def _factor(sigma: np.ndarray) -> np.ndarray:
+def _factor(sigma: th.Tensor) -> th.Tensor:
     """F [D, rank] with F F' = sigma."""
-    values, vectors = np.linalg.eigh(sigma)
+    values, vectors = th.linalg.eigh(sigma)
     # Smaller values are rounding errors (as in numpy's matrix_rank), and their roots would matter: 1e-16 gives 1e-8.
-    kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
+    kept = values > values[-1].clamp(min=0) * len(values) * th.finfo(th.float64).eps
+    return vectors[:, kept] * values[kept].sqrt()

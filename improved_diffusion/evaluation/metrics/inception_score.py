@@ -6,6 +6,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch as th
+
+from .arrays import Device, on_device
 
 
 class InceptionScore(NamedTuple):
@@ -15,7 +18,7 @@ class InceptionScore(NamedTuple):
     deviation: float
 
 
-def inception_score(probabilities: np.ndarray, splits: int = 10) -> InceptionScore:
+def inception_score(probabilities: np.ndarray, splits: int = 10, device: Device = "cpu") -> InceptionScore:
     """exp of the mean Kullback-Leibler divergence of p(y | x) from p(y), for probabilities [N, C] of N samples.
 
     (Salimans et al. 2016, arXiv 1606.03498, sec. 4.) As in the published code, the mean and the deviation (with ddof 0;
@@ -29,11 +32,11 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> InceptionSco
     if not (np.min(probabilities) >= 0 and np.allclose(np.sum(probabilities, axis=1, dtype=np.float64), 1, atol=1e-3)):
         raise ValueError("each row of probabilities must be at least 0 and sum to 1: apply a softmax first")
     bounds = [part * count // splits for part in range(splits + 1)]
-    scores = [_score(np.asarray(probabilities[start:end], np.float64)) for start, end in pairwise(bounds)]
+    scores = [_score(on_device(probabilities[start:end], device).double()) for start, end in pairwise(bounds)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _score(p: np.ndarray) -> float:
-    mean = p.mean(axis=0, keepdims=True)
-    ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)  # 0 log 0 is 0
-    return float(np.exp((p * np.log(ratio)).sum(axis=1).mean()))
+def _score(p: th.Tensor) -> float:
+    # Of a class that no sample has, the mean is 0 and its sum too: 0 log 0 is 0.
+    divergence = th.special.xlogy(p, p) - th.special.xlogy(p, p.mean(dim=0))
+    return float(divergence.sum(dim=1).mean().exp())

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import torch as th
 
-# A block of the kernel matrix and its cubes fit in the cache.
+from .arrays import Device, is_cpu, on_device
+
+# A block of the kernel matrix and its cubes fit in a CPU's cache; an accelerator is busy with larger ones.
 ROWS, COLUMNS = 512, 2560
+ON_ACCELERATOR = 1 << 12
 
 
 class KernelDistance(NamedTuple):
@@ -17,12 +22,15 @@ class KernelDistance(NamedTuple):
     standard_error: float
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, blocks: int = 20) -> KernelDistance:
+def kernel_distance(
+    features: np.ndarray, reference: np.ndarray, blocks: int = 20, device: Device = "cpu"
+) -> KernelDistance:
     """The squared maximum mean discrepancy of two sets with the kernel (x y / D + 1)^3.
 
     (Binkowski et al. 2018, arXiv 1801.01401, eq. 3 and sec. 4.) All pairs are used, not random subsets, so that the
     result is deterministic; the standard error is the jackknife's over blocks of both sets.
     :param features: [N, D]; :param reference: [M, D]; both at least 2 * blocks.
+    :param device: what computes it; it must have float64.
     Raises ValueError for fewer, and for sets of different widths.
     """
     if features.shape[1] != reference.shape[1]:
@@ -31,12 +39,12 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, blocks: int = 2
         raise ValueError(f"{min(len(features), len(reference))} images are too few: give at least {2 * blocks}")
     # Shuffled, so that blocks are alike even if the images come class by class.
     rng = np.random.default_rng(0)
-    x, y = (_extended(array[rng.permutation(len(array))]) for array in (features, reference))
+    x, y = (_extended(on_device(array[rng.permutation(len(array))], device)) for array in (features, reference))
     of_x, of_y = _bounds(len(x), blocks), _bounds(len(y), blocks)
-    groups = np.split(x, of_x[1:-1]) + np.split(y, of_y[1:-1])
+    groups = [*x.tensor_split(of_x[1:-1].tolist()), *y.tensor_split(of_y[1:-1].tolist())]
     count, width = len(x) + len(y), x.shape[1]
     # Whichever takes fewer multiplications: pairs count^2 width, moments 2/3 count width^3.
-    sums = _sums_by_pairs(groups) if count < 2 / 3 * width**2 else _sums_by_moments(groups)
+    sums = (_sums_by_pairs(groups) if count < 2 / 3 * width**2 else _sums_by_moments(groups)).cpu().numpy()
     xx, yy, xy = sums[:blocks, :blocks], sums[blocks:, blocks:], sums[:blocks, blocks:]
     # A point and itself are not a pair.
     xx -= np.diag(np.add.reduceat(_kernel_of_itself(x), of_x[:-1]))
@@ -60,53 +68,54 @@ def _bounds(count: int, blocks: int) -> np.ndarray:
     return np.linspace(0, count, blocks + 1).astype(int)
 
 
-def _extended(features: np.ndarray) -> np.ndarray:
+def _extended(features: th.Tensor) -> th.Tensor:
     """[N, D + 1] such that the product of two rows is x y / D + 1. In float64: the distance is a small difference of
     large sums, and float32 does not have enough digits for it."""
     count, width = features.shape
-    result = np.ones((count, width + 1))
-    np.divide(features, np.sqrt(width), out=result[:, :-1])
+    result = th.ones(count, width + 1, dtype=th.float64, device=features.device)
+    result[:, :-1] = features
+    result[:, :-1] /= math.sqrt(width)
     return result
 
 
-def _kernel_of_itself(x: np.ndarray) -> np.ndarray:
-    return np.einsum("nd,nd->n", x, x) ** 3
+def _kernel_of_itself(x: th.Tensor) -> np.ndarray:
+    return (th.linalg.vector_norm(x, dim=1) ** 6).cpu().numpy()
 
 
-def _sums_by_pairs(groups: list[np.ndarray]) -> np.ndarray:
+def _sums_by_pairs(groups: list[th.Tensor]) -> th.Tensor:
     """The sum of (x y)^3 over all x of one group [N, D] and all y of another: [groups, groups]."""
-    sums = np.zeros((len(groups), len(groups)))
+    sums = groups[0].new_zeros(len(groups), len(groups))
     for a, x in enumerate(groups):
         for b in range(a + 1):
             sums[a, b] = sums[b, a] = _sum_of_cubes(x, groups[b])
     return sums
 
 
-def _sums_by_moments(groups: list[np.ndarray]) -> np.ndarray:
+def _sums_by_moments(groups: list[th.Tensor]) -> th.Tensor:
     """The same, as that sum is the product of the groups' third moments, sum x_i x_j x_k: linear in N."""
-    sums, width = np.zeros((len(groups), len(groups))), groups[0].shape[1]
+    sums, width = groups[0].new_zeros(len(groups), len(groups)), groups[0].shape[1]
     for i in range(width):
         rest = width - i
-        moments = np.empty((len(groups), rest, rest))  # those of i and all j, k >= i
+        moments = sums.new_empty(len(groups), rest, rest)  # those of i and all j, k >= i
         for moment, group in zip(moments, groups):
             tail = group[:, i:]
-            np.matmul((tail * tail[:, :1]).T, tail, out=moment)
+            th.mm((tail * tail[:, :1]).T, tail, out=moment)
         # How many permutations of (i, j, k) each stands for; where j or k equals i, it is counted twice.
-        orders = np.full((rest, rest), 3.0)
+        orders = sums.new_full((rest, rest), 3.0)
         orders[0] = orders[:, 0] = 1.5
         orders[0, 0] = 1
-        flat = moments.reshape(len(groups), -1)
-        sums += (flat * orders.ravel()) @ flat.T
+        flat = moments.flatten(1)
+        sums += (flat * orders.flatten()) @ flat.T
     return sums
 
 
-def _sum_of_cubes(x: np.ndarray, y: np.ndarray) -> float:
+def _sum_of_cubes(x: th.Tensor, y: th.Tensor) -> th.Tensor:
     """The sum of cubes of the products of all rows of x with all rows of y."""
-    total, (product, square) = 0.0, np.empty((2, min(ROWS, len(x)) * min(COLUMNS, len(y))))
-    for i in range(0, len(x), ROWS):
-        for j in range(0, len(y), COLUMNS):
-            left, right = x[i : i + ROWS], y[j : j + COLUMNS]
+    rows, columns = (ROWS, COLUMNS) if is_cpu(x.device) else (ON_ACCELERATOR, ON_ACCELERATOR)
+    total, (product, square) = x.new_zeros(()), x.new_empty(2, min(rows, len(x)) * min(columns, len(y)))
+    for left in x.split(rows):
+        for right in y.split(columns):
             size = len(left) * len(right)
-            np.matmul(left, right.T, out=product[:size].reshape(len(left), len(right)))
-            total += float(np.vdot(product[:size], np.square(product[:size], out=square[:size])))
+            th.mm(left, right.T, out=product[:size].view(len(left), len(right)))
+            total += th.dot(product[:size], th.square(product[:size], out=square[:size]))
     return total

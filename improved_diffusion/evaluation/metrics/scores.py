@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .arrays import Device
 from .copies import copy_score, nearest
 from .frechet import frechet_distance
 from .inception_score import inception_score
@@ -36,15 +37,18 @@ class Scores(NamedTuple):
     missing: dict[str, str]
 
 
-def score(samples: Any, reference: Any) -> Scores:
+def score(samples: Any, reference: Any, device: Device = "cpu") -> Scores:
     """Compare two sets, each with `features` [N, D], `probabilities` [N, C], `moments` and `spatial_moments`, or None.
 
     The samples have features and moments, the reference has moments at least.
+    :param device: what computes the metrics; it must have float64. They are the same on all, but for rounding.
     """
-    metrics: dict[str, dict[str, float]] = {"fid": {"value": frechet_distance(samples.moments, reference.moments)}}
+    metrics: dict[str, dict[str, float]] = {
+        "fid": {"value": frechet_distance(samples.moments, reference.moments, device)}
+    }
     missing: dict[str, str] = {}
     if samples.spatial_moments and reference.spatial_moments:
-        metrics["sfid"] = {"value": frechet_distance(samples.spatial_moments, reference.spatial_moments)}
+        metrics["sfid"] = {"value": frechet_distance(samples.spatial_moments, reference.spatial_moments, device)}
     else:
         whose = "the network gives" if samples.spatial_moments is None else "the reference has"
         missing["sfid"] = f"{whose} no spatial features"
@@ -53,15 +57,16 @@ def score(samples: Any, reference: Any) -> Scores:
     else:
         # Files may be in the order of their classes, and each part should have all classes.
         order = np.random.default_rng(0).permutation(len(samples.probabilities))
-        result = inception_score(samples.probabilities[_canonical(samples.probabilities)][order])
+        result = inception_score(samples.probabilities[_canonical(samples.probabilities)][order], device=device)
         metrics["inception_score"] = {"value": result.value, "error": result.deviation}
     if reference.features is None:
         for name in ("kid", "precision", "recall", "density", "coverage"):
             missing[name] = "the reference has statistics only: it needs images or their features"
         return Scores(metrics, missing)
-    distance = kernel_distance(*(found[_canonical(found)] for found in (samples.features, reference.features)))
+    x, y = (found[_canonical(found)] for found in (samples.features, reference.features))
+    distance = kernel_distance(x, y, device=device)
     metrics["kid"] = {"value": distance.value, "error": distance.standard_error}
-    for name, share in manifold_scores(samples.features, reference.features)._asdict().items():
+    for name, share in manifold_scores(samples.features, reference.features, device=device)._asdict().items():
         metrics[name] = {"value": share.value, "error": share.standard_error}
     return Scores({name: metrics[name] for name in METRICS if name in metrics}, missing)
 
@@ -79,12 +84,12 @@ class Copies(NamedTuple):
     metric: dict[str, float] | None
 
 
-def find_copies(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray | None) -> Copies:
+def find_copies(samples: np.ndarray, train: np.ndarray, held_out: np.ndarray | None, device: Device = "cpu") -> Copies:
     """The distances of samples [N, D] to training images [M, D], compared with those of held-out images.
 
     :param held_out: the distances [K] of held-out images to the training images, as `nearest` gives them.
     """
-    distances, _ = nearest(samples, train)
+    distances, _ = nearest(samples, train, device)
     if held_out is None:
         return Copies(distances, None, None)
     result = copy_score(distances, held_out)

@@ -59,7 +59,7 @@ def test_the_error_is_the_jackknife_over_blocks():
 
 @pytest.mark.parametrize("d", [1, 2, 9])
 def test_the_two_ways_to_sum_agree(d):
-    groups = [features(n, d, seed=n, shift=0.5) for n in (5, 30, 17)]
+    groups = [th.from_numpy(features(n, d, seed=n, shift=0.5)) for n in (5, 30, 17)]
     pairs, moments = kid._sums_by_pairs(groups), kid._sums_by_moments(groups)
     np.testing.assert_allclose(moments, pairs, rtol=1e-12)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch as th
 
 from improved_diffusion.evaluation.metrics import neighbours
 from improved_diffusion.evaluation.metrics.neighbours import Pairs, nearest_neighbours
@@ -58,7 +59,7 @@ def test_the_order_is_float64s_where_float32_cannot_tell(spread):
     assert_nearest((distances, index), all_squared(x, y))
     rough = next(block for _, block in Pairs(x, y).blocks())
     if spread <= 1e-4:
-        assert (rough.argmax(axis=1) != index[:, 0]).any(), "the test is to be a hard one"
+        assert (rough.argmax(dim=1).numpy() != index[:, 0]).any(), "the test is to be a hard one"
 
 
 @pytest.mark.parametrize("d, offset", [(3, 0), (64, 100), (768, 3)])
@@ -67,18 +68,18 @@ def test_the_thresholds_hold_for_all_balls(k, d, offset):
     """Also where the radius is 0, or exactly the distance of a point; and the points in doubt are few."""
     x, y = points(100, d, offset=offset), points(80, d, seed=1, offset=offset)
     y[:40], x[90:] = x[:40], 30 * x[90:]
-    squared = all_squared(x, y)
+    squared = th.from_numpy(all_squared(x, y))
     pairs = Pairs(x, y)
     ((_, closeness),) = pairs.blocks()
     np.testing.assert_allclose(-2 * closeness, squared, atol=1e-5 * squared.max())
     for radius, centres in (
-        (np.sort(squared, axis=0)[k], pairs.y_squared),
-        (np.sort(squared, axis=1)[:, k : k + 1], pairs.x_squared[:, None]),
+        (squared.sort(dim=0).values[k], pairs.y_squared),
+        (squared.sort(dim=1).values[:, k : k + 1], pairs.x_squared[:, None]),
     ):
         least, sure = pairs.thresholds(centres, radius)
         inside = squared <= radius
         assert (closeness >= least)[inside].all() and not (closeness >= sure)[~inside].any()
-        assert ((closeness >= least) & (closeness < sure)).mean() < 0.1
+        assert ((closeness >= least) & (closeness < sure)).double().mean() < 0.1
 
 
 def test_copies_of_one_point_are_found_in_a_set_of_nothing_else():
