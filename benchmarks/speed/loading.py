@@ -6,12 +6,15 @@ read ahead while others are measured. First, all are checked to give the same ba
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch as th
+from PIL import Image
 from torch.utils.data import default_collate
 
 from benchmarks import published
