@@ -51,7 +51,8 @@ def profile_call(call: Callable[[], Any]) -> dict[str, Any]:
     spent: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for event in profiler.events():
-        if on_cpu or event.device_type != DeviceType.CPU:
+        # Annotations are shown beside the kernels that they contain.
+        if on_cpu or (event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False)):
             spent[event.name] += (event.self_cpu_time_total if on_cpu else event.time_range.elapsed_us()) / 1e6 / STEPS
             counts[event.name] += 1
     found = {

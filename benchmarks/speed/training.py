@@ -105,7 +105,8 @@ def our_ways(workload: Workload, options: dict[str, dict[str, Any]]) -> list[Way
     """TrainLoop's step with each set of options of `improved-diffusion train`."""
     return [
         Way(
-            name, our_step(workload, given), warm_up=warm_up(), needs=NEEDS[given.get("compile", "off")],
+            name, our_step(workload, given), warm_up(), NEEDS[given.get("compile", "off")],
+            memory=on_gpu() or "compile" not in given,  # compiling under the profiler takes too long
             columns=columns(workload, arithmetic_of(given)),
         )
         for name, given in options.items()
