@@ -336,8 +336,8 @@ class Images(Dataset):
         return np.transpose(array, [2, 0, 1]), {}
 
 
-def batches(folder, size, batch_size):
+def batches(folder, size, batch_size, workers=1):
     """An endless iterator of (float32 [N, C, size, size], {})."""
-    loader = DataLoader(Images(folder, size), batch_size=batch_size, shuffle=True, num_workers=1, drop_last=True)
+    loader = DataLoader(Images(folder, size), batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True)
     while True:
         yield from loader

@@ -1,4 +1,5 @@
-"""Images a second of the HTTP service: many clients at once, and one after the other. Every image is checked.
+"""Images a second of the HTTP service: many clients at once, one request after the other, and single images one after
+the other. Every image of each way is checked.
 
 python benchmarks/service_load.py runs/digits --clients 64 --images 4 --steps 10
 """
@@ -18,6 +19,8 @@ import numpy as np
 
 import improved_diffusion as idf
 
+TOGETHER, REQUESTS, IMAGES = "all clients at once", "one request at a time", "one image at a time"
+
 
 def ask(url, body):
     """The images of one request."""
@@ -33,6 +36,21 @@ def measure(url, bodies, clients):
     with ThreadPoolExecutor(clients) as pool:
         found = list(pool.map(lambda body: ask(url, body), bodies))
     return found, sum(map(len, found)) / (time.perf_counter() - started)
+
+
+def count_wrong(found, bodies, expected):
+    """How many of the requests' images are not those that the model draws."""
+    return sum(
+        not np.array_equal(image, right)
+        for images, body in zip(found, bodies)
+        for image, right in zip(images, expected[body["seed"]][_numbers(body)], strict=True)
+    )
+
+
+def _numbers(body):
+    """Which images of its seed a request asks for."""
+    first = int(body.get("seeds", 0))
+    return slice(first, first + body.get("n", 1))
 
 
 def main():
@@ -52,21 +70,24 @@ def main():
         with urllib.request.urlopen(f"{url}/v1/models") as answer:
             name = json.load(answer)["models"][0]["name"]
         options = dict(sampler="dpmpp_2m", steps=args.steps)
-        bodies = [dict(model=name, n=args.images, seed=seed, format="npz", **options) for seed in range(args.clients)]
+        common = dict(model=name, format="npz", **options)
+        bodies = [dict(common, n=args.images, seed=seed) for seed in range(args.clients)]
+        few = bodies[:16]
+        singles = [dict(common, seed=body["seed"], seeds=str(i)) for body in few for i in range(args.images)]
         ask(url, {**bodies[0], "seed": 10**6})  # loads the model
-        alone = [bodies[i % len(bodies)] for i in range(min(16, len(bodies)))]
-        _, one = measure(url, alone, 1)
-        found, many = measure(url, bodies, args.clients)
+        ways = {IMAGES: (singles, 1), REQUESTS: (few, 1), TOGETHER: (bodies, args.clients)}
+        found = {way: measure(url, asked, clients) for way, (asked, clients) in ways.items()}
     finally:
         service.terminate()
         service.communicate()
     model = idf.load(args.model_path)
-    wrong = sum(
-        not np.array_equal(images, model.sample(args.images, seed=seed, progress=False, **options).array)
-        for seed, images in enumerate(found)
-    )
-    print(f"one client: {one:.1f} images/s; {args.clients} clients: {many:.1f} images/s, {many / one:.1f} times")
-    print(f"{sum(map(len, found))} images, {wrong} requests with wrong ones")
+    expected = [model.sample(args.images, seed=seed, progress=False, **options).array for seed in range(args.clients)]
+    wrong = 0
+    for way, (images, rate) in found.items():
+        bad = count_wrong(images, ways[way][0], expected)
+        wrong += bad
+        times = f", {found[TOGETHER][1] / rate:.1f} times as fast together" if way != TOGETHER else ""
+        print(f"{way}: {rate:.1f} images/s{times}; {sum(map(len, images))} images, {bad} wrong")
     return bool(wrong)
 
 

@@ -48,17 +48,21 @@ class Context:
         """Those that are asked for, and the baseline, which is the first one."""
         return [way for i, way in enumerate(ways) if i == 0 or _wanted(way.name, self.only_ways)]
 
-    def compare(self, ways: Sequence[Way], clock: Clock, per_call: float = 0.0, **columns: Any) -> list[dict[str, Any]]:
+    def compare(
+        self, ways: Sequence[Way], clock: Clock, per_call: float = 0.0, least: int = 0, **columns: Any
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Measure the ways in turns and report their rows, which are returned.
 
         :param per_call: things (images, rows) that a call handles; gives the column per_second.
+        :param least: the fewest rounds, where the usual number is too many.
         """
 
         def inspect(way: Way, call: Callable[[], Any]) -> None:
             if self.profiles is not None and any(fnmatch(way.name, pattern) for pattern in self.profiled):
                 self.profiles.add(" ".join([*map(str, columns.values()), way.name]), call)
 
-        timings = compare(self.ways(ways), clock, **self.rounds, inspect=inspect)
+        rounds = {**self.rounds, "least": min(least or self.rounds["least"], self.rounds["least"])}
+        timings = compare(ways, clock, **rounds, inspect=inspect)
         rows = [self._row(timing, timings[0], per_call, columns) for timing in timings]
         self.report.add(*rows)
         return rows

@@ -51,7 +51,8 @@ def profile_call(call: Callable[[], Any]) -> dict[str, Any]:
     spent: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for event in profiler.events():
-        if on_cpu or event.device_type != DeviceType.CPU:
+        # Annotations are shown beside the kernels that they contain.
+        if on_cpu or (event.device_type != DeviceType.CPU and not getattr(event, "is_user_annotation", False)):
             spent[event.name] += (event.self_cpu_time_total if on_cpu else event.time_range.elapsed_us()) / 1e6 / STEPS
             counts[event.name] += 1
     found = {
@@ -112,11 +113,12 @@ def as_text(name: str, found: dict[str, Any]) -> str:
 
 
 class Profiles:
-    """The profiles of a run, in a file of numbers and one of text, written again after each."""
+    """Profiles, in a file of numbers and one of text, written again after each; those of other calls stay in them."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.found: dict[str, Any] = {}
+        before = path.with_suffix(".json")
+        self.found: dict[str, Any] = json.loads(before.read_text())["profiles"] if before.exists() else {}
 
     def add(self, name: str, call: Callable[[], Any]) -> None:
         """Profile the call."""

@@ -42,7 +42,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 class Report:
     """The rows of all groups. The file is written again after each of them, so that a run that is ended keeps them.
 
-    :param path: of the file; groups in it that are not measured again stay.
+    :param path: of the file; what is not measured again stays in it: groups, and rows of other networks or ways.
     """
 
     def __init__(self, path: Path):
@@ -51,12 +51,16 @@ class Report:
 
     def begin(self, group: str, title: str, **settings: Any) -> None:
         """A table of its own: its name and what it compares."""
-        self.group = self.groups[group] = {"title": title, **machine.description(), **settings, "rows": []}
+        found, before = machine.description(), self.groups.get(group, {})
+        same = all(before.get(name) == found[name] for name in ("device", "torch", "threads"))
+        self.group = {"title": title, **found, **settings, "rows": before["rows"] if same and before else []}
+        self.groups[group] = self.group
         print(f"\n{group}: {title}", flush=True)
 
     def add(self, *rows: dict[str, Any]) -> None:
         """More rows, which are shown as a table with a heading of its own."""
-        self.group["rows"] += rows
+        names = {_name(row) for row in rows}
+        self.group["rows"] = [row for row in self.group["rows"] if _name(row) not in names] + list(rows)
         files.write_bytes(str(self.path), json.dumps(self.groups, indent=1).encode() + b"\n")
         print(table(rows), flush=True)
 
@@ -66,16 +70,19 @@ class Report:
         files.write_bytes(str(self.path), json.dumps(self.groups, indent=1).encode() + b"\n")
 
 
+def _name(row: dict[str, Any]) -> str:
+    return " ".join(str(row[key]) for key in ("workload", "way") if key in row)
+
+
 def table(rows: Any) -> str:
     """The rows as text: the names of ways at the left; errors in place of numbers."""
     known = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     lines = [["", *(COLUMNS[key][0] for key in known)]]
     errors = {}
     for row in rows:
-        name = " ".join(str(row[key]) for key in ("workload", "way") if key in row)
         if "error" in row:
             errors[len(lines)] = row["error"]
-        lines.append([name, *("" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in known)])
+        lines.append([_name(row), *("" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in known)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = []
     for number, line in enumerate(lines):

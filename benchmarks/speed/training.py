@@ -17,7 +17,7 @@ from improved_diffusion.training.run import build_loop
 from improved_diffusion.training.tasks import task_of
 
 from .context import Context
-from .ways import Way
+from .ways import Clock, Way
 from .workloads import Workload, parameters
 
 # The options of `improved-diffusion train` that are compared, by name, the most interesting ones first.
@@ -25,6 +25,9 @@ GPU_OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": dict(precision="bf16"),
     "bf16 channels_last": dict(precision="bf16", memory_format="channels_last"),
     "fp16 channels_last": dict(precision="fp16", memory_format="channels_last"),
+    "bf16 channels_last norm_precision=mixed": dict(
+        precision="bf16", memory_format="channels_last", norm_precision="mixed"
+    ),
     "tf32": dict(tf32="all"),
     "bf16 cuda_graphs": dict(precision="bf16", cuda_graphs=True),
     "bf16 channels_last cudnn_benchmark": dict(
@@ -56,7 +59,7 @@ CPU_COMPILED: dict[str, dict[str, Any]] = {
     "bf16 compile": dict(precision="bf16", compile="blocks"),
 }  # fmt: skip
 QUICK_OPTIONS: dict[str, dict[str, Any]] = {"fp32": {}, "bf16": dict(precision="bf16")}
-NEEDS = {"off": 2.0, "blocks": 40.0, "model": 90.0}  # seconds, most of them to compile
+NEEDS = {"off": 4.0, "blocks": 40.0, "model": 90.0}  # seconds to prepare and measure, most of them to compile
 LOG_INTERVAL = 10
 
 
@@ -70,9 +73,9 @@ def run(context: Context) -> None:
         size = workload.together - 1
         parts = [others[start : start + size] for start in range(0, len(others), size)] or [[]]
         for left, part in zip(range(len(parts), 0, -1), parts):
-            time_of = [sum(way.needs for way in [baseline, *each]) for each in parts[-left:]]
-            share = time_of[0] / sum(time_of)
-            context.compare([baseline, *part], clock.part(share), workload.batch_size, workload=workload.name)
+            needs = [sum(way.needs for way in [baseline, *each]) for each in parts[-left:]]
+            seconds = min(clock.left, max(needs[0], clock.left * needs[0] / sum(needs)))
+            context.compare([baseline, *part], Clock(seconds), workload.batch_size, workload=workload.name)
             gc.collect()
             distributed.empty_cache(distributed.dev())
 
@@ -102,7 +105,8 @@ def our_ways(workload: Workload, options: dict[str, dict[str, Any]]) -> list[Way
     """TrainLoop's step with each set of options of `improved-diffusion train`."""
     return [
         Way(
-            name, our_step(workload, given), warm_up=warm_up(), needs=NEEDS[given.get("compile", "off")],
+            name, our_step(workload, given), warm_up(), NEEDS[given.get("compile", "off")],
+            memory=on_gpu() or "compile" not in given,  # compiling under the profiler takes too long
             columns=columns(workload, arithmetic_of(given)),
         )
         for name, given in options.items()
@@ -150,10 +154,10 @@ def our_loop(workload: Workload, options: dict[str, Any]) -> Any:
 
 
 class Repeated:
-    """One batch again and again, in pinned memory for a GPU, as a BatchStream gives them."""
+    """One batch again and again, in the form that a run reads."""
 
     def __init__(self, workload: Workload):
-        self.batch = workload.images(pinned=True)
+        self.batch = workload.pixels()
         self.class_names = [str(i) for i in range(workload.classes)] or None
         self.seen_classes = list(range(workload.classes))
         self.num_images = workload.batch_size
@@ -173,7 +177,7 @@ def published_way(workload: Workload, fp16: bool) -> Way:
     def make() -> Callable[[], Any]:
         network = workload.published().to(distributed.dev())
         training = published.Training(network, workload.published_loss(), fp16=fp16)
-        images, kwargs = workload.images(pinned=False)
+        images, kwargs = workload.images()
         return lambda: training.step(images, kwargs)
 
     found = columns(workload, arithmetic_of({"precision": name}), parameters=parameters(workload.model()))
@@ -196,7 +200,8 @@ def diffusers_way(workload: Workload, bf16: bool) -> Way:
         opt = th.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
         schedule = get_cosine_schedule_with_warmup(opt, 500, 10**6)
         average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-        images, kwargs = workload.images(pinned=True)
+        images, kwargs = workload.images()
+        images = images.pin_memory() if distributed.pins_memory(device) else images  # as accelerate's loader does
 
         def step() -> float:
             batch = images.to(device, non_blocking=True)

@@ -123,9 +123,10 @@ def compare(
             if prepared:
                 ready.append(prepared)
         _rounds(ready, clock, least, most)
-        for each in ready if inspect else []:
-            each.switches.apply()
-            inspect(each.timing.way, each.call)
+        if inspect:
+            for each in ready:
+                each.switches.apply()
+                inspect(each.timing.way, each.call)
     return timings
 
 
@@ -135,20 +136,17 @@ def _prepare(timing: Timing, block: float) -> _Ready | None:
     start = time.perf_counter()
     try:
         call = memory(timing.way.make)
+        made = time.perf_counter()
         memory(call)
         synchronize()
-        timing.first = time.perf_counter() - start
-        for _ in range(timing.way.warm_up - 1):
-            call()
-        synchronize()
-        start = time.perf_counter()
-        if distributed.dev().type == "cuda":
-            memory.most = 0  # the first calls also try cuDNN's algorithms
-            memory(call)
-        else:
-            call()
-        synchronize()
-        seconds = time.perf_counter() - start
+        seconds, timing.first = time.perf_counter() - made, time.perf_counter() - start
+        for number in range(1, timing.way.warm_up):
+            if distributed.dev().type == "cuda" and number == timing.way.warm_up - 1:
+                memory.most = 0  # the first calls also try cuDNN's algorithms
+            start = time.perf_counter()
+            memory(call) if distributed.dev().type == "cuda" else call()
+            synchronize()
+            seconds = time.perf_counter() - start
     except Exception as error:  # of whatever kind: the others go on
         call = None
         _fail(timing, error)

@@ -90,14 +90,19 @@ class Workload:
         network = build_model(settings.model, False)
         return diffusers.UNet2DModel(**diffusers_network.config_of(settings.model, settings.diffusion, network))
 
-    def images(self, pinned: bool) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        """(a batch in the host's memory, [N, C, H, W] float32 in [-1, 1]; its classes)."""
+    def pixels(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """(a batch [N, C, H, W] uint8, its classes): in the host's memory, pinned for a GPU, as a run reads them."""
         generator = th.Generator().manual_seed(0)
-        images = th.randint(256, (self.batch_size, *self.shape), generator=generator) / 127.5 - 1
+        pixels = th.randint(256, (self.batch_size, *self.shape), generator=generator, dtype=th.uint8)
         kwargs = {"y": th.randint(self.classes, (self.batch_size,), generator=generator)} if self.classes else {}
-        if pinned and distributed.pins_memory(distributed.dev()):
-            return images.pin_memory(), {name: value.pin_memory() for name, value in kwargs.items()}
-        return images, kwargs
+        if distributed.pins_memory(distributed.dev()):
+            return pixels.pin_memory(), {name: value.pin_memory() for name, value in kwargs.items()}
+        return pixels, kwargs
+
+    def images(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """The same batch as float32 in [-1, 1], not pinned."""
+        pixels, kwargs = self.pixels()
+        return pixels / 127.5 - 1, kwargs
 
     def evaluation(self, batch_size: int) -> tuple[tuple[th.Tensor, th.Tensor], dict[str, th.Tensor]]:
         """Arguments of the network on the device: ((x, timesteps), classes)."""

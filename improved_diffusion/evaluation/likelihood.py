@@ -25,7 +25,7 @@ from ..sampling.request import samples_name
 from ..utils import files, images
 from .likelihood_plot import write_terms_plot
 
-# Pixels of one forward pass; more are no faster: on CPUs one image of 128x128 (benchmarks/nll_speed.py), on GPUs, which
+# Pixels of one forward pass; more are no faster: on CPUs one image of 128x128 (`benchmarks bound`), on GPUs, which
 # need more to be busy, four of 256x256.
 PIXELS_PER_PASS = {"cpu": 2**14, "cuda": 2**18}
 PUBLISHED_TERMS = ("vb", "mse", "xstart_mse")

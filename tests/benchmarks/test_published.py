@@ -58,7 +58,7 @@ def test_steps_change_the_weights_and_averages_as_ours(monkeypatch):
     network = TINY.published()
     network.load_state_dict(start)
     training = published.Training(network, TINY.published_loss(), rate=0.9)
-    images, kwargs = TINY.images(pinned=False)
+    images, kwargs = TINY.images()
     t, _ = Draws().sample(len(images), "cpu")
     noise = th.randn_like(images)
     loop.schedule_sampler = Draws()
