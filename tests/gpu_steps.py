@@ -1,4 +1,4 @@
-"""Trains on the GPU where waiting for it is an error: `gpu_steps.py PRECISION FOLDER`. Run by test_gpu.py."""
+"""Trains on the GPU where waiting for it is an error: `gpu_steps.py PRECISION SAMPLER FOLDER`. Run by test_gpu.py."""
 
 import sys
 
@@ -10,30 +10,35 @@ from improved_diffusion.checkpoints.loading import build
 from improved_diffusion.cli.parsing import parse_options
 from improved_diffusion.config import DiffusionConfig, ModelConfig
 from improved_diffusion.logs import logger
+from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.training.metrics import BadSteps
 
 
 class PinnedData(Data):
-    """Batches in pinned memory, as the DataLoader gives them."""
+    """Batches of bytes and of floats in pinned memory, as the DataLoader gives them."""
 
     def __next__(self):
         batch, kwargs = super().__next__()
+        if self.step % 2:
+            batch = ((batch + 1) * 127.5).to(th.uint8)
         return batch.pin_memory(), kwargs
 
 
 def main():
     distributed.setup_dist()
-    logger.configure(dir=sys.argv[2], format_strs=["csv"])
+    logger.configure(dir=sys.argv[3], format_strs=["csv"])
     flags = "--image_size 8 --num_channels 32 --channel_mult 1,1 --attention_resolutions 4 --learn_sigma --dropout 0.1"
     model, diffusion = build(parse_options((ModelConfig, DiffusionConfig), "", flags.split()))
     loop = make_loop(
         model=model.to(distributed.dev()), diffusion=diffusion, data=PinnedData(), precision=sys.argv[1], grad_clip=1.0,
+        schedule_sampler=create_named_schedule_sampler(sys.argv[2], diffusion),
         ema_rate="0.9,0.99", ema_warmup=True, ema_sigma_rel="0.1", microbatch=2, max_steps=100, log_interval=1000,
     )  # fmt: skip
-    for _ in range(3):  # tables of coefficients, cuDNN's plans, the optimizer's state
+    for _ in range(4):  # tables of coefficients, cuDNN's plans, the optimizer's state
         loop.run_step(*next(loop.data))
         loop.step += 1
     th.cuda.set_sync_debug_mode("error")
-    for _ in range(10):
+    for _ in range(2 * BadSteps.AT_ONCE + 10):  # what waits for a while is sent and counted too
         loop.run_step(*next(loop.data))
         loop.step += 1
     th.cuda.set_sync_debug_mode("default")

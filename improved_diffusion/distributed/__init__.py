@@ -25,12 +25,14 @@ from .devices import (
     to_device,
 )
 from .errors import STOPPED, describe_error, run_script
+from .peaks import device_peak
 from .process_group import describe_ranks, join_ranks, setup_dist
 from .watchdog import end_process, heartbeat, watched, working
 
 __all__ = [
     "STOPPED", "HostCopy", "all_gather_object", "all_gather_ragged", "barrier", "describe_error", "describe_ranks",
-    "dev", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat", "is_out_of_memory",
-    "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script",
-    "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched", "working",
+    "dev", "device_peak", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "heartbeat",
+    "is_out_of_memory", "join_ranks", "load_state_dict", "memory_info", "peak_memory", "pins_memory", "read_bytes",
+    "run_script", "setup_dist", "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched",
+    "working",
 ]  # fmt: skip
