@@ -904,8 +904,9 @@ class ManyParameters(SmallModel):
         return super().forward(x, timesteps) + th.cat(list(self.more)).sum()
 
 
-@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision, sampler", [("fp32", "uniform"), ("bf16", "uniform"), ("fp16", "loss-second-moment")]
+)
 def test_a_step_takes_few_operations_beside_the_models(precision, sampler, monkeypatch):
     """However many parameters there are, each of which would otherwise cost some."""
     diffusion = small_diffusion()
@@ -916,7 +917,7 @@ def test_a_step_takes_few_operations_beside_the_models(precision, sampler, monke
         loop.step += 1
     operations = Operations(loop)
     monkeypatch.setattr(th.Tensor, "backward", operations.of_model(th.Tensor.backward))
-    steps = 2 * LossMeter.AT_ONCE
+    steps = LossMeter.AT_ONCE  # so that what waits is added once
     with operations:
         for _ in range(steps):
             loop.run_step(*next(loop.data))
