@@ -204,9 +204,14 @@ class TrainLoop(CheckpointedStep):
     def _measure_peak(self, batch: th.Tensor, cond: Mapping[str, th.Tensor]) -> None:
         """At the first step on a device whose peak is known, count what share of it an image takes."""
         peak = None if self.step else distributed.device_peak(self.device, self.precision)
-        if peak:
+        if not peak:
+            return
+        try:
             flops = training_flops(self.model, self.diffusion.training_losses, batch, cond)
-            self.run_log.clock.image_per_peak = flops / peak / distributed.get_world_size()
+        except Exception as error:  # a network of the user's own that does not run without values
+            logger.log(f"no mfu in the log, since the network's FLOPs cannot be counted: {error}")
+            return
+        self.run_log.clock.image_per_peak = flops / peak / distributed.get_world_size()
 
     def _is_stopped(self) -> bool:
         # A step may take minutes, and schedulers kill soon after their signal. Several ranks end after the same step.

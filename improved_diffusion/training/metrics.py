@@ -89,8 +89,7 @@ class LossMeter:
             row.index_add_(0, columns.reshape(-1), terms.to(self._table.dtype).reshape(-1))
 
     def _means(self, table: th.Tensor) -> dict[str, float]:
-        pairs = zip(self._columns, *table.cpu().double())
-        means = {name: float(total / count) for name, total, count in pairs if count}
+        means = {name: total / count for name, total, count in zip(self._columns, *table.cpu().tolist()) if count}
         self._columns, self._table = {}, None
         return means
 

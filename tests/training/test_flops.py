@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from train_helpers import SmallModel, finished, log_rows, parameters_of, small_diffusion, small_unet
+from train_helpers import SmallModel, finished, into, log_rows, parameters_of, small_diffusion, small_unet
 
 from improved_diffusion import distributed
 from improved_diffusion.training.flops import training_flops
@@ -59,3 +59,21 @@ def test_the_share_of_the_peak_changes_no_weight(monkeypatch):
     plain = run()
     monkeypatch.setattr(distributed, "device_peak", lambda device, precision: 1e9)
     assert th.equal(run(), plain)
+
+
+def test_a_network_that_does_not_run_without_values_is_trained_without_the_share(tmp_path, monkeypatch):
+    class Looks(SmallModel):
+        def forward(self, x, timesteps):
+            return super().forward(x, timesteps) + 0 * float(x.flatten()[0])
+
+    monkeypatch.setattr(distributed, "device_peak", lambda device, precision: 1e9)
+    into(tmp_path)
+    finished(model=Looks(), max_steps=2)
+    assert all("mfu" not in row for row in log_rows(tmp_path)) and "no mfu" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_compiled_network_is_counted_as_it_is():
+    model, plain = SmallModel(), counted(SmallModel())
+    model.torso[0].compile(backend="eager")
+    model.compile(backend="eager")
+    assert counted(model) == plain
