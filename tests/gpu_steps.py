@@ -1,4 +1,4 @@
-"""Trains on the GPU where waiting for it is an error: `gpu_steps.py PRECISION FOLDER`. Run by test_gpu.py."""
+"""Trains on the GPU where waiting for it is an error: `gpu_steps.py PRECISION SAMPLER FOLDER`. Run by test_gpu.py."""
 
 import sys
 
@@ -9,6 +9,8 @@ from improved_diffusion import distributed
 from improved_diffusion.config.settings import ImageModel
 from improved_diffusion.logs import logger
 from improved_diffusion.models.build import build_model_and_diffusion
+from improved_diffusion.resample import create_named_schedule_sampler
+from improved_diffusion.training.metrics import BadSteps
 
 MODEL = ImageModel.of(
     {
@@ -19,22 +21,25 @@ MODEL = ImageModel.of(
 
 
 class PinnedData(Data):
-    """Batches in pinned memory, as the DataLoader gives them."""
+    """Batches of bytes and of floats in pinned memory, as the DataLoader gives them."""
 
     def __next__(self):
         batch, kwargs = super().__next__()
+        if self.step % 2:
+            batch = ((batch + 1) * 127.5).to(th.uint8)
         return (batch.pin_memory() if distributed.dev().type == "cuda" else batch), kwargs
 
 
-def train(precision, steps):
-    """The means of the log after some steps; on a GPU waiting for it during the steps after the third is an error."""
+def train(precision, sampler, steps):
+    """The means of the log after some steps; on a GPU waiting for it during the steps after the fourth is an error."""
     model, diffusion = build_model_and_diffusion(MODEL.model, MODEL.diffusion)
     loop = make_loop(
         model=model.to(distributed.dev()), diffusion=diffusion, data=PinnedData(), precision=precision, grad_clip=1.0,
+        schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
         ema_rate="0.9,0.99", ema_warmup=True, ema_sigma_rel="0.1", microbatch=2, max_steps=100, log_interval=1000,
     )  # fmt: skip
     for step in range(steps):
-        if step == 3:  # before: tables of coefficients, cuDNN's plans, the optimizer's state
+        if step == 4:  # before: tables of coefficients, cuDNN's plans, the optimizer's state
             th.cuda.set_sync_debug_mode("error")
         loop.run_step(*next(loop.data))
         loop.step += 1
@@ -44,8 +49,8 @@ def train(precision, steps):
 
 def main():
     distributed.setup_dist()
-    logger.configure(dir=sys.argv[2], format_strs=["csv"])
-    means = train(sys.argv[1], 13)
+    logger.configure(dir=sys.argv[3], format_strs=["csv"])
+    means = train(sys.argv[1], sys.argv[2], 2 * BadSteps.AT_ONCE + 14)  # what waits for a while is sent and counted too
     assert means["skipped_steps"] < 1 and means["loss"] > 0
 
 

@@ -26,9 +26,16 @@ def succeed(program, *args, cwd):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_no_step_waits_for_the_device_between_rows_of_the_log(precision, tmp_path):
-    succeed("gpu_steps.py", precision, tmp_path, cwd=tmp_path)
+@pytest.mark.parametrize(
+    "precision, sampler",
+    [("fp32", "uniform"), ("bf16", "uniform"), ("fp16", "uniform"), ("bf16", "loss-second-moment")],
+)
+def test_no_step_waits_for_the_device_between_rows_of_the_log(precision, sampler, tmp_path):
+    succeed("gpu_steps.py", precision, sampler, tmp_path, cwd=tmp_path)
+
+
+def test_a_host_copy_arrives_whole(tmp_path):
+    succeed("gpu_host_copy.py", cwd=tmp_path)
 
 
 def test_metrics_are_those_of_the_cpu(tmp_path):

@@ -39,12 +39,13 @@ if TYPE_CHECKING:
         synchronize,
         to_device,
     )
+    from .peaks import device_peak
     from .process_group import describe_ranks, join_ranks, setup_dist
 
 __all__ = [
     "STOPPED", "HostCopy", "all_gather_object", "all_gather_ragged", "available_memory", "barrier", "describe_error",
-    "describe_ranks", "dev", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size", "has_float64",
-    "heartbeat", "is_out_of_memory", "join_ranks", "knows_peak_memory", "load_state_dict", "local_size",
+    "describe_ranks", "dev", "device_peak", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size",
+    "has_float64", "heartbeat", "is_out_of_memory", "join_ranks", "knows_peak_memory", "load_state_dict", "local_size",
     "measure_memory", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script", "setup_dist",
     "sum_dtype", "sum_over_ranks", "sync_params", "synchronize", "to_device", "watched", "working",
 ]  # fmt: skip
@@ -52,7 +53,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module in ("collectives", "devices", "process_group"):
+        for module in ("collectives", "devices", "peaks", "process_group"):
             found = vars(import_module(f".{module}", __name__))
             if name in found:
                 return globals().setdefault(name, found[name])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
+
+import torch as th
 
 from .. import distributed
 from ..checkpoints.checkpoint import parse_resume_step_from_filename
@@ -15,6 +17,7 @@ from ..resample import UniformSampler
 from .checkpointed import CheckpointedStep
 from .checkpointer import Checkpointer, Diverged, ResumedSet, find_ema_checkpoint, get_blob_logdir
 from .ema import warn_of_slow_averages
+from .flops import training_flops
 from .hooks import Hook
 from .lr_schedule import LRSchedule
 from .patience import first_step
@@ -167,6 +170,7 @@ class TrainLoop(CheckpointedStep):
             try:
                 with first_step(self):
                     self.run_step(batch, cond)
+                    self._measure_peak(batch, cond)
             except Unfinished:
                 reason = signals.received
                 break
@@ -198,6 +202,18 @@ class TrainLoop(CheckpointedStep):
             what = f"the run ended without a checkpoint of its last weights: {row.describe()}"
             raise self.checkpointer.diverged(what, row.first)
         return reason
+
+    def _measure_peak(self, batch: th.Tensor, cond: Mapping[str, th.Tensor]) -> None:
+        """At the first step on a device whose peak is known, count what share of it an image takes."""
+        peak = None if self.step else distributed.device_peak(self.device, self.precision)
+        if not peak:
+            return
+        try:
+            flops = training_flops(self.model, self.diffusion.training_losses, batch, cond)
+        except Exception as error:  # a network of the user's own that does not run without values
+            logger.log(f"no mfu in the log, since the network's FLOPs cannot be counted: {error}")
+            return
+        self.run_log.clock.image_per_peak = flops / peak / distributed.get_world_size()
 
     def _is_stopped(self) -> bool:
         # A step may take minutes, and schedulers kill soon after their signal. Several ranks end after the same step.

@@ -89,8 +89,7 @@ class LossMeter:
             row.index_add_(0, columns.reshape(-1), terms.to(self._table.dtype).reshape(-1))
 
     def _means(self, table: th.Tensor) -> dict[str, float]:
-        pairs = zip(self._columns, *table.cpu().double())
-        means = {name: float(total / count) for name, total, count in pairs if count}
+        means = {name: total / count for name, total, count in zip(self._columns, *table.cpu().tolist()) if count}
         self._columns, self._table = {}, None
         return means
 
@@ -185,11 +184,14 @@ class BadSteps:
 class StepClock:
     """Speed of the steps on this rank, by the host's clock.
 
+    Of devices whose peak is known, also the share of it that the network's arithmetic makes use of (`mfu`).
+
     :param batch_size: images in a step, over all ranks.
     """
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
+        self.image_per_peak = 0.0  # seconds of this rank's device at its peak for an image of all ranks; 0: not known
         self.restart()
 
     def restart(self) -> None:
@@ -222,5 +224,7 @@ class StepClock:
             "data_wait": self.waited / seconds,
             "peak_gib": (distributed.peak_memory(distributed.dev()) or math.nan) / 2**30,
         }
+        if self.image_per_peak:
+            speed["mfu"] = speed["images_per_second"] * self.image_per_peak
         self.restart()
         return speed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,9 +27,15 @@ def seed_step(seed: int, step: int, device: th.device) -> None:
 
 def draw_noise(training_losses: Callable[..., Any], batch: th.Tensor) -> dict[str, th.Tensor]:
     """{"noise": of the batch's shape}, or {} for a `training_losses` that takes no noise and draws its own."""
+    return (
+        {"noise": th.randn_like(batch)} if _takes_noise(getattr(training_losses, "__func__", training_losses)) else {}
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_noise(training_losses: Callable[..., Any]) -> bool:
     parameters = inspect.signature(training_losses).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {"noise": th.randn_like(batch)} if takes_any or "noise" in parameters else {}
+    return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def split(tensors: Mapping[str, th.Tensor], part: slice) -> dict[str, th.Tensor]:

@@ -7,7 +7,6 @@ parameters are the master parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch as th
@@ -90,11 +89,19 @@ def backward(loss: th.Tensor) -> None:
     loss.backward(value - value + 1)  # NaN - NaN and inf - inf are NaN
 
 
-def gradient_norm(params: Sequence[th.Tensor], clip: float) -> th.Tensor:
-    """The norm of the gradient of all parameters (no dimensions), which becomes at most `clip`, unless that is 0."""
-    if clip or not hasattr(nn.utils, "get_total_norm"):  # torch 2.4 and 2.5 have it as part of the clipping alone
-        return nn.utils.clip_grad_norm_(params, clip or math.inf)
-    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+@th.no_grad()
+def clip_gradients(params: Sequence[th.Tensor], largest: float) -> th.Tensor:
+    """The norm of the gradient of all parameters (no dimensions), which becomes at most `largest`, unless that is 0.
+
+    As torch.nn.utils.clip_grad_norm_, which would take each tensor's norm to its device by itself.
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads:
+        return th.zeros(())
+    norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))
+    if largest:
+        th._foreach_mul_(grads, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def step_where_finite(opt: th.optim.Optimizer, bad: th.Tensor) -> None:

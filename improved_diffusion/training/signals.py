@@ -118,7 +118,7 @@ class TimeLimit:
 
     def is_over(self) -> bool:
         """Whether the time is up; False except on rank 0."""
-        return distributed.get_rank() == 0 and 0 < self.hours * 3600 <= time.monotonic() - self.started
+        return 0 < self.hours * 3600 <= time.monotonic() - self.started and distributed.get_rank() == 0
 
 
 class Agreement:

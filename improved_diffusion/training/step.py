@@ -179,7 +179,9 @@ class TrainStep:
         It is in model_params, averaged over the ranks; in 16-bit training with several microbatches or ranks in
         master_params, to be averaged by the optimize methods.
         """
-        precision_util.clear_gradients([*self.model_params, *self.master_params])
+        precision_util.clear_gradients(self.model_params)
+        if self.sixteen_bits:
+            precision_util.clear_gradients(self.master_params)
         batch = to_model_range(batch, self.device)
         cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
         # Drawn for the whole batch before it is split, so that the microbatch changes memory use only.
@@ -239,7 +241,7 @@ class TrainStep:
     def _optimize(self) -> th.Tensor:
         """Clip the gradient of master_params, step, and move the averages; 1 if the step was skipped, else 0."""
         self._whole = False
-        self.grad_norm = precision_util.gradient_norm(self.master_params, self.grad_clip)
+        self.grad_norm = precision_util.clip_gradients(self.master_params, self.grad_clip)
         good = (self.grad_norm < math.inf).float()  # NaN is not
         bad = 1 - good
         self.run_log.add_step(bad, self.absolute_step)

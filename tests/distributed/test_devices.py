@@ -139,3 +139,13 @@ def test_a_rank_alone_synchronizes_no_parameters():
     p = th.ones(2)
     distributed.sync_params([p])  # without a process group
     assert p.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3], []])
+def test_a_host_copy_of_a_tensor_in_host_memory_is_the_tensor(values):
+    tensor = th.tensor(values)
+    assert th.equal(distributed.HostCopy(tensor).get(), tensor)
+
+
+def test_a_host_copy_has_no_gradient():
+    assert not distributed.HostCopy(th.ones(2, requires_grad=True) * 2).get().requires_grad
