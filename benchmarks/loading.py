@@ -1,11 +1,11 @@
 """How fast images are read: the published way, ours from the files, and ours from the packed cache.
 
-    python benchmarks/loading.py                      (6,000 JPEGs of 500x400 at 64x64)
+    python benchmarks/loading.py                      (4,000 JPEGs of 500x400 at 64x64)
     python benchmarks/loading.py --count 24000 --size 32
 
 Everything runs in one process on one core, the ways in turns, and the time is that of the processor: the numbers are
-images a second and core, whatever else the machine does. The JPEGs are smooth shapes with noise, of about 40 kB; a few
-hundred different ones under many names, so that the packed file (74 MB) is larger than the processor's caches. The
+images a second and core, whatever else the machine does. The JPEGs are smooth shapes with noise, of about 47 kB; a few
+hundred different ones under many names, so that the packed file (49 MB) is larger than the processor's caches. The
 published way is written from its description: one image after another, with Pillow, to float32. Before anything is
 timed, all ways are checked to give the same batches. Writes benchmarks/results/loading.json.
 """
@@ -117,7 +117,7 @@ def rate(data, batch_size, seconds):
     return count / spent if spent else count / seconds
 
 
-def run(count=6000, size=64, batch_size=128, seconds=1.5, rounds=5, folder=None):
+def run(count=4000, size=64, batch_size=128, seconds=1.5, rounds=5, folder=None):
     """A row for each way: `way`, `per_second` (images a second and core, the median), `seconds` of a batch, `ratio` to
     the published way, and `all`, the rates of the rounds.
 
@@ -152,7 +152,7 @@ def run(count=6000, size=64, batch_size=128, seconds=1.5, rounds=5, folder=None)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=6000, help="images")
+    parser.add_argument("--count", type=int, default=4000, help="images")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
