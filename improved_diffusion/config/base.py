@@ -126,6 +126,8 @@ def checked_value(f: Field, value: Any) -> Any:
     if isinstance(parsed, float) and not math.isfinite(parsed):
         raise UserError(f"--{f.name} {parsed} must be a finite number")
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if isinstance(parsed, str):  # a word in place of a number
+        low = high = None
     if low is not None and parsed < low:
         raise UserError(f"--{f.name} {shown(parsed)} must {f'be at least {low}' if low else 'not be negative'}")
     if high is not None and parsed > high:

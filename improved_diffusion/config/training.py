@@ -24,17 +24,8 @@ class SourceConfig(Config):
     )
 
 
-MAX_WORKERS = 1024
-
-
-def _workers(value: Any) -> int | str:
-    """A number of processes, or `auto`."""
-    if value == "auto":
-        return "auto"
-    number = whole_number(value)
-    if not 0 <= number <= MAX_WORKERS:
-        raise ValueError(f"expected auto, or a number from 0 to {MAX_WORKERS}")
-    return number
+def _number_or_auto(value: Any) -> int | str:
+    return "auto" if value == "auto" else whole_number(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +37,9 @@ class DataConfig(SourceConfig):
         "auto",
         "processes that read and resize images, per rank; 0: read in the training process; auto: as the machine has "
         "cores, 0 for images in memory or in a cache",
-        parse=_workers,
+        parse=_number_or_auto,
+        low=0,
+        high=1024,
     )
     cache: str = extra(
         "auto",
