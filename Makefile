@@ -1,5 +1,6 @@
 # make demo   train a model of handwritten digits, sample from it and evaluate it, in minutes on a CPU
 # make test   the tests          make check   lint, types and import contracts          make docs   the documentation as a site
+# make bench  how fast everything is on this machine, in about 10 minutes
 # Without a GPU, the CPU build of torch saves gigabytes: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DIGITS := data/digits
 STEPS := 1500
 MODEL = $(RUN)/ema_0.99_$$(printf %06d $(STEPS)).pt
 
-.PHONY: demo docs test test-slow check format clean
+.PHONY: demo docs test test-slow bench check format clean
 
 $(VENV)/.venv: ; $(PYTHON) -m venv $(VENV) && touch $@
 
@@ -56,6 +57,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

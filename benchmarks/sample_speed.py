@@ -24,9 +24,9 @@ from improved_diffusion.sampling.guided import prepare_model
 
 WAYS = {
     "fp32": [],
-    "fp32, channels last": ["--channels_last"],
+    "fp32, channels last": ["--memory_format", "channels_last"],
     "bf16": ["--precision", "bf16"],
-    "bf16, channels last": ["--precision", "bf16", "--channels_last"],
+    "bf16, channels last": ["--precision", "bf16", "--memory_format", "channels_last"],
 }
 COMPILED = {f"{name}, compiled": [*flags, "--compile"] for name, flags in WAYS.items()}
 

@@ -12,10 +12,10 @@ are copies of those that it has.
 
 Of the images, --count are trained on; --held_out others are what the copy score compares with; the rest, at most
 10,000, are the reference of KID. Each setting is a run of its own, below --out_dir, of the recipe small-32 or of the
-options in --config. At every interval its average draws as many samples as there are held-out images, in 15 steps of
-dpmpp_2m. The features are those of a program for `improved-diffusion evaluate`. Writes
+options in --config. At every interval its average draws as many samples as there are held-out images, in 20 steps of
+dpmpp_2m_sde, kept in the run's folder. The features are those of a program for `improved-diffusion evaluate`. Writes
 benchmarks/results/small_data_<name>.json and .png, and prints the table of docs/small-data.md. An interrupted command
-goes on where it stopped.
+goes on where it stopped; with --draw_only the samples are not evaluated yet, by another machine perhaps.
 """
 
 import argparse
@@ -39,8 +39,9 @@ SETTINGS = {
     "flip_more_dropout": {"random_flip": True, "dropout": 0.3},
     "random_crop": {"random_flip": True, "dropout": 0.1, "resize_mode": "random_crop"},
 }
+NOT_KEPT = ("out_dir", "settings", "features", "draw_only")
 REFERENCE = 10_000  # images, at most
-SAMPLER = {"sampler": "dpmpp_2m", "steps": 15}
+SAMPLER = {"sampler": "dpmpp_2m_sde", "steps": 20}
 
 
 def split(args, options, folder):
@@ -60,15 +61,30 @@ def split(args, options, folder):
 
 
 def train(args, options, folder, name):
-    """The run's folder, with a checkpoint at every interval."""
-    run = folder / name
+    """A run with a checkpoint at every interval."""
     intervals = {"save_interval": args.interval, "sample_interval": args.interval, "val_interval": args.interval}
     idf.train(
-        folder / "train.npz", **{**options, **SETTINGS[name], **intervals}, max_steps=args.max_steps, keep_last=0,
-        val_dir=folder / "held_out.npz", out_dir=run, resume="auto",
+        folder / "train.npz", **{**options, **SETTINGS[name], **intervals, "max_steps": args.max_steps, "keep_last": 0},
+        val_dir=folder / "held_out.npz", out_dir=folder / name, resume="auto",
     )  # fmt: skip
     logger.reset()
-    return run
+
+
+def draw(args, run):
+    """Write samples_STEP.npz of the average of every interval."""
+    for step in steps(args):
+        if not samples_file(run, step).exists():
+            (average,) = run.glob(f"ema_*_{step:06d}.pt")
+            images = idf.load(average).sample(args.held_out, batch_size=100, progress=False, **SAMPLER)
+            np.savez(samples_file(run, step), arr_0=images.array)
+
+
+def samples_file(run, step):
+    return run / f"samples_{step:06d}.npz"
+
+
+def steps(args):
+    return range(args.interval, args.max_steps + 1, args.interval)
 
 
 def losses(run):
@@ -81,11 +97,10 @@ def losses(run):
     return found
 
 
-def measure(args, folder, path, count):
-    """A row: the scores of samples of one checkpoint."""
-    images = idf.load(path).sample(count, batch_size=100, progress=False, **SAMPLER)
+def measure(args, folder, samples):
+    """(the scores of samples of one checkpoint, those of real images)."""
     report = idf.evaluate(
-        images, folder / "reference.npz", features=args.features, trust_features=True,
+        samples, folder / "reference.npz", features=args.features, trust_features=True,
         train_dir=folder / "train.npz", held_out=folder / "held_out.npz",
     )  # fmt: skip
     scores = {name: getattr(report, name).to_dict() for name in ("fid", "kid", "precision", "recall", "copies")}
@@ -134,36 +149,46 @@ def main():
     parser.add_argument("--data_dir", required=True, help="folder or zip of images named class_index")
     parser.add_argument("--features", required=True, help="program for improved-diffusion evaluate, which is trusted")
     parser.add_argument("--config", default="", help="JSON file of a run's options (default: the recipe small-32)")
+    parser.add_argument("--batch_size", type=int, default=0, help="default: that of the options")
     parser.add_argument("--count", type=int, default=1000, help="images to train on")
     parser.add_argument("--held_out", type=int, default=1000, help="images for the copy score")
     parser.add_argument("--settings", default="plain,flip_dropout", help=f"comma-separated, of {', '.join(SETTINGS)}")
     parser.add_argument("--max_steps", type=int, default=6000)
     parser.add_argument("--interval", type=int, default=1000, help="steps from one measurement to the next")
     parser.add_argument("--out_dir", default="runs/small_data", help="for the runs")
+    parser.add_argument("--draw_only", action="store_true", help="train and draw, evaluate later")
     parser.add_argument("--name", required=True, help="of the result files")
     args = parser.parse_args()
 
     options = json.loads(Path(args.config).read_text()) if args.config else preset_options("small-32")
+    if args.batch_size:
+        options = {**options, "total_batch_size": args.batch_size}
     folder = Path(args.out_dir) / f"{args.name}_{args.count}"
     split(args, options, folder)
     path = RESULTS / f"small_data_{args.name}.json"
-    about = {name: value for name, value in vars(args).items() if name not in ("out_dir", "settings", "features")}
+    about = {name: value for name, value in vars(args).items() if name not in NOT_KEPT}
     content = {"options": about, "device": platform.machine(), "real": {}, "rows": []}
     if path.exists():
         content = json.loads(path.read_text())
         if content["options"] != about:
             raise SystemExit(f"{path} was made with {content['options']}, not {about}: give another --name")
     for name in args.settings.split(","):
-        run = train(args, options, folder, name)
+        run = folder / name
+        if not all(samples_file(run, step).exists() for step in steps(args)):
+            train(args, options, folder, name)
+            draw(args, run)
+        if args.draw_only:
+            continue
         held_out = losses(run)
-        for step in range(args.interval, args.max_steps + 1, args.interval):
+        for step in steps(args):
             if any((row["setting"], row["step"]) == (name, step) for row in content["rows"]):
                 continue
-            (average,) = run.glob(f"ema_*_{step:06d}.pt")
-            scores, content["real"] = measure(args, folder, average, args.held_out)
+            scores, content["real"] = measure(args, folder, samples_file(run, step))
             nearest = min(held_out, key=lambda logged: abs(logged - step))
             content["rows"].append({"setting": name, "step": step, "val_loss": held_out[nearest], **scores})
             path.write_text(json.dumps(content, indent=1) + "\n")
+    if args.draw_only:
+        return
     table(content["rows"])
     plot(path.with_suffix(".png"), content["rows"], content["real"])
 

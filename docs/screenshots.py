@@ -42,7 +42,7 @@ def main() -> None:
 def picture(page: Page, path: str) -> None:
     page.wait_for_timeout(2500)  # whatever moves has come to rest
     page.screenshot(path=path, full_page=True)
-    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def sample(page: Page) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from . import distributed
 from .bound import BoundSummary
 from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
 from .checkpoints.safetensors_file import has_suffix
-from .config import ReadingConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
+from .config import ReadingConfig, SpeedConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import CardConfig, ExportConfig, PushConfig
 from .config.presets import options_for, until_chosen
 from .config.settings import (
@@ -227,8 +227,9 @@ class Model:
     def _network(self, options: Mapping[str, Any]) -> th.nn.Module:
         """The network to prepare for these options: other precisions and layouts get a copy of their own."""
         precision = "fp16" if options.get("use_fp16") else options.get("precision", "fp32")
-        key = (precision, options.get("channels_last", False), options.get("compile", False))
-        if key == ("fp32", False, False):
+        speed = SpeedConfig(**{f.name: options[f.name] for f in fields(SpeedConfig) if f.name in options})
+        key = (precision, speed)
+        if key == ("fp32", SpeedConfig()):
             return self.network
         if key not in self._prepared:
             self._prepared = {key: copy.deepcopy(self.network)}  # one, so that memory does not grow

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -48,8 +49,20 @@ def model_grads_to_master_grads(model_params: Iterable[nn.Parameter], master_par
 def master_params_to_model_params(model_params: Iterable[nn.Parameter], master_params: Sequence[th.Tensor]) -> None:
     """Copy the master parameters into the model's, in the model's types."""
     model_params = list(model_params)
-    for param, master in zip(model_params, unflatten_master_params(model_params, master_params)):
-        param.detach().copy_(master)
+    in_groups(th._foreach_copy_, model_params, unflatten_master_params(model_params, master_params))
+
+
+@th.no_grad()
+def in_groups(call: Callable[..., Any], targets: Iterable[th.Tensor], sources: Iterable[th.Tensor]) -> None:
+    """A torch._foreach function of two lists, called once for each kind of pair: it is slow for a mixture."""
+    groups: dict[Any, tuple[list[th.Tensor], list[th.Tensor]]] = {}
+    for target, source in zip(targets, sources):
+        kind = (target.dtype, source.dtype, target.is_contiguous(), source.is_contiguous())
+        group = groups.setdefault(kind, ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    for group in groups.values():
+        call(*group)
 
 
 def unflatten_master_params(

@@ -59,7 +59,7 @@ class LossAwareSampler(ScheduleSampler):
         # float64 holds timesteps and losses alike; only on the CPU, because not every device has it.
         pairs = th.stack([local_ts.cpu().double(), local_losses.detach().cpu().double()], dim=1)  # [n, 2]
         gathered = th.cat(distributed.all_gather_ragged(pairs))
-        self.update_with_all_losses([int(t) for t in gathered[:, 0]], gathered[:, 1].tolist())
+        self.update_with_all_losses(gathered[:, 0].long().tolist(), gathered[:, 1].tolist())
 
     @abstractmethod
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
@@ -88,15 +88,21 @@ class LossSecondMomentResampler(LossAwareSampler):
         return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
 
     def update_with_all_losses(self, ts, losses):
-        for t, loss in zip(ts, losses):
-            if not np.isfinite(loss):
-                continue  # a single non-finite weight would make all probabilities nan
-            if self._loss_counts[t] == self.history_per_term:
-                self._loss_history[t, :-1] = self._loss_history[t, 1:]  # the oldest goes first
-                self._loss_history[t, -1] = loss
-            else:
-                self._loss_history[t, self._loss_counts[t]] = loss
-                self._loss_counts[t] += 1
+        ts, losses = np.asarray(ts, np.int64), np.asarray(losses, np.float64)
+        finite = np.isfinite(losses)  # a single non-finite weight would make all probabilities nan
+        order = np.argsort(ts[finite], kind="stable")  # by t, and those of one t as they came
+        losses = losses[finite][order]
+        seen, starts, counts = np.unique(ts[finite][order], return_index=True, return_counts=True)
+        if not len(seen):
+            return
+        # Each seen t's row with its new losses behind what it holds; of that the last ones stay, the oldest go.
+        before, length = self._loss_counts[seen], self.history_per_term
+        rows = np.pad(self._loss_history[seen], [(0, 0), (0, counts.max())])
+        row = np.repeat(np.arange(len(seen)), counts)
+        rows[row, before[row] + np.arange(len(losses)) - starts[row]] = losses
+        too_many = np.maximum(before + counts - length, 0)
+        self._loss_history[seen] = np.take_along_axis(rows, too_many[:, None] + np.arange(length), axis=1)
+        self._loss_counts[seen] = before + counts - too_many
 
     def _warmed_up(self) -> bool:
         return bool((self._loss_counts == self.history_per_term).all())

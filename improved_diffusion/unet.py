@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from typing import Any
 
 import torch as th
 import torch.nn.functional as F
@@ -22,6 +21,8 @@ from .nn import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    is_channels_last,
+    is_untouched,
     linear,
     normalization,
     timestep_embedding,
@@ -145,7 +146,7 @@ class ResBlock(TimestepBlock):
         if self.use_scale_shift_norm:
             norm, rest = self.out_layers[0], self.out_layers[1:]
             scale, shift = th.chunk(emb_out, 2, dim=1)
-            h = rest(norm(h) * (1 + scale) + shift)
+            h = rest(th.addcmul(shift, norm(h), 1 + scale))
         else:
             h = self.out_layers(h + emb_out)
         return self.skip_connection(x) + h
@@ -188,12 +189,40 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x):
+        if (is_channels_last(x) or x.device.type != "cpu") and self._is_untouched():
+            return self._attend(x)
         flat = x.reshape(*x.shape[:2], -1)  # [N, C, L]
         qkv = self.qkv(self.norm(flat))  # [N, 3C, L]
         if self.use_new_attention_order:
             qkv = head_by_head(qkv, self.num_heads)
         h = self.attention(qkv.reshape(x.shape[0] * self.num_heads, -1, qkv.shape[2]))
         return (flat + self.proj_out(h.reshape(flat.shape))).reshape(x.shape)
+
+    def _is_untouched(self):
+        """Whether nobody has replaced what `_attend` computes without calling it."""
+        return (
+            is_untouched(self.attention, QKVAttention)
+            and QKVAttention.forward is _PUBLISHED_ATTENTION  # code that extends it may replace it in the class
+            and is_untouched(self.qkv, nn.Conv1d)
+            and is_untouched(self.proj_out, nn.Conv1d)
+        )
+
+    def _attend(self, x):
+        """The same on positions as rows, where the products need no other layout of q, k and v."""
+        rows = self.norm(x).flatten(2).transpose(1, 2)  # [N, L, C]
+        qkv = _product(rows, self.qkv)
+        if self.use_new_attention_order:
+            qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            qkv = qkv.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(*qkv.unbind()).transpose(1, 2).flatten(2)  # [N, L, C]
+        h = _product(h, self.proj_out)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _product(rows, conv):
+    """A 1x1 convolution of [N, L, C]."""
+    return F.linear(rows, conv.weight.squeeze(2), conv.bias)
 
 
 def head_by_head(qkv, num_heads):
@@ -206,8 +235,8 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv):
         """[N * heads, 3d, L] -> [N * heads, d, L]."""
-        q, k, v = (part.transpose(1, 2).contiguous()[:, None] for part in qkv.chunk(3, dim=1))  # [N * heads, 1, L, d]
-        return F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        parts = qkv.unflatten(1, (1, 3, -1)).permute(2, 0, 1, 4, 3).contiguous()  # [3, N * heads, 1, L, d]
+        return F.scaled_dot_product_attention(*parts.unbind()).squeeze(1).transpose(1, 2)
 
     @staticmethod
     def count_flops(model, _x, y):
@@ -219,6 +248,9 @@ class QKVAttention(nn.Module):
         products = 2  # q k^T, and the weights times v: L^2 d multiply-adds each
         operations = products * batch * channels * math.prod(positions) ** 2
         model.total_ops += th.DoubleTensor([operations])
+
+
+_PUBLISHED_ATTENTION = QKVAttention.forward
 
 
 class Torso(nn.Module):
@@ -405,36 +437,38 @@ class UNetModel(Torso):
             emb = emb + self.label_emb(th.where(shown, y, 0)) * shown[:, None]
         return emb
 
-    def _torso(self, x, timesteps, y):
-        """Yield (part, activation) of the blocks, in order; part is "down", "middle" or "up"."""
+    def _torso(self, x, timesteps, y, found=None):
+        """The last block's output.
+
+        :param found: a dict of the lists `down`, `middle` and `up`, which all blocks' outputs are added to.
+        """
         emb = self._embed(x, timesteps, y)
         skips = []
         h = x.type(self.inner_dtype)
         for block in self.input_blocks:
             h = block(h, emb)
             skips.append(h)
-            yield "down", h
+            if found is not None:
+                found["down"].append(h)
         h = self.middle_block(h, emb)
-        yield "middle", h
+        if found is not None:
+            found["middle"].append(h)
         for block in self.output_blocks:
             h = block(th.cat([h, skips.pop()], dim=1), emb)
-            yield "up", h
+            if found is not None:
+                found["up"].append(h)
+        return h
 
     def forward(self, x, timesteps, y=None):
         """The network's output [N, out_channels, ...] for x [N, in_channels, ...], timesteps [N] and labels y [N]."""
-        for _, h in self._torso(x, timesteps, y):  # noqa: B007 - only the last one is used
-            pass
-        return self.out(h.type(x.dtype))
+        return self.out(self._torso(x, timesteps, y).type(x.dtype))
 
     def get_feature_vectors(self, x, timesteps, y=None):
         """The blocks' activations: dict of `down` (list), `middle` and `up` (list), in x's type."""
-        result: dict[str, Any] = {"down": [], "up": []}
-        for part, h in self._torso(x, timesteps, y):
-            if part == "middle":
-                result[part] = h.type(x.dtype)
-            else:
-                result[part].append(h.type(x.dtype))
-        return result
+        found: dict[str, list[th.Tensor]] = {"down": [], "middle": [], "up": []}
+        self._torso(x, timesteps, y, found)
+        down, middle, up = ([h.type(x.dtype) for h in found[part]] for part in ("down", "middle", "up"))
+        return {"down": down, "middle": middle[0], "up": up}
 
 
 class SuperResModel(UNetModel):

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
 
@@ -11,6 +12,7 @@ import pytest
 import torch as th
 
 from improved_diffusion.logs import logger
+from improved_diffusion.training import run
 from improved_diffusion.utils.stop_signals import SIGNALS
 
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
@@ -29,11 +31,20 @@ def own_config(tmp_path_factory):
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_curves():
+    """A run that ends draws no curves.png, which takes longer than a small run; tests/logs/test_curves.py draws, and
+    tests/cli/test_scripts.py looks for the picture of a run in a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_curves", lambda csv_path, png_path: Path(png_path).write_bytes(b"not drawn"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_start(monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    th.manual_seed(0)
+    th.default_generator.manual_seed(0)  # th.manual_seed also writes down, for devices, where it was called: it is slow
     np.random.seed(0)
     logger.reset()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

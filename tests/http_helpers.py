@@ -152,7 +152,8 @@ class Engine:
 
     def health(self):
         counts = dict.fromkeys((*GAUGES, *COUNTERS), 3)
-        return SimpleNamespace(**counts, models=("tiny",), state="ready")
+        found = {"gpu_memory": {1: (40, 100)}, "batch_sizes": {1: 1, 2: 1}}
+        return SimpleNamespace(**counts, **found, models=("tiny",), state="ready")
 
     def stop(self, timeout=None):
         self.stopped = timeout

@@ -92,12 +92,19 @@ def command(launcher, ranks, script, args):
     return [sys.executable, *words], env
 
 
-def start(launcher, ranks, script, *args, cwd, env=None, prefix=()):
+def without_figures(env):
+    """The environment in which nothing is drawn by matplotlib."""
+    return {**env, "PYTHONPATH": f"{STUBS / 'no_figures'}{os.pathsep}{env['PYTHONPATH']}"}
+
+
+def start(launcher, ranks, script, *args, cwd, env=None, prefix=(), figures=False):
     """The started process of `command`, its output in pipes and in a process group of its own.
 
     :param prefix: a program and its arguments that runs the rest of its command line.
+    :param figures: whether it may draw with matplotlib, which takes seconds.
     """
     argv, own = command(launcher, ranks, script, args)
+    own = own if figures else without_figures(own)
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [*prefix, *argv], cwd=cwd, env={**own, **(env or {}), MARK: mark}, stdout=subprocess.PIPE,

@@ -16,6 +16,9 @@ from helpers import ROOT
 
 import improved_diffusion as idf
 from improved_diffusion.cli.main import COMMANDS
+from improved_diffusion.config import UserError
+from improved_diffusion.config.service import DoorConfig
+from improved_diffusion.service.http.security import TOKEN_VARIABLE, access_for
 
 OURS = {"train", "serve", "web"}  # commands that run in containers
 COMPOSE_FILES = ("compose.yaml", "compose.gpu.yaml")
@@ -242,7 +245,11 @@ def test_a_service_is_reached_from_this_machine_only_and_needs_a_token(name):
     assert address == "127.0.0.1"
     assert inside == service["command"][service["command"].index("--port") + 1] == "8000"  # the health check's
     assert all_of("EXPOSE", "service") == [inside] and service["build"]["target"] == "service"
-    assert service["environment"]["IMPROVED_DIFFUSION_TOKEN"].startswith("${IMPROVED_DIFFUSION_TOKEN:?")
+    assert service["environment"] == {TOKEN_VARIABLE: "${IMPROVED_DIFFUSION_TOKEN:-}"}
+    words = service["command"]
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(UserError, match=TOKEN_VARIABLE):
+        patched.setenv(TOKEN_VARIABLE, "")
+        access_for(DoorConfig(host=words[words.index("--host") + 1]))
 
 
 def test_training_has_time_to_save_a_checkpoint_and_continues():

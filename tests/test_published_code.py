@@ -195,7 +195,8 @@ def photos(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("photos") / "photos", 8, size=(70, 66))
 
 
-@pytest.fixture(scope="module", params=[("python", 1), ("mpiexec", 2)], ids=["python", "mpiexec"])
+@pytest.fixture(scope="module", params=[("python", 1), pytest.param(("mpiexec", 2), marks=pytest.mark.slow)],
+                ids=["python", "mpiexec"])  # fmt: skip
 def launched(request, tmp_path_factory, photos):
     """style(script, folder, *args) runs a script of the published kind, logging into a folder; after both trainings."""
     launcher, ranks = request.param

@@ -150,3 +150,34 @@ def test_a_sampler_needs_only_its_weights():
 
     t, weights = Last().sample(5, "cpu")
     assert (t == 2).all() and weights == pytest.approx([1 / 3] * 5)
+
+
+class OneByOne(LossSecondMomentResampler):
+    """The published loop."""
+
+    def update_with_all_losses(self, ts, losses):
+        for t, loss in zip(ts, losses):
+            if not np.isfinite(loss):
+                continue
+            if self._loss_counts[t] == self.history_per_term:
+                self._loss_history[t, :-1] = self._loss_history[t, 1:]
+                self._loss_history[t, -1] = loss
+            else:
+                self._loss_history[t, self._loss_counts[t]] = loss
+                self._loss_counts[t] += 1
+
+
+@pytest.mark.parametrize("history", [1, 3, 10])
+@pytest.mark.parametrize("size", [0, 1, 7, 60])
+def test_all_at_once_is_one_by_one(history, size):
+    """Bit for bit, with many losses of one t in a batch, and some that are not finite."""
+    rng = np.random.default_rng(size)
+    fast, slow = (kind(make_diffusion(5), history) for kind in (LossSecondMomentResampler, OneByOne))
+    for _ in range(8):
+        ts, losses = rng.integers(0, 5, size).tolist(), rng.exponential(size=size)
+        losses[rng.random(size) < 0.1] = np.nan
+        for sampler in (fast, slow):
+            sampler.update_with_all_losses(ts, losses.tolist())
+        np.testing.assert_array_equal(fast._loss_history, slow._loss_history)
+        np.testing.assert_array_equal(fast._loss_counts, slow._loss_counts)
+        np.testing.assert_array_equal(fast.weights(), slow.weights())

@@ -25,6 +25,7 @@ from ..models.build import build_diffusion, build_model
 from ..schedules import get_named_beta_schedule, shift_schedule, zero_terminal_snr
 from ..unet import UNetModel
 from ..utils import files
+from ..utils.outline import outline
 from ..utils.text import listed
 from . import diffusers_network as networks
 from .description import KEY, read_description
@@ -126,7 +127,7 @@ def _group(kind: type[C], options: Mapping[str, Any]) -> C:
 
 def _outline(model: ModelConfig, learn_sigma: bool) -> UNetModel:
     """The network of these options, without memory for its numbers."""
-    with th.device("meta"):
+    with outline():
         return build_model(model, learn_sigma)
 
 

@@ -35,6 +35,7 @@ from ..models.factories import attention_factors
 from ..respace import SpacedDiffusion
 from ..unet import EncoderUNetModel, count_heads
 from ..utils import files, hub
+from ..utils.outline import outline
 from . import checkpoint, diffusers_folder, hub_model, sets
 from .averages import warn_of_initial_weights
 from .dialects import refuse_foreign
@@ -219,7 +220,7 @@ def _check_network(
 
     :param names: of the classes.
     """
-    with naming(path), th.device("meta"):
+    with naming(path), outline():
         is_classifier = isinstance(model, ClassifierConfig)
         network = build_classifier(model) if is_classifier else build_model(model, learn_sigma)  # type: ignore[arg-type]
     checkpoint.check_fits(network, state_dict, path)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
-from ..config import UserError, checked_value, path_argument, repeated, shown, str2bool, unknown_name
+from ..config import UserError, checked_value, path_argument, repeated, shown, unknown_name
 from ..config.messages import naming
 from ..config.presets import PRESETS, options_for, until_chosen
 from ..config.recipes import AUTO, RECIPES
@@ -126,10 +126,10 @@ def _build_parser(kind: type[Settings], program: str, description: str, first: S
 
 
 def _add_option(section: Any, f: Any, hidden: bool) -> None:
-    kind = f.metadata["parse"]
-    extra: dict[str, Any] = {"nargs": "?", "const": "True", "metavar": "True|False"} if kind is str2bool else {}
-    if f.metadata["choices"]:
-        extra = {"metavar": "|".join(f.metadata["choices"])}
+    bare = f.metadata["bare"]
+    extra: dict[str, Any] = {"nargs": "?", "const": bare} if bare else {}
+    if f.metadata["choices"] or bare:
+        extra["metavar"] = "|".join(f.metadata["choices"] or ("True", "False"))
     default = f.default if f.default != "" else "empty"
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
     section.add_argument(f"--{f.name}", help=argparse.SUPPRESS if hidden else text, **extra)

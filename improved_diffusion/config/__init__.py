@@ -32,6 +32,7 @@ from .model import (
 from .reading import MAX_IMAGE_PIXELS, RESIZE_MODES, ReadingConfig
 from .run import RunConfig
 from .sampling import SAMPLERS, BaseSamplesConfig, GuidanceConfig, NLLConfig, SampleConfig, SamplerConfig
+from .speed import SpeedConfig, TrainSpeedConfig
 from .training import (
     LR_SCHEDULES,
     TRACKERS,
@@ -84,9 +85,11 @@ __all__ = [
     "SampleConfig",
     "SamplerConfig",
     "SourceConfig",
+    "SpeedConfig",
     "SuperResModelConfig",
     "SweepConfig",
     "TrainConfig",
+    "TrainSpeedConfig",
     "UNetConfig",
     "UserError",
     "VariationsConfig",

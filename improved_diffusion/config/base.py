@@ -29,6 +29,7 @@ def option(
     published: bool = True,
     older: Any = None,
     flags: Mapping[str, Callable[[str], str]] | None = None,
+    bare: str = "",
 ) -> Any:
     """One option.
 
@@ -36,6 +37,7 @@ def option(
     :param fixed: training decides it and sampling may not contradict it.
     :param published: the method's original code has it too.
     :param older: what models have whose files are from before the option existed.
+    :param bare: the value that the flag has where none follows it; a truth value's is True.
     :param flags: published flags that set it as well, each with what turns its value into this option's.
     """
     if parse is None:
@@ -46,7 +48,7 @@ def option(
         default=default,
         metadata=dict(
             help=help, choices=choices, parse=parse, low=low, high=high, fixed=fixed, published=published, older=older,
-            flags=flags or {},
+            flags=flags or {}, bare="True" if parse is str2bool else bare,
         ),
     )  # fmt: skip
 

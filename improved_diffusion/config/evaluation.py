@@ -76,8 +76,7 @@ class EvaluationConfig(Config):
     )
     held_out: str = extra(
         "",
-        "real images that the model was not trained on: their scores and their distances to the training images show "
-        "what to expect of real images",
+        "real images that the model was not trained on, whose scores show what to expect of real images",
         parse=path_of,
     )
 

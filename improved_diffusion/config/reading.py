@@ -32,8 +32,8 @@ class ReadingConfig(Config):
 
     resize_mode: str = extra(
         "crop",
-        "how an image gets the model's size: crop (cover it and cut off the edges), random_crop (in training a random "
-        "part, new each epoch), pad (fit into it, on the background) or stretch (change the aspect ratio)",
+        "how an image gets the model's size: crop (cut off edges), random_crop (a random part, new each epoch), "
+        "pad (on the background) or stretch (change the aspect ratio)",
         choices=RESIZE_MODES,
     )
     background: str = extra(

@@ -48,7 +48,7 @@ _CPU = dict(
     max_steps=20_000, log_interval=50, save_interval=1000,
 )  # fmt: skip
 _GPU = dict(
-    _COMMON, num_res_blocks=2, lr=1e-4, ema_rate="0.9999", precision="bf16", num_workers=4,
+    _COMMON, num_res_blocks=2, lr=1e-4, ema_rate="0.9999", precision="bf16",
     log_interval=100, save_interval=5000, sample_interval=2500,
 )  # fmt: skip
 

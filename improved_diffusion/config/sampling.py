@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .base import MOST_SAMPLES, PRECISIONS, Config, extra, option, with_default
 from .messages import UserError, shown
 from .model import EncoderConfig
+from .speed import SpeedConfig
 from .values import comma_list, number_list, path_of, real_number
 
 SAMPLERS = (
@@ -15,7 +16,7 @@ SAMPLERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig(Config):
+class SamplerConfig(SpeedConfig):
     """Sampler options."""
 
     use_ddim: bool = option(False, "deterministic DDIM steps (the same as --sampler ddim)")
@@ -24,8 +25,7 @@ class SamplerConfig(Config):
     sampler: str = extra("auto", "the solver; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
     steps: int = extra(
         0,
-        "number of steps, 1 to diffusion_steps; 0: by timestep_respacing, else all for ancestral and ddim, 20 for the "
-        "others; when editing: 200 to encode, decode and interpolate images, 100 to inpaint and vary them",
+        "number of steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others, 100 or 200 for edits",
         low=0,
     )
     timestep_grid: str = extra(
@@ -48,10 +48,9 @@ class SamplerConfig(Config):
     print_steps: bool = extra(False, "print the steps with their noise levels, and stop")
     precision: str = extra("fp32", "number format of the networks' blocks", choices=PRECISIONS)
     use_fp16: bool = extra(False, "the model, but no classifier that guides it, computes in float16")
-    channels_last: bool = extra(False, "channels-last memory layout: faster on GPUs in bf16 and fp16")
-    compile: bool = extra(False, "compile the network with torch.compile: minutes at the start, then faster")
 
     def validate(self) -> None:
+        super().validate()
         if self.use_fp16 and self.precision == "bf16":
             raise UserError("--use_fp16 True contradicts --precision bf16: give one of them")
         if 0 < self.churn_max <= self.churn_min:
@@ -138,7 +137,7 @@ class SampleConfig(Config):
     batch_size: int = option(
         16, "images per batch on each rank; 0: as many as fit a GPU's memory, and 16 on CPUs", low=0
     )
-    classes: str = extra("", "classes to make, by name or index, comma-separated, repeated in turn; empty: random")
+    classes: str = extra("", "classes by name or index, comma-separated, repeated in turn; empty: random")
     save_steps: int = extra(
         0,
         "show this many of the predictions of x_0 during sampling of the first images in steps.png and steps.gif; "

@@ -41,6 +41,7 @@ from .sampling import (
     SamplerConfig,
 )
 from .service import EngineConfig, ServeConfig, WebConfig
+from .speed import TrainSpeedConfig
 from .training import (
     ClassifierTrainConfig,
     DataConfig,
@@ -154,6 +155,7 @@ class ImageTraining(Settings):
     data: DataConfig
     reading: ReadingConfig
     train: TrainConfig
+    speed: TrainSpeedConfig
     watch: WatchConfig
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -167,6 +169,7 @@ class SuperResTraining(Settings):
     data: DataConfig
     reading: ReadingConfig
     train: TrainConfig
+    speed: TrainSpeedConfig
     watch: WatchConfig
     model: SuperResModelConfig
     diffusion: DiffusionConfig
@@ -185,6 +188,7 @@ class ClassifierTraining(Settings):
     data: DataConfig
     reading: ReadingConfig
     train: ClassifierTrainConfig
+    speed: TrainSpeedConfig
     watch: ProgressConfig
     guided: GuidedModelConfig
     model: ClassifierConfig

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .base import LONGEST_WAIT, PRECISIONS, Config, extra, option
 from .messages import UserError, unknown_name
-from .values import comma_list, path_of, str2bool
+from .values import comma_list, path_of, str2bool, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +24,38 @@ class SourceConfig(Config):
     )
 
 
+MAX_WORKERS = 1024
+
+
+def _workers(value: Any) -> int | str:
+    """A number of processes, or `auto`."""
+    if value == "auto":
+        return "auto"
+    number = whole_number(value)
+    if not 0 <= number <= MAX_WORKERS:
+        raise ValueError(f"expected auto, or a number from 0 to {MAX_WORKERS}")
+    return number
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SourceConfig):
     """Training images."""
 
     random_flip: bool = extra(False, "mirror each image left to right with probability 1/2")
-    num_workers: int = extra(
-        1, "processes that read and resize images, per rank; 0: read in the training process", low=0, high=1024
+    num_workers: int | str = extra(
+        "auto",
+        "processes that read and resize images, per rank; 0: read in the training process; auto: as the machine has "
+        "cores, 0 for images in memory or in a cache",
+        parse=_workers,
     )
+    cache: str = extra(
+        "auto",
+        "folder in which the resized images are packed, once for all runs; auto: in ~/.cache, where it pays; off: none",
+        parse=path_of,
+    )
+
+    def validate(self) -> None:
+        self.require(bool(self.cache), "cache", "is empty: name a folder, auto or off")
 
 
 MIN_SIGMA_REL = 0.001
@@ -70,11 +95,11 @@ class TrainConfig(Config):
     use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
     fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step", low=0, high=10)
     precision: str = extra(
-        "fp32", "arithmetic of the network's blocks; the master weights stay fp32", choices=PRECISIONS
+        "fp32", "number format of the network's blocks; master weights stay fp32", choices=PRECISIONS
     )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks", low=0)
     max_steps: int = extra(
-        0, "steps to train for; 0: until lr_anneal_steps, or until stopped", low=0, flags={"iterations": str}
+        0, "steps to train for; 0: lr_anneal_steps, or until stopped", low=0, flags={"iterations": str}
     )
     max_hours: float = extra(
         0.0, "hours of wall-clock time after which training saves and ends; 0: no limit", low=0, high=1e6
@@ -164,7 +189,7 @@ class ProgressConfig(Config):
 
     val_dir: str = extra(
         "",
-        "held-out images, in any form of data_dir, to measure the loss and bits/dim (a classifier's accuracy) on",
+        "held-out images to measure loss and bits/dim (a classifier's accuracy) on",
         parse=path_of,
         flags={"val_data_dir": str},
     )
@@ -182,12 +207,7 @@ class ProgressConfig(Config):
 class WatchConfig(ProgressConfig):
     """Monitoring."""
 
-    sample_interval: int = extra(
-        0,
-        "steps between preview grids of samples, from the model and its first average that has forgotten the initial "
-        "weights; 0: none",
-        low=0,
-    )
+    sample_interval: int = extra(0, "steps between preview grids of samples; 0: none", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

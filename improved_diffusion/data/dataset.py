@@ -24,11 +24,12 @@ from ..config import ReadingConfig, UserError, height_width
 from ..logs.progress import Progress
 from ..utils import images
 from ..utils.resizing import resize
-from .sources import FolderImages, ZipImages
+from .sources import ArrayImages, FolderImages, ZipImages
+from .store import PixelStore
 
 _DEFAULT_READING = ReadingConfig()
 MAX_CHECKED = 10_000  # images read before training starts; of more, a `selection`
-MAX_CACHED_BYTES = 2**28  # resized data sets up to this size stay in the memory of each reading process
+MAX_CACHED_BYTES = 2**28  # resized data sets up to this size stay in memory
 MAX_UNREADABLE = 0.01  # fraction of unreadable images that may be skipped
 SILENT = 5.0  # seconds of reading before its progress is shown
 FEW_UNREADABLE = 5  # may be skipped in small sets too, up to half of the images
@@ -54,7 +55,7 @@ class ImageDataset(Dataset):
         self.local_classes = None if classes is None else classes[shard::num_shards]
         self.channels = channels
         self.reading = reading
-        self.cache: dict[int, np.ndarray] = {}
+        self.store: PixelStore | None = self._first_store()
 
     def __len__(self):
         return len(self.local_indices)
@@ -85,6 +86,19 @@ class ImageDataset(Dataset):
         with quiet():
             return self.decode(idx).image
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of all images together, resized: [N, H, W, C]."""
+        return len(self), *self.resolution, self.channels
+
+    def _first_store(self) -> PixelStore | None:
+        """The images of an npz themselves where nothing changes them; memory for a set that fits in it; else none."""
+        if isinstance(self.source, ArrayImages):
+            arrays = self.source.arrays[self.local_indices.start :: self.local_indices.step]
+            if arrays.shape == self.shape:
+                return PixelStore(arrays, np.ones(len(arrays), bool), done={})
+        return PixelStore.in_memory(self.shape) if math.prod(self.shape) <= MAX_CACHED_BYTES else None
+
     def pixels(self, idx: int, key: Sequence[int] | None = None) -> np.ndarray:
         """The resized image, uint8 [H, W, C].
 
@@ -92,8 +106,8 @@ class ImageDataset(Dataset):
         """
         if self.reading.resize_mode != "random_crop":
             key = None
-        if key is None and idx in self.cache:
-            return self.cache[idx]
+        if key is None and self.store is not None and self.store.there[idx]:
+            return self.store.rows[idx]
         return self._resized(idx, self.read(idx), key)
 
     def check(self, idx: int) -> tuple[str, ...]:
@@ -102,19 +116,20 @@ class ImageDataset(Dataset):
         Pillow's warnings are not suppressed. Raises UnreadableImage, and UserError for other channels.
         """
         image, done = self.decode(idx)
-        if self.reading.resize_mode != "random_crop" and self._has_room():
+        if self.reading.resize_mode != "random_crop" and self.store is not None:
             self._resized(idx, image, None)
         return done
 
+    def prepare(self, idx: int) -> tuple[np.ndarray, tuple[str, ...]]:
+        """(the resized image, what was done to it before), read from its file. Raises UserError as `check` does."""
+        image, done = self.decode(idx)
+        return images.to_array(resize(image, self.resolution, self.reading), self.channels), done
+
     def _resized(self, idx: int, image: Image.Image, key: Sequence[int] | None) -> np.ndarray:
         array = images.to_array(resize(image, self.resolution, self.reading, key), self.channels)
-        if key is None and self._has_room():
-            self.cache[idx] = array
+        if key is None and self.store is not None and self.store.rows.flags.writeable:
+            self.store.keep(idx, array)
         return array
-
-    def _has_room(self) -> bool:
-        """Whether the pixels of all images are kept in memory."""
-        return len(self) * self.channels * math.prod(self.resolution) <= MAX_CACHED_BYTES
 
     def sample(self, idx: int, key: Sequence[int] | None = None):
         """The item at `idx`; with `key` see `pixels`."""
@@ -165,11 +180,14 @@ def max_unreadable(count: int) -> float:
 
 
 def check_images(dataset: ImageDataset) -> Check:
-    """Read all images, or a `selection` of MAX_CHECKED.
+    """Read all images, or a `selection` of MAX_CHECKED; those that a packed store holds have been read before.
 
     Raises UserError if more than 1% and more than 5 are unreadable, or if an image has other channels.
     """
     indices = selection(len(dataset), MAX_CHECKED)
+    num_checked, before = len(indices), None if dataset.store is None else dataset.store.done
+    if dataset.store is not None and before is not None:
+        indices = indices[~dataset.store.there[indices]]
 
     def problem_or_done(idx: int) -> str | tuple[str, ...]:
         try:
@@ -191,11 +209,13 @@ def check_images(dataset: ImageDataset) -> Check:
             elif bar is not None:
                 bar.update(1)
     problems = {i: outcome for i, outcome in found.items() if isinstance(outcome, str)}
-    if len(problems) > max_unreadable(len(indices)):
+    if len(problems) > max_unreadable(num_checked):
         first = "; ".join(list(problems.values())[:3])
         raise UserError(
-            f"{len(problems)} of {len(indices)} images are unreadable, more than {FEW_UNREADABLE} and more than 1%: "
+            f"{len(problems)} of {num_checked} images are unreadable, more than {FEW_UNREADABLE} and more than 1%: "
             f"{first}: repair or remove them"
         )
+    if before is not None:
+        return Check(list(problems), dict(before), len(dataset))
     done = Counter(what for outcome in found.values() if not isinstance(outcome, str) for what in outcome)
-    return Check(list(problems), dict(done.most_common()), len(indices))
+    return Check(list(problems), dict(done.most_common()), num_checked)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .. import distributed
 from ..config import height_width
+from .pixels import to_model_range
 
 
 def downsample(batch: th.Tensor, small_size: Any) -> th.Tensor:
@@ -34,7 +35,7 @@ class WithLowRes:
 
     def __next__(self):
         batch, kwargs = next(self.data)
-        batch = batch.to(distributed.dev(), non_blocking=True)
+        batch = to_model_range(batch, distributed.dev())
         return batch, {**kwargs, "low_res": downsample(batch, self.small_size)}
 
 

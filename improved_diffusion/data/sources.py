@@ -6,6 +6,7 @@ import io
 import os
 import weakref
 import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -47,6 +48,17 @@ class FolderImages:
         """The image's full name, for messages."""
         return one_line(self.paths[i])
 
+    def version(self, i: int) -> str:
+        """What is another where the image is: its size and time. Raises UserError below a URL, where asking takes too
+        long."""
+        if files.is_url(self.paths[i]):
+            raise UserError(f"{self.describe(i)} is below a URL: copy the images to a local folder or zip")
+        try:
+            found = os.stat(self.paths[i])
+        except OSError:  # said where it is read
+            return "gone"
+        return f"{found.st_size} {found.st_mtime_ns}"
+
     def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         """The decoded image, as it is stored."""
         with files.open_read(self.paths[i]) as f:
@@ -85,6 +97,10 @@ class ZipImages:
 
     def describe(self, i: int) -> str:
         return f"{self.path}:{one_line(self.members[i])}"
+
+    def version(self, i: int) -> str:
+        info = self._archive().getinfo(self.members[i])
+        return f"{info.file_size} {info.CRC}"
 
     def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         return images.load(io.BytesIO(self._bytes(i)), max_pixels)
@@ -142,6 +158,9 @@ class ArrayImages:
 
     def describe(self, i: int) -> str:
         return f"{self.path}[{i}]"
+
+    def version(self, i: int) -> str:
+        return str(zlib.crc32(self.arrays[i].tobytes()))
 
     def read(self, i: int, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         return images.to_image(self.arrays[i])

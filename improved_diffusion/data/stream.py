@@ -3,64 +3,111 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, default_collate
+import torch as th
+from torch.utils.data import Dataset
 
 from .. import distributed
 from ..config import ReadingConfig, UserError
 from ..logs import logger
 from ..nn import NULL_LABEL
 from ..utils.text import counted
+from .cache import use_cache
 from .classes import read_classes
 from .dataset import Check, ImageDataset, check_images, max_unreadable
+from .draws import uniform_in_order
+from .pixels import to_model_range
 from .sources import open_images
-from .workers import BatchReader
+from .workers import BatchReader, check_workers, workers_for_cores
 
 PAUSES = (0.1, 1.0)  # seconds before reading a file again that storage did not give
 
 
+class Batch(NamedTuple):
+    """What the stream yields, and what could not be used for it."""
+
+    images: th.Tensor  # [N, C, H, W]
+    kwargs: dict[str, th.Tensor]
+    failed: dict[int, str]  # index of an image -> why another one is in its place
+
+
 class _Stream(Dataset):
-    """Position in the endless order -> image. Position g lies in epoch g // N, whose order depends on (seed, epoch)."""
+    """Positions in the endless order -> batch. Position g is in epoch g // N, whose order depends on (seed, epoch)."""
 
     def __init__(
-        self, dataset: ImageDataset, seed: int, shuffle: bool, random_flip: bool, label_drop: float, skip: Sequence[int]
-    ):
+        self, dataset: ImageDataset, seed: int, shuffle: bool, random_flip: bool, label_drop: float,
+        skip: Sequence[int], as_bytes: bool,
+    ):  # fmt: skip
         self.dataset = dataset
         self.seed, self.shuffle, self.random_flip, self.label_drop = seed, shuffle, random_flip, label_drop
+        self.as_bytes = as_bytes
         self.usable = np.setdiff1d(np.arange(len(dataset)), np.array(skip, dtype=int))
+        self.classes = None if dataset.local_classes is None else np.array(dataset.local_classes, dtype=np.int64)
         self.epoch, self.order = -1, self.usable
         self.failed: dict[int, str] = {}  # images that could not be used: index -> why
 
-    def __getitem__(self, position: int):
-        epoch, place = divmod(position, len(self.usable))
+    def __getitems__(self, positions: Sequence[int]) -> Batch | UserError:
+        """The batch at these ascending positions. An error is returned: raised in a worker, it would be wrapped in the
+        worker's traceback."""
+        epochs, places = np.divmod(np.asarray(positions), len(self.usable))
+        try:
+            rows, indices, failed = self._images(epochs, places)
+        except UserError as error:
+            return error
+        if self.random_flip:
+            _mirror(rows, np.flatnonzero(self._draw(epochs, places) < 0.5))
+        images = th.from_numpy(rows).permute(0, 3, 1, 2)
+        kwargs = {}
+        if self.classes is not None:
+            labels = self.classes[indices]
+            if self.label_drop:
+                labels[self._draw(epochs, places, 1) < self.label_drop] = NULL_LABEL
+            kwargs["y"] = th.from_numpy(labels)
+        return Batch(images if self.as_bytes else to_model_range(images, "cpu"), kwargs, failed)
+
+    def _draw(self, epochs: np.ndarray, places: np.ndarray, *more: int) -> np.ndarray:
+        """A number in [0, 1) for each place: that of np.random.default_rng((seed, epoch, place, *more))."""
+        drawn = np.empty(len(places))
+        for epoch, mine in _by_epoch(epochs):
+            drawn[mine] = uniform_in_order((self.seed, epoch), places[mine], *more)
+        return drawn
+
+    def _images(self, epochs: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """(images uint8 [N, H, W, C], their indices, what could not be used for them)."""
+        indices = np.empty(len(places), dtype=np.int64)
+        for epoch, mine in _by_epoch(epochs):
+            indices[mine] = self._order_of(epoch)[places[mine]]
+        store = self.dataset.store
+        if self.dataset.reading.resize_mode != "random_crop" and store is not None and store.holds(indices):
+            return store.rows[indices], indices, {}
+        rows = np.empty((len(places), *self.dataset.shape[1:]), np.uint8)
+        failed: dict[int, str] = {}
+        for n, (epoch, place) in enumerate(zip(epochs.tolist(), places.tolist())):
+            rows[n], indices[n] = self._fitting(epoch, place, failed)
+        return rows, indices, failed
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The indices of an epoch's images, in its order."""
         if self.shuffle and epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.usable)
-        try:
-            array, out, failed = self._fitting(place, key=(self.seed, epoch, place, 2))
-        except UserError as error:
-            return error  # raised in a worker, it would be wrapped in the worker's traceback
-        if self.random_flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
-            array = np.ascontiguousarray(array[:, :, ::-1])
-        if self.label_drop and np.random.default_rng((self.seed, epoch, place, 1)).random() < self.label_drop:
-            out = {**out, "y": np.array(NULL_LABEL, dtype=np.int64)}
-        return array, out, failed
+        return self.order
 
-    def _fitting(self, place: int, key: Sequence[int]):
-        """(the image at a place of the order, its kwargs, {}); instead of an image that cannot be used, the next one,
-        with why: index -> message."""
-        pauses = list(PAUSES)
-        failed: dict[int, str] = {}
+    def _fitting(self, epoch: int, place: int, failed: dict[int, str]) -> tuple[np.ndarray, int]:
+        """(the image at a place of the order, its index); instead of one that cannot be used, the next one.
+
+        :param failed: gets what could not be used: index -> why.
+        """
+        key, order, pauses = (self.seed, epoch, place, 2), self._order_of(epoch), list(PAUSES)
         while True:
-            i = int(self.order[place % len(self.order)])
+            i = int(order[place % len(order)])
             try:
-                return *self.dataset.sample(i, key), failed
+                return self.dataset.pixels(i, key), i
             except UserError as error:
                 if pauses and i not in self.failed and _is_of_storage(error):
                     time.sleep(pauses.pop(0))
@@ -68,6 +115,18 @@ class _Stream(Dataset):
                 failed[i] = self.failed[i] = str(error)
                 _check_number(self.failed, len(self.dataset))
                 place += 1
+
+
+def _by_epoch(epochs: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, which positions are in it) of each epoch: most batches have one."""
+    return ((epoch, epochs == epoch) for epoch in dict.fromkeys(epochs.tolist()))
+
+
+def _mirror(rows: np.ndarray, which: np.ndarray) -> None:
+    """Mirror some of uint8 [N, H, W, C] left to right, in place."""
+    # torch has a fast path for this layout, numpy has none.
+    flipped = th.from_numpy(rows[which]).permute(0, 3, 1, 2).flip(3)
+    rows[which] = flipped.permute(0, 2, 3, 1).numpy()
 
 
 def _is_of_storage(error: BaseException | None) -> bool:
@@ -85,21 +144,8 @@ def _check_number(failed: Mapping[int, str], total: int) -> None:
         raise UserError(f"{len(failed)} of {total} images cannot be used any more: {first}: repair or remove them")
 
 
-def _collate(samples: list[Any]) -> Any:
-    """(images, kwargs, what could not be used); or the first error among the samples."""
-    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
-    if error is not None:
-        return error
-    images, kwargs = default_collate([(array, out) for array, out, _ in samples])
-    return images, kwargs, {i: why for *_, failed in samples for i, why in failed.items()}
-
-
-def _check_workers(num_workers: Any) -> None:
-    if not isinstance(num_workers, int) or num_workers < 0:
-        raise UserError(f"--num_workers {num_workers!r} must be a whole number of processes, 0 or more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_workers > cores:
-        logger.warn(f"--num_workers {num_workers} is more than the {cores} CPU cores: more than {cores} are not faster")
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _positions(batch_size: int, rank: int, world_size: int, step: int) -> list[int]:
@@ -113,6 +159,9 @@ class BatchStream:
 
     `seek(step)` moves it to the batch that step `step` of a run takes.
     :param label_drop: the fraction of images whose class is replaced by NULL_LABEL.
+    :param num_workers: processes that read ahead; 0: read in this one; "auto": as many as the machine has cores for, 0
+        where the images are in memory or in a packed cache.
+    :param as_bytes: yield images as uint8, which pixels.to_model_range turns into float32.
     Raises UserError if a rank gets fewer images than its batch size.
     """
 
@@ -126,15 +175,15 @@ class BatchStream:
         shuffle: bool = True,
         random_flip: bool = False,
         label_drop: float = 0.0,
-        num_workers: int = 1,
+        num_workers: int | str = 1,
         check: bool = True,
+        as_bytes: bool = False,
     ):
         if label_drop and dataset.local_classes is None:
             raise ValueError("label_drop needs a data set with classes")
-        _check_workers(num_workers)
+        check_workers(num_workers)
         self.class_names = class_names
         self.batch_size = batch_size
-        self.num_workers = num_workers
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         share = len(dataset) // self.world_size
         if share < batch_size:
@@ -146,12 +195,16 @@ class BatchStream:
                 f"ranks gets of {len(dataset)}: lower it, or run fewer ranks"
             )
         self.checked: Check = distributed.from_rank0(check_images, dataset) if check else Check([], {}, 0)
-        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable)
+        self.stream = _Stream(dataset, seed, shuffle, random_flip, label_drop, self.checked.unreadable, as_bytes)
         self.num_images = len(self.stream.usable)
         self.failed: dict[int, str] = {}  # images that could not be used since: index -> why
         positions = partial(_positions, batch_size, self.rank, self.world_size)
-        batch_bytes = 4 * batch_size * dataset.channels * math.prod(dataset.resolution)
-        self.reader = BatchReader(self.stream, positions, _collate, num_workers, batch_bytes)
+        if isinstance(num_workers, str):
+            ready = dataset.store is not None and dataset.store.holds(self.stream.usable)
+            num_workers = 0 if ready else workers_for_cores()
+        self.num_workers = num_workers
+        batch_bytes = (1 if as_bytes else 4) * batch_size * dataset.channels * math.prod(dataset.resolution)
+        self.reader = BatchReader(self.stream, positions, _as_it_is, num_workers, batch_bytes)
         weakref.finalize(self, self.reader.close).atexit = False  # at exit the reader ends its workers by itself
 
     def seek(self, step: int) -> None:
@@ -198,7 +251,7 @@ class BatchStream:
 
 
 def load_data(*, data_dir, batch_size, image_size, class_cond=False, deterministic=False, channels=3, labels="prefix",
-              random_flip=False, num_workers=1, seed=0, reading=None):  # fmt: skip
+              random_flip=False, num_workers=1, seed=0, reading=None, cache="off"):  # fmt: skip
     """An endless stream of (images, kwargs) batches of this rank's share; see BatchStream.
 
     :param data_dir: a folder, a .zip or an .npz; a local path or a URL that blobfile reads.
@@ -207,9 +260,11 @@ def load_data(*, data_dir, batch_size, image_size, class_cond=False, determinist
     :param class_cond: put the classes' indices under "y".
     :param deterministic: keep the order on disk instead of shuffling.
     :param reading: how image files become pixels, a ReadingConfig.
+    :param cache: where the resized images are packed, as --cache: a folder, auto or off.
     """
     source = open_images(data_dir)
     classes, class_names = read_classes(source, labels, data_dir) if class_cond else (None, None)
     dataset = ImageDataset(image_size, source, classes, channels=channels, reading=reading or ReadingConfig())
+    use_cache(dataset, cache, data_dir)
     return BatchStream(dataset, batch_size, class_names=class_names, seed=seed, shuffle=not deterministic,
                        random_flip=random_flip, num_workers=num_workers)  # fmt: skip

@@ -22,16 +22,39 @@ from ..config import UserError
 from ..logs import logger
 from ..utils.stop_signals import SIGNALS, catch
 
+MAX_WORKERS = 8  # of each rank, where nobody says how many
+AUTO = "auto"
 MAX_DEATHS = 3  # of workers, in a row without a batch
 DEATH_LIMIT, CLEAN_UP_LIMIT = 2.0, 10.0  # seconds
 SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share, such as the batches
 _OUT_OF_MEMORY, _SHARED_MEMORY_FULL = "SIGKILL", "SIGBUS"  # what the kernel sends then
 
 
+def check_workers(num_workers: Any) -> None:
+    """Raise UserError for what is no number of workers; warn of more than there are cores."""
+    if num_workers == AUTO:
+        return
+    if not isinstance(num_workers, int) or num_workers < 0:
+        raise UserError(f"--num_workers {num_workers!r} must be a whole number of processes, 0 or more, or {AUTO}")
+    cores = _cores()
+    if num_workers > cores:
+        logger.warn(f"--num_workers {num_workers} is more than the {cores} CPU cores: more than {cores} are not faster")
+
+
+def workers_for_cores() -> int:
+    """How many workers this rank's share of the cores has room for, beside the rank itself."""
+    return max(1, min(MAX_WORKERS, _cores() // distributed.local_size() - 1))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class BatchReader:
     """The batches of a data set from a step on, without end.
 
-    Batch k is what `collate` makes of the items at `positions(k)`, whoever reads it. So workers that are killed are
+    Batch k is what `collate` makes of the items at `positions(k)`, whoever reads it. A data set that has __getitems__
+    gives the items all at once. So workers that are killed are
     replaced from the batch that is due, and where workers cannot work, this process reads instead.
     :param num_workers: processes; 0: read in this one.
     :param batch_bytes: the size of a batch, for messages.

@@ -15,6 +15,7 @@ from . import launchers
 from .collectives import all_gather_object
 
 _device: th.device | None = None
+_local_size = 1
 
 
 def find_accelerator() -> th.device | None:
@@ -38,7 +39,8 @@ def choose_device(joined: launchers.Joined) -> str:
 
     Raises UserError for several ranks on a kind of device that has no backend, such as MPS.
     """
-    global _device
+    global _device, _local_size
+    _local_size = joined.local_size
     found = find_accelerator()
     if found is None:
         _device = th.device("cpu")
@@ -60,6 +62,11 @@ def choose_device(joined: launchers.Joined) -> str:
             'one process, or run on CPUs with CUDA_VISIBLE_DEVICES=""'
         )
     return f"cpu:gloo,{found.type}:{backend}" if backend else "gloo"
+
+
+def local_size() -> int:
+    """The number of ranks on this host."""
+    return _local_size
 
 
 def _backend(kind: str) -> str | None:
@@ -150,6 +157,28 @@ def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
     if pins_memory(device):
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class HostCopy:
+    """A copy of a tensor in host memory that arrives while the device works on; only `get` waits, for no more than it.
+
+    Of a tensor that is in host memory already, the tensor itself.
+    """
+
+    def __init__(self, tensor: th.Tensor):
+        self._arrived = None
+        self._copy = tensor.detach()
+        if pins_memory(tensor.device):
+            self._copy = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor.detach(), non_blocking=True)
+            self._arrived = th.get_device_module(tensor.device).Event()
+            self._arrived.record()
+
+    def get(self) -> th.Tensor:
+        """The copy."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.cpu()
 
 
 def synchronize(device: th.device) -> None:

@@ -17,6 +17,7 @@ from ..config.exchange import ExportConfig
 from ..logs import logger
 from ..models.build import build_model
 from ..utils import files
+from ..utils.outline import outline
 
 
 def write(loaded: LoadedModel, options: ExportConfig) -> list[str]:
@@ -47,7 +48,7 @@ def _mean(name: str, tensor: th.Tensor) -> th.Tensor:
 def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool) -> Any:
     """The pipeline with the weights, which may share memory with the state dict."""
     diffusers = _package()
-    with th.device("meta"):
+    with outline():
         network = build_model(settings.model, settings.diffusion.learn_sigma)
     config = networks.config_of(settings.model, settings.diffusion, network)
     tensors = networks.to_theirs(state_dict, networks.rows(network, networks.sines_first(config)))
@@ -55,7 +56,7 @@ def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool) -> An
         tensors[networks.TIMESTEPS] = networks.table_of_timesteps(
             settings.diffusion.diffusion_steps, settings.model.num_channels, settings.model.time_freq_shift
         )
-    with th.device("meta"):
+    with outline():
         unet = diffusers.UNet2DModel(**config)
     unet.load_state_dict(tensors, assign=True)
     scheduler = diffusers.DDPMScheduler(**folders.scheduler_config(settings.diffusion))

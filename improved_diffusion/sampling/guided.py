@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from .. import distributed
 from ..checkpoints.loading import LoadedModel, load_classifier, load_model
 from ..config import SamplerConfig, UserError, comma_list
 from ..logs import logger
+from ..models.acceleration import accelerate
 from ..respace import SpacedDiffusion
 from ..schedules import sigma_at, timestep_of_sigma
 from .guidance import (
@@ -31,20 +31,14 @@ from .steady import Steady
 
 
 def prepare_model(config: SamplerConfig, model: th.nn.Module, precision: str = "") -> th.nn.Module:
-    """The model on the device, with the precision and memory layout of the options, compiled if they ask for it.
+    """The model on the device, with the precision and speed options of the settings.
 
-    Unless compiled, it gives each image the same bits whatever the batch, on CPUs; see `steady`.
+    Unless that replaces its calls, it gives each image the same bits whatever the batch, on CPUs; see `steady`.
     :param precision: instead of the options'.
     """
     to_device(model, precision or ("fp16" if config.use_fp16 else config.precision))
-    if config.channels_last:
-        model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
-    if config.compile:
-        if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise UserError("--compile needs a C++ compiler, such as g++: install one, or leave out --compile")
-        model.compile()
-        return model
-    return Steady(model)
+    fast = accelerate(model, config)
+    return Steady(model) if fast is model else fast
 
 
 def to_device(model: th.nn.Module, precision: str) -> th.nn.Module:

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -43,7 +44,9 @@ class Health:
     :param workers: processes that are ready; `wanted` is how many there should be.
     :param waiting, running: requests.
     :param models: names of the models in memory, those of all workers.
+    :param gpu_memory: the free and all bytes of each worker's GPU, by the worker's index, as it last said.
     :param images, batches: drawn since the start; `steps` of samplers are those of all images.
+    :param batch_sizes: how many batches had so many images.
     :param restarts: of workers that died; :param memory_full: batches that did not fit.
     """
 
@@ -54,9 +57,11 @@ class Health:
     waiting: int
     running: int
     models: tuple[str, ...]
+    gpu_memory: Mapping[int, tuple[int, int]]
     images: int
     steps: int
     batches: int
+    batch_sizes: Mapping[int, int]
     done: int
     failed: int
     cancelled: int
@@ -87,6 +92,7 @@ class Engine:
         self._counts = dict.fromkeys(
             ("images", "steps", "batches", "done", "failed", "cancelled", "restarts", "memory_full"), 0
         )
+        self._batch_sizes = Counter[int]()
         self._recent: deque[tuple[float, int]] = deque(maxlen=100)  # (when, how many images)
 
     # For everybody
@@ -147,7 +153,7 @@ class Engine:
         """How the engine is."""
         with self._lock:
             ready = [each for each in self._workers if each.device]
-            jobs, files = list(self._jobs.values()), {file for each in ready for file in each.models}
+            jobs, files = list(self._jobs.values()), {file for each in ready for file in each.held.models}
             return Health(
                 state="starting" if self._state == "ready" and not ready else self._state,
                 workers=len(ready),
@@ -156,6 +162,8 @@ class Engine:
                 waiting=sum(job.started is None for job in jobs),
                 running=sum(job.started is not None for job in jobs),
                 models=tuple(sorted(map(self.catalogue.name_of, files))),
+                gpu_memory={each.index: each.held.gpu for each in ready if each.held.gpu},
+                batch_sizes=dict(self._batch_sizes),
                 images_per_second=self._rate(),
                 **self._counts,
             )
@@ -261,7 +269,7 @@ class Engine:
                 break
             moved = True
             file = shares[0][0].file
-            chosen = next((each for each in idle if file in each.models), idle[0])
+            chosen = next((each for each in idle if file in each.held.models), idle[0])
             self._number += 1
             chosen.draw(self._number, shares)
             for job, _ in shares:
@@ -292,13 +300,13 @@ class Engine:
 
     def _heard(self, each: WorkerProcess, message: Any) -> None:
         if isinstance(message, worker.Ready):
-            each.device, self._failed_starts = message.device, 0
+            each.device, each.held, self._failed_starts = message.device, message.held, 0
         elif isinstance(message, worker.Step):
             self._advance(each, message)
         elif isinstance(message, worker.Dropped):
-            each.models = message.models
+            each.held = message.held
         else:
-            shares, each.models = each.finish(), message.models
+            shares, each.held = each.finish(), message.held
             if isinstance(message, worker.Drawn):
                 self._collect(shares, message)
             else:
@@ -323,6 +331,7 @@ class Engine:
     def _collect(self, shares: list[Share], drawn: worker.Drawn) -> None:
         count = sum(map(len, drawn.images))
         self._counts["batches"] += 1
+        self._batch_sizes[count] += 1
         self._counts["images"] += count
         self._counts["steps"] += drawn.steps
         self._recent.append((time.monotonic(), count))

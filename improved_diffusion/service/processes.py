@@ -28,7 +28,7 @@ class WorkerProcess:
     def __init__(self, options: EngineConfig, index: int, devices: int, threads: int):
         self.index = index
         self.device = ""  # until it is ready
-        self.models: tuple[str, ...] = ()  # the files of those in its memory
+        self.held = worker.Held()
         self.work: worker.Work | None = None
         self.shares: list[Share] = []  # what its work is for
         self.share_done = 0.0  # of the work's steps

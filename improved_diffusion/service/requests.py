@@ -14,6 +14,7 @@ from ..config import (
     InpaintConfig,
     SampleConfig,
     SamplerConfig,
+    SpeedConfig,
     UserError,
     VariationsConfig,
     number_list,
@@ -26,7 +27,7 @@ from ..config.sampling import BaseSamplesConfig
 from ..sampling.labels import parse_classes
 from .catalogue import ModelInfo
 
-_SAMPLER = {f.name for f in fields(SamplerConfig)} - {"print_steps", "compile", "channels_last"}
+_SAMPLER = {f.name for f in fields(SamplerConfig)} - {"print_steps"} - {f.name for f in fields(SpeedConfig)}
 _GUIDANCE = {"guidance_scale", "guidance_interval", "guidance_rescale"}
 _DRAWING = _SAMPLER | _GUIDANCE | {"timestep_respacing"}
 

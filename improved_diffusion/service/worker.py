@@ -57,10 +57,19 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What is in memory: the files of a worker's models, and of its GPU the free and all bytes."""
+
+    models: tuple[str, ...] = ()
+    gpu: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Ready:
     """The worker has started."""
 
     device: str
+    held: Held
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The images of each piece, the files of the models that the worker holds, and the steps taken, of all images."""
+    """The images of each piece, and the steps taken, of all images."""
 
     work: int
     images: tuple[Images, ...]
-    models: tuple[str, ...]
+    held: Held
     steps: int = 0
 
 
@@ -90,14 +99,14 @@ class Undone:
     work: int
     reason: str
     text: str
-    models: tuple[str, ...]
+    held: Held
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Idle models were dropped; these are left."""
+    """Idle models were dropped; this is left."""
 
-    models: tuple[str, ...]
+    held: Held
 
 
 class Stopped(Exception):
@@ -139,7 +148,7 @@ class Worker:
 
     def run(self) -> None:
         """Answer until the engine sends None."""
-        self.pipe.send(Ready(device_name()))
+        self.pipe.send(Ready(device_name(), self._held()))
         while True:
             if not self.pipe.poll(self._idle_seconds()):
                 self._drop_idle()
@@ -154,7 +163,7 @@ class Worker:
         try:
             model, watch = self._model(work.file), Watch(self.pipe, work)
             images = draw(model, work, watch)
-            return Drawn(work.number, tuple(images), tuple(self.models), watch.done)
+            return Drawn(work.number, tuple(images), self._held(), watch.done)
         except Stopped:
             reason, text = "stopped", ""
         except UserError as error:
@@ -170,7 +179,7 @@ class Worker:
         # The traceback, which keeps tensors, is gone here.
         if reason == "memory":
             self._keep_only(work.file)
-        return Undone(work.number, reason, text, tuple(self.models))
+        return Undone(work.number, reason, text, self._held())
 
     def _model(self, file: str) -> api.Model:
         """The model of a file, loaded unless it is in memory and the file unchanged."""
@@ -202,7 +211,10 @@ class Worker:
         for file in [file for file, (_, _, used) in self.models.items() if used <= last]:
             del self.models[file]
         _free()
-        self.pipe.send(Dropped(tuple(self.models)))
+        self.pipe.send(Dropped(self._held()))
+
+    def _held(self) -> Held:
+        return Held(tuple(self.models), distributed.memory_info(distributed.dev()))
 
     def _keep_only(self, file: str) -> None:
         """Free the memory of the other models."""

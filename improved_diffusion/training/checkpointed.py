@@ -99,7 +99,7 @@ class CheckpointedStep(TrainStep):
         A float16 overflow with a finite loss is no sign of bad weights as long as the loss scale can fall.
         """
         row = self.run_log.bad_row()
-        overflow = row and self.use_fp16 and bool(self.run_log.loss_is_finite) and self.loss_scale.can_fall
+        overflow = row and self.use_fp16 and self.run_log.loss_is_finite and self.loss_scale.can_fall
         if row and not overflow:
             return f"no finite loss and gradient since step {row.first}"
         return None if self._is_finite() else NOT_FINITE

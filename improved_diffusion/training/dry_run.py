@@ -13,8 +13,10 @@ import torch as th
 
 from .. import distributed
 from ..config import UserError
+from ..data.pixels import to_model_range
 from ..logs import logger
 from ..utils import files
+from ..utils.outline import outline
 from .ema import warn_of_slow_averages
 from .loop import TrainLoop, get_blob_logdir
 from .patience import ADVICE, ticking
@@ -34,6 +36,7 @@ def dry_run(loop: TrainLoop) -> None:
     start = time.perf_counter()
     batch, cond = next(loop.data)
     logger.log(f"dry run: the first batch of images took {time.perf_counter() - start:.2g} s to read")
+    batch = to_model_range(batch, loop.device)
     with ticking("dry run: a pass over one image"):
         one = _time_one_image(loop, batch, cond)
     logger.log(f"dry run: a pass over one image took {one.seconds:.2g} s")
@@ -129,7 +132,7 @@ def check_memory(task: Any, precision: str, averages: int) -> None:
 
     :param averages: how many moving averages there will be.
     """
-    with th.device("meta"):
+    with outline():
         count = sum(p.numel() for p in task.build()[0].parameters())
     # Weights, gradient, Adam's two moments, averages; in 16 bits the network is beside its master weights.
     need = count * (4 * (4 + averages) + (2 if precision != "fp32" else 0))

@@ -23,6 +23,27 @@ def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
     return th.cat([p.detach().reshape(-1) for p in params])
 
 
+class Flattener:
+    """`flatten`, in one operation: the views of the parameters are kept until a parameter lies elsewhere."""
+
+    def __init__(self) -> None:
+        self._addresses: list[int] = []
+        self._parts: list[th.Tensor] = []
+        self._copied: list[int] = []  # those whose memory is in another order (channels_last), which views cannot join
+
+    def __call__(self, params: Sequence[th.Tensor]) -> th.Tensor:
+        if len(params) == 1:
+            return flatten(params)
+        addresses = [p.data_ptr() for p in params]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._parts = [p.detach().reshape(-1) for p in params]
+            self._copied = [i for i, part in enumerate(self._parts) if part.data_ptr() != addresses[i]]
+        for i in self._copied:
+            self._parts[i] = params[i].detach().reshape(-1)
+        return th.cat(self._parts)
+
+
 class _Average:
     """Base of the averages: average <- average + share * (parameters - average), in one pass over all parameters."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import distributed
 from ..checkpoints.checkpoint import parse_resume_step_from_filename
-from ..config import PRECISIONS, TrainConfig, comma_list, unknown_name
+from ..config import PRECISIONS, TrainConfig, TrainSpeedConfig, comma_list, unknown_name
 from ..logs import logger
 from ..resample import UniformSampler
 from .checkpointed import CheckpointedStep
@@ -48,6 +48,7 @@ class TrainLoop(CheckpointedStep):
     :param metadata: a description of the model for its checkpoints, JSON.
     :param hooks: (interval, hook) pairs; hook(loop) is called after every `interval` steps, on every rank, before the
         step's row of the log and its checkpoint. See hooks.TrainingView for what it may use.
+    :param speed: how the network runs; as it is unless given.
     The other arguments are described in config.TrainConfig. Subclasses may replace any method.
     Raises UserError for a checkpoint that does not fit. Collective: every rank makes one, with the same arguments.
     """
@@ -63,13 +64,14 @@ class TrainLoop(CheckpointedStep):
         keep_last=TrainConfig.keep_last, keep_every=TrainConfig.keep_every, max_bad_steps=TrainConfig.max_bad_steps,
         ema_warmup=TrainConfig.ema_warmup, ema_sigma_rel=TrainConfig.ema_sigma_rel, strict_resume=False,
         hook_timeout=TrainConfig.hook_timeout,
-        save_timeout=TrainConfig.save_timeout,
+        save_timeout=TrainConfig.save_timeout, speed: TrainSpeedConfig | None = None,
     ):  # fmt: skip
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.global_batch = batch_size * distributed.get_world_size()
         self.schedule_sampler: Any = schedule_sampler or UniformSampler(diffusion)
+        self.speed = speed or TrainSpeedConfig()
         self.precision = "fp16" if use_fp16 else precision
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)

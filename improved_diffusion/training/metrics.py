@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch as th
@@ -13,44 +13,85 @@ from .. import distributed
 
 
 class LossMeter:
-    """Means of the values that the steps report; their sums stay on the device until they are read."""
+    """Means of the values that the steps report; those that are not finite are left out.
+
+    The values of up to AT_ONCE steps wait on the device, and are then added in the order in which they came, so that it
+    makes no difference when that is.
+    """
+
+    AT_ONCE = 64
 
     def __init__(self) -> None:
-        self.sums: dict[str, th.Tensor] = {}  # name -> [2]: sum and count, of the device's sum_dtype
+        self._columns: dict[str, int] = {}  # name -> column of the table
+        self._table: th.Tensor | None = None  # [2, names]: sums and counts, of the device's sum_dtype
+        # (K names, number of timesteps or 0) -> values [K, N] and timesteps [N] of each step
+        self._waiting: dict[tuple[tuple[str, ...], int], list[tuple[th.Tensor, th.Tensor | None]]] = {}
 
-    def add(self, name: str, values: th.Tensor, counted: th.Tensor | None = None) -> None:
-        """Add values of any shape; those where `counted` (of the same shape) is 0 are left out."""
-        counted = th.ones_like(values) if counted is None else counted
-        dtype = distributed.sum_dtype(values.device)
-        pair = th.stack([th.where(counted > 0, values, 0.0).to(dtype).sum(), counted.to(dtype).sum()])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+    def add(self, name: str, values: th.Tensor) -> None:
+        """Add values of any shape."""
+        self._wait((name,), 0, values.detach(), None)
 
-    def add_losses(self, num_timesteps: int, ts: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
-        """Add [N] losses: all of them under their name, and each in its quarter of the timesteps (name_q0..name_q3)."""
-        quartile = (4 * ts) // num_timesteps
-        for name, values in losses.items():
-            dtype = distributed.sum_dtype(values.device)
-            finite = th.isfinite(values).to(dtype)  # the others are of skipped steps
-            self.add(name, values, counted=finite)
-            both = th.zeros(4, 2, dtype=dtype, device=values.device)
-            both.index_add_(0, quartile, th.stack([th.where(finite > 0, values.to(dtype), 0.0), finite], dim=1))
-            for q in range(4):
-                key = f"{name}_q{q}"
-                self.sums[key] = self.sums[key] + both[q] if key in self.sums else both[q]
+    def add_losses(
+        self, num_timesteps: int, ts: th.Tensor, losses: Mapping[str, th.Tensor], weights: th.Tensor | None = None
+    ) -> None:
+        """Add [N] losses, times `weights` [N]: all of them under their name, and each in its quarter of the timesteps
+        (name_q0..name_q3)."""
+        values = th.stack([value.detach() for value in losses.values()])
+        self._wait(tuple(losses), num_timesteps, values if weights is None else values * weights, ts)
+
+    @property
+    def sums(self) -> dict[str, th.Tensor]:
+        """For each name [2]: sum and count."""
+        self._settle()
+        return {} if self._table is None else dict(zip(self._columns, self._table.unbind(1)))
 
     def read(self) -> dict[str, float]:
         """The means over all ranks since the last call, {} where nothing was added. Collective."""
-        if not self.sums:
-            return {}
-        return self._means(distributed.sum_over_ranks(th.stack(list(self.sums.values()))))
+        self._settle()
+        return {} if self._table is None else self._means(distributed.sum_over_ranks(self._table))
 
     def read_own(self) -> dict[str, float]:
         """`read` of this rank's values alone; not collective."""
-        return self._means(th.stack(list(self.sums.values()))) if self.sums else {}
+        self._settle()
+        return {} if self._table is None else self._means(self._table)
+
+    def _wait(self, names: tuple[str, ...], num_timesteps: int, values: th.Tensor, ts: th.Tensor | None) -> None:
+        steps = self._waiting.setdefault((names, num_timesteps), [])
+        steps.append((values, ts))
+        if len(steps) >= self.AT_ONCE:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add what waits."""
+        waiting, self._waiting = self._waiting, {}
+        for (names, num_timesteps), steps in waiting.items():
+            values = th.cat([value.reshape(len(names), -1) for value, _ in steps], dim=1)
+            self._add(self._columns_of(names, values.device)[:, None].expand_as(values), values)
+            if num_timesteps:
+                quarter = 4 * th.cat([ts for _, ts in steps if ts is not None]) // num_timesteps
+                parts = self._columns_of([f"{name}_q{q}" for name in names for q in range(4)], values.device)
+                self._add(parts.reshape(-1, 4)[:, quarter], values)
+
+    def _columns_of(self, names: Sequence[str], device: th.device) -> th.Tensor:
+        """The columns of names, of which there may be new ones."""
+        columns = [self._columns.setdefault(name, len(self._columns)) for name in names]
+        had = 0 if self._table is None else self._table.shape[1]
+        if had < len(self._columns):
+            new = th.zeros(2, len(self._columns) - had, dtype=distributed.sum_dtype(device), device=device)
+            self._table = new if self._table is None else th.cat([self._table, new], dim=1)
+        return distributed.to_device(th.tensor(columns), device)
+
+    def _add(self, columns: th.Tensor, values: th.Tensor) -> None:
+        """Add values to the columns, both [K, N]."""
+        assert self._table is not None
+        finite = values.isfinite()
+        for row, terms in zip(self._table, (th.where(finite, values, 0.0), finite)):
+            row.index_add_(0, columns.reshape(-1), terms.to(self._table.dtype).reshape(-1))
 
     def _means(self, table: th.Tensor) -> dict[str, float]:
-        means = {name: float(row[0] / row[1]) for name, row in zip(self.sums, table.cpu().double()) if row[1]}
-        self.sums = {}
+        pairs = zip(self._columns, *table.cpu().double())
+        means = {name: float(total / count) for name, total, count in pairs if count}
+        self._columns, self._table = {}, None
         return means
 
     def state_dict(self) -> dict[str, th.Tensor]:
@@ -63,47 +104,82 @@ class LossMeter:
             raise ValueError("expected a sum and a count for each name")
         if any(not pair.isfinite().all() or pair[1] < 0 for pair in state.values()):
             raise ValueError("a sum or a count is not finite, or a count is negative")
-        dtype = distributed.sum_dtype(th.device(device))
-        self.sums = {name: pair.to(dtype).to(device) for name, pair in state.items()}
+        self._columns, self._table, self._waiting = {name: i for i, name in enumerate(state)}, None, {}
+        if state:
+            dtype = distributed.sum_dtype(th.device(device))
+            self._table = th.stack(list(state.values()), dim=1).to(dtype).to(device)
 
 
 class BadSteps:
-    """Counts steps without a finite gradient: how many in a row, and at which step the row began."""
+    """Counts steps without a finite gradient: how many in a row, and at which step the row began.
 
-    def __init__(self, device: th.device | str):
-        # [length of the present row, its first step, length of the longest row since the last read, its first step]
-        self.counts = th.zeros(4, dtype=th.int64, device=device)
+    What the steps note goes to the host AT_ONCE steps at a time, and is counted there once it is needed, or the next
+    ones follow.
+    """
+
+    AT_ONCE = 64
+
+    def __init__(self) -> None:
+        self._length = self._first = 0  # of the present row
+        self._longest = self._its_first = 0  # of the longest row since the last read
+        self._noted: list[tuple[int, th.Tensor]] = []
+        self._sent: list[tuple[tuple[int, ...], distributed.HostCopy]] = []
 
     def note(self, bad: th.Tensor, step: int) -> None:
-        """Count a step; `bad` is 1 where it was skipped, else 0."""
-        length, first, longest, its_first = self.counts
-        length = (length + 1) * bad.long()
-        first = th.where(length == 1, step, first)
-        longer = length > longest
-        self.counts = th.stack(
-            [length, first, th.where(longer, length, longest), th.where(longer, first, its_first)],
-        )
+        """Count a step; `bad` (no dimensions) is 1 where it was skipped, else 0."""
+        self._noted.append((step, bad))
+        if len(self._noted) >= self.AT_ONCE:
+            self._send()
+            self._count(keep=1)
+
+    def _send(self) -> None:
+        if self._noted:
+            steps, flags = zip(*self._noted)
+            self._sent.append((steps, distributed.HostCopy(th.stack(flags))))
+            self._noted = []
+
+    def _count(self, keep: int) -> None:
+        """Count what was sent, except the last `keep` lots."""
+        while len(self._sent) > keep:
+            steps, flags = self._sent.pop(0)
+            for step, bad in zip(steps, flags.get().tolist()):
+                self._length = self._length + 1 if bad else 0
+                if self._length == 1:
+                    self._first = step
+                if self._length > self._longest:
+                    self._longest, self._its_first = self._length, self._first
+
+    def _counted(self) -> tuple[int, int, int, int]:
+        self._send()
+        self._count(keep=0)
+        return self._length, self._first, self._longest, self._its_first
+
+    def row(self) -> tuple[int, int]:
+        """(length of the row that the last step belongs to, its first step). Waits for the device."""
+        return self._counted()[:2]
 
     def read(self) -> tuple[int, int]:
         """(length of the longest row that was going on at any time since the last call, its first step)."""
-        _, _, longest, its_first = self.counts.tolist()
-        self.counts[2] = 0
+        _, _, longest, its_first = self._counted()
+        self._longest = 0
         return longest, its_first
 
     def end(self) -> int:
         """The step after the last one that is counted as skipped."""
-        length, first, longest, its_first = self.counts.tolist()
+        length, first, longest, its_first = self._counted()
         return max(first + length, its_first + longest)
 
     def state_dict(self) -> dict[str, th.Tensor]:
         """What a checkpoint keeps."""
-        return {"counts": self.counts.cpu().clone()}
+        return {"counts": th.tensor(self._counted())}
 
     def load_state_dict(self, state: dict[str, th.Tensor]) -> None:
         """Restore what `state_dict` gave; anything else raises ValueError."""
-        if state["counts"].shape != self.counts.shape or (state["counts"] < 0).any():
-            raise ValueError(f"expected {len(self.counts)} counts")
-        self.counts.copy_(state["counts"])
+        counts = state["counts"]
+        if counts.shape != (4,) or (counts < 0).any():
+            raise ValueError("expected 4 counts")
+        self._length, self._first, self._longest, self._its_first = counts.long().tolist()
+        self._noted, self._sent = [], []
 
 
 class StepClock:

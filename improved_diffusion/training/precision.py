@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 import torch as th
 from torch import nn
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .. import distributed
-from ..fp16_util import unflatten_master_params
+from ..fp16_util import in_groups, unflatten_master_params
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_LOG_LOSS_SCALE = 129.0  # beyond, float32 cannot hold it, and every step lowers it
@@ -28,15 +28,48 @@ def clear_gradients(params: Sequence[nn.Parameter]) -> None:
         p.grad = None
 
 
-def collect_gradients(model_params: Sequence[nn.Parameter], master_params: Sequence[nn.Parameter]) -> None:
-    """Move the model's gradients into the flat float32 gradient of the master parameters, adding to what is there."""
-    if all(p.grad is None for p in model_params):
-        return
-    parts = [th.zeros_like(p, dtype=th.float32) if p.grad is None else p.grad.float() for p in model_params]
-    (master,) = master_params
-    flat = _flatten_dense_tensors(parts)
-    master.grad = flat if master.grad is None else master.grad.add_(flat)
-    clear_gradients(model_params)
+class _Views:
+    """Views of a flat vector in the parameters' shapes, kept until the vector lies elsewhere."""
+
+    def __init__(self, params: Sequence[th.Tensor]):
+        self._params, self._address = tuple(params), -1
+        self._views: Sequence[th.Tensor] = ()
+
+    def of(self, flat: th.Tensor) -> Sequence[th.Tensor]:
+        if flat.data_ptr() != self._address:
+            self._views = _unflatten_dense_tensors(flat.detach(), self._params)
+            self._address = flat.data_ptr()
+        return self._views
+
+
+class MasterCopy:
+    """The way from a model's gradients to the flat float32 master copy, and from its values back to the model.
+
+    The flat gradient's memory and the views in the parameters' shapes are kept, so that each way is a call or two.
+    """
+
+    def __init__(self, model_params: Sequence[nn.Parameter]):
+        self.model_params = model_params
+        self._values, self._gradient = _Views(model_params), _Views(model_params)
+        self._memory: th.Tensor | None = None
+
+    def collect_gradients(self, master: nn.Parameter) -> None:
+        """Move the model's gradients into the master copy's, adding to what is there; a missing one is zero."""
+        if all(p.grad is None for p in self.model_params):
+            return
+        grads = [th.zeros_like(p) if p.grad is None else p.grad for p in self.model_params]
+        if master.grad is not None:
+            in_groups(th._foreach_add_, self._gradient.of(master.grad), grads)
+        else:
+            if self._memory is None or self._memory.shape != master.shape:
+                self._memory = th.empty_like(master.detach())
+            in_groups(th._foreach_copy_, self._gradient.of(self._memory), grads)
+            master.grad = self._memory
+        clear_gradients(self.model_params)
+
+    def update_model(self, master: nn.Parameter) -> None:
+        """Copy the master copy's values into the model's parameters, in the model's types."""
+        in_groups(th._foreach_copy_, self.model_params, self._values.of(master))
 
 
 def average_gradients(master_params: Sequence[nn.Parameter]) -> None:
@@ -53,7 +86,15 @@ def backward(loss: th.Tensor) -> None:
 
     So a loss that is not finite is seen in the gradient, and all ranks skip the step.
     """
-    (loss * th.where(th.isfinite(loss), 1.0, math.nan)).backward()
+    value = loss.detach()
+    loss.backward(value - value + 1)  # NaN - NaN and inf - inf are NaN
+
+
+def gradient_norm(params: Sequence[th.Tensor], clip: float) -> th.Tensor:
+    """The norm of the gradient of all parameters (no dimensions), which becomes at most `clip`, unless that is 0."""
+    if clip or not hasattr(nn.utils, "get_total_norm"):  # torch 2.4 and 2.5 have it as part of the clipping alone
+        return nn.utils.clip_grad_norm_(params, clip or math.inf)
+    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
 
 def step_where_finite(opt: th.optim.Optimizer, bad: th.Tensor) -> None:

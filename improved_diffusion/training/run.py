@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from ..checkpoints.transfer import load_fitting, take_network
 from ..config import TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
+from ..data.cache import use_cache
 from ..data.classes import check_several, read_classes
 from ..data.dataset import ImageDataset
 from ..data.sources import open_images, stem
@@ -202,14 +204,18 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
             if isinstance(settings, ClassifierTraining):
                 otherwise = "a classifier needs two classes or more"
             check_several(source, data_options.labels, data_options.data_dir, names, otherwise)
+    dataset = ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading)
+    use_cache(dataset, data_options.cache, data_options.data_dir, _epochs(settings, len(dataset)),
+              build=not settings.train.dry_run)  # fmt: skip
     data = BatchStream(
-        ImageDataset(model.size, source, classes, channels=model.channels, reading=settings.reading),
+        dataset,
         settings.train.batch_size,
         class_names=names,
         seed=settings.run.seed,
         random_flip=data_options.random_flip,
         label_drop=label_drop,
         num_workers=data_options.num_workers,
+        as_bytes=True,
     )
     for name in data.skipped_names():
         logger.warn(f"{name} is unreadable and left out")
@@ -238,15 +244,20 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
     return settings.replace(num_classes=wanted or len(names))
 
 
+def _epochs(settings: Training, num_images: int) -> float:
+    """How often the run sees each image; infinity for a run without a last step."""
+    end = settings.train.max_steps or settings.train.lr_anneal_steps
+    return end * settings.train.total_batch_size / num_images if end else math.inf
+
+
 def _log_epochs(settings: Training, num_images: int, names: list[str] | None) -> None:
     text = f"{settings.data.data_dir}: {counted(num_images, 'image')}"
     if names is not None:
         text += f" of {counted(len(names), 'class', 'classes')} ({listed(names, 10)})"
-    end = settings.train.max_steps or settings.train.lr_anneal_steps
-    steps = end or 10_000
-    epochs = steps * settings.train.total_batch_size / num_images
-    logger.log(f"{text}; {counted(steps, 'step')}: {epochs:,.1f} epochs")
-    if end and epochs > MANY_EPOCHS:
+    steps = settings.train.max_steps or settings.train.lr_anneal_steps or 10_000
+    logger.log(f"{text}; {counted(steps, 'step')}: {steps * settings.train.total_batch_size / num_images:,.1f} epochs")
+    epochs = _epochs(settings, num_images)
+    if MANY_EPOCHS < epochs < math.inf:
         logger.warn(
             f"the run sees each image {epochs:,.0f} times and may overfit (memorise the images): --val_dir shows "
             "whether it does, --dropout and --random_flip help, and more images help most"
@@ -286,6 +297,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
         seed=settings.run.seed,
         metadata=description,
         hooks=[] if train.dry_run else task.hooks(objective, data),
+        speed=settings.speed,
         strict_resume=bool(train.resume),  # --resume_checkpoint takes weights alone, as published
         **{f.name: getattr(settings.train, f.name) for f in fields(TrainConfig) if f.name not in own},
     )

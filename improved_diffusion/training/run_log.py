@@ -35,8 +35,9 @@ class RunLog:
 
     def __init__(self, device: th.device, images_per_step: int, max_bad_steps: int):
         self.meter = LossMeter()
-        self.bad_steps = BadSteps(device)
-        self.loss_is_finite: th.Tensor | bool = True  # of the last step, on this rank
+        self.device = device
+        self.bad_steps = BadSteps()
+        self._last_loss = th.zeros(())  # of the last step, on this rank
         self.max_bad_steps = max_bad_steps
         self.clock = StepClock(images_per_step)
         self.first_row = 0  # the first step whose row is not written, or has to be written again
@@ -45,23 +46,27 @@ class RunLog:
 
     # What a step reports, without waiting for the device
 
-    def add_losses(self, num_timesteps: int, t: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
-        """Note the weighted losses [N] at the timesteps t [N]."""
-        self.meter.add_losses(num_timesteps, t, losses)
-        self.loss_is_finite = th.isfinite(losses["loss"]).all()
+    def add_losses(self, num_timesteps: int, t: th.Tensor, losses: Mapping[str, th.Tensor], weights: th.Tensor) -> None:
+        """Note the losses [N], times their weights [N], at the timesteps t [N]."""
+        self.meter.add_losses(num_timesteps, t, losses, weights)
+        self._last_loss = losses["loss"]
         logger.defer(self.meter.read_own)  # for a loop that calls logger.dumpkvs() by itself
 
     def add_gradient_norm(self, norm: th.Tensor, clip: float) -> None:
         """Note the gradient's norm (no dimensions), and what clipping makes of it; those not finite do not count."""
-        finite = th.isfinite(norm).float()
-        self.meter.add("grad_norm", norm, counted=finite)
+        self.meter.add("grad_norm", norm)
         if clip:
-            self.meter.add("grad_norm_clipped", norm.clamp(max=clip), counted=finite)
+            self.meter.add("grad_norm_clipped", norm * (clip / norm).clamp(max=1))  # inf * 0 is NaN
 
     def add_step(self, bad: th.Tensor, step: int) -> None:
         """Note whether the step was skipped: `bad` is 1 (no dimensions) where it was, else 0."""
         self.bad_steps.note(bad, step)
         self.meter.add("skipped_steps", bad)
+
+    @property
+    def loss_is_finite(self) -> bool:
+        """Whether the last step's losses on this rank are. Waits for the device."""
+        return bool(th.isfinite(self._last_loss).all())
 
     # Progress
 
@@ -106,7 +111,7 @@ class RunLog:
 
     def bad_row(self) -> BadRow | None:
         """The row of skipped steps that the last step belongs to. Waits for the device."""
-        row = BadRow(*self.bad_steps.counts[:2].tolist())
+        row = BadRow(*self.bad_steps.row())
         return row if row.length else None
 
     def discard_later_rows(self, steps_done: int) -> None:

@@ -12,15 +12,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
-from ..config import comma_list
-from ..fp16_util import make_master_params, master_params_to_model_params
+from ..config import TrainSpeedConfig, comma_list
+from ..data.pixels import to_model_range
+from ..fp16_util import make_master_params
 from ..logs import logger
+from ..models.acceleration import accelerate, checkpoint_levels
 from ..resample import LossAwareSampler
 from . import objective
 from . import precision as precision_util
-from .ema import ParameterEMA, PowerEMA, flatten
+from .ema import Flattener, ParameterEMA, PowerEMA
 from .lr_schedule import LRSchedule
+from .optimizer import AdamW
 from .run_log import RunLog
+
+BUCKET_MB = 25  # of gradients that travel together while the backward pass goes on: the last bucket waits alone
 
 
 class Unfinished(Exception):
@@ -39,6 +44,7 @@ class TrainStep:
     global_batch: int  # images a step over all ranks
     schedule_sampler: Any
     precision: str
+    speed: TrainSpeedConfig
     use_fp16: bool
     fp16_scale_growth: float
     ema_rate: list[float]
@@ -75,7 +81,11 @@ class TrainStep:
         self.loss_scale = precision_util.LossScale(self.device, self.fp16_scale_growth)
         if self.sixteen_bits:
             self._setup_fp16()
-        self.opt: th.optim.Optimizer = th.optim.AdamW(
+        checkpoint_levels(self.model, self.speed.levels)
+        self.ddp_model: Any = accelerate(self.model, self.speed)
+        self._master_copy = precision_util.MasterCopy(self.model_params)
+        self._flatten = Flattener()
+        self.opt: th.optim.Optimizer = AdamW(
             self.master_params, lr=self.lr, weight_decay=self.weight_decay, betas=adam_betas, eps=adam_eps, fused=True
         )
         self.emas: list[ParameterEMA | PowerEMA] = [
@@ -84,10 +94,11 @@ class TrainStep:
         ]
         # In 16-bit training _average_gradients adds the ranks' gradients in float32; DDP would add them in 16 bits.
         self.use_ddp = distributed.get_world_size() > 1 and not self.sixteen_bits
-        self.ddp_model: Any = self.model
         if self.use_ddp:
             devices = None if self.device.type == "cpu" else [self.device]
-            self.ddp_model = DistributedDataParallel(self.model, device_ids=devices, bucket_cap_mb=128)
+            self.ddp_model = DistributedDataParallel(
+                self.ddp_model, device_ids=devices, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
+            )
 
     @property
     def sixteen_bits(self) -> bool:
@@ -153,7 +164,7 @@ class TrainStep:
     def run_step(self, batch, cond) -> None:
         """One step on this rank's batch [N, C, H, W] and conditions (dict of [N, ...])."""
         if self.seed is not None:
-            objective.seed_step(self.seed, self.absolute_step)
+            objective.seed_step(self.seed, self.absolute_step, self.device)
         self.forward_backward(batch, cond)
         if self.use_fp16:
             self.optimize_fp16()
@@ -169,13 +180,14 @@ class TrainStep:
         master_params, to be averaged by the optimize methods.
         """
         precision_util.clear_gradients([*self.model_params, *self.master_params])
-        batch = batch.to(self.device, non_blocking=True)
+        batch = to_model_range(batch, self.device)
         cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
         # Drawn for the whole batch before it is split, so that the microbatch changes memory use only.
         t, weights = self.schedule_sampler.sample(len(batch), self.device)
         noise = objective.draw_noise(self.diffusion.training_losses, batch)
         scale = self.loss_scale.scale if self.use_fp16 else 1.0
-        parts = []
+        learns = isinstance(self.schedule_sampler, LossAwareSampler)
+        parts, seen = [], []
         for start in range(0, len(batch), self.microbatch):
             if start and self._is_stopped():
                 raise Unfinished
@@ -187,16 +199,19 @@ class TrainStep:
                     **objective.split(noise, part),
                 )  # fmt: skip
                 losses = objective.per_image(losses, len(t[part]))
+                parts.append({key: value.detach() for key, value in losses.items()})
+                if learns:  # on their way before the backward pass, which nobody then has to wait for
+                    seen.append((distributed.HostCopy(t[part]), distributed.HostCopy(losses["loss"])))
                 # Each microbatch adds its share of the batch's mean.
                 precision_util.backward((losses["loss"] * weights[part]).sum() / len(batch) * scale)
             if self.sixteen_bits and (len(batch) > self.microbatch or distributed.get_world_size() > 1):
-                precision_util.collect_gradients(self.model_params, self.master_params)
-            parts.append({key: value.detach() for key, value in losses.items()})
-        all_losses = {key: th.cat([part[key] for part in parts]) for key in parts[0]}
+                self._master_copy.collect_gradients(*self.master_params)
         self._whole = False
-        if isinstance(self.schedule_sampler, LossAwareSampler):
-            self.schedule_sampler.update_with_local_losses(t, all_losses["loss"])
-        self.run_log.add_losses(self.diffusion.num_timesteps, t, {k: v * weights for k, v in all_losses.items()})
+        if learns:
+            ts, values = (th.cat([copy.get() for copy in copies]) for copies in zip(*seen))
+            self.schedule_sampler.update_with_local_losses(ts, values)
+        whole = parts[0] if len(parts) == 1 else {key: th.cat([part[key] for part in parts]) for key in parts[0]}
+        self.run_log.add_losses(self.diffusion.num_timesteps, t, whole, weights)
 
     def _is_stopped(self) -> bool:
         """Whether to leave the step at hand unfinished, of which nothing is kept."""
@@ -216,7 +231,7 @@ class TrainStep:
     def _average_gradients(self) -> None:
         """In 16-bit training, move the gradient to master_params, averaged over the ranks. Collective."""
         if self.sixteen_bits:
-            precision_util.collect_gradients(self.model_params, self.master_params)
+            self._master_copy.collect_gradients(*self.master_params)
             precision_util.average_gradients(self.master_params)
             if distributed.get_world_size() > 1:
                 distributed.sync_params(self.model.buffers())  # as DDP does
@@ -224,19 +239,20 @@ class TrainStep:
     def _optimize(self) -> th.Tensor:
         """Clip the gradient of master_params, step, and move the averages; 1 if the step was skipped, else 0."""
         self._whole = False
-        self.grad_norm = th.nn.utils.clip_grad_norm_(self.master_params, self.grad_clip or math.inf)
-        bad = (~th.isfinite(self.grad_norm)).float()
+        self.grad_norm = precision_util.gradient_norm(self.master_params, self.grad_clip)
+        good = (self.grad_norm < math.inf).float()  # NaN is not
+        bad = 1 - good
         self.run_log.add_step(bad, self.absolute_step)
         self._log_grad_norm()
         self._anneal_lr()
         precision_util.step_where_finite(self.opt, bad)
         if self.sixteen_bits:
-            master_params_to_model_params(self.model_params, self.master_params)
+            self._master_copy.update_model(*self.master_params)
             precision_util.clear_gradients(self.master_params)
         if self.emas:
-            flat = flatten(self.master_params)
+            flat = self._flatten(self.master_params)
             for ema in self.emas:
-                ema.update(flat, 1 - bad, self.absolute_step)
+                ema.update(flat, good, self.absolute_step)
         self._whole = True
         return bad
 

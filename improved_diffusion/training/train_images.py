@@ -35,9 +35,9 @@ def first_images(data: BatchStream) -> np.ndarray:
     """The first images of the order, uint8 [N, H, W, C]."""
     height, width = data.stream.dataset.resolution
     count = min(SHOWN, data.num_images, max(1, MAX_PIXELS // (height * width)))
-    samples = [data.stream[position] for position in range(count)]
-    for sample in samples:
-        if isinstance(sample, UserError):
-            raise sample
-    batch = th.stack([th.from_numpy(array) for array, *_ in samples])
-    return images.to_uint8(batch + 0.5 / 127.5)  # to_uint8 truncates
+    batch = data.stream.__getitems__(range(count))
+    if isinstance(batch, UserError):
+        raise batch
+    if batch.images.dtype == th.uint8:
+        return batch.images.permute(0, 2, 3, 1).numpy()
+    return images.to_uint8(batch.images + 0.5 / 127.5)  # to_uint8 truncates

@@ -111,7 +111,7 @@ class TrainState:
         """Each rank gets its own sums back; with another number of ranks, rank 0 gets all of them."""
         if any(list(meter) != list(meters[0]) for meter in meters):
             raise ValueError("the ranks have sums of other names")
-        rank, device = distributed.get_rank(), self.log.bad_steps.counts.device
+        rank, device = distributed.get_rank(), self.log.device
         if len(meters) == distributed.get_world_size():
             self.log.meter.load_state_dict(meters[rank], device)
         elif meters:

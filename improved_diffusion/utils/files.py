@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -276,16 +276,19 @@ def rename(path: str | os.PathLike, new_path: str | os.PathLike) -> None:
             os.replace(path, new_path)
 
 
-def write_bytes(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True) -> None:
+def write_bytes(path: str | os.PathLike, data: bytes | memoryview, durable: bool = True, advice: str = _ADVICE) -> None:
     """Write a file in one step: at any moment the path holds the complete old file or the complete new one.
 
     :param durable: also after a power cut; slower.
+    :param advice: what to do where it cannot be written, for the message.
     Raises UserError (disk full, no permission); the old file is then unchanged.
     """
-    write_together([(path, data)], durable)
+    write_together([(path, data)], durable, advice)
 
 
-def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryview]], durable: bool = True) -> None:
+def write_together(
+    contents: Iterable[tuple[str | os.PathLike, bytes | memoryview]], durable: bool = True, advice: str = _ADVICE
+) -> None:
     """Write files like `write_bytes`, in folders that exist; none is visible before all are written.
 
     Under a URL each file becomes visible as soon as it is complete.
@@ -293,7 +296,7 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
     staged: list[tuple[Path, Path]] = []
     try:
         for path, data in contents:
-            with _storage("write", path, _ADVICE):
+            with _storage("write", path, advice):
                 if is_url(path):
                     with _blobfile(path).BlobFile(str(path), "wb", streaming=False) as f:  # visible once complete
                         f.write(data)
@@ -302,10 +305,10 @@ def write_together(contents: Iterable[tuple[str | os.PathLike, bytes | memoryvie
                     staged.append((_temporary(target), target))
                     _write_file(staged[-1][0], data, durable)
         for temporary, target in staged:
-            with _storage("write", target, _ADVICE):
+            with _storage("write", target, advice):
                 os.replace(temporary, target)
         for folder in {target.parent for _, target in staged} if durable else ():
-            with _storage("write", folder, _ADVICE):
+            with _storage("write", folder, advice):
                 _fsync_dir(folder)
     finally:
         for temporary, _ in staged:
@@ -424,13 +427,15 @@ class Claim:
 _locks: dict[str, FileLock] = {}
 
 
-def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
+def lock(directory: str | os.PathLike, name: str = ".lock", on_wait: Callable[[], None] | None = None) -> Claim:
     """Claim a folder for this process until `release`, or until the process ends, however it ends.
 
     This process may claim it again. Forked processes do not share the claim. URLs, and file systems without locks,
     cannot be claimed: the result is then without effect.
     :param name: the lock file's name; claims under different names are independent.
-    Raises UserError where another process on this machine, or on the same network file system, holds it.
+    :param on_wait: called once where another process on this machine, or on the same network file system, holds it,
+        before its end is waited for.
+    Raises UserError instead of waiting where there is no `on_wait`.
     """
     if is_url(directory):
         return Claim(None)
@@ -445,9 +450,12 @@ def lock(directory: str | os.PathLike, name: str = ".lock") -> Claim:
         try:
             held.acquire()
         except Timeout:
-            raise UserError(
-                f"another run is writing into {directory}: wait until it has ended, or choose another --out_dir"
-            ) from None
+            if on_wait is None:
+                raise UserError(
+                    f"another run is writing into {directory}: wait until it has ended, or choose another --out_dir"
+                ) from None
+            on_wait()
+            held.acquire(timeout=-1, poll_interval=0.2)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 return Claim(None)

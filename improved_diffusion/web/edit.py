@@ -52,7 +52,7 @@ class EditTab:
                         self._build_interpolate(sampled, picker.known)
                     with gr.Tab("Class", id="transform"):
                         self._build_transform(picker.known)
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=300, elem_classes="got"):
                 self.result = Result(app_state, "edit", "The edited images appear here.")
                 self._build_film()
         self._connect()

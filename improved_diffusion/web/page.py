@@ -6,13 +6,16 @@ import contextlib
 
 import gradio as gr
 from fastapi import FastAPI, Response
+from gradio.utils import get_upload_folder
 
 from ..config import UserError
 from ..service.engine import Engine
 from ..service.errors import ServiceError
+from ..service.http.security import App
 from ..service.requests import Request
 from .edit import EditTab
 from .evaluate import build_evaluate
+from .gate import Gate
 from .picker import Picker
 from .sample import SAMPLER, SampleTab
 from .state import AppState
@@ -29,17 +32,19 @@ POLICY = (
 )
 
 
-def create_app(app_state: AppState) -> FastAPI:
+def create_app(app_state: AppState) -> App:
     """The application that serves the page; the guard stands outside."""
+    page = build_page(app_state)
+    page.has_launched = True  # else Gradio takes any file of this machine for one that was uploaded
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/healthz")
     def healthz() -> Response:
         return Response(status_code=200 if app_state.engine.health().workers else 503)
 
-    return gr.mount_gradio_app(
+    mounted = gr.mount_gradio_app(
         app,
-        build_page(app_state),
+        page,
         path="/",
         theme=theme(),
         css=CSS,
@@ -52,7 +57,9 @@ def create_app(app_state: AppState) -> FastAPI:
         mcp_server=False,
         ssr_mode=False,
         max_file_size=app_state.options.max_upload_mb * 10**6,
+        show_error=False,
     )
+    return Gate(mounted, page, get_upload_folder())
 
 
 def build_page(app_state: AppState) -> gr.Blocks:

@@ -31,7 +31,6 @@ _ADVANCED = (
 )  # fmt: skip
 _GUIDANCE = {f.name for f in fields(GuidanceConfig)}
 _CLASSES, _SCALE = help_of(SampleConfig, "classes"), help_of(GuidanceConfig, "guidance_scale")
-EMPTY = "Press <b>Draw</b>: the images appear here."
 
 
 class SampleTab:
@@ -46,7 +45,7 @@ class SampleTab:
             with gr.Column(elem_classes="ask"):
                 self._build_request(picker.known)
             with gr.Column(elem_classes="got"):
-                self.result = Result(app_state, "sample", EMPTY)
+                self.result = Result(app_state, "sample", "The images appear here.")
             with gr.Column(elem_classes="more"):
                 self._build_options(picker.known)
         self._connect(picker)

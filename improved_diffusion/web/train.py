@@ -16,7 +16,7 @@ from ..config.recipes import AUTO, RECIPES
 from ..config.settings import ImageTraining
 from ..service.run_files import caption, read_preview
 from ..service.trainings import LABELS, OFFERED, Status, Trainings
-from .events import AT_ONCE
+from .events import AT_ONCE, close_menus
 from .form import Form, default_of, groups, menu
 from .live import enclosing_tab, lines_view, log_view, mistake, note, timer_of
 from .state import AppState
@@ -196,10 +196,10 @@ class RunView:
         shown = {
             self.runs, self.state, self.stop, self.resume, self.column, self.curve, self.previews, self.log, self.seen,
         }  # fmt: skip
-        gr.on(
-            [timer_of(tab).tick, tab.select, self.runs.change, self.column.change],
-            self._look, inputs, shown, **AT_ONCE, trigger_mode="always_last",
-        )  # fmt: skip
+        events = [timer_of(tab).tick, tab.select, self.column.change]
+        gr.on(events, self._look, inputs, shown, **AT_ONCE, trigger_mode="always_last")
+        chosen = close_menus(self.runs.change, [self.column])
+        chosen.then(self._look_again, inputs, shown, **AT_ONCE, trigger_mode="always_last")
         self.stop.click(self._stop, self.runs, [self.answer], **AT_ONCE)
         self.resume.click(self._resume, [self.runs, self.until], [self.answer], **AT_ONCE)
         self.runs.change(lambda: "", None, self.answer, **AT_ONCE)
@@ -227,6 +227,10 @@ class RunView:
                 changes |= show(now)
         return changes
 
+    def _look_again(self, name: str | None, column: str, seen: dict[str, Any]) -> dict[Any, Any]:
+        """As `_look`, and the curve's menu opens again."""
+        return self._look(name, column, {**seen, "columns": None})
+
     def _facts(self, name: str, column: str) -> dict[str, Any]:
         """What tells whether a part of the view has changed."""
         status = self.trainings.status(name)
@@ -245,7 +249,9 @@ class RunView:
         }
 
     def _show_columns(self, now: Mapping[str, Any]) -> dict[Any, Any]:
-        return {self.column: gr.Dropdown(choices=now["columns"][1] or [_FIRST_COLUMN])}
+        columns, chosen = now["columns"][1] or [_FIRST_COLUMN], now["curve"][1]
+        value: Any = {} if chosen in columns else {"value": _FIRST_COLUMN if _FIRST_COLUMN in columns else columns[0]}
+        return {self.column: gr.Dropdown(choices=columns, interactive=True, **value)}
 
     def _show_curve(self, now: Mapping[str, Any]) -> dict[Any, Any]:
         import pandas
@@ -283,7 +289,8 @@ def describe(status: Status) -> str:
     """The state of a run as HTML."""
     parts = [status.state + (" (started by another program)" if status.outside else "")]
     if status.step or status.loss is not None:
-        parts.append(f"step {status.step:,}" + (f" of {status.steps:,}" if status.steps else ""))
+        done = f"{status.step + 1:,}"  # the log counts from 0
+        parts.append(f"{done} of {status.steps:,} steps" if status.steps else f"{done} steps")
     for value, form in (
         (status.loss, "loss {:.4g}"), (status.images_per_second if status.is_running else None, "{:.4g} images/s"),
         (status.peak_gib, "{:.2f} GiB of memory"),

@@ -95,14 +95,14 @@ def test_no_folder_at_all(place, tmp_path):
 
 def test_empty_folder(place, tmp_path):
     (tmp_path / "empty").mkdir()
-    result = python("image_train", *TINY_IMAGE, "--data_dir", "empty", cwd=tmp_path)
+    result = call("image_train", *TINY_IMAGE, "--data_dir", "empty", cwd=tmp_path)
     refused(result, "--data_dir empty holds no images", ".png")
 
 
 def test_folder_of_text_files(place, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("not an image")
-    refused(python("image_train", *TINY_IMAGE, "--data_dir", "notes", cwd=tmp_path), "--data_dir notes holds no images")
+    refused(call("image_train", *TINY_IMAGE, "--data_dir", "notes", cwd=tmp_path), "--data_dir notes holds no images")
 
 
 def test_text_files_that_are_called_images(place, tmp_path):
@@ -127,7 +127,7 @@ def test_many_corrupt_images_stop_a_run(place, tmp_path):
     damaged = sorted(folder.iterdir())[:6]
     for path in damaged:
         cut(path)
-    result = python("image_train", *TINY_IMAGE, "--data_dir", folder, "--max_steps", 1, cwd=tmp_path)
+    result = call("image_train", *TINY_IMAGE, "--data_dir", folder, "--max_steps", 1, cwd=tmp_path)
     refused(result, "6 of 20 images are unreadable", damaged[0], "repair or remove")
 
 
@@ -140,13 +140,13 @@ def test_one_corrupt_image_stops_an_evaluation(place, tmp_path):
 
 def test_batch_larger_than_the_data(place, tmp_path):
     args = ["--data_dir", place.data, "--batch_size", 17]
-    result = python("image_train", *TINY_IMAGE, *args, cwd=tmp_path)
+    result = call("image_train", *TINY_IMAGE, *args, cwd=tmp_path)
     refused(result, "--batch_size 17", "16 images", "lower it")
 
 
 def test_npz_of_objects(place, tmp_path):
     np.savez(tmp_path / "objects.npz", np.array([{"a": 1}, {"b": 2}], dtype=object))
-    result = python("image_train", *TINY_IMAGE, "--data_dir", "objects.npz", cwd=tmp_path)
+    result = call("image_train", *TINY_IMAGE, "--data_dir", "objects.npz", cwd=tmp_path)
     refused(result, "objects.npz holds Python objects, which could run code", "save it again as numbers")
     base = ["--model_path", place.folder / "large/model000000.pt", "--base_samples", "objects.npz"]
     refused(call("super_res_sample", *base, cwd=tmp_path), "objects.npz holds Python objects")
@@ -169,7 +169,7 @@ def test_npz_of_another_form(arrays, message, place, tmp_path):
 
 def test_wrong_channels(place, tmp_path):
     args = ["--data_dir", place.data, "--channels", 1, "--max_steps", 1]
-    result = python("image_train", *TINY_IMAGE, *args, cwd=tmp_path)
+    result = call("image_train", *TINY_IMAGE, *args, cwd=tmp_path)
     refused(result, place.data / "cat_00.png", "has 3 channels (RGB)", "--channels 1", "give --channels 3")
 
 
@@ -236,7 +236,7 @@ def test_references_without_torchmetrics(enlarging, tmp_path, monkeypatch):
 
 
 def test_unknown_flag(place, tmp_path):
-    result = python("image_sample", "--model_path", place.model, "--num_sample", 3, cwd=tmp_path)
+    result = call("image_sample", "--model_path", place.model, "--num_sample", 3, cwd=tmp_path)
     refused(result, "unknown flag '--num_sample': did you mean --num_samples?")
 
 
@@ -266,7 +266,7 @@ def test_an_unknown_name_in_a_config_file(place, tmp_path):
 
 
 def test_misspelt_preset(place, tmp_path):
-    result = python("image_train", "--preset", "cifar10-hybird", "--data_dir", place.data, cwd=tmp_path)
+    result = call("image_train", "--preset", "cifar10-hybird", "--data_dir", place.data, cwd=tmp_path)
     refused(result, "unknown --preset 'cifar10-hybird': did you mean cifar10-hybrid?")
 
 
@@ -283,13 +283,13 @@ def test_size_not_divisible(size, message, place, tmp_path):
 
 def test_sizes_of_super_resolution_that_are_no_multiple(place, tmp_path):
     args = ["--large_size", 20, "--small_size", 8, "--data_dir", place.data]
-    result = python("super_res_train", *TINY_SUPER_RES, *args, cwd=tmp_path)
+    result = call("super_res_train", *TINY_SUPER_RES, *args, cwd=tmp_path)
     refused(result, "--large_size 20 must be a whole multiple of --small_size 8")
 
 
 def test_no_samples(place, tmp_path):
     args = [*place.sampling, "--num_samples", 0]
-    refused(python("image_sample", *args, cwd=tmp_path), "--num_samples 0 must be at least 1")
+    refused(call("image_sample", *args, cwd=tmp_path), "--num_samples 0 must be at least 1")
     nll = ["--model_path", place.model, "--data_dir", place.data, "--num_samples", 0]
     refused(call("image_nll", *nll, cwd=tmp_path), "--num_samples 0 must be at least 1")
 
@@ -315,7 +315,7 @@ def test_a_pass_of_less_than_a_timestep(place, tmp_path):
 
 def test_labels_out_of_range(place, tmp_path):
     args = [*place.sampling, "--num_samples", 3, "--classes"]
-    refused(python("image_sample", *args, "99", cwd=tmp_path), "--classes 99: the model has the classes 0..1: cat, dog")
+    refused(call("image_sample", *args, "99", cwd=tmp_path), "--classes 99: the model has the classes 0..1: cat, dog")
     refused(call("image_sample", *args, "cat,cow", cwd=tmp_path), "--classes cow: the model has the classes 0..1")
     refused(call("image_sample", *args, "-1", cwd=tmp_path), "--classes -1: the model has the classes 0..1")
 
@@ -356,7 +356,7 @@ def test_every_image_a_class_of_its_own(place, tmp_path):
 
 def test_model_flag_contradicting_the_checkpoint(place, tmp_path):
     args = ["--model_path", place.model, "--num_channels", 64]
-    result = python("image_sample", *args, cwd=tmp_path)
+    result = call("image_sample", *args, cwd=tmp_path)
     contradiction = f"--num_channels 64 contradicts {place.model}, which was trained with --num_channels 32"
     refused(result, contradiction, "leave the flag out")
 
@@ -384,14 +384,14 @@ def test_a_checkpoint_of_the_other_kind_of_model(place, tmp_path):
 
 
 def test_no_checkpoint(place, tmp_path):
-    refused(python("image_sample", cwd=tmp_path), "--model_path is missing")
+    refused(call("image_sample", cwd=tmp_path), "--model_path is missing")
     gone = place.run / "ema_0.9999_000009.pt"
     refused(call("image_sample", "--model_path", gone, cwd=tmp_path), f"--model_path {gone} does not exist")
 
 
 def test_truncated_checkpoint(place, own_run, tmp_path):
     cut(own_run / "ema_0.9999_000002.pt")
-    result = python("image_sample", "--model_path", own_run / "ema_0.9999_000002.pt", cwd=tmp_path)
+    result = call("image_sample", "--model_path", own_run / "ema_0.9999_000002.pt", cwd=tmp_path)
     refused(result, own_run / "ema_0.9999_000002.pt", "damaged, or not a checkpoint", "use another file")
 
 
@@ -444,7 +444,7 @@ def test_the_hostile_pickle_would_run_code(tmp_path):
 
 def test_pickle_that_would_execute_code(place, tmp_path):
     write_pickle("zip", tmp_path / "hostile.pt", tmp_path / "executed")
-    result = python("image_sample", "--model_path", "hostile.pt", cwd=tmp_path)
+    result = call("image_sample", "--model_path", "hostile.pt", cwd=tmp_path)
     refused(result, "hostile.pt", "could run code", "not loaded")
     assert not (tmp_path / "executed").exists()
 
@@ -471,7 +471,7 @@ def test_missing_optimizer_file_on_resume(place, own_run, tmp_path):
     (own_run / "opt000002.pt").unlink()
     before = contents(own_run)
     args = [*place.training, "--max_steps", 6, "--out_dir", own_run, "--resume", own_run / "model000002.pt"]
-    result = python("image_train", *args, cwd=tmp_path)
+    result = call("image_train", *args, cwd=tmp_path)
     refused(result, f"{own_run / 'opt000002.pt'} is missing", f"--resume {own_run} takes the newest")
     assert contents(own_run) == before
     as_of_other_code(own_run)
@@ -508,7 +508,7 @@ def test_a_first_save_that_was_cut_off_is_made_again(place, tmp_path):
 
 
 def test_training_into_the_folder_of_an_earlier_run(place, tmp_path):
-    result = python("image_train", *place.training, "--max_steps", 3, "--out_dir", place.run, cwd=tmp_path)
+    result = call("image_train", *place.training, "--max_steps", 3, "--out_dir", place.run, cwd=tmp_path)
     refused(result, f"{place.run} holds checkpoints of an earlier run", "--resume auto", "another --out_dir")
 
 
@@ -523,7 +523,7 @@ def test_sampling_into_the_folder_of_other_samples(place, tmp_path):
 def test_unwritable_output(place, tmp_path):
     (tmp_path / "file").write_text("in the way")
     args = ["--model_path", place.model, "--num_samples", 1, "--out_dir", "file/samples"]
-    result = python("image_sample", *args, cwd=tmp_path)
+    result = call("image_sample", *args, cwd=tmp_path)
     refused(result, f"cannot make the folder {tmp_path / 'file/samples'}", "choose another --out_dir")
     result = call("image_train", *place.training, "--max_steps", 1, "--out_dir", "file", cwd=tmp_path)
     refused(result, f"cannot make the folder {tmp_path / 'file'}", "choose another --out_dir")

@@ -6,7 +6,7 @@ import dist_worker
 import pytest
 import torch as th
 from hosts import NAMES, TwoHosts
-from script_helpers import SCRIPTS, TINY_IMAGE, python, run, wait, wait_for, write_images
+from script_helpers import SCRIPTS, TINY_IMAGE, call, run, wait, wait_for, write_images
 
 WORKER = Path(dist_worker.__file__)
 TRAIN = SCRIPTS / "image_train.py"
@@ -32,7 +32,9 @@ def one_host(tmp_path_factory):
     return th.load(folder / "run/model000005.pt")
 
 
-@pytest.mark.parametrize(("launcher", "options"), [("mpiexec", {}), ("torchrun", {"backend": "c10d"})])
+@pytest.mark.parametrize(
+    ("launcher", "options"), [pytest.param("mpiexec", {}, marks=pytest.mark.slow), ("torchrun", {"backend": "c10d"})]
+)
 def test_two_hosts_learn_bit_for_bit_what_two_ranks_on_one_learn(launcher, options, hosts, one_host, tmp_path):
     args = training(tmp_path, "--max_steps", 6, "--out_dir", "run")
     results = [wait(p, 60).succeed() for p in getattr(hosts, launcher)(TRAIN, *args, cwd=tmp_path, **options)]
@@ -67,7 +69,7 @@ def test_a_cut_link_ends_both_sides_and_one_host_goes_on(launcher, ranks_after, 
     newest = max(int(path.name[8:14]) for path in (tmp_path / "run").glob("manifest*.json"))
     args += ["--resume", "auto", "--max_steps", newest + 3]
     if ranks_after == 1:
-        again = python("image_train", *args, "--num_workers", 0, cwd=tmp_path)
+        again = call("image_train", *args, "--num_workers", 0, cwd=tmp_path)
     else:
         again = run(launcher, ranks_after, "image_train", *args, cwd=tmp_path)
     assert f"resumed after {newest + 1} steps" in again.succeed().out

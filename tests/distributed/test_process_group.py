@@ -22,6 +22,7 @@ from improved_diffusion.resample import LossSecondMomentResampler
 WORKER = Path(dist_worker.__file__)
 SRUN = pytest.param("srun", marks=pytest.mark.slow)  # joins as torchrun does; its variables are tested elsewhere
 LAUNCHERS = ("mpiexec", "torchrun", SRUN)
+TORCHRUN = pytest.param("torchrun", marks=pytest.mark.slow)  # ranks that have joined are the same there
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def alone(tmp_path_factory):
     logger.reset()
 
 
-@pytest.fixture(scope="module", params=LAUNCHERS)
+@pytest.fixture(scope="module", params=["mpiexec", TORCHRUN, SRUN])
 def ranks(request, tmp_path_factory):
     """What each of two ranks got, under each launcher."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -133,7 +134,9 @@ def test_a_killed_rank_takes_the_job_down_with_a_message(launcher, tmp_path):
         assert result.err.count(f"rank 0 on {socket.gethostname()}: error: {message}") == 1
 
 
-@pytest.mark.parametrize(("launcher", "variable"), [("mpiexec", "PMI_RANK"), ("torchrun", "RANK")])
+@pytest.mark.parametrize(
+    ("launcher", "variable"), [("mpiexec", "PMI_RANK"), pytest.param("torchrun", "RANK", marks=pytest.mark.slow)]
+)
 def test_a_frozen_rank_takes_the_others_down_with_a_message(launcher, variable, tmp_path):
     process = start(launcher, 2, WORKER, "frozen", tmp_path, cwd=tmp_path)
     wait_for(lambda: started_by(process, **{variable: 0}), "rank 0", process)
@@ -148,7 +151,7 @@ def test_a_frozen_rank_takes_the_others_down_with_a_message(launcher, variable, 
     assert result.err.count(message) == 1
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["mpiexec", TORCHRUN, SRUN])
 def test_a_rank_that_hangs_in_its_own_work_says_where(launcher, tmp_path):
     result = run(launcher, 2, WORKER, "stuck", tmp_path, cwd=tmp_path, timeout=60)
     assert result.code != 0

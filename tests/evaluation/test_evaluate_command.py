@@ -111,7 +111,7 @@ def test_a_second_run_writes_the_same_bytes(place, tmp_path):
 def test_two_ranks_write_the_bytes_of_one(place, tmp_path):
     args = ["--samples", place.samples, *place.real_images, "--held_out", place.held_out, "--feature_batch", 7]
     call("evaluate", *args, "--out_dir", "one", cwd=tmp_path).succeed()
-    run("mpiexec", 2, "evaluate", *args, "--out_dir", "two", cwd=tmp_path).succeed()
+    run("mpiexec", 2, "evaluate", *args, "--out_dir", "two", cwd=tmp_path, figures=True).succeed()
     two = contents(tmp_path / "two")
     assert two.pop("log-rank001.txt") and two == contents(tmp_path / "one")
 
@@ -324,6 +324,11 @@ def sweep(place, tmp_path, *args, model=None):
     return call("evaluate", "sweep", *flags, cwd=tmp_path)
 
 
+def draw_no_plots(monkeypatch):
+    """The slowest part of a sweep."""
+    monkeypatch.setattr("improved_diffusion.evaluation.sweep.save_figure", lambda path, *figure: None)
+
+
 def counted(monkeypatch):
     """How often samples are drawn and evaluated from here on."""
     calls = []
@@ -359,6 +364,7 @@ def test_a_sweep_reports_every_combination_and_goes_on_where_it_stopped(place, t
 
     # The same again makes nothing again.
     before = contents(out)
+    draw_no_plots(monkeypatch)
     calls = counted(monkeypatch)
     again = sweep(place, tmp_path, *settings).succeed()
     assert calls == [] and again.out.count("has the report already") == 4 and contents(out) == before
@@ -373,9 +379,7 @@ def test_a_sweep_reports_every_combination_and_goes_on_where_it_stopped(place, t
 
 @pytest.fixture
 def without_plots(monkeypatch):
-    monkeypatch.setattr(
-        "improved_diffusion.evaluation.sweep.save_figure", lambda path, *figure: None
-    )  # the slowest part
+    draw_no_plots(monkeypatch)
 
 
 def test_a_sweep_for_other_samples_or_another_reference_evaluates_again(place, tmp_path, monkeypatch, without_plots):

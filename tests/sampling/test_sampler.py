@@ -241,7 +241,7 @@ def test_thresholding_and_clipping_change_the_samples(model, tmp_path):
 def test_a_network_in_16_bits_draws_nearly_the_same(precision, model, tmp_path):
     flags = ["--sampler", "dpmpp_2m", "--steps", "5"]
     full, _, _ = sample(model, tmp_path / "full", *flags)
-    half, _, _ = sample(model, tmp_path / "half", *flags, "--precision", precision, "--channels_last")
+    half, _, _ = sample(model, tmp_path / "half", *flags, "--precision", precision, "--memory_format", "channels_last")
     assert (full != half).any() and np.abs(full.astype(int) - half).mean() < 8
 
 

@@ -70,7 +70,8 @@ def test_requests_of_equal_settings_are_one_batch(start, monkeypatch):
         other = engine.submit(ask(n=2, steps=3))
     for job in (first, *jobs, other):
         job.result(WAIT)
-    assert engine.health().batches == 3
+    health = engine.health()
+    assert health.batches == 3 and health.batch_sizes == {1: 1, 2: 1, 8: 1} and health.gpu_memory == {}
 
 
 def test_a_client_with_many_images_does_not_hold_back_another(start, monkeypatch):

@@ -10,6 +10,7 @@ import torch as th
 from improved_diffusion.logs import logger
 from improved_diffusion.nn import update_ema
 from improved_diffusion.training.ema import (
+    Flattener,
     ParameterEMA,
     PowerEMA,
     flatten,
@@ -305,3 +306,35 @@ def test_a_rate_is_advised_where_one_forgets(steps, remedy, monkeypatch):
 def test_the_rate_advised_forgets(steps):
     rate = forgetting_rate(steps)
     assert 0 < rate <= 0.9999 and (steps < 10 or ParameterEMA(rate, [th.ones(1)]).initial_share(steps) < 0.01)
+
+
+# All parameters as one vector
+
+
+def test_kept_views_follow_the_parameters():
+    params, join = parameters(), Flattener()
+    for change in (
+        lambda: None,
+        lambda: params[0].data.add_(1),  # in place
+        lambda: setattr(params[1], "data", th.randn(4)),  # elsewhere
+        lambda: params.__setitem__(2, th.nn.Parameter(th.randn(()))),
+        lambda: setattr(params[0], "data", th.randn(3, 2).t()),
+        lambda: params[0].data.mul_(2),
+    ):
+        change()
+        assert th.equal(join(params), flatten(params))
+
+
+def test_channels_last_parameters_are_joined_in_their_shapes_order():
+    params, join = [th.nn.Parameter(th.randn(2, 3, 4, 4)), th.nn.Parameter(th.randn(5))], Flattener()
+    params[0].data = params[0].data.to(memory_format=th.channels_last)
+    for _ in range(3):
+        assert th.equal(join(params), flatten(params))
+        params[0].data += 1
+
+
+def test_what_is_joined_is_a_copy():
+    params, join = parameters(), Flattener()
+    before = join(params)
+    params[0].data += 1
+    assert not th.equal(before, join(params))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch as th
 
@@ -17,8 +18,8 @@ def test_quartiles_split_the_losses_by_timestep():
     meter.add_losses(8, th.tensor([6]), {"loss": th.tensor([5.0])})
     assert meter.read() == {"loss": 5.0, "loss_q0": 2.0, "loss_q1": 5.0, "loss_q3": 8.0}
     assert meter.read() == {}
-    meter.add("norm", th.tensor(math.inf), counted=th.tensor(0.0))
-    meter.add("norm", th.tensor(3.0), counted=th.tensor(1.0))
+    meter.add("norm", th.tensor(math.inf))
+    meter.add("norm", th.tensor(3.0))
     assert meter.read() == {"norm": 3.0}
 
 
@@ -52,13 +53,13 @@ def note_all(bad_steps, flags, first=0):
     [([0, 0, 0], 0, 0), ([1, 0, 0], 1, 0), ([0, 1, 1, 1, 0, 1, 1], 3, 1), ([1, 0, 1, 1], 2, 2), ([1] * 5, 5, 0)],
 )
 def test_the_longest_row_of_bad_steps_and_its_first(flags, longest, first):
-    bad_steps = BadSteps("cpu")
+    bad_steps = BadSteps()
     note_all(bad_steps, flags)
     assert bad_steps.read() == (longest, first) if longest else bad_steps.read()[0] == 0
 
 
 def test_a_row_is_counted_across_reads_and_saves():
-    bad_steps, other = BadSteps("cpu"), BadSteps("cpu")
+    bad_steps, other = BadSteps(), BadSteps()
     note_all(bad_steps, [0, 1, 1])
     assert bad_steps.read() == (2, 1)
     note_all(bad_steps, [1], first=3)
@@ -122,3 +123,49 @@ def test_a_rank_may_read_its_own_values():
     meter = LossMeter()
     meter.add("loss", th.tensor([1.0, 2.0]))
     assert meter.read_own() == {"loss": 1.5} and meter.read_own() == {} == meter.read()
+
+
+def recorded(steps, meter, seed=0):
+    """What a few steps of a run report."""
+    random = th.Generator().manual_seed(seed)
+    for step in range(steps):
+        ts, weights = th.randint(0, 20, (5,), generator=random), th.rand(5, generator=random)
+        losses = {name: th.randn(5, generator=random).exp() for name in ("loss", "mse")}
+        if step % 7 == 3:
+            losses["loss"][2] = math.inf
+        meter.add_losses(20, ts, losses, weights)
+        meter.add("grad_norm", th.rand((), generator=random))
+        yield step, ts, {name: value * weights for name, value in losses.items()}
+
+
+@pytest.mark.parametrize("steps", [1, 9, LossMeter.AT_ONCE + 9])
+def test_means_are_those_of_the_plain_sums(steps):
+    meter, plain = LossMeter(), {}
+    for _, ts, losses in recorded(steps, meter):
+        for name, values in losses.items():
+            for t, value in zip(ts.tolist(), values.tolist()):
+                for key in (name, f"{name}_q{4 * t // 20}"):
+                    plain.setdefault(key, []).append(value)
+    means = meter.read()
+    means.pop("grad_norm")
+    assert means == pytest.approx({key: np.mean(list(filter(math.isfinite, v))) for key, v in plain.items()}, rel=1e-12)
+
+
+@pytest.mark.parametrize("looked_at", [(), (0, 1, 2), (40,), range(0, 150, 10)])
+def test_when_the_sums_are_added_makes_no_difference(looked_at):
+    """Bit for bit: a run that was saved more often, or resumed, has the same log."""
+    meter, other = LossMeter(), LossMeter()
+    for _ in recorded(150, meter):
+        pass
+    for step, _, _ in recorded(150, other):
+        if step in looked_at:
+            state, other_before = other.state_dict(), other
+            other_before.load_state_dict(state)
+    assert other.read() == meter.read()
+
+
+def test_a_thousand_steps_of_notes_are_kept_without_a_read():
+    bad_steps = BadSteps()
+    flags = [step % 100 < step // 100 for step in range(1000)]
+    note_all(bad_steps, flags)
+    assert bad_steps.read() == (9, 900) and bad_steps.row() == (0, 900)

@@ -75,20 +75,25 @@ def assert_stopped(result, folder, number, code):
 
 
 CASES = [
-    ("python", "launcher", signal.SIGTERM, 75),
     ("python", "group", signal.SIGTERM, 75),
     ("python", "group", signal.SIGINT, 75),
-    ("python", "group", signal.SIGHUP, 75),
     ("mpiexec", "launcher", signal.SIGTERM, 75),
-    ("mpiexec", "launcher", signal.SIGUSR1, 75),
-    ("mpiexec", "rank 0", signal.SIGTERM, 75),
     ("mpiexec", "rank 1", signal.SIGTERM, 75),
     ("torchrun", "launcher", signal.SIGTERM, 1),  # torchrun has no other code for ranks that did not return 0
+]
+# The same ways with other signals, whose handlers are those of SIGTERM and are tested in test_run.py and below.
+MORE = [
+    ("python", "launcher", signal.SIGTERM, 75),
+    ("python", "group", signal.SIGHUP, 75),
+    ("mpiexec", "launcher", signal.SIGUSR1, 75),
+    ("mpiexec", "rank 0", signal.SIGTERM, 75),
     ("torchrun", "rank 1", signal.SIGUSR1, 1),
 ]
 
 
-@pytest.mark.parametrize("launcher, target, number, code", CASES)
+@pytest.mark.parametrize(
+    "launcher, target, number, code", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
+)
 def test_a_signal_ends_a_run_with_a_checkpoint_and_the_documented_code(
     launcher, target, number, code, training, tmp_path
 ):
@@ -147,7 +152,7 @@ def test_two_runs_may_not_write_into_one_folder(training, tmp_path):
     folder = tmp_path / "run"
     process = start("python", 1, "image_train", *training, "--out_dir", folder, cwd=tmp_path)
     wait_for(is_training(folder), "first checkpoint", process)
-    second = python("image_train", *training, "--out_dir", folder, "--resume", "auto", cwd=tmp_path)
+    second = call("image_train", *training, "--out_dir", folder, "--resume", "auto", cwd=tmp_path)
     assert second.code == 1
     assert second.err == (
         f"error: another run is writing into {folder}: wait until it has ended, or choose another --out_dir\n"
@@ -159,7 +164,10 @@ def test_two_runs_may_not_write_into_one_folder(training, tmp_path):
 # Errors
 
 
-@pytest.mark.parametrize("launcher, place, ranks", [("mpiexec", "hook", "01"), ("torchrun", "data", "0")])
+@pytest.mark.parametrize(
+    "launcher, place, ranks",
+    [("mpiexec", "hook", "01"), pytest.param("torchrun", "data", "0", marks=pytest.mark.slow)],
+)
 def test_an_error_of_rank_0_ends_several_ranks_with_a_checkpoint(launcher, place, ranks, tmp_path):
     result = run(launcher, 2, WORKER, tmp_path / "run", place, ranks, cwd=tmp_path, env=with_tests())
     assert result.code != 0 and "an odd image" in result.err
@@ -176,7 +184,7 @@ def test_an_error_of_another_rank_alone_ends_all_in_time(tmp_path):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_change_nothing(tmp_path, kills):
     """SIGKILL to all processes of a two-rank run, half of the times in the midst of a save."""
     argv = [sys.executable, str(ROOT / "benchmarks/kill_and_resume.py"), "--kills", str(kills), "--out", "result.json"]
@@ -184,7 +192,7 @@ def test_kills_change_nothing(tmp_path, kills):
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["differences"] == [] and found["kills"] == kills
-    assert found["in_the_midst_of_a_save"] >= kills // 4
+    assert found["in_the_midst_of_a_save"] >= max(kills // 4, 1)
     assert {name.rstrip("0123456789").split("0")[0] for name in found["files"]} >= {"model", "opt"}
 
 
@@ -336,7 +344,11 @@ def test_a_disk_that_is_full_for_a_while_costs_no_row_and_no_step(training, tmp_
 # Numbers that are none
 
 
-@pytest.mark.parametrize("launcher, ranks", [("python", 1), ("mpiexec", 2)])
+# One rank's share of these is tested in test_loop.py and test_dry_run.py.
+ONE_RANK = pytest.param("python", 1, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("launcher, ranks", [ONE_RANK, ("mpiexec", 2)])
 def test_one_bad_step_is_skipped_on_all_ranks(launcher, ranks, tmp_path):
     run(launcher, ranks, WORKER, tmp_path / "run", 3, 3, cwd=tmp_path, env=with_tests()).succeed()
     assert [float(row["skipped_steps"]) for row in rows(tmp_path / "run")] == [0, 0, 0.5, 0, 0, 0]
@@ -345,7 +357,7 @@ def test_one_bad_step_is_skipped_on_all_ranks(launcher, ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "launcher, ranks", [("python", 1), ("mpiexec", 2), pytest.param("torchrun", 2, marks=pytest.mark.slow)]
+    "launcher, ranks", [ONE_RANK, ("mpiexec", 2), pytest.param("torchrun", 2, marks=pytest.mark.slow)]
 )
 def test_bad_steps_for_ever_end_all_ranks_with_one_message(launcher, ranks, tmp_path):
     result = run(launcher, ranks, WORKER, tmp_path / "run", 3, 99, cwd=tmp_path, env=with_tests())
@@ -364,7 +376,7 @@ def with_tests():
 # Before it starts
 
 
-@pytest.mark.parametrize("launcher, ranks", [("python", 1), ("mpiexec", 2)])
+@pytest.mark.parametrize("launcher, ranks", [ONE_RANK, ("mpiexec", 2)])
 def test_a_dry_run_says_what_the_run_needs_and_writes_nothing(launcher, ranks, training, tmp_path):
     args = [*training, "--out_dir", "run", "--dry_run", "--max_steps", 1000, "--save_interval", 100]
     result = run(launcher, ranks, "image_train", *args, cwd=tmp_path).succeed()

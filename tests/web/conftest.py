@@ -5,9 +5,6 @@ import asyncio
 import numpy as np
 import pytest
 from model_helpers import save_checkpoint, tiny_settings
-
-pytest.importorskip("gradio")
-
 from web_helpers import Place
 
 from improved_diffusion.config.service import EngineConfig, WebConfig

@@ -11,11 +11,11 @@ import sys
 import zipfile
 
 import pytest
+from playwright.sync_api import sync_playwright
 from script_helpers import environment
 from web_helpers import png_files, run_command, run_python
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="needs chromium on the PATH")]
 SECONDS = 60_000  # milliseconds that a step may take on a busy machine
 
@@ -42,7 +42,7 @@ def address(runs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -25,11 +25,6 @@ def test_the_page_and_its_theme_name_no_other_host(client):
     assert re.findall(r"url\((?!\"data:)", theme.text) == []
 
 
-def test_no_other_program_is_offered_a_function(client):
-    info = client.get("/gradio_api/info").json()
-    assert info == {"named_endpoints": {}, "unnamed_endpoints": {}}
-
-
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/redoc", "/monitoring", "/gradio_api/mcp/"])
 def test_what_the_page_does_not_need_is_not_there(client, path):
     assert client.get(path).status_code in (403, 404)

@@ -3,13 +3,11 @@
 import asyncio
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-pytest.importorskip("gradio")
-
 import gradio as gr
+import pytest
 from PIL import Image
 
 from improved_diffusion.config import UserError
@@ -133,9 +131,25 @@ def test_only_what_is_new_is_sent(built):
         Image.new("L", (8, 8)).save(f"{runs}/mine/previews/step_000004.png")
         shown = view._look("mine", "loss", seen)
     assert shown.keys() == {view.seen, view.state, view.stop, view.resume, view.column, view.curve, view.previews}
-    assert "step 4" in shown[view.state]
+    assert "5 steps" in shown[view.state]
     assert shown[view.curve].value["data"] == [[4.0, 0.5]]
     assert [text for _, text in shown[view.previews]] == ["step 4"]
+
+
+def test_the_menu_of_curves_opens_again_for_every_run_that_is_chosen(built):
+    view, runs = built.view, built.trainings.root.path
+    for name, column in (("first", "loss"), ("second", "val_loss")):
+        os.makedirs(f"{runs}/{name}")
+        for file, text in (("config.json", "{}"), ("log.txt", ""), ("progress.csv", "")):
+            Path(runs, name, file).write_text(text)
+        Path(runs, name, "progress.jsonl").write_text(json.dumps({"step": 4, column: 0.5}) + "\n")
+    seen, column = {}, "loss"
+    for name, columns in (("first", ["loss"]), ("second", ["val_loss"]), ("second", ["val_loss"])):
+        shown = view._look_again(name, column, seen)
+        menu, seen = shown[view.column], shown[view.seen]
+        assert menu.interactive and [value for _, value in menu.choices] == columns
+        column = columns[0] if menu.value is None else menu.value
+        assert column in columns
 
 
 @pytest.mark.parametrize("show", [mistake, log_view])
@@ -145,7 +159,7 @@ def test_what_comes_from_files_is_no_markup(show):
 
 def test_a_status_says_what_is_known():
     text = train.describe(Status(name="x", state="failed", reason="no <space>", step=9, steps=20, loss=0.25))
-    assert "failed" in text and "step 9 of 20" in text and "loss 0.25" in text and "no &lt;space&gt;" in text
+    assert "failed" in text and "10 of 20 steps" in text and "loss 0.25" in text and "no &lt;space&gt;" in text
     assert "step" not in train.describe(Status(name="x", state="starting"))
 
 

@@ -143,7 +143,7 @@ def test_train_lose_the_page_stop_resume_evaluate(folder, open_page):
     page.click("train-start")
     page.wait_for("train-message", "mine has started")
     page.wait_for("train-table", "time per step")
-    page.wait_for("train-state", r"running.*step \d+ of 1,000,000.*loss.*images/s")
+    page.wait_for("train-state", r"running.*[\d,]+ of 1,000,000 steps.*loss.*images/s")
     page.tab.locator("#train-previews img").first.wait_for()
     page.wait_for("train-log", "step ")
     page.look("train")
@@ -154,13 +154,13 @@ def test_train_lose_the_page_stop_resume_evaluate(folder, open_page):
 
     page = open_page()
     page.open("Train")
-    page.wait_for("train-state", r"running.*step \d+")
+    page.wait_for("train-state", r"running.*\d steps")
     page.click("train-stop")
     page.wait_for("train-state", "stopped.*SIGTERM")
     (stopped,) = {int(path.stem.removeprefix("model")) for path in (folder / "runs" / "mine").glob("model*.pt")} - {0}
     page.fill("train-until", stopped + 6)
     page.click("train-resume")
-    page.wait_for("train-state", f"finished.*step {stopped + 5:,} of {stopped + 6:,}")
+    page.wait_for("train-state", f"finished.*{stopped + 6:,} of {stopped + 6:,} steps")
     assert (folder / "runs" / "mine" / f"model{stopped + 6:06d}.pt").exists()
 
     page.open("Evaluate")

@@ -8,18 +8,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from ...logs import logger
 from .security import App, Receive, Scope, Send
 
 PREFIX = "improved_diffusion"
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _QUIET = ("/healthz", "/healthz/live", "/metrics")
 # Fields of the engine's Health: what is so now, and what only grows.
@@ -32,7 +33,7 @@ GAUGES = {
 COUNTERS = {
     "images": "Images drawn",
     "steps": "Steps of samplers, one for each image: evaluations of the network, but for solvers that need several",
-    "batches": "Batches drawn; images / batches is their mean size",
+    "batches": "Batches drawn",
     "done": "Requests for images that were answered with them",
     "failed": "Requests for images that failed",
     "cancelled": "Requests for images that were cancelled",
@@ -73,11 +74,31 @@ class _OfEngine:
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"{PREFIX}_{name}", text, getattr(found, name))
         yield GaugeMetricFamily(f"{PREFIX}_models", "Models in memory", len(found.models))
+        yield _batch_sizes(found.batch_sizes)
+        yield from _gpu_memory(found.gpu_memory)
         text = "Resident memory of the service and its workers; nothing where the system does not say"
         yield GaugeMetricFamily(f"{PREFIX}_memory_bytes", text, resident_bytes())
 
     def describe(self) -> list[Any]:
         return []
+
+
+def _batch_sizes(found: Mapping[int, int]) -> HistogramMetricFamily:
+    """A histogram of how many batches have so many images."""
+    up_to = [(str(most), sum(n for size, n in found.items() if size <= most)) for most in BATCH_SIZES]
+    buckets = [*up_to, ("+Inf", sum(found.values()))]
+    images = sum(size * n for size, n in found.items())
+    return HistogramMetricFamily(f"{PREFIX}_batch_images", "Images of a batch", buckets=buckets, sum_value=images)
+
+
+def _gpu_memory(found: Mapping[int, tuple[int, int]]) -> Iterator[GaugeMetricFamily]:
+    """The memory of each worker's GPU, as it was after its last batch."""
+    used = GaugeMetricFamily(f"{PREFIX}_gpu_used_bytes", "GPU memory in use, by all programs", labels=["worker"])
+    total = GaugeMetricFamily(f"{PREFIX}_gpu_total_bytes", "GPU memory", labels=["worker"])
+    for worker, (free, size) in found.items():
+        used.add_metric([str(worker)], size - free)
+        total.add_metric([str(worker)], size)
+    yield from (used, total)
 
 
 class Observed:

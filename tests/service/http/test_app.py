@@ -319,6 +319,9 @@ def test_metrics(client):
     assert 'improved_diffusion_requests_total{method="POST",route="/v1/samples",status="422"} 1.0' in text
     assert 'route="/v1/models/{name:path}",status="404"' in text
     assert "no/such" not in text and "absent" not in text and "BREW" not in text
+    assert 'batch_images_bucket{le="1"} 1.0' in text and 'batch_images_bucket{le="2"} 2.0' in text
+    assert 'batch_images_bucket{le="+Inf"} 2.0' in text and "batch_images_sum 3.0" in text
+    assert 'gpu_used_bytes{worker="1"} 60.0' in text and 'gpu_total_bytes{worker="1"} 100.0' in text
     assert "improved_diffusion_images_total 3.0" in text and "improved_diffusion_request_seconds_bucket" in text
 
 
