@@ -31,5 +31,9 @@ def test_no_step_waits_for_the_device_between_rows_of_the_log(precision, tmp_pat
     succeed("gpu_steps.py", precision, tmp_path, cwd=tmp_path)
 
 
+def test_samples_wait_for_nothing_and_fit_the_memory(tmp_path):
+    succeed("gpu_sampling.py", tmp_path, cwd=tmp_path)
+
+
 def test_metrics_are_those_of_the_cpu(tmp_path):
     succeed("gpu_metrics.py", cwd=tmp_path)
