@@ -404,7 +404,7 @@ def test_an_average_that_is_not_there_is_one_error(wrong, run_folder):
     (dict(classes=[]), "classes"), (dict(classes=[None]), "classes"), (dict(classes=2.5), "classes 2.5"),
     (dict(classes=","), "classes"), (dict(classes="\u00b2"), "classes \u00b2"),
     (dict(classes="9" * 5000), "classes 99"),
-    (dict(batch_size=0), "batch_size 0"), (dict(batch_size=2.5), "batch_size 2.5"), (dict(seed=-1), "seed -1"),
+    (dict(batch_size=-1), "batch_size -1"), (dict(batch_size=2.5), "batch_size 2.5"), (dict(seed=-1), "seed -1"),
     (dict(seed=2**70), "seed"), (dict(n=3, seeds="1,2"), "--num_samples 3 contradicts --seeds 1,2"),
     (dict(seeds="1,,2"), "seeds '1,,2'"), (dict(seeds=[1, 1]), "seeds 1,1"), (dict(stepps=3), "steps"),
 ])  # fmt: skip

@@ -38,5 +38,9 @@ def test_a_host_copy_arrives_whole(tmp_path):
     succeed("gpu_host_copy.py", cwd=tmp_path)
 
 
+def test_samples_wait_for_nothing_and_fit_the_memory(tmp_path):
+    succeed("gpu_sampling.py", tmp_path, cwd=tmp_path)
+
+
 def test_metrics_are_those_of_the_cpu(tmp_path):
     succeed("gpu_metrics.py", cwd=tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -215,10 +215,10 @@ def extract(
     collected = _Collected(selection(len(images), MAX_PAIRED))
     bar = Progress(title, len(images), "image")
     with closing(bar):
-        mine = images.batches(batches[rank::world_size])
+        mine = _prepared(images.batches(batches[rank::world_size]), network)
         for start in range(0, len(batches), world_size):
             now = batches[start : start + world_size]
-            own = _evaluate(next(mine), network, probabilities) if rank < len(now) else None
+            own = _evaluate(*next(mine), network, probabilities) if rank < len(now) else None
             for batch, part in zip(now, distributed.all_gather_object(own)):
                 if rank == 0:
                     collected.add(batch, part)
@@ -227,9 +227,22 @@ def extract(
     return FeatureSet(images.flag, about, images=images) if rank else collected.result(about, images)
 
 
-def _evaluate(batch: Batch, network: FeatureNetwork, probabilities: bool) -> _Part:
+def _prepared(batches: Iterator[Batch], network: FeatureNetwork) -> Iterator[tuple[Batch, Future[th.Tensor]]]:
+    """Each batch, and what the network takes of it. A thread prepares the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for batch in batches:
+            ahead = batch, pool.submit(network.prepare, batch.images)
+            if waiting is not None:
+                yield waiting
+            waiting = ahead
+        if waiting is not None:
+            yield waiting
+
+
+def _evaluate(batch: Batch, prepared: Future[th.Tensor], network: FeatureNetwork, probabilities: bool) -> _Part:
     digests = [hashlib.sha256(image.tobytes()).digest() for image in batch.images]
-    return _Part(network(batch.images, probabilities), digests, batch.resized)
+    return _Part(network.run(prepared.result(), probabilities), digests, batch.resized)
 
 
 class _Collected:

@@ -85,7 +85,11 @@ class FeatureNetwork:
 
         :param probabilities: compute those too, which may take another pass.
         """
-        x, count = self._prepare(images), len(images)
+        return self.run(self.prepare(images), probabilities)
+
+    def run(self, x: th.Tensor, probabilities: bool = True) -> Outputs:
+        """The same for images from `prepare`."""
+        x, count = x.to(self.device), len(x)
         out = self.program(x, **self.program.for_features)
         named = out if isinstance(out, dict) else {"features": out}
         features = self.program.checked(named.get("features"), "features", count)
@@ -122,14 +126,15 @@ class FeatureNetwork:
             )
         return outputs
 
-    def _prepare(self, images: np.ndarray) -> th.Tensor:
+    def prepare(self, images: np.ndarray) -> th.Tensor:
+        """uint8 [N, H, W, C] -> what the program takes, [N, 3, side, side] on the CPU."""
         images = images.repeat(3, axis=3) if images.shape[3] == 1 else images
         if self.side and images.shape[1:3] != (self.side, self.side):
             with ThreadPoolExecutor(RESIZERS) as pool:
                 resized = np.stack(list(pool.map(lambda image: _resize(image, self.side), images)))
             # The Inception files get real numbers, as in the published code of Parmar et al.; others get bytes.
             images = resized if self.program.is_detector else np.rint(resized).astype(np.uint8)
-        return th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device)
+        return th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 class _Program:
@@ -207,7 +212,7 @@ class _Program:
             self.for_probabilities = {"no_output_bias": True} if "no_output_bias" in names else {}
         return module
 
-    @th.no_grad()
+    @th.inference_mode()
     def __call__(self, x: th.Tensor, **kwargs: bool) -> Any:
         # TF32 keeps ten bits, and its results differ from those of other machines.
         tf32, th.backends.cudnn.allow_tf32 = th.backends.cudnn.allow_tf32, False

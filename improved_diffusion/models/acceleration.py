@@ -141,11 +141,14 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
 
 
 class Accelerated(nn.Module):
-    """Runs a network in another way for calls like the first one, and as it is for others."""
+    """Runs a network in another way for calls like the first one, and as it is for others.
+
+    `paused`: calls run the network as it is, and none of them is the first one.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.paused = model, False
         self._first: tuple[Any, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -156,6 +159,8 @@ class Accelerated(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.paused:
+            return self.model(*args, **kwargs)
         called = (*_signature(args, kwargs), self.model.training)
         if self._first is None:
             self._first = called
@@ -169,6 +174,19 @@ class Accelerated(nn.Module):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """A call like the first one."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def as_it_is(model: nn.Module) -> Iterator[None]:
+    """In the with statement, networks inside of `model` run as they are: for calls of shapes unlike the real ones."""
+    found = [module for module in model.modules() if isinstance(module, Accelerated)]
+    for module in found:
+        module.paused = True
+    try:
+        yield
+    finally:
+        for module in found:
+            module.paused = False
 
 
 class _Compiled(Accelerated):

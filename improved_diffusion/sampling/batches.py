@@ -14,20 +14,21 @@ from ..logs import logger
 ON_CPU = 16  # where larger batches are no faster
 TRIAL = 8  # images drawn to see how much memory they need
 LARGEST = 512  # a GPU is busy with fewer, and what a lost run has not written yet is at most this
-SHARE = 0.8  # of the free memory to use: larger batches may need more for each image
+BATCH_MEMORY = 0.8  # of what is free: larger batches may need more for each image
 
 
-def fitting_batch(try_out: Callable[[int], Any], count: int, device: th.device) -> int:
+def fitting_batch(try_out: Callable[[int], Any], count: int, device: th.device, memory: float = BATCH_MEMORY) -> int:
     """How many of `count` images fit an accelerator's free memory at once; on CPUs, a constant.
 
     :param try_out: takes a step of the sampler with this many images.
+    :param memory: the share of the free memory to use.
     """
     trial = min(TRIAL, count)
     if trial < 1 or not distributed.knows_peak_memory(device):
         return max(1, min(ON_CPU, count))
     used = distributed.measure_memory(lambda: try_out(trial), device)
     free = distributed.available_memory(device)
-    fits = int(SHARE * free / max(used, 1) * trial)
+    fits = int(memory * free / max(used, 1) * trial)
     fits -= fits % TRIAL if fits > TRIAL else 0
     return max(1, min(fits, LARGEST, count))
 

@@ -17,9 +17,10 @@ from ..config import UserError, comma_list, height_width, number_list, shorten
 from ..config.settings import SuperResSampling
 from ..data.given import GivenImages, read_images
 from ..logs import logger
+from ..models.acceleration import as_it_is
 from ..models.build import with_levels
 from ..utils.images import from_uint8
-from .batches import fitting_batch
+from .batches import BATCH_MEMORY, fitting_batch
 from .guided import guide, prepare_model
 from .labels import Labels, choose_labels, image_labels, label_kwargs
 from .noise import SeededNoise
@@ -66,9 +67,15 @@ class SamplingPipeline:
         asked: int = self.loaded.settings.sample.batch_size
         if asked:
             return asked
-        numbers = self.numbers
-        share = math.ceil(len(numbers) / distributed.get_world_size())
-        return fitting_batch(lambda count: next(self.trajectory(numbers[:count])), share, distributed.dev())
+        share = math.ceil(len(self.numbers) / distributed.get_world_size())
+        # CUDA graphs keep memory of their own, beside that of the trial runs that come before they are recorded.
+        memory = BATCH_MEMORY / (2 if self.loaded.settings.sampler.cuda_graphs else 1)
+        with as_it_is(self.model):
+            return fitting_batch(self._try_out, share, distributed.dev(), memory)
+
+    def _try_out(self, count: int) -> None:
+        """Take the first step of some of the images."""
+        next(self.trajectory(self.numbers[:count]))
 
     def _check_numbers(self) -> None:
         """Raise UserError where --num_samples is not the number of --seeds."""

@@ -20,6 +20,8 @@ _DTYPES = (th.float32, th.bfloat16)
 class Steady(nn.Module):
     """A network that computes each layer with one kernel. It changes nothing elsewhere than on a CPU with oneDNN.
 
+    For one image of a small network this takes up to twice the time, for sixteen or more none: see `_OneKernel`.
+
     A single image in channels-last layout may still differ: torch cannot tell its layout from the other one.
     """
 
@@ -35,6 +37,13 @@ class Steady(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, x: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
+        if th.is_grad_enabled():
+            return self._run(x, *args, **kwargs)
+        with th.inference_mode():  # a few percent of a small network's time
+            out = self._run(x, *args, **kwargs)
+        return out.clone()  # which may be changed in place, and used where there are gradients
+
+    def _run(self, x: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
         if x.device.type != "cpu" or not th.backends.mkldnn.is_available():
             return self.model(x, *args, **kwargs)
         with _OneKernel():
@@ -42,7 +51,11 @@ class Steady(nn.Module):
 
 
 class _OneKernel(TorchFunctionMode):
-    """Replaces what torch would choose a kernel for: convolutions are oneDNN's, products are of ROWS rows."""
+    """Replaces what torch would choose a kernel for: convolutions are oneDNN's, products are of ROWS rows.
+
+    What that costs a single image is that oneDNN orders a layer's weights anew at each call, and that every function of
+    torch is looked up here. Weights that are kept in oneDNN's order would be faster, but round in another way.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         steady = _STEADY.get(func)

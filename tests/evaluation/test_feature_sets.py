@@ -135,6 +135,27 @@ def test_the_number_of_ranks_changes_nothing(tmp_path, network, monkeypatch, ran
     assert all(other.features is None and other.about["count"] == N for other in others)
 
 
+def test_a_batch_is_prepared_while_the_network_has_the_one_before(tmp_path, network, monkeypatch):
+    images.save_npz(str(tmp_path / "images.npz"), pictures())
+    image_set = ImageSet(str(tmp_path / "images.npz"), "--images")
+    expected = extract(image_set, network, 20, "x").features
+    prepare, run, begun, ahead = network.prepare, network.run, threading.Semaphore(0), []
+
+    def preparing(array):
+        begun.release()
+        return prepare(array)
+
+    def running(x, probabilities):
+        batches = 1 if ahead else 2  # the first batch, and then one more each time
+        ahead.append(all(begun.acquire(timeout=1) for _ in range(batches)))
+        return run(x, probabilities)
+
+    monkeypatch.setattr(network, "prepare", preparing)
+    monkeypatch.setattr(network, "run", running)
+    np.testing.assert_array_equal(extract(image_set, network, 20, "x").features, expected)
+    assert ahead == [True, True, False]  # there is none after the last
+
+
 # Which images
 
 

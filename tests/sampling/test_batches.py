@@ -5,10 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch as th
+from model_helpers import save_checkpoint, tiny_settings
+from script_helpers import call
 
+import improved_diffusion as idf
 from improved_diffusion import distributed
+from improved_diffusion.checkpoints.loading import load_model
+from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import ImageSampling
+from improved_diffusion.models.acceleration import Accelerated, as_it_is
 from improved_diffusion.sampling import batches
 from improved_diffusion.sampling.batches import Halving, fitting_batch
+from improved_diffusion.sampling.guidance import ClassifierFreeGuidance
+from improved_diffusion.sampling.pipeline import SamplingPipeline
 
 
 def out_of_memory():
@@ -67,6 +76,43 @@ def test_other_errors_are_not_for_smaller_batches(quiet):
 @pytest.mark.parametrize("count, expected", [(1, 1), (16, 16), (1000, 16)])
 def test_on_a_cpu_the_batch_is_a_constant_and_nothing_is_tried(count, expected):
     assert fitting_batch(None, count, th.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("guidance_scale", [1, 2])
+def test_a_trial_does_not_decide_for_which_shapes_a_network_is_compiled(guidance_scale):
+    class Doubling(Accelerated):
+        def run(self, x):
+            return 2 * self.model(x)
+
+    network = th.nn.Identity()
+    fast = Doubling(network)
+    model = ClassifierFreeGuidance(fast, guidance_scale) if guidance_scale != 1 else fast
+    with as_it_is(model):
+        assert fast(th.ones(8)).sum() == 8
+    assert fast(th.ones(64)).sum() == 128 and fast(th.ones(64)).sum() == 128
+    assert fast(th.ones(8)).sum() == 8
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(num_samples=40), 16), (dict(num_samples=5), 5), (dict(seeds="3"), 1),
+])  # fmt: skip
+def test_a_batch_size_of_zero_is_chosen_and_the_images_are_the_same(options, expected, tmp_path):
+    path = save_checkpoint(tmp_path / "model.pt", tiny_settings())
+    options = dict(steps=1, sampler="ddim", batch_size=0, **options)
+    pipeline = SamplingPipeline(load_model(ImageSampling.of(options), options, str(path)))
+    assert pipeline.batch_size == expected
+    model = idf.load(path)
+    count = dict(seeds="3,4,5", progress=False, sampler="ddim", steps=1)
+    np.testing.assert_array_equal(model.sample(batch_size=0, **count).array, model.sample(batch_size=2, **count).array)
+    with pytest.raises(UserError, match="batch_size"):
+        model.sample(batch_size=-1, **count)
+
+
+def test_the_command_takes_a_batch_size_of_zero(tmp_path):
+    path = save_checkpoint(tmp_path / "model.pt", tiny_settings())
+    args = ["--model_path", path, "--steps", 1, "--num_samples", 3, "--batch_size", 0, "--out_dir", tmp_path / "out"]
+    call("image_sample", *args, cwd=tmp_path).succeed()
+    assert len(list((tmp_path / "out/samples").iterdir())) == 3
 
 
 class Accelerator:

@@ -86,6 +86,22 @@ def test_a_steady_network_gives_every_image_the_same_bits_and_the_same_numbers(o
             assert th.equal(th.cat(parts), whole)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_steady_networks_output_is_a_tensor_like_any_other_and_the_network_can_be_trained_afterwards(count):
+    settings = tiny_settings()
+    network = build_model(settings.model, settings.diffusion.learn_sigma).eval()
+    steady, x, t = Steady(network), th.randn(count, 3, 8, 8), th.full((count,), 3)
+    with th.no_grad():
+        out = steady(x, t)
+    assert not out.is_inference() and not out.requires_grad
+    out.mul_(2)
+    (out.requires_grad_() ** 2).sum().backward()
+    for call in (network, steady):
+        network.zero_grad()
+        call(x, t).sum().backward()
+        assert all(p.grad is not None for p in network.parameters())
+
+
 def test_a_steady_network_has_the_attributes_of_its_own():
     settings = tiny_settings()
     network = build_model(settings.model, settings.diffusion.learn_sigma)
