@@ -20,10 +20,12 @@ from torch import nn
 
 from ..config import SpeedConfig, UserError, one_line
 from ..logs import logger
+from ..nn import GroupNorm32
 from ..unet import AttentionBlock, Downsample, ResBlock, Upsample
 from ..utils.downloads import cache_dir
 from ..utils.text import counted
 
+COMPILER = "inductor"  # torch's own
 BLOCKS = (ResBlock, AttentionBlock, Upsample, Downsample)  # compiled one by one
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own
 # Blocks of each width and size are compiled by themselves. torch stops at 8, without a word, and runs the others plain.
@@ -42,6 +44,9 @@ def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     _set_arithmetic(options)
     if options.memory_format == "channels_last":
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+    for module in model.modules():
+        if type(module) is GroupNorm32:
+            module.in_16_bits = options.norm_precision == "mixed"
     ways: list[Callable[[nn.Module], Any]] = []
     if options.compile != "off":
         _prepare_compiler()
@@ -198,7 +203,7 @@ class CompiledModel(_Compiled):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.__dict__["compiled"] = th.compile(model, dynamic=False)  # no submodule: the names stay
+        self.__dict__["compiled"] = th.compile(model, backend=COMPILER, dynamic=False)  # no submodule: the names stay
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         return self.compiled(*args, **kwargs)
@@ -231,7 +236,7 @@ class CompiledBlocks(_Compiled):
 
 def _compiled_call(block: nn.Module) -> Any:
     """What nn.Module.compile makes the block call, without leaving it there."""
-    block.compile(dynamic=False)
+    block.compile(backend=COMPILER, dynamic=False)
     return block.__dict__.pop("_compiled_call_impl")
 
 
