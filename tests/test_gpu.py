@@ -23,7 +23,7 @@ def succeed(program, *args, cwd):
     del env["CUDA_VISIBLE_DEVICES"]
     argv = [sys.executable, str(HERE / program), *map(str, args)]
     done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,8 @@ def test_samples_wait_for_nothing_and_fit_the_memory(tmp_path):
 
 def test_metrics_are_those_of_the_cpu(tmp_path):
     succeed("gpu_metrics.py", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("check", ["norms", "graphs", "layouts", "compiled", "sampling"])
+def test_ways_to_run_a_network_agree(check, tmp_path):
+    succeed("gpu_speed.py", check, tmp_path, cwd=tmp_path)

@@ -12,6 +12,7 @@ from .values import comma_list, plain_text, str2bool, whole_number
 
 COMPILE_MODES = ("off", "blocks", "model")
 MEMORY_FORMATS = ("contiguous", "channels_last")
+NORM_PRECISIONS = ("fp32", "mixed")
 TF32 = ("convolutions", "all", "none")
 
 
@@ -34,16 +35,22 @@ class SpeedConfig(Config):
     compile: str = extra(
         "off",
         "torch.compile: blocks (each kind of block by itself, minutes at the first start) or model (all at once, much "
-        "longer to compile); rounds differently in the last bits",
+        "longer to compile); rounds differently, and dropout draws other masks",
         choices=COMPILE_MODES,
         parse=_or_switch("blocks", "off"),
         bare="blocks",
     )
     memory_format: str = extra(
         "contiguous",
-        "layout of images and convolutions in memory; channels_last is faster on GPUs in bf16 and fp16, and rounds "
-        "differently in the last bits",
+        "layout of images and convolutions in memory; channels_last is faster on GPUs in bf16 and fp16; it rounds "
+        "differently, and on CPUs dropout draws other masks",
         choices=MEMORY_FORMATS,
+    )
+    norm_precision: str = extra(
+        "fp32",
+        "group norms of bf16 and fp16 on GPUs; mixed: they read and write 16 bits and round each group's mean and "
+        "deviation to them, with sums in fp32: a third of the memory traffic; of no use with compile",
+        choices=NORM_PRECISIONS,
     )
     tf32: str = extra(
         "convolutions",

@@ -11,7 +11,9 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,10 +22,12 @@ from torch import nn
 
 from ..config import SpeedConfig, UserError, one_line
 from ..logs import logger
+from ..nn import GroupNorm32
 from ..unet import AttentionBlock, Downsample, ResBlock, Upsample
 from ..utils.downloads import cache_dir
 from ..utils.text import counted
 
+COMPILER = "inductor"  # torch's own
 BLOCKS = (ResBlock, AttentionBlock, Upsample, Downsample)  # compiled one by one
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # torch's own
 # Blocks of each width and size are compiled by themselves. torch stops at 8, without a word, and runs the others plain.
@@ -42,6 +46,9 @@ def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     _set_arithmetic(options)
     if options.memory_format == "channels_last":
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+    for module in model.modules():
+        if type(module) is GroupNorm32:
+            module.in_16_bits = options.norm_precision == "mixed"
     ways: list[Callable[[nn.Module], Any]] = []
     if options.compile != "off":
         _prepare_compiler()
@@ -73,12 +80,12 @@ def _blocks_by_level(model: Any) -> dict[int, list[Any]]:
     found: dict[int, list[Any]] = {}
     level = 0
     for part in [*model.input_blocks, model.middle_block, *getattr(model, "output_blocks", ())]:
-        blocks = [module for module in part.modules() if isinstance(module, BLOCKS)]
-        up = any(isinstance(module, Upsample) for module in blocks)
-        level -= up
-        kept = [block for block in blocks if isinstance(block, (ResBlock, AttentionBlock))]
-        found.setdefault(level, []).extend(kept)
-        level += any(isinstance(module, Downsample) for module in blocks)
+        for layer in part:
+            resample = next((module for module in layer.modules() if isinstance(module, (Upsample, Downsample))), None)
+            level -= isinstance(resample, Upsample)
+            blocks = [module for module in layer.modules() if isinstance(module, (ResBlock, AttentionBlock))]
+            found.setdefault(level, []).extend(blocks)
+            level += isinstance(resample, Downsample)
     return found
 
 
@@ -94,7 +101,6 @@ def _set_arithmetic(options: SpeedConfig) -> None:
 def _check(model: nn.Module, options: SpeedConfig, device: th.device) -> None:
     """Raise UserError for options that this machine or this model cannot do."""
     if options.compile != "off":
-        os.environ.setdefault(CACHE_VARIABLE, str(cache_dir() / "compiled"))  # before torch chooses a temporary folder
         problem = _no_compiler(device)
         if problem:
             raise UserError(f"--compile {options.compile}: {problem}, or leave out --compile")
@@ -122,9 +128,14 @@ def _no_compiler(device: th.device) -> str:
 
 
 def _prepare_compiler() -> None:
-    """Let every kind of block be compiled."""
+    """Keep compiled code in our folder, unless the user names one, and let every kind of block be compiled."""
     import torch._dynamo.config
+    import torch._inductor.config
 
+    temporary = os.path.join(tempfile.gettempdir(), "torchinductor_")  # what torch chooses, and puts there by itself
+    if os.environ.get(CACHE_VARIABLE, temporary).startswith(temporary):
+        os.environ[CACHE_VARIABLE] = str(cache_dir() / "compiled")
+    torch._inductor.config.fx_graph_cache = True  # off before torch 2.6
     config: Any = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit"):
         if hasattr(config, name):
@@ -201,9 +212,12 @@ class _Compiled(Accelerated):
         start = time.monotonic()
         logger.log(f"compiling {self.what} ...")
         try:
-            result = self.run(*args, **kwargs)
+            with warnings.catch_warnings():  # it asks the blocks' inputs for gradients that they do not keep
+                warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+                result = self.run(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(f"--compile: torch.compile failed: {one_line(str(error))}; leave out --compile") from error
+            reason = one_line(str(error).partition("\n\n")[0])
+            raise UserError(f"--compile: torch.compile failed: {reason}; leave out --compile") from error
         seconds = time.monotonic() - start
         logger.log(f"compiled {self.what} in {seconds:.0f} s; kept in {os.environ[CACHE_VARIABLE]} for the next start")
         return result
@@ -216,7 +230,7 @@ class CompiledModel(_Compiled):
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.__dict__["compiled"] = th.compile(model, dynamic=False)  # no submodule: the names stay
+        self.__dict__["compiled"] = th.compile(model, backend=COMPILER, dynamic=False)  # no submodule: the names stay
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         return self.compiled(*args, **kwargs)
@@ -249,7 +263,7 @@ class CompiledBlocks(_Compiled):
 
 def _compiled_call(block: nn.Module) -> Any:
     """What nn.Module.compile makes the block call, without leaving it there."""
-    block.compile(dynamic=False)
+    block.compile(backend=COMPILER, dynamic=False)
     return block.__dict__.pop("_compiled_call_impl")
 
 

@@ -140,7 +140,9 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
     depends_on = {"clip_denoised": options.clip_denoised, "dynamic_threshold": options.dynamic_threshold}
     depends_on |= {"ddim_eta": options.ddim_eta} if name == "ddim" else {}
     depends_on |= {"churn_noise": options.churn_noise} if options.churn else {}
-    depends_on |= {option: getattr(options, option) for option in ("compile", "memory_format", "tf32")}
+    depends_on |= {
+        option: getattr(options, option) for option in ("compile", "memory_format", "norm_precision", "tf32")
+    }
     depends_on["precision"] = "fp16" if options.use_fp16 else options.precision
     return Sampler(
         name, grid, diffusion, _maker(name, options), path, options.clip_denoised, threshold, settings=depends_on

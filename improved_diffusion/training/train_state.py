@@ -149,7 +149,10 @@ def _checked_entry(index: Any, entry: Mapping[str, Any], params: Sequence[th.Ten
             raise ValueError(f"parameter {index} has a {name} that is not finite, or negative")
     if (entry["exp_avg"].abs() > MAX_MOMENT_RATIO * entry["exp_avg_sq"].sqrt() + _SMALL_MOMENT).any():
         raise ValueError(f"parameter {index} has an exp_avg that is too large for its exp_avg_sq")
-    return {**entry, "step": th.tensor(float(step), dtype=th.float32)}
+    # In the parameter's memory layout: fused optimizers take elements as they lie.
+    like = th.empty_like(params[index], device="cpu", dtype=th.float32)
+    moments = {name: like.clone().copy_(entry[name]) for name in entry.keys() - {"step"}}
+    return {**entry, **moments, "step": th.tensor(float(step), dtype=th.float32)}
 
 
 def _checked_rest(state: Any, path: str) -> dict[str, Any]:

@@ -95,6 +95,14 @@ def test_a_bare_flag_is_true():
     assert options.learn_sigma is options.use_fp16 is options.class_cond is True and options.lr == 0.1
 
 
+@pytest.mark.parametrize("script", ["image_train", "image_sample"])
+@pytest.mark.parametrize("argv, mode", [([], "off"), (["--compile"], "blocks"), (["--compile", "model"], "model")])
+def test_compile_is_a_switch_or_takes_a_mode(script, argv, mode):
+    assert options_of(script, *argv, "--tf32").compile == mode
+    assert options_of(script, *argv, "--tf32").tf32 == "all"
+    assert options_of(script, *argv).tf32 == "convolutions"
+
+
 @pytest.mark.parametrize("script", PUBLISHED)
 def test_help_has_a_sentence_and_the_default_of_every_flag(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
