@@ -1,4 +1,4 @@
-"""What several benchmarks share: the published model, a classifier of real images, whose features compare samples with
+"""What several benchmarks share: a classifier of real images, whose features compare samples with
 them, and samples of a checkpoint."""
 
 import argparse
@@ -11,8 +11,7 @@ from torch import nn
 
 from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.cli.parsing import parse
-from improved_diffusion.config.presets import preset_options
-from improved_diffusion.config.settings import ImageModel, ImageSampling
+from improved_diffusion.config.settings import ImageSampling
 from improved_diffusion.data.classes import read_classes
 from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images
@@ -21,12 +20,6 @@ from improved_diffusion.sampling.pipeline import SamplingPipeline
 from improved_diffusion.utils.images import from_uint8, to_uint8
 
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def published_model(**options):
-    """The settings of the CIFAR-10 model of the paper, with other values of the given options."""
-    recipe = {name: value for name, value in preset_options("cifar10-hybrid").items() if name in ImageModel.options()}
-    return ImageModel.of({**recipe, **options})
 
 
 def real_images(path, image_size, channels):

@@ -24,6 +24,12 @@ def test_a_group_measures_its_ways_and_writes_them(group, tmp_path, capsys):
     assert all(row["way"] in printed for row in found["rows"])
 
 
+def test_an_unknown_group_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["training", "trainig"])
+    assert "'trainig'" in capsys.readouterr().err
+
+
 def test_what_is_not_measured_again_stays(tmp_path):
     report = Report(tmp_path / "speed.json")
     report.begin("other", "first")
