@@ -506,7 +506,10 @@ def test_an_estimate_from_some_timesteps_is_the_same_to_the_last_digit_on_two_ra
     ).succeed()
     assert "6 network evaluations for each" in one.out and len(digits_of(one)) == 2
     assert digits_of(one) == digits_of(two)
-    files = [np.load(tmp_path / name / "per_image.npz", allow_pickle=False) for name in ("one", "two")]
+    files = []
+    for name in ("one", "two"):
+        with np.load(tmp_path / name / "per_image.npz", allow_pickle=False) as arrays:
+            files.append(dict(arrays))
     np.testing.assert_array_equal(files[0]["timesteps"], files[1]["timesteps"])
     for name in ("total_bpd", "vb", "mse", "xstart_mse"):
         np.testing.assert_allclose(files[0][name], files[1][name], rtol=1e-4, atol=1e-6)
