@@ -43,7 +43,7 @@ def picture(page: Page, path: str) -> None:
     page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")  # also out of sight
     page.wait_for_timeout(2500)  # whatever moves has come to rest
     page.screenshot(path=path, full_page=True)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def sample(page: Page) -> None:
