@@ -96,6 +96,7 @@ class TrainStep:
         self.use_ddp = distributed.get_world_size() > 1 and not self.sixteen_bits
         if self.use_ddp:
             devices = None if self.device.type == "cpu" else [self.device]
+            # No static_graph: a user's model may use other parameters in another step, and it saves little here.
             self.ddp_model = DistributedDataParallel(
                 self.ddp_model, device_ids=devices, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True
             )
