@@ -232,10 +232,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(speed, tmp_path, quick):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, while it compiles
-@pytest.mark.parametrize("speed", [{**SPEEDS[0], "memory_format": "channels_last"}, SPEEDS[1]], ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_with_generated_code_is_the_same_bit_for_bit(speed, precision, tmp_path):
+@pytest.mark.parametrize("mode, precision", [("blocks", "bf16"), ("model", "fp32")])
+def test_a_resumed_run_with_generated_code_is_the_same_bit_for_bit(mode, precision, tmp_path):
+    speed = dict(compile=mode, memory_format="channels_last")
     run(tmp_path / "whole", 4, speed, precision=precision)
     th._dynamo.reset()
     run(tmp_path / "half", 2, speed, precision=precision)
@@ -252,11 +253,12 @@ def test_a_run_continues_in_another_layout(one, other, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("mode", ["blocks", "model"])
 def test_a_network_compiles_under_ddp(mode, tmp_path):
     env = environment()
     env["PYTHONPATH"] += f"{os.pathsep}{TESTS}"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = [*launcher, str(TESTS / "compile_worker.py"), mode]
-    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout + done.stderr
