@@ -50,9 +50,10 @@ def read_images(
     :param enlarge: otherwise images that are smaller raise UserError.
     """
     source = open_pictures(path, flag)
-    dataset = ImageDataset(wanted or 1, source, channels=channels, reading=reading)
-    sizes = {dataset.read(i).size[::-1] for i in range(len(dataset))}
-    size = dataset.resolution = height_width(wanted) if wanted else _common_size(sizes, f"{flag} {path}")
+    as_they_are = ImageDataset(wanted or 1, source, channels=channels, reading=reading)
+    sizes = {as_they_are.read(i).size[::-1] for i in range(len(as_they_are))}
+    size = height_width(wanted) if wanted else _common_size(sizes, f"{flag} {path}")
+    dataset = ImageDataset(size, source, channels=channels, reading=reading)
     if sizes != {size}:
         other = "x".join(map(str, min(s for s in sizes if s != size)))
         if exact_npz and isinstance(source, ArrayImages):

@@ -41,8 +41,7 @@ def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     The model's memory layout changes, and so do torch's settings of TF32 and cuDNN in this process. Raises UserError
     for what this machine cannot do.
     """
-    device = next(model.parameters()).device
-    _check(model, options, device)
+    _check(model, options, device_of(model))
     _set_arithmetic(options)
     if options.memory_format == "channels_last":
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
@@ -58,6 +57,11 @@ def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     for way in ways:
         model = way(model)
     return model
+
+
+def device_of(model: nn.Module) -> th.device:
+    """Where the model's parameters are; the CPU for one that has none."""
+    return next((p.device for p in model.parameters()), th.device("cpu"))
 
 
 def checkpoint_levels(model: nn.Module, levels: Sequence[int]) -> None:

@@ -86,7 +86,7 @@ def backward(loss: th.Tensor) -> None:
     So a loss that is not finite is seen in the gradient, and all ranks skip the step.
     """
     value = loss.detach()
-    loss.backward(value - value + 1)  # NaN - NaN and inf - inf are NaN
+    (loss * (value - value + 1)).backward()  # NaN - NaN and inf - inf are NaN
 
 
 @th.no_grad()
