@@ -4,8 +4,9 @@
     python benchmarks/service_batching.py --model_path runs/digits --clients 16 --rounds 1
 
 Each client asks for a few images of its own seed. In turns, the engine draws batches of up to --max_batch images of
-all requests, single requests one after the other, and single images. Every image is checked against that of the first
-way, byte for byte. Writes benchmarks/results/service_batching_<device>.json.
+all requests, single requests one after the other, and single images. Every image is compared with that of the first
+way: on CPUs it is the same to the byte, on GPUs some pixels differ by 1 of 255, whose share is printed. Writes
+benchmarks/results/service_batching_<device>.json.
 """
 
 import argparse
@@ -55,26 +56,30 @@ def main():
         for number in range(args.images)
     ]
     ways = {BATCHED: (requests, True), REQUESTS: (requests, False), IMAGES: (singles, False)}
-    seconds, expected = {way: [] for way in ways}, None
+    seconds, expected, differing = {way: [] for way in ways}, None, 0.0
     with Engine(catalogue, EngineConfig(max_batch=args.max_batch)) as engine:
         engine.submit(requests[0]).result()  # loads the model
+        largest = 0 if engine.health().devices[0] == "cpu" else 1
         for _ in range(args.rounds):
             for way, (asked, together) in ways.items():
                 took, arrays = draw(engine, asked, together)
                 seconds[way].append(took)
                 arrays = np.concatenate(arrays)
                 expected = arrays if expected is None else expected
-                assert np.array_equal(arrays, expected), f"{way}: other images"
+                difference = abs(arrays.astype(int) - expected)
+                differing = max(differing, (difference > 0).mean())
+                assert difference.max() <= largest, f"{way}: other images"
         devices = engine.health().devices
     total = args.clients * args.images
     rates = {way: total / statistics.median(took) for way, took in seconds.items()}
     gains = {way: rates[BATCHED] / rates[way] for way in (REQUESTS, IMAGES)}
     for way, rate in rates.items():
         print(f"{way}: {rate:.1f} images/s" + (f" (batched: {gains[way]:.1f} times)" if way in gains else ""))
+    print(f"pixels that differ: {differing:.2%}")
     found = {
         "clients": args.clients, "images_each": args.images, **options, "max_batch": args.max_batch,
-        "images_per_second": rates, "batched_is_times": gains, "seconds": seconds, "devices": devices,
-        "machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "images_per_second": rates, "batched_is_times": gains, "seconds": seconds, "differing_pixels": float(differing),
+        "devices": devices, "machine": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
     }  # fmt: skip
     path = RESULTS / f"service_batching_{devices[0].split(':')[0]}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
