@@ -42,8 +42,8 @@ class SpeedConfig(Config):
     )
     memory_format: str = extra(
         "contiguous",
-        "layout of images and convolutions in memory; channels_last is what GPUs' 16-bit convolutions take, but without "
-        "compile the group norms lose more than that; it rounds differently, and on CPUs dropout draws other masks",
+        "layout of images and convolutions in memory; channels_last is what GPUs' 16-bit convolutions take, but "
+        "without compile the group norms lose more; it rounds differently, and on CPUs dropout draws other masks",
         choices=MEMORY_FORMATS,
     )
     norm_precision: str = extra(

@@ -35,10 +35,11 @@ OF_DATA, OF_RUNS = ("data_dir", "val_dir", "labels"), ("init_checkpoint",)
 _STEPPED = re.compile(r"^(step \d|training: )", re.MULTILINE)
 LABELS = ("prefix", "folder")  # the values of `labels` that are no paths
 _OWN = {"out_dir", "resume", "resume_checkpoint", "dry_run"}  # what Trainings itself sets
+_OPERATORS = {"trackers"}  # sends the run's values out, with the login of whoever started the page
 OFFERED = {
     name: f
     for name, f in ImageTraining.options().items()
-    if name not in _OWN and (name not in path_options() or name in OF_DATA + OF_RUNS)
+    if name not in _OWN | _OPERATORS and (name not in path_options() or name in OF_DATA + OF_RUNS)
 }
 
 
