@@ -417,9 +417,9 @@ def test_a_set_is_written_while_others_work(tmp_path, monkeypatch):
     go_on = threading.Event()
     together = files.write_together
 
-    def slow(contents, durable=True):
+    def slow(*args):
         assert go_on.wait(30)
-        together(contents, durable)
+        together(*args)
 
     monkeypatch.setattr(files, "write_together", slow)
     made, log, warnings = writer(tmp_path)
@@ -517,11 +517,11 @@ def failing(monkeypatch, times):
     """The next `times` sets cannot be written."""
     together, left = files.write_together, [times]
 
-    def fail(contents, durable=True):
+    def fail(*args):
         if left[0]:
             left[0] -= 1
             raise UserError("cannot write it: No space left on device")
-        together(contents, durable)
+        together(*args)
 
     monkeypatch.setattr(files, "write_together", fail)
 
