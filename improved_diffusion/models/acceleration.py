@@ -309,6 +309,10 @@ class _Positional(nn.Module):
 
 
 def _record_training(network: nn.Module, inputs: list[th.Tensor]) -> Callable[..., th.Tensor]:
+    # Recording runs on a stream of its own, which newer versions of torch warn of in every backward pass that follows.
+    warn_of_streams = getattr(th.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn_of_streams is not None:
+        warn_of_streams(False)
     make: Any = th.cuda.make_graphed_callables  # typed for any callable
     return make(network, tuple(inputs), allow_unused_input=True)
 
