@@ -124,10 +124,11 @@ def plot(path, rows, real):
             axis.errorbar(x, y, [factor * score["error"] for _, score in line], marker="o", capsize=2, label=name)
         axis.set_xlabel("steps")
         axis.set_ylabel(label)
-        axis.legend(fontsize=8)
     axes[0].axhline(1000 * real["kid"]["value"], color="0.6", linestyle=":", label="real images")
     axes[0].set_yscale("symlog", linthresh=1)
     axes[1].axhline(0.5, color="0.6", linestyle=":")
+    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
