@@ -74,7 +74,9 @@ def draw(args, run):
     """Write samples_STEP.npz of the average of every interval."""
     for step in steps(args):
         if not samples_file(run, step).exists():
-            (average,) = run.glob(f"ema_*_{step:06d}.pt")
+            average = next(run.glob(f"ema_*_{step:06d}.pt"), None)
+            if average is None:
+                raise SystemExit(f"{run} has no checkpoint of step {step} yet: run the same command again")
             images = idf.load(average).sample(args.held_out, batch_size=100, progress=False, **SAMPLER)
             np.savez(samples_file(run, step), arr_0=images.array)
 
