@@ -1,5 +1,6 @@
 """Training on two hosts: the same as on one, and an end, with a message, when the network between them fails."""
 
+import fcntl
 from pathlib import Path
 
 import dist_worker
@@ -7,6 +8,8 @@ import pytest
 import torch as th
 from hosts import NAMES, TwoHosts
 from script_helpers import SCRIPTS, TINY_IMAGE, call, run, wait, wait_for, write_images
+
+from improved_diffusion.logs.run_folder import LOCK
 
 WORKER = Path(dist_worker.__file__)
 TRAIN = SCRIPTS / "image_train.py"
@@ -22,6 +25,15 @@ def training(folder, *more):
     if not (folder / "data").exists():
         write_images(folder / "data", 8)
     return [*TINY_IMAGE, "--data_dir", "data", "--batch_size", 2, "--save_interval", 5, "--log_interval", 1000, *more]
+
+
+def is_free(lock_file):
+    with open(lock_file, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,8 @@ def test_a_cut_link_ends_both_sides_and_one_host_goes_on(launcher, ranks_after, 
         assert result.err.count(message) == 1
         assert result.err.count("error: ") == 1
     wait_for(lambda: not any(map(hosts.pids, hosts.namespaces.values())), "end of all processes", seconds=30)
+    # A process whose first thread has ended is in no namespace any more, though its other threads keep its files open.
+    wait_for(lambda: is_free(tmp_path / "run" / LOCK), "end of the claim on the run's folder", seconds=30)
     newest = max(int(path.name[8:14]) for path in (tmp_path / "run").glob("manifest*.json"))
     args += ["--resume", "auto", "--max_steps", newest + 3]
     if ranks_after == 1:
