@@ -18,6 +18,7 @@ from .nn import (
     NORM_EPS,
     NULL_LABEL,
     SiLU,
+    attend,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -215,7 +216,7 @@ class AttentionBlock(nn.Module):
             qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         else:
             qkv = qkv.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        h = F.scaled_dot_product_attention(*qkv.unbind()).transpose(1, 2).flatten(2)  # [N, L, C]
+        h = attend(*qkv.unbind()).transpose(1, 2).flatten(2)  # [N, L, C]
         h = _product(h, self.proj_out)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -236,7 +237,7 @@ class QKVAttention(nn.Module):
     def forward(self, qkv):
         """[N * heads, 3d, L] -> [N * heads, d, L]."""
         parts = qkv.unflatten(1, (1, 3, -1)).permute(2, 0, 1, 4, 3).contiguous()  # [3, N * heads, 1, L, d]
-        return F.scaled_dot_product_attention(*parts.unbind()).squeeze(1).transpose(1, 2)
+        return attend(*parts.unbind()).squeeze(1).transpose(1, 2)
 
     @staticmethod
     def count_flops(model, _x, y):

@@ -112,3 +112,22 @@ def test_checkpoint_repeats_the_same_dropout():
     out = nn.checkpoint(lambda x: th.nn.functional.dropout(x, 0.5), (x,), (), True)
     (gradient,) = th.autograd.grad(out.sum(), x)
     th.testing.assert_close(gradient, out.detach())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(th.float32, 1e-6), (th.bfloat16, 0.02), (th.float16, 2e-3)])
+@pytest.mark.parametrize("positions", [1, 7, 64])
+def test_attention_and_its_gradients_are_those_of_its_formula(positions, dtype, tolerance):
+    th.manual_seed(positions)
+    drawn = th.randn(4, 3, 2, positions, 5, dtype=th.float64).to(dtype)
+    found, exact = ([part.clone().to(kind).requires_grad_() for part in drawn[:3]] for kind in (dtype, th.float64))
+    q, k, v = exact
+    expected = th.softmax(q @ k.transpose(-2, -1) / 5**0.5, dim=-1) @ v
+    got = nn.attend(*found)
+    assert got.dtype == dtype
+    weights = drawn[3]
+    pairs = [(got, expected)]
+    pairs += zip(th.autograd.grad(got, found, weights), th.autograd.grad(expected, exact, weights.double()))
+    with th.no_grad():
+        pairs.append((nn.attend(*found), expected))
+    for value, wanted in pairs:
+        assert (value.double() - wanted).abs().max() <= tolerance * max(1, wanted.abs().max())

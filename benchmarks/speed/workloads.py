@@ -45,7 +45,8 @@ class Workload:
             found = {**json.loads(DEMO.read_text()), "num_classes": 10, "max_steps": 1500}
         else:
             found = dict(TINY) if self.source == "tiny" else preset_options(self.source)
-        return ImageTraining.of({**found, "batch_size": self.batch_size, "total_batch_size": 0, **options})
+        own = {"batch_size": self.batch_size, "total_batch_size": 0, "precision": "fp32"}
+        return ImageTraining.of({**found, **own, **options})
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:

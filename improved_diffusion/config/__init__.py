@@ -4,7 +4,7 @@ From the fields of these dataclasses come the flags, `--help`, the JSON inside e
 arguments. Standard library only, but for the names of colours.
 """
 
-from .base import NUM_CLASSES, PRECISIONS, Config, checked_value, from_dict
+from .base import AUTO_PRECISION, NUM_CLASSES, PRECISIONS, Config, checked_value, from_dict
 from .editing import (
     CopiesConfig,
     EditConfig,
@@ -46,6 +46,7 @@ from .training import (
 from .values import comma_list, height_width, number_list, parse_size, path_argument, repeated, str2bool, whole_number
 
 __all__ = [
+    "AUTO_PRECISION",
     "KINDS",
     "LR_SCHEDULES",
     "MAX_IMAGE_PIXELS",

@@ -11,6 +11,7 @@ from .messages import UserError, shorten, shown, unknown_name
 from .values import comma_list, plain_text, real_number, str2bool, unwrapped, whole_number
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+AUTO_PRECISION = "auto"  # of training: bf16 where the device computes in it, else fp32
 LARGEST = 10**9  # of whole numbers, but for options that set their own
 MOST_SAMPLES = 10**7  # in one command
 LONGEST_WAIT = 1e8  # seconds; more overflows timers

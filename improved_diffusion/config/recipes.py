@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .base import AUTO_PRECISION
+
 AUTO = "auto"
 SMALL_SET = 5000  # images; with fewer, `auto` mirrors them and adds dropout
 MAX_EPOCHS = 500  # of an `auto` run, unless that is fewer than FEWEST_STEPS
@@ -41,14 +43,14 @@ class Recipe:
 # weights at once, gradients clipped, checkpoints and previews often.
 _COMMON = dict(
     learn_sigma=True, diffusion_steps=1000, noise_schedule="cosine", lr_warmup_steps=100, grad_clip=1.0,
-    ema_warmup=True, keep_last=3,
+    ema_warmup=True, keep_last=3, precision=AUTO_PRECISION,
 )  # fmt: skip
 _CPU = dict(
     _COMMON, num_channels=32, num_res_blocks=1, lr=5e-4, ema_rate="0.999",
     max_steps=20_000, log_interval=50, save_interval=1000,
 )  # fmt: skip
 _GPU = dict(
-    _COMMON, num_res_blocks=2, lr=1e-4, ema_rate="0.9999", precision="bf16",
+    _COMMON, num_res_blocks=2, lr=1e-4, ema_rate="0.9999",
     log_interval=100, save_interval=5000, sample_interval=2500,
 )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import LONGEST_WAIT, PRECISIONS, Config, extra, option
+from .base import AUTO_PRECISION, LONGEST_WAIT, PRECISIONS, Config, extra, option
 from .messages import UserError, unknown_name
 from .values import comma_list, path_of, str2bool, whole_number
 
@@ -88,7 +88,10 @@ class TrainConfig(Config):
     use_fp16: bool = option(False, "train in float16 (the same as --precision fp16)")
     fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step", low=0, high=10)
     precision: str = extra(
-        "fp32", "number format of the network's blocks; master weights stay fp32", choices=PRECISIONS
+        "fp32",
+        "number format of the network's blocks; master weights stay fp32; auto: bf16 where the processor or GPU "
+        "computes in it, else fp32",
+        choices=(*PRECISIONS, AUTO_PRECISION),
     )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks", low=0)
     max_steps: int = extra(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .devices import (
         HostCopy,
         available_memory,
+        computes_bf16,
         dev,
         empty_cache,
         has_float64,
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from .process_group import describe_ranks, join_ranks, setup_dist
 
 __all__ = [
-    "STOPPED", "HostCopy", "all_gather_object", "all_gather_ragged", "available_memory", "barrier", "describe_error",
+    "STOPPED", "HostCopy", "all_gather_object", "all_gather_ragged", "available_memory", "barrier", "computes_bf16",
+    "describe_error",
     "describe_ranks", "dev", "device_peak", "empty_cache", "end_process", "from_rank0", "get_rank", "get_world_size",
     "has_float64", "heartbeat", "is_out_of_memory", "join_ranks", "knows_peak_memory", "load_state_dict", "local_size",
     "measure_memory", "memory_info", "peak_memory", "pins_memory", "read_bytes", "run_script", "setup_dist",

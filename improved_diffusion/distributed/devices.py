@@ -136,6 +136,15 @@ def has_float64(device: th.device) -> bool:
     return device.type != "mps"
 
 
+def computes_bf16(device: th.device) -> bool:
+    """Whether the device has instructions for bfloat16. Others compute in it too, but slower than in float32."""
+    if device.type == "cuda":
+        return th.version.hip is not None or th.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":  # torch does not say it of processors other than x86, nor before 2.6
+        return bool(getattr(th.cpu, "_is_avx512_bf16_supported", bool)())
+    return device.type == "xpu"
+
+
 def sum_dtype(device: th.device) -> th.dtype:
     """The type for long sums on a device: float64, or float32 where the device has no float64."""
     return th.float64 if has_float64(device) else th.float32

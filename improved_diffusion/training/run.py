@@ -17,7 +17,7 @@ from .. import __version__, distributed
 from ..checkpoints import checkpoint, sets
 from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
-from ..config import TrainConfig, UserError, comma_list, one_line
+from ..config import AUTO_PRECISION, TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
 from ..config.settings import ClassifierTraining, Training
 from ..data.cache import use_cache
@@ -125,6 +125,8 @@ def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tupl
     """
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
+    if settings.train.precision == AUTO_PRECISION:
+        given -= {"precision"}  # a resumed run keeps what it was chosen to be
     resumed = distributed.from_rank0(find_resume, settings.train, given)
     metadata: dict[str, Any] = {}
     if resumed:
@@ -273,7 +275,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     train = settings.train
     th.manual_seed(settings.run.seed)
     use_fp16 = train.use_fp16 or settings.values().get("classifier_use_fp16")
-    precision = "fp16" if use_fp16 else train.precision
+    precision = "fp16" if use_fp16 else distributed.from_rank0(_chosen, train.precision)
     check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:
@@ -302,6 +304,13 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
         **{f.name: getattr(settings.train, f.name) for f in fields(TrainConfig) if f.name not in own},
     )
     return loop, description
+
+
+def _chosen(precision: str) -> str:
+    """The precision that an option means on this device."""
+    if precision != AUTO_PRECISION:
+        return precision
+    return "bf16" if distributed.computes_bf16(distributed.dev()) else "fp32"
 
 
 def _log_model(settings: Training, model: th.nn.Module) -> None:

@@ -38,6 +38,22 @@ def test_a_lone_process_uses_mps(monkeypatch):
     devices.check_devices()
 
 
+@pytest.mark.parametrize("capability, computes", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_nvidia_gpus_compute_in_bfloat16_since_ampere(capability, computes, monkeypatch):
+    monkeypatch.setattr(th.cuda, "get_device_capability", lambda device: capability)
+    assert distributed.computes_bf16(th.device("cuda:0")) is computes
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_processors_compute_in_bfloat16_where_torch_finds_the_instructions(computes, monkeypatch):
+    monkeypatch.setattr(th.cpu, "_is_avx512_bf16_supported", lambda: computes, raising=False)
+    assert distributed.computes_bf16(th.device("cpu")) is computes
+
+
+def test_apple_gpus_train_in_float32():
+    assert not distributed.computes_bf16(th.device("mps"))
+
+
 def test_several_ranks_cannot_share_mps(monkeypatch):
     pretend(monkeypatch, "mps")
     with pytest.raises(UserError, match="mps"):

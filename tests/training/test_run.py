@@ -351,6 +351,18 @@ def resumable(tmp_path_factory):
     return place
 
 
+@pytest.mark.parametrize("computes, precision", [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_is_what_the_device_computes_in_and_a_resumed_run_keeps_it(
+    computes, precision, tmp_path, monkeypatch
+):
+    photos, run = write_images(tmp_path / "photos", 2), tmp_path / "run"
+    for steps, able in ((2, computes), (4, not computes)):
+        monkeypatch.setattr("improved_diffusion.distributed.computes_bf16", lambda device, able=able: able)
+        options = {**TINY, "precision": "auto", "max_steps": steps, "resume": "auto"}
+        assert idf.train(photos, out_dir=str(run), **options).step == steps
+        assert json.loads((run / "config.json").read_text())["config"]["precision"] == precision
+
+
 ACCEPTED = dict(lr=1e-3, seed=3, label_drop=0.1, batch_size=2, data_dir="moved", dropout=0.1, keep_last=1)
 REFUSED = dict(
     num_channels=64, image_size=16, noise_schedule="linear", learn_sigma=True, class_cond=False, ema_rate="0.5",
