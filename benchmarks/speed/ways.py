@@ -25,6 +25,7 @@ class Way:
     :param warm_up: calls before the first one that counts.
     :param needs: seconds that preparing it takes, such as for compiling: where they are not left, it is left out.
     :param memory: measure its peak memory; on CPUs that needs a call under torch's profiler.
+    :param share: the part of the thing that a call does, for what takes minutes and costs the same from start to end.
     :param columns: more columns of its row.
     """
 
@@ -33,6 +34,7 @@ class Way:
     warm_up: int = 2
     needs: float = 0.0
     memory: bool = True
+    share: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)
 
 
@@ -177,7 +179,7 @@ def _rounds(ready: list[_Ready], clock: Clock, least: int, most: int) -> None:
                 for _ in range(each.calls):
                     each.call()
                 synchronize()
-                each.timing.seconds.append((time.perf_counter() - start) / each.calls)
+                each.timing.seconds.append((time.perf_counter() - start) / each.calls / each.timing.way.share)
             except Exception as error:
                 ready.remove(each)
                 _fail(each.timing, error)
