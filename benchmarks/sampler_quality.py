@@ -2,7 +2,7 @@
 
     python datasets/digits.py --out_dir data/digits
     python scripts/image_train.py --config datasets/digits.json --data_dir data/digits/train --label_drop 0.1 \\
-        --dropout 0.1 --max_steps 8000 --lr 0.001 --ema_rate 0.999 --out_dir runs/digits_long
+        --dropout 0.1 --max_steps 8000 --lr 0.001 --ema_rate 0.999 --precision fp32 --out_dir runs/digits_long
     python benchmarks/sampler_quality.py --model_path runs/digits_long/ema_0.999_008000.pt --data_dir data/digits
 
 The measure is the kernel distance (improved_diffusion/evaluation/metrics/kid.py) between the features of samples and of

@@ -164,6 +164,7 @@ def main():
     args = parser.parse_args()
 
     options = json.loads(Path(args.config).read_text()) if args.config else preset_options("small-32")
+    options["precision"] = "fp32"  # `auto` is another one on other processors
     if args.batch_size:
         options = {**options, "total_batch_size": args.batch_size}
     folder = Path(args.out_dir) / f"{args.name}_{args.count}"

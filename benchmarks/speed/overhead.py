@@ -2,7 +2,8 @@
 
 Blocks of a bare loop (forward, backward, AdamW, one moving average, nothing else) take turns with blocks of TrainLoop
 with everything on: a row of the log every 10 steps in log.txt, progress.csv, progress.jsonl and TensorBoard, and in
-every second block a checkpoint. Reading images is left out.
+every second block a checkpoint. Reading images is left out. On CPUs the network is a tiny one, whose step takes less
+than 20 ms, so that there is something to see.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .context import Context
 from .machine import synchronize
 from .training import Repeated
 from .ways import Clock
-from .workloads import Workload
+from .workloads import QUICK, Workload
 
 RATE = 0.9999
 SAVE_INTERVAL = 1000  # steps over which the cost of a save is spread; image_train.py saves every 10,000
@@ -39,7 +40,7 @@ BARE, LOOP, SAVING = "bare loop", "TrainLoop", "TrainLoop, with a save"
 def run(context: Context) -> None:
     """Report a step of each."""
     context.report.begin("overhead", "a step of TrainLoop beside its arithmetic alone")
-    workload = context.workloads()[-1]
+    workload = context.workloads()[-1] if context.on_gpu else QUICK[0]
     block, blocks = (3, 2) if context.quick else (20, 8)
     with _logged(workload):
         data = Interleaved(workload, block, context.clock)
