@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py                              (the recipes that `--preset auto` chooses for a CPU)
     python benchmarks/recipes.py --recipes medium-64,medium-128 --rounds 50
+    python benchmarks/recipes.py --recipes medium-64,medium-128,large-256 --rounds 0    (no times, on any machine)
 
 Random images, so that reading them is left out. The fastest of the rounds counts, as other work on the machine only
 adds to it. Memory is that of weights, gradient, Adam and the average, and of what autograd keeps for a batch in fp32.
@@ -52,20 +53,22 @@ def fastest(call, rounds, device):
 
 
 def measure(name, rounds):
-    """The row of a recipe."""
+    """The row of a recipe; without rounds, without times."""
     device = distributed.dev()
     settings = ImageTraining.of(options_for(name, ImageTraining))
     loop = make_loop(settings, device)
     batch, cond = next(loop.data)
-    step = fastest(lambda: loop.run_step(batch, cond), rounds + 1, device)
-    with th.no_grad():
-        t = th.zeros(len(batch), device=device)
-        forward = fastest(lambda: loop.model(batch, t), rounds, device) / len(batch)
+    times = {}
+    if rounds:
+        times["seconds_per_step"] = fastest(lambda: loop.run_step(batch, cond), rounds + 1, device)
+        with th.no_grad():
+            t = th.zeros(len(batch), device=device)
+            forward = fastest(lambda: loop.model(batch, t), rounds, device) / len(batch)
+        times["seconds_per_preview"] = 2 * PREVIEWS * STEPS * forward
     parameters = sum(p.numel() for p in loop.model_params)
     memory = 20 * parameters + _saved_bytes(loop, batch, cond, 1) * len(batch)
     return {
-        "parameters": parameters, "memory_gib": memory / 2**30, "seconds_per_step": step,
-        "seconds_per_preview": 2 * PREVIEWS * STEPS * forward, "max_steps": settings.train.max_steps,
+        "parameters": parameters, "memory_gib": memory / 2**30, **times, "max_steps": settings.train.max_steps,
         "image_size": settings.model.image_size, "batch": len(batch),
     }  # fmt: skip
 
@@ -74,7 +77,7 @@ def main():
     for_cpus = [name for name, recipe in RECIPES.items() if recipe.cores]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default=",".join(for_cpus))
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="0: no times")
     args = parser.parse_args()
     distributed.setup_dist()
     logger.configure(dir=tempfile.mkdtemp(), format_strs=[])
@@ -82,19 +85,21 @@ def main():
     name = (
         th.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}_{th.get_num_threads()}_threads"
     )
-    rows = {}
+    path = RESULTS / f"recipes_{name.replace(' ', '_')}.json"
+    rows = json.loads(path.read_text())["recipes"] if path.exists() else {}
     print("| recipe | images | chosen for | parameters | batch | memory | a step | a preview | steps |")
     print("|---|---|---|---|---|---|---|---|---|")
     for recipe in args.recipes.split(","):
-        row = rows[recipe] = measure(recipe, args.rounds)
+        row = measure(recipe, args.rounds)
+        rows[recipe] = rows.get(recipe, {}) | row  # without rounds, the times that were measured stay
+        times = [f"{row[key]:.2g} s" if key in row else "" for key in ("seconds_per_step", "seconds_per_preview")]
         print(
             f"| `{recipe}` | {row['image_size']}x{row['image_size']} | {RECIPES[recipe].hardware} | "
             f"{row['parameters'] / 1e6:.1f}M | {row['batch']} | {row['memory_gib']:.1f} GiB | "
-            f"{row['seconds_per_step']:.2g} s | {row['seconds_per_preview']:.2g} s | {row['max_steps']:,} |",
+            f"{' | '.join(times)} | {row['max_steps']:,} |",
             flush=True,
         )
-    path = RESULTS / f"recipes_{name.replace(' ', '_')}.json"
-    path.write_text(json.dumps({"device": name, "torch": th.__version__, **vars(args), "recipes": rows}, indent=1))
+    path.write_text(json.dumps({"device": name, "torch": th.__version__, "recipes": rows}, indent=1) + "\n")
     print(f"wrote {path}")
 
 

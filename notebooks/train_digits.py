@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Train a diffusion model of handwritten digits
 #
-# 1,500 real digits, one model, about four minutes on two CPU cores. The model learns which digit is which, so that you
+# 1,500 real digits, one model, some minutes on two CPU cores. The model learns which digit is which, so that you
 # can ask it for a 7. Your own images work the same way: see the last section.
 
 # %% tags=["parameters"]

@@ -54,7 +54,7 @@ def to_device(model: th.nn.Module, precision: str) -> th.nn.Module:
 @functools.cache  # once in a process
 def _warn_of_slow_float16() -> None:
     logger.warn(
-        "float16 is slow on CPUs, up to 30 times slower than float32: without the flag that asks for it (--use_fp16, "
+        "float16 is much slower than float32 on CPUs: without the flag that asks for it (--use_fp16, "
         "--classifier_use_fp16, --precision fp16) the results are the same to rounding"
     )
 
