@@ -160,9 +160,10 @@ def test_bits_per_dimension_from_few_timesteps():
     assert results["within_two_standard_errors"] == results["within_two_timesteps_errors_same_noise"] == 20
 
 
-def test_small_data():
-    text, results = page_and_results("docs/small-data.md", "small_data_digits")
-    rows = table(text, "| setting | steps | loss on unseen images |")
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_small_data(name):
+    text, results = page_and_results("docs/small-data.md", f"small_data_{name}")
+    rows = table(text[text.index(f"--name {name}") :], "| setting | steps | loss on unseen images |")
     assert len(rows) == len(results["rows"])
     found = {(row["setting"], row["step"]): row for row in results["rows"]}
     for setting, steps, loss, kid, precision, recall, copies in rows:
