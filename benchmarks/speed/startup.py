@@ -16,6 +16,7 @@ from .context import Context
 from .ways import Way
 from .workloads import DEMO
 
+OUT_DIR = "OUT_DIR"
 COMMANDS = {
     "python, import torch": ["-c", "import torch"],
     "import improved_diffusion": ["-c", "import improved_diffusion"],
@@ -37,7 +38,7 @@ def run(context: Context) -> None:
             array = rng.integers(256, size=(16, 16), dtype=np.uint8)
             Image.fromarray(array).save(digits / f"{i % 10}_{i:03d}.png")
         first = ["-m", "improved_diffusion", "train", "--config", str(DEMO), "--data_dir", str(digits), "--max_steps"]
-        first += ["1", "--out_dir", str(Path(scratch) / "run"), "--sample_interval", "0"]
+        first += ["1", "--sample_interval", "0", "--out_dir", OUT_DIR]
         commands = {**COMMANDS, "train, the demo's first step": first}
         if context.quick:
             commands = {"python": ["-c", "pass"]}
@@ -46,6 +47,12 @@ def run(context: Context) -> None:
 
 
 def _process(argv: Sequence[str]) -> Callable[[], Callable[[], Any]]:
-    command = [sys.executable, *argv]
-    quiet: dict[str, Any] = dict(check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return lambda: lambda: subprocess.run(command, cwd=DEMO.parents[1], **quiet)
+    """Makes the call; in place of OUT_DIR stands a new folder each time."""
+
+    def call() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, *(word if word != OUT_DIR else folder for word in argv)]
+            quiet: dict[str, Any] = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(command, check=True, cwd=DEMO.parents[1], **quiet)
+
+    return lambda: call
