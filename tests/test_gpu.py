@@ -20,7 +20,7 @@ def succeed(program, *args, cwd):
     """Run a program of this folder where the GPU is visible."""
     env = environment()
     env["PYTHONPATH"] += f"{os.pathsep}{HERE}"
-    del env["CUDA_VISIBLE_DEVICES"]
+    del env["CUDA_VISIBLE_DEVICES"], env["TRITON_INTERPRET"]
     argv = [sys.executable, str(HERE / program), *map(str, args)]
     done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
