@@ -26,5 +26,4 @@ def compile_for(capability, kernel, shape, dtype, modulated, silu):
 
 for kernel in (norm_kernels.part_moments, norm_kernels.normalise, norm_kernels.part_sums, norm_kernels.gradients):
     compile_for(80, kernel, (2, 192, 64, 64), "bf16", True, True)
-for kernel in (norm_kernels.normalise, norm_kernels.gradients):
-    compile_for(90, kernel, (2, 128, 8, 8), "fp16", False, False)
+compile_for(90, norm_kernels.gradients, (2, 128, 8, 8), "fp16", False, False)
