@@ -126,7 +126,7 @@ def normalise(
 ):  # fmt: skip
     """Write the output of a part of an image, and once for each image its groups' mean and 1 / deviation, [N, GROUPS].
 
-    :param means, spreads: from `part_moments`; not read where images are whole.
+    :param means, spreads: from `part_moments`; None where images are whole.
     """
     CHANNELS: tl.constexpr = GROUPS * SIZE
     image, groups, channels, known, real = _place(GROUPS, SIZE, SIDE, PADDED)
@@ -222,7 +222,7 @@ def gradients(
     shift, [N, 2C].
 
     :param means, rstds: from `normalise`.
-    :param plains, normals: from `part_sums`; not read where images are whole.
+    :param plains, normals: from `part_sums`; None where images are whole.
     """
     CHANNELS: tl.constexpr = GROUPS * SIZE
     image, groups, channels, known, real = _place(GROUPS, SIZE, SIDE, PADDED)
@@ -274,10 +274,11 @@ class _Plan:
         }  # fmt: skip
         self.room = triton.next_power_of_2(self.parts)
 
-    def scratch(self, x: th.Tensor, columns: int) -> tuple[th.Tensor, th.Tensor]:
-        """Two numbers of each part of each image; nothing where images are whole."""
-        size = (2, len(x), self.parts, columns) if self.parts > 1 else (2, 0)
-        one, other = th.empty(size, dtype=th.float32, device=x.device).unbind()
+    def scratch(self, x: th.Tensor, columns: int) -> tuple[th.Tensor | None, th.Tensor | None]:
+        """Room for two numbers of each part of each image; none where images are whole."""
+        if self.parts == 1:
+            return None, None
+        one, other = th.empty((2, len(x), self.parts, columns), dtype=th.float32, device=x.device).unbind()
         return one, other
 
 
@@ -288,7 +289,7 @@ class FusedNorm(th.autograd.Function):
     def forward(ctx, x, weight, bias, modulation, groups, eps, silu):
         plan, modulated = _Plan(x, groups), modulation is not None
         out = th.empty_like(x, memory_format=th.channels_last)
-        mean, rstd = th.empty((2, len(x), groups), dtype=th.float32, device=x.device).unbind()
+        mean, rstd = (th.empty((len(x), groups), dtype=th.float32, device=x.device) for _ in range(2))
         parts = plan.scratch(x, groups)
         if plan.parts > 1:
             part_moments[plan.grid](x, *parts, **plan.constants)

@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from improved_diffusion import norm_kernels
 
 IMAGES = {"x", "out", "grad", "grad_x"}
+SCRATCH = {norm_kernels.normalise: ("means", "spreads"), norm_kernels.gradients: ("plains", "normals")}
 
 
 def compile_for(capability, kernel, shape, dtype, modulated, silu):
@@ -15,8 +16,10 @@ def compile_for(capability, kernel, shape, dtype, modulated, silu):
     plan = norm_kernels._Plan(th.empty(shape, device="meta"), 32)
     constants = {**plan.constants, "ROOM": plan.room, "MODULATED": modulated, "SILU": silu}
     options = {"num_warps": constants.pop("num_warps")}
+    if plan.parts == 1:
+        constants |= dict.fromkeys(SCRATCH[kernel])
     if not modulated:
-        constants |= {"modulation": None, "grad_modulation": None}
+        constants |= dict.fromkeys(("modulation", "grad_modulation"))
     names = [param.name for param in kernel.params]
     constants = {name: value for name, value in constants.items() if name in names}
     types = {name: f"*{dtype}" if name in IMAGES else "fp32" if name == "eps" else "*fp32" for name in names}
@@ -24,6 +27,7 @@ def compile_for(capability, kernel, shape, dtype, modulated, silu):
     triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
 
 
-for kernel in (norm_kernels.part_moments, norm_kernels.normalise, norm_kernels.part_sums, norm_kernels.gradients):
-    compile_for(80, kernel, (2, 192, 64, 64), "bf16", True, True)
-compile_for(90, norm_kernels.gradients, (2, 128, 8, 8), "fp16", False, False)
+# Of images that are whole the second kernels compute what the first ones compute of parts.
+compile_for(80, norm_kernels.normalise, (2, 192, 16, 16), "bf16", True, True)
+compile_for(80, norm_kernels.gradients, (2, 192, 16, 16), "bf16", True, True)
+compile_for(90, norm_kernels.gradients, (2, 128, 64, 64), "fp16", False, False)
