@@ -12,9 +12,10 @@ run() { # share of the time in hundredths, then the arguments
 }
 
 if [ "${3:-}" = short ]; then
-    run 60 peak training --workloads 'cifar10-128' --profile 'published fp16,bf16 channels_last,bf16 channels_last compile' \
+    run 55 peak training --workloads 'cifar10-128' --profile 'published fp16,bf16 channels_last,bf16 channels_last compile' \
         --ways 'bf16,bf16 channels_last,fp16 channels_last,*mixed,tf32,diffusers*,bf16 channels_last compile'
-    run 15 training --workloads 'cifar10-16' --ways 'bf16,bf16 channels_last,bf16 cuda_graphs,diffusers*'
+    run 5 norms
+    run 15 training --workloads 'cifar10-16' --ways 'bf16,bf16 channels_last,bf16 cuda_graphs,*channels_last cuda_graphs,diffusers*'
     run 25 training --workloads 'imagenet64-*' --ways 'bf16,bf16 channels_last,diffusers*' --profile 'bf16 channels_last'
     exit
 fi
@@ -24,4 +25,4 @@ run 30 training --workloads 'imagenet64-*' --profile 'published fp16,bf16 channe
 run 15 training --workloads 'cifar10-16' --profile 'bf16 channels_last,bf16 channels_last compile cuda_graphs' \
     --ways 'bf16,bf16 channels_last,fp16,fp32,bf16 cuda_graphs,diffusers*,bf16 channels_last compile cuda_graphs'
 run 10 sampling network --workloads 'cifar10-128'
-run 10 metrics averages bound
+run 10 norms metrics averages bound

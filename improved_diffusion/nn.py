@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch as th
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from .fused_norm import fits, fused_norm
 
 NORM_EPS = 1e-5  # what the norms add to the variance
 NULL_LABEL = -1  # the class of an image whose class is hidden
@@ -25,24 +27,28 @@ class SiLU(nn.SiLU):
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32, whatever the input's type.
 
-    `in_16_bits`: on a GPU, 16-bit inputs are not copied to float32: sums are in float32, but the mean and the deviation
-    of each group, and the weights, are rounded to 16 bits.
+    `in_16_bits`: on a GPU, where our own kernel does not run, 16-bit inputs are not copied to float32: sums are in
+    float32, but the mean and the deviation of each group, and the weights, are rounded to 16 bits.
     """
 
     in_16_bits = False
 
     def forward(self, x):
+        if self.affine and fits(x):
+            return fused_norm(x, self)
         if x.dtype == th.float64:
             return super().forward(x.float()).double()
         if x.device.type == "cpu":  # its kernel takes 16 bits beside float32 weights, and computes in float32
             return super().forward(x)
         if th.compiler.is_compiling():  # the compiler fuses the casts
             return super().forward(x.float()).type(x.dtype)
-        if is_channels_last(x):
-            return ChannelsLastNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
         if self.in_16_bits:
             return F.group_norm(x, self.num_groups, self.weight.type(x.dtype), self.bias.type(x.dtype), self.eps)
         return super().forward(x.float()).type(x.dtype)
+
+
+# Code that extends these classes may replace it there.
+_FORWARDS: dict[type[nn.Module], Callable] = {kind: kind.forward for kind in (GroupNorm32, SiLU)}
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -50,67 +56,29 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    as_published = kind.forward is _FORWARDS.get(kind, kind.forward)
+    return type(module) is kind and as_published and not any(hooks) and "forward" not in module.__dict__
 
 
-def is_channels_last(x: th.Tensor) -> bool:
-    """Whether x [N, C, H, W] lies in memory as [N, H, W, C], and in that order only."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=th.channels_last) and not x.is_contiguous()
+def fuses(x: th.Tensor, layers: Sequence[nn.Module]) -> bool:
+    """Whether the first two layers are a norm and SiLU that one kernel computes for x: see `fused_norm`."""
+    if len(layers) < 2 or not fits(x):
+        return False
+    norm, silu = layers[:2]
+    return is_untouched(norm, GroupNorm32) and bool(norm.affine) and is_untouched(silu, SiLU)
 
 
-class ChannelsLastNorm(th.autograd.Function):
-    """Group normalisation of x [N, C, H, W] in channels-last layout: reads x as it lies, and computes in float32.
+class NormedLayers(nn.Sequential):
+    """A norm, SiLU and further layers."""
 
-    torch's own for GPUs copies x to the other layout and back.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        grouped = _grouped(x, groups)
-        mean, variance = _moments(grouped)
-        rstd = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, mean, rstd, weight)
-        scale = rstd * weight.view(groups, -1)  # [N, 1, G, D]
-        return _ungrouped(_fused(bias.view(groups, -1) - mean * scale, grouped, scale), x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, mean, rstd, weight = ctx.saved_tensors
-        scale = weight.view(mean.shape[2], -1)  # [G, D]
-        grouped = _grouped(x, mean.shape[2])
-        grad = _grouped(grad.contiguous(memory_format=th.channels_last), mean.shape[2])
-        normed = _fused(-mean * rstd, grouped, rstd)
-        of_bias = grad.sum(dim=1, keepdim=True, dtype=th.float32)  # [N, 1, G, D]
-        of_weight = (grad * normed).sum(dim=1, keepdim=True, dtype=th.float32)
-        count = grouped.shape[1] * grouped.shape[3]
-        level, slope = ((part * scale).sum(dim=3, keepdim=True) * (-rstd / count) for part in (of_bias, of_weight))
-        grad_x = _fused(_fused(level, normed, slope), grad, rstd * scale)
-        return _ungrouped(grad_x, x), of_weight.sum(dim=0).flatten(), of_bias.sum(dim=0).flatten(), None, None
-
-
-def _grouped(x: th.Tensor, groups: int) -> th.Tensor:
-    """[N, C, H, W] in channels-last layout as a view [N, H * W, G, D]."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, (groups, -1))
-
-
-def _ungrouped(grouped: th.Tensor, x: th.Tensor) -> th.Tensor:
-    """The inverse of `_grouped`, in the shape of x."""
-    return grouped.view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-
-
-def _moments(grouped: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """(mean, variance) of each group of [N, L, G, D], float32 [N, 1, G, 1], without a copy of it in float32."""
-    if grouped.dtype == th.float32:
-        variance, mean = th.var_mean(grouped, dim=(1, 3), correction=0, keepdim=True)
-        return mean, variance
-    mean = grouped.mean(dim=(1, 3), keepdim=True, dtype=th.float32)
-    norm = th.linalg.vector_norm(grouped, dim=(1, 3), keepdim=True, dtype=th.float32)
-    return mean, (norm.square() / (grouped.shape[1] * grouped.shape[3]) - mean.square()).clamp_(min=0)
-
-
-def _fused(shift: th.Tensor, x: th.Tensor, scale: th.Tensor) -> th.Tensor:
-    """shift + x * scale, computed in float32 where shift and scale have it, in x's type and layout."""
-    return th.addcmul(shift, x, scale, out=th.empty_like(x))
+    def forward(self, x):  # type: ignore[override]
+        layers = list(self)
+        if fuses(x, layers):
+            norm, _, *layers = layers
+            x = fused_norm(x, norm, silu=True)
+        for layer in layers:
+            x = layer(x)
+        return x
 
 
 def conv_nd(dims: int, *args, **kwargs) -> nn.Module:

@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from .fp16_util import convert_module_to_bf16, convert_module_to_f16, convert_module_to_f32
+from .fused_norm import fused_norm, is_channels_last
 from .nn import (
     NORM_EPS,
     NULL_LABEL,
+    NormedLayers,
     SiLU,
     attend,
     avg_pool_nd,
     checkpoint,
     conv_nd,
-    is_channels_last,
+    fuses,
     is_untouched,
     linear,
     normalization,
@@ -112,13 +114,13 @@ class ResBlock(TimestepBlock):
         self.updown = up or down
         if self.updown:
             self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims)
-        self.in_layers = nn.Sequential(
+        self.in_layers = NormedLayers(
             normalization(channels), SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(
             SiLU(), linear(emb_channels, 2 * self.out_channels if use_scale_shift_norm else self.out_channels)
         )
-        self.out_layers = nn.Sequential(
+        self.out_layers = NormedLayers(
             normalization(self.out_channels),
             SiLU(),
             nn.Dropout(p=dropout),
@@ -142,15 +144,30 @@ class ResBlock(TimestepBlock):
             x = self.resample(x)
         else:
             h = self.in_layers(x)
-        emb_out = self.emb_layers(emb).type(h.dtype)
-        emb_out = emb_out.view(*emb_out.shape, *[1] * (h.ndim - emb_out.ndim))
+        emb_out = self.emb_layers(emb)
         if self.use_scale_shift_norm:
-            norm, rest = self.out_layers[0], self.out_layers[1:]
-            scale, shift = th.chunk(emb_out, 2, dim=1)
-            h = rest(th.addcmul(shift, norm(h), 1 + scale))
+            h = self._modulated(h, emb_out)
         else:
-            h = self.out_layers(h + emb_out)
+            h = self.out_layers(h + _at_all_positions(emb_out, h))
         return self.skip_connection(x) + h
+
+    def _modulated(self, h, emb_out):
+        """`out_layers` of h, where scale and shift [N, 2C, ...] follow the norm."""
+        norm, *rest = self.out_layers
+        if emb_out.shape == (len(h), 2 * h.shape[1]) and fuses(h, [norm, *rest]):
+            h = fused_norm(h, norm, silu=True, modulation=emb_out)
+            rest = rest[1:]
+        else:
+            scale, shift = th.chunk(_at_all_positions(emb_out, h), 2, dim=1)
+            h = th.addcmul(shift, norm(h), 1 + scale)
+        for layer in rest:
+            h = layer(h)
+        return h
+
+
+def _at_all_positions(emb_out, h):
+    """An embedding [N, C] as [N, C, 1, ...], in h's type."""
+    return emb_out.type(h.dtype).view(*emb_out.shape, *[1] * (h.ndim - emb_out.ndim))
 
 
 def count_heads(channels, num_heads=1, num_head_channels=-1):
@@ -417,7 +434,7 @@ class UNetModel(Torso):
                     layers.append(res_block(ch, up=True) if resblock_updown else Upsample(ch, conv_resample, dims=dims))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
-        self.out = nn.Sequential(normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
+        self.out = NormedLayers(normalization(ch), SiLU(), zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)))
         if norm_eps != NORM_EPS:
             for module in self.modules():
                 if isinstance(module, nn.GroupNorm):
@@ -595,10 +612,10 @@ def _head(pool, channels, out_channels, widths, last_size, head_channels, dims):
     """
     if pool == "adaptive":
         conv = zero_module(conv_nd(dims, channels, out_channels, 1))
-        return nn.Sequential(normalization(channels), SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
+        return NormedLayers(normalization(channels), SiLU(), nn.AdaptiveAvgPool2d((1, 1)), conv, nn.Flatten())
     if pool == "attention":
         attention = AttentionPool2d(last_size, channels, head_channels, out_channels)
-        return nn.Sequential(normalization(channels), SiLU(), attention)
+        return NormedLayers(normalization(channels), SiLU(), attention)
     first, last = nn.Linear(sum(widths), 2048), nn.Linear(2048, out_channels)
     if pool == "spatial":
         return nn.Sequential(first, nn.ReLU(), last)

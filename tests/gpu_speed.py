@@ -6,9 +6,10 @@ from pathlib import Path
 import torch as th
 import torch.nn.functional as F
 from helpers import set_golden_weights
+from norm_helpers import EPS, assert_exact, draws, with_gradients
 from train_helpers import Data, assert_same, make_loop, parameters_of, small_diffusion
 
-from improved_diffusion import distributed
+from improved_diffusion import distributed, fused_norm
 from improved_diffusion.config import SpeedConfig, TrainSpeedConfig
 from improved_diffusion.logs import logger
 from improved_diffusion.models.acceleration import accelerate
@@ -65,17 +66,32 @@ def norms(folder):
                     close(one, other, tolerance)
 
 
+def fused_norms(folder):
+    """The kernels of group norms in channels-last layout against float64, and twice the same bits."""
+    from improved_diffusion import norm_kernels  # needs triton
+
+    device = distributed.dev()
+    assert not fused_norm.obstacle(device), fused_norm.obstacle(device)
+    tolerances = {th.float32: 1e-5, th.bfloat16: 1e-2, th.float16: 2e-3}
+    for shape in ((3, 64, 7, 9), (2, 96, 33, 31), (2, 384, 16, 16), (4, 1024, 4, 4), (1, 256, 128, 128), (1, 32, 1, 2)):
+        for dtype in tolerances:
+            for silu in (False, True):
+                for modulated in (False, True):
+                    given, grad = draws(shape, dtype, modulated, device=device)
+                    assert_exact(norm_kernels.norm, given, grad, 32, silu, tolerances)
+                    one, other = (with_gradients(norm_kernels.norm, given, grad, 32, EPS, silu) for _ in range(2))
+                    assert all(map(th.equal, one, other))
+
+
 def graphs(folder):
     """CUDA graphs change no bit, with dropout and several microbatches, and none of a resumed run."""
     th.backends.cudnn.deterministic = True
-    for precision in PRECISIONS:
-        for microbatch in (-1, 2, 3):  # the last one of 3 has another shape
-            print(precision, microbatch)
-            plain, graphed = (
-                parameters_of(trained(precision=precision, microbatch=microbatch, cuda_graphs=on))
-                for on in (False, True)
-            )
-            assert th.isfinite(plain).all() and th.equal(plain, graphed)
+    ways = [(precision, microbatch, "contiguous") for precision in PRECISIONS for microbatch in (-1, 2, 3)]
+    for precision, microbatch, layout in [*ways, ("bf16", 3, "channels_last")]:  # the last one of 3 has another shape
+        print(precision, microbatch, layout)
+        kwargs = dict(precision=precision, microbatch=microbatch, memory_format=layout)
+        plain, graphed = (parameters_of(trained(**kwargs, cuda_graphs=on)) for on in (False, True))
+        assert th.isfinite(plain).all() and th.equal(plain, graphed)
     runs = {}
     for name, steps, start in (("whole", 4, ""), ("half", 2, ""), ("resumed", 4, "half/model000002.pt")):
         logger.configure(dir=str(folder / name), format_strs=["csv"])
@@ -129,7 +145,7 @@ def sampling(folder):
             close(fast(x[:3], t[:3], y=y[:3]), plain[0][:3], 1e-4)
 
 
-CHECKS = {f.__name__: f for f in (norms, graphs, layouts, compiled, sampling)}
+CHECKS = {f.__name__: f for f in (norms, fused_norms, graphs, layouts, compiled, sampling)}
 
 
 def main():

@@ -20,7 +20,7 @@ def succeed(program, *args, cwd):
     """Run a program of this folder where the GPU is visible."""
     env = environment()
     env["PYTHONPATH"] += f"{os.pathsep}{HERE}"
-    del env["CUDA_VISIBLE_DEVICES"]
+    del env["CUDA_VISIBLE_DEVICES"], env["TRITON_INTERPRET"]
     argv = [sys.executable, str(HERE / program), *map(str, args)]
     done = subprocess.run(argv, env=env, cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -46,6 +46,6 @@ def test_metrics_are_those_of_the_cpu(tmp_path):
     succeed("gpu_metrics.py", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("check", ["norms", "graphs", "layouts", "compiled", "sampling"])
+@pytest.mark.parametrize("check", ["norms", "fused_norms", "graphs", "layouts", "compiled", "sampling"])
 def test_ways_to_run_a_network_agree(check, tmp_path):
     succeed("gpu_speed.py", check, tmp_path, cwd=tmp_path)

@@ -30,6 +30,7 @@ GPU_OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "tf32": dict(tf32="all"),
     "bf16 cuda_graphs": dict(precision="bf16", cuda_graphs=True),
+    "bf16 channels_last cuda_graphs": dict(precision="bf16", memory_format="channels_last", cuda_graphs=True),
     "bf16 channels_last cudnn_benchmark": dict(
         precision="bf16", memory_format="channels_last", cudnn_benchmark=True
     ),

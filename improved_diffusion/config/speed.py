@@ -42,14 +42,15 @@ class SpeedConfig(Config):
     )
     memory_format: str = extra(
         "contiguous",
-        "layout of images and convolutions in memory; channels_last is what GPUs' 16-bit convolutions take, but "
-        "without compile the group norms lose more; it rounds differently, and on CPUs dropout draws other masks",
+        "layout of images and convolutions in memory; channels_last is what GPUs' 16-bit convolutions take, and group "
+        "norms have kernels for it, which need the package triton; it rounds differently, and on CPUs dropout draws "
+        "other masks",
         choices=MEMORY_FORMATS,
     )
     norm_precision: str = extra(
         "fp32",
         "group norms of bf16 and fp16 on GPUs; mixed: they read and write 16 bits and round each group's mean and "
-        "deviation to them, with sums in fp32: a third of the memory traffic; of no use with compile",
+        "deviation to them, with sums in fp32: a third of the memory traffic; of no use with compile or channels_last",
         choices=NORM_PRECISIONS,
     )
     tf32: str = extra(

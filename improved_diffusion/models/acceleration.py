@@ -8,6 +8,7 @@ such as a last small batch, run layer by layer too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from .. import fused_norm
 from ..config import SpeedConfig, UserError, one_line
 from ..logs import logger
 from ..nn import GroupNorm32
@@ -45,6 +47,8 @@ def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     _set_arithmetic(options)
     if options.memory_format == "channels_last":
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
+        if device_of(model).type == "cuda" and options.compile == "off":
+            _report_norms(device_of(model))
     for module in model.modules():
         if type(module) is GroupNorm32:
             module.in_16_bits = options.norm_precision == "mixed"
@@ -57,6 +61,14 @@ def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     for way in ways:
         model = way(model)
     return model
+
+
+@functools.cache
+def _report_norms(device: th.device) -> None:
+    """Log, once, why group norms on a device lose what channels last gains, if they do."""
+    reason = fused_norm.obstacle(device)
+    if reason:
+        logger.log(f"--memory_format channels_last: group norms copy to the other layout, which is slow: {reason}")
 
 
 def device_of(model: nn.Module) -> th.device:
