@@ -114,8 +114,8 @@ def test_other_errors_pass(error):
 
 def test_training_and_sampling_end_with_it(tmp_path):
     tiny = dict(
-        image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8", diffusion_steps=30,
-        num_workers=0, batch_size=2, deterministic=True,
+        image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8",
+        diffusion_steps=30, num_workers=0, batch_size=2, deterministic=True,
     )  # fmt: skip
     photos = write_images(tmp_path / "photos", 2)
     model = idf.train(photos, out_dir=str(tmp_path / "run"), max_steps=1, **tiny)
