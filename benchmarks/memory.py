@@ -1,7 +1,7 @@
 """Peak memory of a training step, by preset and activation checkpointing, without a GPU.
 
-    python benchmarks/memory.py --out benchmarks/results/memory.json    the table, as on a GPU
-    python benchmarks/memory.py --check                                 the same count against real steps on the CPU
+    python -m benchmarks.memory --out benchmarks/results/memory.json    the table, as on a GPU
+    python -m benchmarks.memory --check                                 the same count against real steps on the CPU
 
 The tensors of the table have shapes and no content (torch's device `meta`): the network takes its paths for GPUs, and
 attention and dropout are the kernels that GPUs take. What is counted are the bytes of the tensors that operations
@@ -14,15 +14,16 @@ profiler and without (FakeTensorMode); the CPU's attention, norms and dropout ke
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch as th
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,6 +34,7 @@ from improved_diffusion.fp16_util import make_master_params
 from improved_diffusion.models.acceleration import checkpoint_levels
 from improved_diffusion.models.build import build_model, with_levels
 from improved_diffusion.training.precision import MasterCopy
+from improved_diffusion.utils.outline import outline
 
 PRESETS = ("cifar10-hybrid", "imagenet64-hybrid", "lsun-bedroom", "adm-imagenet256")
 LEVELS = ("", "0", "0,1", "0,1,2", "all")
@@ -77,24 +79,30 @@ class LiveMemory(TorchDispatchMode):
         self.now -= size
 
 
-class AsOnGPU(TorchFunctionMode):
+@contextlib.contextmanager
+def gpu_kernels():
     """Attention and dropout by the kernels of NVIDIA GPUs, which torch does not choose for tensors without content."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            if args[0].dtype == th.float32:
-                return th.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
-            return th.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        if func is F.dropout and kwargs["p"]:
-            return th.ops.aten.native_dropout(args[0], kwargs["p"], True)[0]
-        return func(*args, **(kwargs or {}))
+    def attention(q, k, v):
+        if q.dtype == th.float32:
+            return th.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+        return th.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+    def dropout(x, p, training, inplace):
+        return th.ops.aten.native_dropout(x, p, True)[0] if p else x
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "dropout", dropout),
+    ):
+        yield
 
 
 class Training:
     """A network, and what training keeps of it between two steps."""
 
     def __init__(self, settings, precision, levels, device):
-        with th.device(device):
+        with outline() if device == "meta" else th.device(device):
             self.model = build_model(with_levels(settings.model), settings.diffusion.learn_sigma)
         checkpoint_levels(self.model, [int(level) for level in levels.split(",") if level and level != "all"])
         self.params = self.master = list(self.model.parameters())
@@ -117,8 +125,7 @@ class Training:
         device = self.master[0].device
         x = th.zeros(batch, self.model.in_channels, self.side, self.side, device=device)
         y = {} if self.model.num_classes is None else {"y": th.zeros(batch, dtype=th.long, device=device)}
-        loss = self.model(x, th.zeros(batch, device=device), **y).square().mean()
-        th.autograd.backward(loss)  # during loss.backward() AsOnGPU would not hold for what is computed again
+        self.model(x, th.zeros(batch, device=device), **y).square().mean().backward()
         if self.copy:
             self.copy.collect_gradients(*self.master)
             self.copy.update_model(*self.master)
@@ -134,28 +141,31 @@ def network(preset, levels):
     return settings.replace(num_classes=1000) if settings.model.class_cond else settings
 
 
-def timeline(settings, precision, levels, batch, device):
-    """Bytes after each operation of a step."""
-    without_content = AsOnGPU() if device == "meta" else FakeTensorMode()
-    with without_content, LiveMemory() as memory:
+def timelines(settings, precision, levels, batches, device):
+    """Bytes after each operation of a step, for each of these numbers of images."""
+    found = []
+    with gpu_kernels() if device == "meta" else FakeTensorMode(), LiveMemory() as memory:
         training = Training(settings, precision, levels, device)
-        memory.timeline.clear()
-        training.step(batch)
-        return memory.timeline
+        for batch in batches:
+            memory.timeline = []
+            training.step(batch)
+            found.append(memory.timeline)
+    return found
 
 
 def peaks(settings, precision, levels):
     """A function from the number of images to the peak in bytes, as on a GPU."""
-    two, three = (timeline(settings, precision, levels, batch, "meta") for batch in (2, 3))
+    two, three = timelines(settings, precision, levels, (2, 3), "meta")
     return lambda batch: max(few + (batch - 2) * (more - few) for few, more in zip(two, three, strict=True))
 
 
 def most_images(peak, memory):
     """How many images fit."""
-    count = 0
-    while peak(count + 1) <= memory:
-        count += 1
-    return count
+    most = 0
+    for power in reversed(range(16)):
+        if peak(most + 2**power) <= memory:
+            most += 2**power
+    return most
 
 
 def table(presets, precision):
@@ -189,7 +199,7 @@ def check():
                 {"image_size": 16, "num_channels": 32, **options, "use_checkpoint": levels == "all"}
             )
             for precision, batch in (("fp32", 2), ("bf16", 8)):
-                counted = max(timeline(settings, precision, levels, batch, "cpu"))
+                counted = max(*timelines(settings, precision, levels, [batch], "cpu"))
                 real = measured(settings, precision, levels, batch)
                 yield options["channel_mult"], precision, levels, batch, counted / real
 

@@ -1,5 +1,8 @@
 """The count of memory without content agrees with what real steps take."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from benchmarks import memory
@@ -15,7 +18,7 @@ def small(levels="", **options):
 @pytest.mark.parametrize("precision, levels, batch", [("fp32", "", 2), ("bf16", "0", 8), ("bf16", "all", 4)])
 def test_the_count_is_that_of_a_real_step(precision, levels, batch):
     settings = small(levels, **memory.SMALL[0])
-    counted = max(memory.timeline(settings, precision, levels, batch, "cpu"))
+    counted = max(*memory.timelines(settings, precision, levels, [batch], "cpu"))
     assert counted == pytest.approx(memory.measured(settings, precision, levels, batch), rel=memory.TOLERANCE)
 
 
@@ -23,8 +26,9 @@ def test_the_count_is_that_of_a_real_step(precision, levels, batch):
 def test_two_numbers_of_images_give_the_peak_of_any(levels):
     settings = small(levels, **memory.SMALL[1])
     peak = memory.peaks(settings, "bf16", levels)
-    for batch in (2, 7, 100):
-        assert peak(batch) == max(memory.timeline(settings, "bf16", levels, batch, "meta"))
+    batches = (2, 7, 100)
+    for batch, line in zip(batches, memory.timelines(settings, "bf16", levels, batches, "meta"), strict=True):
+        assert peak(batch) == max(line)
     fits = memory.most_images(peak, 10**9)
     assert peak(fits) <= 10**9 < peak(fits + 1)
 
@@ -32,3 +36,12 @@ def test_two_numbers_of_images_give_the_peak_of_any(levels):
 def test_more_checkpointing_takes_less():
     peaks = [memory.peaks(small(levels, **memory.SMALL[1]), "bf16", levels)(64) for levels in ("", "0", "0,1", "all")]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < peaks[0] / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_count_is_what_a_gpu_measured(precision):
+    results = Path(memory.__file__).parent / "results" / "speed_NVIDIA_H100_80GB_HBM3.json"
+    rows = json.loads(results.read_text())["training"]["rows"]
+    (measured,) = (r["peak_bytes"] for r in rows if (r["workload"], r["way"]) == ("cifar10-128", precision))
+    counted = memory.peaks(memory.network("cifar10-hybrid", ""), precision, "")(128)
+    assert counted == pytest.approx(measured, rel=0.02)
