@@ -30,10 +30,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.speed.machine import PeakMemory
 from improved_diffusion.config.presets import preset_options
 from improved_diffusion.config.settings import ImageModel
-from improved_diffusion.fp16_util import make_master_params
+from improved_diffusion.fp16_util import make_master_params, unflatten_master_params
 from improved_diffusion.models.acceleration import checkpoint_levels
 from improved_diffusion.models.build import build_model, with_levels
-from improved_diffusion.training.precision import MasterCopy
 from improved_diffusion.utils.outline import outline
 
 PRESETS = ("cifar10-hybrid", "imagenet64-hybrid", "lsun-bedroom", "adm-imagenet256")
@@ -110,12 +109,10 @@ class Training:
         if precision != "fp32":
             self.master = make_master_params(self.params)
             getattr(self.model, f"convert_to_{precision}")()
-        self.copy = MasterCopy(self.params) if precision != "fp32" else None
         count = sum(p.numel() for p in self.master)
         self.kept = [th.zeros(count, device=device) for _ in range(3)]  # Adam's moments and the average
-        if self.copy:  # the gradient's memory too
+        if precision != "fp32":  # and the gradient of the master copy
             self.kept.append(th.zeros(count, device=device))
-            self.copy._memory = self.kept[-1]
 
     def step(self, batch):
         """Forward and backward pass on images without meaning, and the update of the average.
@@ -126,9 +123,13 @@ class Training:
         x = th.zeros(batch, self.model.in_channels, self.side, self.side, device=device)
         y = {} if self.model.num_classes is None else {"y": th.zeros(batch, dtype=th.long, device=device)}
         self.model(x, th.zeros(batch, device=device), **y).square().mean().backward()
-        if self.copy:
-            self.copy.collect_gradients(*self.master)
-            self.copy.update_model(*self.master)
+        if self.master is not self.params:  # as MasterCopy does
+            grads = unflatten_master_params(self.params, self.kept[3:])
+            th._foreach_copy_(grads, [p.grad for p in self.params])
+            for p in self.params:
+                p.grad = None
+            with th.no_grad():
+                th._foreach_copy_(self.params, unflatten_master_params(self.params, self.master))
         self.kept[0].lerp_(th.cat([p.detach().flatten() for p in self.master]), 1e-4)
         for p in self.master:
             p.grad = None
@@ -141,21 +142,18 @@ def network(preset, levels):
     return settings.replace(num_classes=1000) if settings.model.class_cond else settings
 
 
-def timelines(settings, precision, levels, batches, device):
-    """Bytes after each operation of a step, for each of these numbers of images."""
-    found = []
+def timeline(settings, precision, levels, batch, device):
+    """Bytes after each operation of the first step of a training."""
     with gpu_kernels() if device == "meta" else FakeTensorMode(), LiveMemory() as memory:
         training = Training(settings, precision, levels, device)
-        for batch in batches:
-            memory.timeline = []
-            training.step(batch)
-            found.append(memory.timeline)
-    return found
+        memory.timeline = []
+        training.step(batch)
+        return memory.timeline
 
 
 def peaks(settings, precision, levels):
     """A function from the number of images to the peak in bytes, as on a GPU."""
-    two, three = timelines(settings, precision, levels, (2, 3), "meta")
+    two, three = (timeline(settings, precision, levels, batch, "meta") for batch in (2, 3))
     return lambda batch: max(few + (batch - 2) * (more - few) for few, more in zip(two, three, strict=True))
 
 
@@ -199,7 +197,7 @@ def check():
                 {"image_size": 16, "num_channels": 32, **options, "use_checkpoint": levels == "all"}
             )
             for precision, batch in (("fp32", 2), ("bf16", 8)):
-                counted = max(*timelines(settings, precision, levels, [batch], "cpu"))
+                counted = max(timeline(settings, precision, levels, batch, "cpu"))
                 real = measured(settings, precision, levels, batch)
                 yield options["channel_mult"], precision, levels, batch, counted / real
 
