@@ -33,6 +33,7 @@ from improved_diffusion.config.settings import ImageModel
 from improved_diffusion.fp16_util import make_master_params, unflatten_master_params
 from improved_diffusion.models.acceleration import checkpoint_levels
 from improved_diffusion.models.build import build_model, with_levels
+from improved_diffusion.training.ema import flatten
 from improved_diffusion.utils.outline import outline
 
 PRESETS = ("cifar10-hybrid", "imagenet64-hybrid", "lsun-bedroom", "adm-imagenet256")
@@ -130,7 +131,7 @@ class Training:
                 p.grad = None
             with th.no_grad():
                 th._foreach_copy_(self.params, unflatten_master_params(self.params, self.master))
-        self.kept[0].lerp_(th.cat([p.detach().flatten() for p in self.master]), 1e-4)
+        self.kept[0].lerp_(flatten(self.master), 1e-4)
         for p in self.master:
             p.grad = None
 
