@@ -31,8 +31,8 @@ def trained(steps=4, precision="fp32", dropout=0.1, **kwargs):
     """The loop after some steps."""
     options = {name: kwargs.pop(name) for name in list(kwargs) if name in TrainSpeedConfig.__dataclass_fields__}
     loop = make_loop(
-        model=unet(dropout), diffusion=small_diffusion(), data=Data(classes=3), precision=precision, max_steps=steps,
-        speed=TrainSpeedConfig(**options), **kwargs,
+        model=unet(dropout), diffusion=small_diffusion(), precision=precision, max_steps=steps,
+        speed=TrainSpeedConfig(**options), **{"data": Data(classes=3), **kwargs},
     )  # fmt: skip
     loop.run_loop()
     return loop
@@ -145,7 +145,23 @@ def sampling(folder):
             close(fast(x[:3], t[:3], y=y[:3]), plain[0][:3], 1e-4)
 
 
-CHECKS = {f.__name__: f for f in (norms, fused_norms, graphs, layouts, compiled, sampling)}
+def deterministic(folder):
+    """With --deterministic a resumed run has the bits of one that never stopped; attention is over 1024 positions."""
+    for precision in PRECISIONS:
+        for layout in ("contiguous", "channels_last"):
+            print(precision, layout)
+            kwargs = dict(precision=precision, memory_format=layout, deterministic=True, microbatch=3)
+            runs = {}
+            for name, steps, start in (("whole", 6, ""), ("half", 3, ""), ("resumed", 6, "half/model000003.pt")):
+                logger.configure(dir=str(folder / precision / layout / name), format_strs=["csv"])
+                start = start and str(folder / precision / layout / start)
+                data = Data(classes=3, side=64)
+                runs[name] = parameters_of(trained(steps, data=data, resume_checkpoint=start, **kwargs))
+            assert th.isfinite(runs["whole"]).all()
+            assert_same(runs["resumed"], runs["whole"])
+
+
+CHECKS = {f.__name__: f for f in (norms, fused_norms, graphs, layouts, compiled, sampling, deterministic)}
 
 
 def main():

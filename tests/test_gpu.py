@@ -46,6 +46,8 @@ def test_metrics_are_those_of_the_cpu(tmp_path):
     succeed("gpu_metrics.py", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("check", ["norms", "fused_norms", "graphs", "layouts", "compiled", "sampling"])
+@pytest.mark.parametrize(
+    "check", ["norms", "fused_norms", "graphs", "layouts", "compiled", "sampling", "deterministic"]
+)
 def test_ways_to_run_a_network_agree(check, tmp_path):
     succeed("gpu_speed.py", check, tmp_path, cwd=tmp_path)

@@ -28,8 +28,8 @@ def into(folder):
 class Data:
     """Batch k is a function of k."""
 
-    def __init__(self, batch_size=4, classes=None):
-        self.batch_size, self.classes, self.step = batch_size, classes, 0
+    def __init__(self, batch_size=4, classes=None, side=8):
+        self.batch_size, self.classes, self.side, self.step = batch_size, classes, side, 0
 
     def seek(self, step):
         self.step = step
@@ -37,7 +37,7 @@ class Data:
     def __next__(self):
         rng = np.random.RandomState(self.step)
         self.step += 1
-        batch = th.from_numpy(rng.uniform(-1, 1, (self.batch_size, 3, 8, 8)).astype(np.float32))
+        batch = th.from_numpy(rng.uniform(-1, 1, (self.batch_size, 3, self.side, self.side)).astype(np.float32))
         kwargs = {"y": th.from_numpy(rng.randint(0, self.classes, self.batch_size))} if self.classes else {}
         return batch, kwargs
 

@@ -71,6 +71,19 @@ class SpeedConfig(Config):
         "record the network's launches on an NVIDIA GPU once and repeat them: faster where the host is the limit, as "
         "with small batches; takes more memory",
     )
+    deterministic: bool = extra(
+        False,
+        "on GPUs, kernels that add in one order, so that a resumed run has the bits of one that never stopped; slower, "
+        "and an operation that has no such kernel is an error",
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.deterministic and self.cudnn_benchmark:
+            raise UserError(
+                "--cudnn_benchmark may choose other kernels at each start, which contradicts --deterministic: give one "
+                "of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

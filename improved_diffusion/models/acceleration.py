@@ -28,6 +28,7 @@ from ..nn import GroupNorm32
 from ..unet import AttentionBlock, Downsample, ResBlock, Upsample
 from ..utils.downloads import cache_dir
 from ..utils.text import counted
+from .determinism import be_deterministic
 
 COMPILER = "inductor"  # torch's own
 BLOCKS = (ResBlock, AttentionBlock, Upsample, Downsample)  # compiled one by one
@@ -40,11 +41,11 @@ _MATMUL = {"all": "high", "none": "highest"}
 def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     """What to call in place of the model: the model itself where the options ask for nothing that replaces calls.
 
-    The model's memory layout changes, and so do torch's settings of TF32 and cuDNN in this process. Raises UserError
-    for what this machine cannot do.
+    The model's memory layout changes, and so do torch's settings of TF32, cuDNN and determinism in this process. Raises
+    UserError for what this machine cannot do.
     """
     _check(model, options, device_of(model))
-    _set_arithmetic(options)
+    _set_arithmetic(options, device_of(model))
     if options.memory_format == "channels_last":
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
         if device_of(model).type == "cuda" and options.compile == "off":
@@ -105,13 +106,15 @@ def _blocks_by_level(model: Any) -> dict[int, list[Any]]:
     return found
 
 
-def _set_arithmetic(options: SpeedConfig) -> None:
+def _set_arithmetic(options: SpeedConfig, device: th.device) -> None:
     """torch's own settings stay where an option has its default."""
     if options.tf32 in _MATMUL:
         th.set_float32_matmul_precision(_MATMUL[options.tf32])
         th.backends.cudnn.allow_tf32 = options.tf32 == "all"
     if options.cudnn_benchmark:
         th.backends.cudnn.benchmark = True
+    if options.deterministic:
+        be_deterministic(device)
 
 
 def _check(model: nn.Module, options: SpeedConfig, device: th.device) -> None:

@@ -14,6 +14,7 @@ import torch as th
 
 from .. import distributed
 from ..config import SamplerConfig, UserError, height_width
+from ..models.determinism import refusals_explained
 from ..respace import SpacedDiffusion
 from .guidance import dynamic_threshold
 from .noise import SeededNoise
@@ -69,20 +70,21 @@ class Sampler:
         :param draw: each sample's noise.
         :param noise, path, rule: where to start, which levels to visit and by which rule, if not the sampler's own.
         """
-        return sample_loop_progressive(
-            rule or self.make_rule(),
-            self.diffusion,
-            model,
-            (len(draw), *shape),
-            noise=noise,
-            clip_denoised=self.clip_denoised,
-            denoised_fn=self.denoised_fn,
-            cond_fn=self.cond_fn,
-            model_kwargs=dict(model_kwargs),
-            device=distributed.dev(),
-            noise_fn=draw,
-            path=self.path if path is None else path,
-        )
+        with refusals_explained():
+            yield from sample_loop_progressive(
+                rule or self.make_rule(),
+                self.diffusion,
+                model,
+                (len(draw), *shape),
+                noise=noise,
+                clip_denoised=self.clip_denoised,
+                denoised_fn=self.denoised_fn,
+                cond_fn=self.cond_fn,
+                model_kwargs=dict(model_kwargs),
+                device=distributed.dev(),
+                noise_fn=draw,
+                path=self.path if path is None else path,
+            )
 
     def describe(self) -> str:
         """One line on the steps."""

@@ -134,8 +134,8 @@ def check_memory(task: Any, precision: str, averages: int) -> None:
     """
     with outline():
         count = sum(p.numel() for p in task.build()[0].parameters())
-    # Weights, gradient, Adam's two moments, averages; in 16 bits the network is beside its master weights.
-    need = count * (4 * (4 + averages) + (2 if precision != "fp32" else 0))
+    # Weights, gradient, Adam's two moments, averages; in 16 bits the network and its gradient are beside the master's.
+    need = count * (4 * (4 + averages) + (4 if precision != "fp32" else 0))
     device = distributed.dev()
     free, total = _memory(device)
     text = (

@@ -30,6 +30,7 @@ from ..logs.curves import write_curves
 from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
 from ..models.build import with_levels
+from ..models.determinism import refusals_explained
 from ..resample import create_named_schedule_sampler
 from ..utils import files
 from ..utils.text import counted, listed
@@ -86,6 +87,7 @@ def _train(
         folder = RunFolder(settings.run, _run_name(settings, default_name, preset))
         until_end.callback(logger.reset)  # the trackers' last rows leave before the ranks part, or are ended
         until_end.push(lambda kind, error, traceback: logger.log_error(error))
+        until_end.enter_context(refusals_explained())
         if own_folder:
             logger.log(f"the run continues in its own folder, {own_folder}: --out_dir chooses another")
         checkpoints = get_blob_logdir()
