@@ -260,3 +260,14 @@ def test_every_result_is_of_a_benchmark():
     stems = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} | {"speed", "profile", "evaluation", "nll_terms"}
     for path in (ROOT / "benchmarks" / "results").iterdir():
         assert any(path.name.startswith(stem) for stem in stems), path.name
+
+
+def test_memory():
+    text, results = page_and_results("docs/speed.md", "memory")
+    rows = table(text, "| preset | no checkpointing |")
+    found = {(row["preset"], row["levels"]): row for row in results["rows"]}
+    assert len(rows) * 5 == len(found)
+    for name, *cells in rows:
+        for levels, cell in zip(("", "0", "0,1", "0,1,2", "all"), cells, strict=True):
+            row = found[name.strip("`"), levels]
+            assert agrees(cell, row["one"] / 1e9, row["of_8"] / 1e9, row["fits"])
