@@ -152,6 +152,18 @@ def test_print_steps_shows_them_and_draws_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_renoising_from_python_is_that_of_the_command_and_shows_its_steps(model, tmp_path):
+    loaded = idf.load(model)
+    for options, evaluations in ((dict(seed=3), 4), (dict(steps=2, guidance_scale=2, dynamic_threshold=0.9), 2)):
+        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+        samples, labels, out = sample(model, tmp_path / "-".join(options), "--sampler", "renoise", *flags)
+        images = loaded.sample(4, sampler="renoise", batch_size=4, progress=False, **options)
+        assert (images.array == samples).all() and (images.labels == labels).all()
+        assert f"renoise, {evaluations} steps, {evaluations} evaluations" in out and "grid: coarse" in out
+        steps = list(loaded.sample_steps(4, sampler="renoise", **options))
+        assert [(step.index, step.steps) for step in steps] == [(i, evaluations) for i in range(evaluations)]
+
+
 def sampler_of(T=1000, image_size=32, **options):
     return build_sampler(ImageSampling.of({"image_size": image_size, **options}), make_diffusion(T))
 
@@ -509,6 +521,9 @@ def test_super_resolution_has_every_rule_too(place, animals, tmp_path):
     samples, _, out = sample(upsampler, tmp_path / "out", *flags, script="super_res_sample")
     assert samples.shape == (4, 16, 16, 3) and "unipc, 4 steps" in out
     assert (tmp_path / "out" / "steps.gif").exists()
+    flags = ["--base_samples", animals, "--sampler", "renoise", "--steps", "2"]
+    samples, _, out = sample(upsampler, tmp_path / "renoise", *flags, script="super_res_sample")
+    assert samples.shape == (4, 16, 16, 3) and "renoise, 2 steps, 2 evaluations" in out
 
 
 # What training stores
@@ -520,7 +535,7 @@ def test_what_the_network_predicts_and_its_schedule_are_stored(place, animals, t
     path = train(place, animals, "velocity", *flags)
     result = call("image_sample", "--model_path", path, "--print_steps", cwd=tmp_path).succeed()
     assert result.out.splitlines()[1].split()[3:5] == ["0", "inf"]  # alpha_bar and sigma of pure noise
-    for name in ("ancestral", "dpmpp_3m", "heun"):
+    for name in ("ancestral", "dpmpp_3m", "heun", "renoise"):
         samples, _, _ = sample(path, tmp_path / name, "--sampler", name, "--steps", "5", "--timestep_grid", "trailing")
         assert samples.std() > 5
     message = refused(path, "--predict_v", "False", cwd=tmp_path)
