@@ -99,7 +99,7 @@ def _stride(T: int, count: int) -> np.ndarray:
 def _in_sigma(name: str, count: int, alpha_bar: np.ndarray, sigma_max: float, sigma_min: float) -> np.ndarray:
     lowest, highest = sigma_at(alpha_bar, np.array([0, len(alpha_bar) - 1]))
     high = min(highest, sigma_max)
-    low = min(max(lowest, min(sigma_min, high / 2)), high)
+    low = min(max(lowest, min(sigma_min, high / 2)), high)  # in order also where there is little noise
     fractions = np.linspace(0, 1, count) if count > 1 else np.ones(1)
     if name == "karras":
         sigma = (low ** (1 / RHO) + fractions * (high ** (1 / RHO) - low ** (1 / RHO))) ** RHO
