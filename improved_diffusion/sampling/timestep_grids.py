@@ -15,8 +15,8 @@ NAMES = ("uniform", "ddim", "trailing", "logsnr", "karras", "quadratic", "coarse
 # EDM's range of sigma and its rho (Karras et al. 2022, table 1). Noise above the largest hides any image of up to 64
 # pixels a side, and a grid in log-SNR would spend most of its steps there; noise below the smallest is invisible.
 SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
-# The range of the coarse grid, for 64 pixels a side and for one step: of those tried on digits (docs/sampling.md), the
-# one with the best samples of `renoise` in 2, 4 and 8 steps.
+# The range of the coarse grid, for 64 pixels a side and for one step: near the best of those tried on digits with
+# `renoise` in 2, 3, 4 and 8 steps (docs/sampling.md).
 COARSE_MAX, COARSE_MIN = 40.0, 2.0
 CLOSEST = 1e-6  # between two timesteps
 SIGMAS = "sigma:"  # before a list of noise levels
