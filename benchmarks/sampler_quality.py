@@ -23,13 +23,12 @@ from common import RESULTS, Checkpoint, Classifier, parser, real_images
 from improved_diffusion import distributed
 from improved_diffusion.evaluation.features import FeatureNetwork
 from improved_diffusion.evaluation.metrics.kid import kernel_distance
-from improved_diffusion.sampling.solvers import RULES
+from improved_diffusion.sampling.solvers import NOISY, RULES
 from improved_diffusion.sampling.timestep_grids import NAMES
 
-EVALUATIONS = (5, 8, 10, 15, 20, 50)
+EVALUATIONS = (1, 2, 4, 5, 8, 10, 15, 20, 50)
 MANY = (250, 1000)  # of the ancestral rule alone
 BASELINE = ("ancestral", 250)
-RANDOM = ("ancestral", "dpmpp_2m_sde")
 EXACT = ["--sampler", "dpmpp_3m", "--steps", "250", "--timestep_grid", "logsnr"]  # nearly, for the comparison
 COMPARED = 200  # samples, with it
 ON_GRIDS = (8, 15)  # evaluations
@@ -62,7 +61,7 @@ def plot(path, rows):
     base = next(row for row in rows if (row["rule"], row["asked"]) == BASELINE)
     low, high = base["kid"] - base["standard_error"], base["kid"] + base["standard_error"]
     axes.axhspan(low, high, color="0.9", label=f"{BASELINE[0]}, {BASELINE[1]} evaluations, +- 1 standard error")
-    for rule, marker in zip(RULES, "ovs^D<>PX*"):
+    for rule, marker in zip(RULES, "ovs^D<>PX*h"):
         line = sorted((row["evaluations"], row["kid"], row["standard_error"]) for row in rows if row["rule"] == rule)
         if not line:
             continue
@@ -140,7 +139,7 @@ def measure_kid(results, checkpoint, extractor, reference, wanted, count):
 
 def measure_grids(results, checkpoint, rules):
     """The root mean square distance of the pixels, in [-1, 1], to the end of the common equation."""
-    wanted = [(rule, grid, asked) for rule in rules if rule not in RANDOM for grid in NAMES for asked in ON_GRIDS]
+    wanted = [(rule, grid, asked) for rule in rules if rule not in NOISY for grid in NAMES for asked in ON_GRIDS]
     if all(results.find("grids", rule=rule, grid=grid, asked=asked) for rule, grid, asked in wanted):
         return
     exact = checkpoint.draw(EXACT, COMPARED).images / 127.5

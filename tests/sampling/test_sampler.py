@@ -98,10 +98,10 @@ def test_every_rule_draws(name, model, tmp_path):
     assert np.abs(samples.astype(int) - again).max() <= 1  # batches of other sizes round differently
 
 
-@pytest.mark.parametrize("grid", [*NAMES, "0,3.5,12,19"])
+@pytest.mark.parametrize("grid", [*NAMES, "0,3.5,12,19", "sigma:9,4,1,0.5"])
 @pytest.mark.parametrize("name", ["ancestral", "unipc"])
 def test_every_grid_draws(grid, name, model, tmp_path):
-    steps = [] if grid[0] == "0" else ["--steps", "4"]
+    steps = [] if "," in grid else ["--steps", "4"]
     samples, _, out = sample(model, tmp_path / "out", "--sampler", name, "--timestep_grid", grid, *steps)
     assert samples.std() > 5 and f"{name}, 4 steps, 4 evaluations" in out
 
@@ -152,6 +152,18 @@ def test_print_steps_shows_them_and_draws_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_renoising_from_python_is_that_of_the_command_and_shows_its_steps(model, tmp_path):
+    loaded = idf.load(model)
+    for options, evaluations in ((dict(seed=3), 4), (dict(steps=2, guidance_scale=2, dynamic_threshold=0.9), 2)):
+        flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+        samples, labels, out = sample(model, tmp_path / "-".join(options), "--sampler", "renoise", *flags)
+        images = loaded.sample(4, sampler="renoise", batch_size=4, progress=False, **options)
+        assert (images.array == samples).all() and (images.labels == labels).all()
+        assert f"renoise, {evaluations} steps, {evaluations} evaluations" in out and "grid: coarse" in out
+        steps = list(loaded.sample_steps(4, sampler="renoise", **options))
+        assert [(step.index, step.steps) for step in steps] == [(i, evaluations) for i in range(evaluations)]
+
+
 def sampler_of(T=1000, image_size=32, **options):
     return build_sampler(ImageSampling.of({"image_size": image_size, **options}), make_diffusion(T))
 
@@ -159,6 +171,8 @@ def sampler_of(T=1000, image_size=32, **options):
 def test_a_rule_made_for_few_steps_takes_few_unless_told():
     assert sampler_of(sampler="unipc").steps == 20
     assert sampler_of(sampler="unipc", T=7).steps == 7
+    assert sampler_of(sampler="renoise").steps == 4 and sampler_of(sampler="renoise", T=3).steps == 3
+    assert sampler_of(sampler="renoise", timestep_grid="sigma:40,2").steps == 2
     assert sampler_of().steps == sampler_of(sampler="ddim").steps == 1000
     assert sampler_of(timestep_grid="0,7.5,12").steps == 3
     assert sampler_of(sampler="heun", steps=10).evaluations == 19
@@ -175,6 +189,7 @@ def test_a_model_that_starts_from_pure_noise_is_started_there():
         dict(sampler="ddim", steps=30),
         dict(steps=7),
         dict(sampler="heun", steps=1),
+        dict(sampler="renoise", steps=4),
     ):
         sampler = build_sampler(ImageSampling.of({"image_size": 32, **options}), diffusion)
         assert sampler.diffusion.timestep_map[-1] == 999 and sampler.diffusion.alphas_cumprod[-1] == 0
@@ -506,6 +521,9 @@ def test_super_resolution_has_every_rule_too(place, animals, tmp_path):
     samples, _, out = sample(upsampler, tmp_path / "out", *flags, script="super_res_sample")
     assert samples.shape == (4, 16, 16, 3) and "unipc, 4 steps" in out
     assert (tmp_path / "out" / "steps.gif").exists()
+    flags = ["--base_samples", animals, "--sampler", "renoise", "--steps", "2"]
+    samples, _, out = sample(upsampler, tmp_path / "renoise", *flags, script="super_res_sample")
+    assert samples.shape == (4, 16, 16, 3) and "renoise, 2 steps, 2 evaluations" in out
 
 
 # What training stores
@@ -517,7 +535,7 @@ def test_what_the_network_predicts_and_its_schedule_are_stored(place, animals, t
     path = train(place, animals, "velocity", *flags)
     result = call("image_sample", "--model_path", path, "--print_steps", cwd=tmp_path).succeed()
     assert result.out.splitlines()[1].split()[3:5] == ["0", "inf"]  # alpha_bar and sigma of pure noise
-    for name in ("ancestral", "dpmpp_3m", "heun"):
+    for name in ("ancestral", "dpmpp_3m", "heun", "renoise"):
         samples, _, _ = sample(path, tmp_path / name, "--sampler", name, "--steps", "5", "--timestep_grid", "trailing")
         assert samples.std() > 5
     message = refused(path, "--predict_v", "False", cwd=tmp_path)

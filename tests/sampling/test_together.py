@@ -26,6 +26,7 @@ SAMPLERS = [
     dict(sampler="dpmpp_2m", steps=4),
     dict(sampler="dpmpp_2m_sde", steps=3),
     dict(sampler="unipc", steps=4),
+    dict(sampler="renoise", steps=3),
     dict(sampler="heun", steps=4, churn=4),
     dict(sampler="plms", steps=4),
     dict(timestep_respacing="ddim5"),
@@ -56,8 +57,9 @@ def test_each_request_gets_the_bytes_that_it_gets_alone(model, options):
         assert list(found.numbers) == list(alone.numbers) and found.class_names == alone.class_names
 
 
-def test_the_bytes_do_not_depend_on_the_batch(model):
-    options = dict(sampler="ddim", steps=4, seed=1, progress=False)
+@pytest.mark.parametrize("sampler", ["ddim", "renoise"])
+def test_the_bytes_do_not_depend_on_the_batch(model, sampler):
+    options = dict(sampler=sampler, steps=4, seed=1, progress=False)
     whole = model.sample(9, batch_size=9, **options).array
     for size in (1, 4):
         assert np.array_equal(model.sample(9, batch_size=size, **options).array, whole)
