@@ -10,6 +10,7 @@ import numpy as np
 from ..utils.figures import new_figure, save_figure
 
 COLOR_FLOOR, COLOR_MODEL = "#1f77b4", "#d62728"
+ABOVE = 30  # times the largest floor: more of the model's loss is not shown
 DECADES = 6  # below the largest value that are shown: the floor falls to nothing where there is little noise
 
 
@@ -28,7 +29,9 @@ def figure_of(report: Any) -> Any:
         _draw(axes, t, levels, target, "floor", COLOR_FLOOR, "floor: no model is better on these images")
         if report.has_model:
             _draw(axes, t, levels, target, "loss", COLOR_MODEL, "the model on the same images")
-        top = max(mean.value for level in levels for name, mean in level[target].items() if name != "excess")
+        top = max(level[target]["floor"].value for level in levels)
+        if report.has_model:  # whose x_0 is far off where nearly all is noise
+            top = min(max(level[target]["loss"].value for level in levels), ABOVE * top)
         if top > 0:
             axes.set_yscale("log", nonpositive="mask")
             axes.set_ylim(top * 10.0**-DECADES, 2 * top)

@@ -25,8 +25,9 @@ MAX_BYTES = 2**30  # of the images in memory, as bytes
 PART_BYTES = 2**25  # of the pixels in float64 that are worked on at once
 BATCH = 512  # noisy images at once, at most: more make the products of matrices no faster
 ERRORS_BELOW = 4.0  # standard errors below the floor that are no chance
-# Memorised: a loss of less than NEAR times the floor, where a noisy image could be of less than FEW of the images.
-NEAR, FEW = 1.25, 0.1
+# Memorised: a loss of less than NEAR times the floor, where a noisy image could be of less than FEW of the images (of its
+# class), or of hardly more than one.
+NEAR, FEW, ONE = 1.25, 0.1, 1.5
 
 TARGETS = {ModelMeanType.EPSILON: "epsilon", ModelMeanType.START_X: "x_0", ModelMeanType.VELOCITY: "v"}
 
@@ -215,7 +216,7 @@ class LossByNoise:
         found = []
         for level in self.draws.levels(count):
             images, floor, model = self.images_at(level), self.floor_at(level, target), self.model_at(level, target)
-            if images < FEW * self.draws.images.per_class and model.value < NEAR * floor.value:
+            if images < max(FEW * self.draws.images.per_class, ONE) and model.value < NEAR * floor.value:
                 found.append(
                     f"timesteps {level.first} to {level.last}: the loss, {model.value:.4g}, is that of a model that "
                     f"has memorised the images: the floor is {floor.value:.4g}, and a noisy image could be of about "
@@ -234,8 +235,8 @@ class LossByNoise:
         model, floor, excess = (f(level, target) for f in (self.model_at, self.floor_at, self.excess_at))
         return (
             f"timesteps {level.first} to {level.last}: the loss on these images, {model.value:.4g}, is below its "
-            f"floor, {floor.value:.4g}, by {-excess.value:.2g} +- {excess.error:.2g}: no prediction from a noisy image and "
-            "its class can be, so the network is given more than these, or its loss is computed wrongly"
+            f"floor, {floor.value:.4g}, by {-excess.value:.2g} +- {excess.error:.2g}: no prediction from a noisy image "
+            "and its class can be, so the network is given more than these, or its loss is computed wrongly"
         )
 
 
