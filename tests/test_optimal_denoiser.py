@@ -1,4 +1,4 @@
-"""The posterior over a finite set of images: brute force, limits, a Gaussian, subsets, and the units of other targets."""
+"""The posterior over a finite set of images: brute force, limits, a Gaussian, subsets, the units of other targets."""
 
 import numpy as np
 import pytest

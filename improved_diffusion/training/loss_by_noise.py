@@ -25,8 +25,8 @@ MAX_BYTES = 2**30  # of the images in memory, as bytes
 PART_BYTES = 2**25  # of the pixels in float64 that are worked on at once
 BATCH = 512  # noisy images at once, at most: more make the products of matrices no faster
 ERRORS_BELOW = 4.0  # standard errors below the floor that are no chance
-# Memorised: a loss of less than NEAR times the floor, where a noisy image could be of less than FEW of the images (of its
-# class), or of hardly more than one.
+# Memorised: a loss of less than NEAR times the floor, where a noisy image could be of less than FEW of the images (of
+# its class), or of hardly more than one.
 NEAR, FEW, ONE = 1.25, 0.1, 1.5
 
 TARGETS = {ModelMeanType.EPSILON: "epsilon", ModelMeanType.START_X: "x_0", ModelMeanType.VELOCITY: "v"}

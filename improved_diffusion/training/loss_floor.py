@@ -72,7 +72,7 @@ class LossFloor:
                     text += f", on held-out ones {self._log(f'val_mse{suffix}', self.held_out, held_out)}"
             logger.log(f"mse by quarter{of} after {view.absolute_step + 1} steps: {text}")
             for sentence in self.train.with_model(errors).below_floor(self.target, QUARTERS):
-                logger.warn(sentence + of)
+                logger.warn(f"EMA {label}: {sentence}" if label else sentence)
 
     def _errors(self, view: TrainingView, draws: Draws) -> np.ndarray:
         return model_errors(view.model, self.diffusion, draws, self.batch_size, view.device)
