@@ -82,6 +82,10 @@ class EvaluationConfig(Config):
         "real images that the model was not trained on, whose scores show what to expect of real images",
         parse=path_of,
     )
+    loss_floor: bool = extra(
+        False,
+        "also report the loss of --model_path on the images of --train_dir by noise level, beside its floor",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,20 @@ from .loss_floor_plot import write_floor_plot
 
 QUARTERS = 4
 JSON_FILE, PLOT_FILE = "loss_floor.json", "loss_floor.png"
+
+
+def training_loss(loaded: LoadedModel[Any], train_dir: str) -> FloorEvaluation:
+    """What measures a model's loss on the images that it was trained on.
+
+    :param train_dir: those images.
+    """
+    names, stored = LossFloor.options().keys(), loaded.metadata.get("config", {})
+    own = {f.name: loaded.settings.values()[f.name] for group in ("model", "diffusion", "reading")
+           for f in fields(getattr(loaded.settings, group))}  # fmt: skip
+    labels = {"labels": stored["labels"]} if "labels" in stored else {}
+    own |= {"timestep_respacing": "", "data_dir": train_dir}  # all timesteps, however few sampling takes
+    settings = LossFloor.of({**{name: own[name] for name in own.keys() & names}, **labels})
+    return FloorEvaluation(settings, replace(loaded, settings=settings, given=frozenset()))
 
 
 class FloorEvaluation:
