@@ -225,7 +225,7 @@ class Evaluator:
             shown={
                 "neighbours": copies.neighbours is not None,
                 "distances": copies.distances is not None,
-                "loss": loss is not None,
+                **({} if loss is None else {"loss": True}),
             },
         )
         _log(made)

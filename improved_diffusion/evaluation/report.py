@@ -189,11 +189,11 @@ class Report:
             "metrics": _as_dicts(self.metrics),
             "real": real,
             "missing": dict(self.missing),
-            "loss": self.loss and dict(self.loss),
             "warnings": list(self.warnings),
             "pictures": dict(self.shown),
             "asked": dict(self.asked),
             "versions": dict(self.versions),
+            **({} if self.loss is None else {"loss": dict(self.loss)}),
         }
 
     @classmethod
