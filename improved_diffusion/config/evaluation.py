@@ -99,7 +99,7 @@ class LossFloorConfig(Config):
         parse=path_of,
     )
     random_flip: bool = extra(False, "the mirror images belong to the set; as in training where --model_path says so")
-    floor_draws: int = extra(4096, "noisy images to measure on: more make the error smaller", low=100, high=MOST_DRAWS)
+    floor_draws: int = extra(2048, "noisy images to measure on: more make the error smaller", low=100, high=MOST_DRAWS)
     floor_images: int = extra(
         0,
         "images of the set to use, a random selection: the floor of fewer is a lower bound; 0: all, as far as they fit "
