@@ -4,7 +4,8 @@
     python docs/pictures.py samplers editing       (some)
 
 Pictures below benchmarks/results come from the benchmark of their name; nll_terms_digits.png is nll_terms.png of the
-command in docs/likelihood.md. Screenshots of the web page come from docs/screenshots.py.
+command in docs/likelihood.md, loss_floor_digits.png is loss_floor.png of the one in docs/loss-floor.md. Screenshots of
+the web page come from docs/screenshots.py.
 """
 
 import argparse

@@ -37,6 +37,7 @@ from .config.settings import (
     Inpainting,
     Interpolation,
     Likelihood,
+    LossFloor,
     Settings,
     SuperResSampling,
     SuperResTraining,
@@ -55,6 +56,7 @@ from .editing.model import EditingModel
 from .editing.variations import Vary
 from .evaluation import evaluator
 from .evaluation.likelihood import BoundEvaluation, network_of
+from .evaluation.loss_floor import FloorEvaluation, FloorReport
 from .evaluation.report import Report
 from .exchange import formats
 from .exchange.card import Card, make_card
@@ -395,6 +397,18 @@ class Model:
         loaded = self._with(Likelihood, {"data_dir": data_dir, **options})
         return BoundEvaluation.of(loaded).run(network_of(loaded))
 
+    def loss_floor(self, data_dir: str | os.PathLike, **options: Any) -> FloorReport:
+        """The model's loss on images by noise level, beside the least that any model can have on them.
+
+        The images are those that the model was trained on: the loss on others says nothing of memorising.
+        :param data_dir: a folder, a .zip or an .npz.
+        :param options: of `improved-diffusion loss-floor`, such as floor_draws=4096.
+        """
+        if self.is_super_resolution:
+            raise UserError(f"{self.path} is a super-resolution model: loss_floor is for image models")
+        loaded = self._with(LossFloor, {"data_dir": data_dir, **options})
+        return FloorEvaluation(loaded.settings, loaded).run()
+
     # Files
 
     def save(self, path: str | os.PathLike) -> None:
@@ -563,3 +577,15 @@ def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> 
     """
     given = {name: _plain(name, value) for name, value in options.items()}
     return evaluator.evaluate(_plain("samples", samples), _plain("reference", reference), features=features, **given)
+
+
+def loss_floor(data_dir: str | os.PathLike, **options: Any) -> FloorReport:
+    """The least loss that any model can have on a set of images, by noise level.
+
+    :param data_dir: a folder, a .zip or an .npz.
+    :param options: of `improved-diffusion loss-floor`, such as image_size=64, noise_schedule="cosine", class_cond=True.
+    A model's own loss beside it: `model.loss_floor(...)`.
+    """
+    for name in options.keys() & _OF_COMMANDS:
+        raise UserError(f"{name} is for the command only: in Python, load the model, and the result is returned")
+    return FloorEvaluation(LossFloor.of({"data_dir": data_dir, **options})).run()

@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": ("image_sample", "draw images from a model"),
     "edit": ("image_edit", "encode, decode, interpolate, inpaint or vary images"),
     "nll": ("image_nll", "measure bits per dimension on images"),
+    "loss-floor": ("loss_floor", "the least loss that any model can have on images, by noise level"),
     "evaluate": ("evaluate", "FID, KID and other scores of samples, in a report"),
     "super-res-train": ("super_res_train", "train a super-resolution model"),
     "super-res-sample": ("super_res_sample", "enlarge images with a super-resolution model"),

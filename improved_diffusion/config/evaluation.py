@@ -15,6 +15,9 @@ SWEEP_OPTIONS = (
 )  # fmt: skip
 
 
+MOST_DRAWS = 10**7  # for the floor of the loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(Config):
     """Feature network."""
@@ -79,6 +82,36 @@ class EvaluationConfig(Config):
         "real images that the model was not trained on, whose scores show what to expect of real images",
         parse=path_of,
     )
+    loss_floor: bool = extra(
+        False,
+        "also report the loss of --model_path on the images of --train_dir by noise level, beside its floor",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossFloorConfig(Config):
+    """Floor of the loss."""
+
+    model_path: str = extra(
+        "",
+        "checkpoint whose loss on the images is measured too; it says size, channels, classes and schedule, which "
+        "otherwise are flags",
+        parse=path_of,
+    )
+    random_flip: bool = extra(False, "the mirror images belong to the set; as in training where --model_path says so")
+    floor_draws: int = extra(2048, "noisy images to measure on: more make the error smaller", low=100, high=MOST_DRAWS)
+    floor_images: int = extra(
+        0,
+        "images of the set to use, a random selection: the floor of fewer is a lower bound; 0: all, as far as they fit "
+        "into 1 GiB as bytes",
+        low=0,
+    )
+    floor_levels: int = extra(20, "ranges of timesteps to show", low=1, high=200)
+    batch_size: int = extra(16, "noisy images in one forward pass of the model on each rank", low=1)
+
+    def validate(self) -> None:
+        fewest = 5 * self.floor_levels
+        self.require(self.floor_draws >= fewest, "floor_draws", f"must be at least 5 x --floor_levels, {fewest}")
 
 
 @dataclass(frozen=True, kw_only=True)

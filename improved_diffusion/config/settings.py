@@ -18,7 +18,14 @@ from .editing import (
     LatentsConfig,
     VariationsConfig,
 )
-from .evaluation import CompareConfig, EvaluationConfig, FeaturesConfig, ReferenceConfig, SweepConfig
+from .evaluation import (
+    CompareConfig,
+    EvaluationConfig,
+    FeaturesConfig,
+    LossFloorConfig,
+    ReferenceConfig,
+    SweepConfig,
+)
 from .exchange import ConvertConfig, ExportConfig, PushCommandConfig
 from .messages import unknown_name
 from .model import (
@@ -347,6 +354,18 @@ class Likelihood(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossFloor(Settings):
+    """The floor of the loss on a set of images, and a model's loss beside it."""
+
+    floor: LossFloorConfig
+    source: SourceConfig
+    reading: ReadingConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scoring(Settings):
     """Evaluating samples, given or drawn."""
 
@@ -417,6 +436,7 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "sample": (ImageSampling,),
     "edit": (Encoding, Decoding, Interpolation, Inpainting, Variations),
     "nll": (Likelihood,),
+    "loss-floor": (LossFloor,),
     "evaluate": (Scoring, Sweeping, ReferenceStatistics, Comparison),
     "super-res-train": (SuperResTraining,),
     "super-res-sample": (SuperResSampling,),

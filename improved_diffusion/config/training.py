@@ -204,6 +204,11 @@ class WatchConfig(ProgressConfig):
     """Monitoring."""
 
     sample_interval: int = extra(0, "steps between preview grids of samples; 0: none", low=0)
+    loss_floor: bool = extra(
+        False,
+        "every val_interval steps, log the loss on training images by quarter of the timesteps, beside the floor that "
+        "no model can be below",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

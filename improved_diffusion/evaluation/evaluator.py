@@ -21,6 +21,7 @@ from ..utils.resizing import PREPARED
 from . import report
 from .feature_sets import AS_THEY_ARE, IN_MEMORY, MIN_IMAGES, FeatureSet, ImageSet, by, extract, metrics_device
 from .features import FeatureNetwork
+from .loss_floor import FloorReport
 from .metrics.copies import nearest
 from .metrics.frechet import moments
 from .metrics.neighbours import nearest_neighbours
@@ -175,17 +176,21 @@ class Evaluator:
             **self.inputs.network.describe(),
         }
 
-    def evaluate(self, samples: ImageSet, out_dir: str = "", asked: Mapping[str, Any] | None = None) -> Report:
+    def evaluate(
+        self, samples: ImageSet, out_dir: str = "", asked: Mapping[str, Any] | None = None,
+        loss: FloorReport | None = None,
+    ) -> Report:  # fmt: skip
         """The report on samples from `Inputs.open_samples`. Ranks other than 0 get it without pictures. Collective.
 
         :param out_dir: write the report there; "": do not.
         :param asked: further entries for the report's `asked`.
+        :param loss: of the model on its training images, for the report.
         """
         found = self.inputs.extract(samples, probabilities=True)
         complete: list[Report] = []  # stays on rank 0, which has the features
 
         def on_rank0() -> Report:
-            complete.append(self._report(found, dict(asked or {})))
+            complete.append(self._report(found, dict(asked or {}), loss))
             if out_dir:
                 logger.log(f"wrote {complete[0].save(out_dir)}, and report.json and pictures beside it")
             return complete[0].without_pictures()
@@ -193,7 +198,7 @@ class Evaluator:
         bare = distributed.from_rank0(on_rank0)
         return complete[0] if complete else bare
 
-    def _report(self, samples: FeatureSet, asked: dict[str, Any]) -> Report:
+    def _report(self, samples: FeatureSet, asked: dict[str, Any], loss: FloorReport | None) -> Report:
         assert samples.images is not None
         warnings = check_comparable(samples, self.reference)
         logger.log("computing the metrics")
@@ -212,11 +217,16 @@ class Evaluator:
             held_out=self.held_out.about if self.held_out else None,
             real=self._score_held_out(len(samples.images)),
             missing=missing,
-            warnings=(*warnings, *self._overlaps(samples)),
+            loss=None if loss is None else loss.to_dict(),
+            warnings=(*warnings, *self._overlaps(samples), *(loss.warnings if loss else ())),
             asked=asked,
             versions={"improved_diffusion": __version__, "torch": th.__version__, "numpy": np.__version__},
-            pictures=Pictures(shown, copies.neighbours, copies.distances),
-            shown={"neighbours": copies.neighbours is not None, "distances": copies.distances is not None},
+            pictures=Pictures(shown, copies.neighbours, copies.distances, loss),
+            shown={
+                "neighbours": copies.neighbours is not None,
+                "distances": copies.distances is not None,
+                **({} if loss is None else {"loss": True}),
+            },
         )
         _log(made)
         return made

@@ -115,7 +115,7 @@ def network_of(loaded: LoadedModel[Likelihood]) -> th.nn.Module:
     return to_device(loaded.model, "fp16" if loaded.settings.nll.use_fp16 else "fp32")
 
 
-def open_dataset(loaded: LoadedModel[Likelihood]) -> ImageDataset:
+def open_dataset(loaded: LoadedModel[Any]) -> ImageDataset:
     """The images of --data_dir as the model takes them, with their classes where it has classes.
 
     Raises UserError for images or classes that the model does not take.

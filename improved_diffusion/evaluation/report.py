@@ -16,10 +16,13 @@ from ..config import UserError, shown
 from ..logs import logger
 from ..utils import files, images
 from ..utils.figures import new_figure, png_of
+from . import loss_floor_plot
+from .loss_floor import FloorReport
 from .metrics.scores import METRICS
 
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 GRID_FILE, NEIGHBOURS_FILE, DISTANCES_FILE = "report_samples.png", "report_neighbours.png", "report_distances.png"
+LOSS_FILE = "report_loss.png"
 SHOWN_SAMPLES = 100  # in the grid
 SHOWN_COPIES, SHOWN_NEIGHBOURS = 10, 5  # rows and columns of the picture of the nearest training images
 LONGEST_CELL = 1000  # of a value from a file, in characters
@@ -111,17 +114,23 @@ class Pictures:
     samples: np.ndarray  # uint8 [N, H, W, C]
     neighbours: Neighbours | None = None
     distances: tuple[np.ndarray, np.ndarray] | None = None  # of samples [N] and held-out images [K], to training images
+    loss: FloorReport | None = None  # of the model on its training images
 
     def encode(self) -> dict[str, bytes]:
         """The PNG of each, by its file's name."""
         found = {GRID_FILE: images.encode_png(images.grid(self.samples, 10, min_side=images.SHOWN_SIDE))}
         if self.neighbours is not None:
             found[NEIGHBOURS_FILE] = images.encode_png(self.neighbours.picture())
+        plots: dict[str, tuple[Any, ...]] = {}
         if self.distances is not None:
+            plots[DISTANCES_FILE] = (plot_distances, *self.distances)
+        if self.loss is not None:
+            plots[LOSS_FILE] = (loss_floor_plot.figure_of, self.loss)
+        for name, plot in plots.items():
             try:
-                found[DISTANCES_FILE] = png_of(plot_distances, *self.distances)
+                found[name] = png_of(*plot)
             except UserError as error:
-                logger.warn(f"no {DISTANCES_FILE}: {error}")
+                logger.warn(f"no {name}: {error}")
         return found
 
 
@@ -138,7 +147,8 @@ class Report:
     """What an evaluation found.
 
     Each metric is an attribute, None where it could not be computed; `missing` says why. `samples`, `reference`,
-    `train` and `held_out` describe the sets. `pictures` is None in a report read from disk, and on ranks but 0.
+    `train` and `held_out` describe the sets. `loss` is the model's on its training images, as FloorReport.to_dict gives
+    it, where it was asked for. `pictures` is None in a report read from disk, and on ranks but 0.
     """
 
     fid: Metric | None = None
@@ -156,6 +166,7 @@ class Report:
     held_out: Mapping[str, Any] | None = None
     real: Real | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    loss: Mapping[str, Any] | None = None
     warnings: tuple[str, ...] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -182,6 +193,7 @@ class Report:
             "pictures": dict(self.shown),
             "asked": dict(self.asked),
             "versions": dict(self.versions),
+            **({} if self.loss is None else {"loss": dict(self.loss)}),
         }
 
     @classmethod
@@ -196,6 +208,7 @@ class Report:
             held_out=content["held_out"] and checked_about(content["held_out"]),
             real=Real(_as_count(real["count"]), _as_metrics(real["metrics"])) if real else None,
             missing={name: _as_text(why) for name, why in content["missing"].items()},
+            loss=checked_loss(content["loss"]) if content.get("loss") else None,
             warnings=tuple(map(_as_text, list(content["warnings"]))),
             asked=dict(content["asked"]),
             versions={name: _as_text(version) for name, version in content["versions"].items()},
@@ -219,6 +232,7 @@ class Report:
             lines += ["", f"**Warning:** {escape(warning)}."]
         if pictures:
             lines += self._pictures()
+        lines += self._loss_by_noise()
         lines += ["", "## What was compared", "", "| | samples | reference |", "|---|---|---|"]
         keys = [key for key in dict.fromkeys([*self.samples, *self.reference]) if key != "made_by"]
         lines += [f"| {escape(k)} | {escape(self.samples.get(k))} | {escape(self.reference.get(k))} |" for k in keys]
@@ -245,6 +259,27 @@ class Report:
             ]  # fmt: skip
         if self.shown.get("distances"):
             lines += ["", f"![distances to the training images]({DISTANCES_FILE})"]
+        if self.shown.get("loss"):
+            lines += ["", f"![loss on the training images and its floor]({LOSS_FILE})"]
+        return lines
+
+    def _loss_by_noise(self) -> list[str]:
+        if self.loss is None:
+            return []
+        target = self.loss["target"]
+        lines = [
+            "", "## The loss on the training images", "",
+            f"Squared error of {escape(target)} by timestep, on {_count(self.loss['images'])} training images, and "
+            "its floor: the least that any model can have on them.",
+            "", "| timesteps | loss | floor | above the floor |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for level in self.loss["levels"]:
+            first, last = level["timesteps"]
+            found = [level[target][name] for name in ("loss", "floor", "excess")]
+            means = [Metric(mean["value"], mean["error"]) for mean in found]
+            lines.append(f"| {first:d} to {last:d} | {' | '.join(map(_short, means))} |")
+        for sentence in self.loss["memorised"]:
+            lines += ["", f"{escape(sentence)}."]
         return lines
 
     def _table_of_metrics(self) -> list[str]:
@@ -270,7 +305,7 @@ class Report:
         contents[TEXT_FILE] = self.markdown().encode(errors="replace")
         contents[JSON_FILE] = (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
         files.write_together((files.join(folder, name), content) for name, content in contents.items())
-        for name in {NEIGHBOURS_FILE, DISTANCES_FILE} - contents.keys():  # of an earlier report
+        for name in {NEIGHBOURS_FILE, DISTANCES_FILE, LOSS_FILE} - contents.keys():  # of an earlier report
             files.remove(files.join(folder, name))
         return files.join(folder, TEXT_FILE)
 
@@ -310,6 +345,21 @@ def checked_about(about: Mapping[str, Any]) -> dict[str, Any]:
         if name in found:
             _as_text(found[name])
     return found
+
+
+def checked_loss(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss by noise level, as FloorReport.to_dict gives it."""
+    for level in loss["levels"]:
+        for mean in level[loss["target"]].values():
+            _as_number(mean["value"])
+            if mean["error"] is not None:
+                _as_number(mean["error"])
+    list(map(_as_text, list(loss["memorised"])))
+    return dict(loss)
+
+
+def _short(metric: Metric) -> str:
+    return f"{metric.value:.4g}" + ("" if metric.error is None else f" ± {metric.error:.2g}")
 
 
 def _as_metrics(content: Mapping[str, Any]) -> dict[str, Any]:

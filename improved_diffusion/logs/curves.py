@@ -54,6 +54,14 @@ PANELS = (
         shows=_is("loss_q0", "loss_q1", "loss_q2", "loss_q3"),
     ),
     Panel(
+        title="Squared error on training images by quarter, and its floor (dashed)", unit="mse", label=_quarter,
+        shows=_is("train_mse_q0", "train_mse_q1", "train_mse_q2", "train_mse_q3"), log=True,
+    ),
+    Panel(
+        title="Squared error on held-out images by quarter", unit="mse", label=_quarter, log=True,
+        shows=_is("val_mse_q0", "val_mse_q1", "val_mse_q2", "val_mse_q3"),
+    ),
+    Panel(
         title="Validation loss", unit="loss", label=_weights, log=True,
         shows=lambda key: key.startswith("val_loss") and not key.endswith("_se"),
     ),
@@ -165,7 +173,17 @@ def _draw(
             axes.plot(x, y, color=color, linewidth=width, label=label, **dots)
         if f"{key}_se" in columns:
             _draw_band(axes, steps, columns[key], columns[f"{key}_se"], color)
+    floors = {key: columns[_floor(key)] for key in keys if key.startswith("train_mse") and _floor(key) in columns}
+    for i, column in enumerate(floors.values()):
+        axes.plot(*_curve(steps, column), color=COLORS[i % len(COLORS)], linewidth=1.2, linestyle="--")
     _dress(axes, panel, finite, len(keys), steps)
+    if floors:  # which may be next to nothing: they must not press the curves together
+        axes.set_ylim(bottom=max(min(column.min() for column in floors.values()), finite.min() / 10))
+
+
+def _floor(key: str) -> str:
+    """The column of the floor of a column of squared errors on training images."""
+    return key.replace("train_mse", "floor")
 
 
 def _draw_band(axes: Any, steps: np.ndarray, mean: np.ma.MaskedArray, error: np.ma.MaskedArray, color: str) -> None:

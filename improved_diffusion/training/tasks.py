@@ -23,6 +23,8 @@ from ..sampling.labels import caption_of
 from ..utils.text import class_index, listed
 from .classifier import ClassifierObjective, ClassifierValidation
 from .hooks import Hook
+from .loss_by_noise import FiniteSet
+from .loss_floor import LossFloor, training_set
 from .preview import PREVIEWS, PreviewGrid, preview_diffusion
 from .validation import HeldOutImages, Validation
 
@@ -100,7 +102,25 @@ class ImageTask(Task[ImageTraining]):
             seen = th.tensor(data.seen_classes)
             labels = {"y": seen[th.arange(PREVIEWS) % len(seen)]} if model.class_cond else {}
             found = self._previews(objective, PREVIEWS, labels, data)
-        return found + self._validation(Validation, objective, data)
+        validation = self._validation(Validation, objective, data)
+        return found + validation + self._loss_floor(objective, data, validation)
+
+    def _loss_floor(self, diffusion: Any, data: BatchStream, validation: Hooks) -> Hooks:
+        """The loss beside its floor every --val_interval steps, also on the images of the validation. Collective."""
+        watch, train = self.settings.watch, self.settings.train
+        if not watch.loss_floor:
+            return []
+        if 0 < train.max_steps < watch.val_interval:
+            logger.warn(
+                f"--val_interval {watch.val_interval} is more than --max_steps {train.max_steps}: no loss_floor"
+            )
+        held_out = None
+        for _, hook in validation:
+            assert isinstance(hook, Validation)
+            held_out = FiniteSet(hook.dataset, hook.selected, watch.val_images)
+        batch_size = train.microbatch if train.microbatch > 0 else train.batch_size
+        images = training_set(data.stream.dataset, data.stream.usable, data.stream.random_flip, watch.val_images)
+        return [(watch.val_interval, LossFloor(diffusion, images, held_out, watch.val_images, batch_size))]
 
 
 class SuperResTask(Task[SuperResTraining]):
@@ -117,6 +137,11 @@ class SuperResTask(Task[SuperResTraining]):
         return WithLowRes(data, self.settings.model.small_size)
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
+        if self.settings.watch.loss_floor:
+            raise UserError(
+                "--loss_floor: a super-resolution model sees a small version of the image, which nearly always shows "
+                "which one it is: the floor of its loss is about 0: leave the flag out"
+            )
         small = self.settings.model.small_size
         found: Hooks = []
         if self.settings.watch.sample_interval:

@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 from feature_helpers import write_script
-from script_helpers import TINY_IMAGE, call, contents, pixels, run, write_images
+from script_helpers import TINY_IMAGE, call, contents, pixels, refused, run, write_images
 
 from improved_diffusion import config
 from improved_diffusion.evaluation.evaluator import Evaluator
@@ -237,6 +237,28 @@ def test_a_model_draws_what_image_sample_draws_and_its_reference_is_prepared_ali
     assert f"40 of 40 samples are in {tmp_path / 'evaluated/samples'} already" in again.out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "evaluated/samples").iterdir()} == times
     assert contents(tmp_path / "evaluated") == there
+
+
+def test_the_report_has_the_loss_on_the_training_images_where_it_is_asked_for(place, tmp_path):
+    args = ["--model_path", place.model, "--steps", 2, *place.drawing, "--train_dir", place.large, "--out_dir"]
+    call("evaluate", *args, "with", "--loss_floor", "True", cwd=tmp_path).succeed()
+    loss = read(tmp_path / "with")["loss"]
+    assert loss["images"] == 60 and loss["diffusion_steps"] == 20 and len(loss["levels"]) == 20
+    assert all(level["epsilon"]["excess"]["value"] > 0 for level in loss["levels"])
+    text = (tmp_path / "with/report.md").read_text()
+    assert "on 60 training images" in text and "](report_loss.png)" in text
+    assert (tmp_path / "with/report_loss.png").stat().st_size > 10_000
+    call("evaluate", *args, "with", cwd=tmp_path).succeed()
+    assert "loss" not in read(tmp_path / "with") and not (tmp_path / "with/report_loss.png").exists()
+
+
+def test_the_loss_needs_a_model_and_its_training_images(place, tmp_path):
+    model, floor = ["--model_path", place.model, *place.drawing], ["--loss_floor", "True"]
+    refused(call("evaluate", *model, *floor, cwd=tmp_path), "--loss_floor", "--train_dir")
+    given = ["--samples", place.samples, *place.real_images, "--train_dir", place.real]
+    refused(call("evaluate", *given, *floor, cwd=tmp_path), "--loss_floor", "--model_path")
+    refused(call("evaluate", "sweep", *model, "--train_dir", place.large, *floor, cwd=tmp_path), "--loss_floor")
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_go_into_a_folder_of_their_settings_unless_told(place, tmp_path):

@@ -204,6 +204,17 @@ def test_reading_takes_the_file_or_its_folder(tmp_path):
         assert Report.read(str(path)) == made()
 
 
+MEANS = {name: {"value": 0.125, "error": None} for name in ("loss", "floor", "excess")}
+LOSS = {"target": "v", "images": 12, "memorised": ["it *knows*"], "levels": [{"timesteps": [0, 9], "v": MEANS}]}
+
+
+def test_the_loss_by_noise_level_is_read_and_shown(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(content(loss=LOSS)))
+    text = Report.read(str(tmp_path)).markdown()
+    assert "| 0 to 9 | 0.125 | 0.125 | 0.125 |" in text and r"it \*knows\*." in text and "on 12 training images" in text
+    assert "training images, and its floor" not in made().markdown()  # also of a report from before there was one
+
+
 WRONG = [
     {"metrics": {"fid": {}}}, {"metrics": {"fid": {"value": "12"}}}, {"metrics": {"fid": {"value": None}}},
     {"metrics": {"fid": {"value": float("nan")}}}, {"metrics": {"fid": {"value": 10**400}}},
@@ -216,7 +227,10 @@ WRONG = [
     {"reference": {}}, {"reference": {"images": "a", "count": 1.5}}, {"train": [1]}, {"train": {"images": "t"}},
     {"real": 3}, {"real": {"count": "4", "metrics": {}}}, {"missing": {"other": "x"}}, {"missing": {"fid": 3}},
     {"warnings": [3]}, {"warnings": None}, {"versions": {"torch": 2}}, {"versions": []}, {"pictures": 3},
-    {"asked": 3},
+    {"asked": 3}, {"loss": 3}, {"loss": {"levels": []}}, {"loss": {**LOSS, "target": []}},
+    {"loss": {**LOSS, "images": "x"}}, {"loss": {**LOSS, "memorised": [3]}}, {"loss": {**LOSS, "levels": [3]}},
+    {"loss": {**LOSS, "levels": [{"timesteps": [0, "x"], "v": MEANS}]}},
+    {"loss": {**LOSS, "levels": [{"timesteps": [0, 9], "v": {**MEANS, "floor": {"value": "1", "error": None}}}]}},
 ]  # fmt: skip
 
 

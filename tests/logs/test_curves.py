@@ -38,6 +38,8 @@ def run(n, every=10):
         row.update({f"loss_q{q}": loss / (q + 1) for q in range(4)})
         if i % 20 == 19:
             row.update({"val_loss": loss, "val_loss_ema_0.9999": loss, "val_bpd": 4.0, "val_bpd_se": 0.1})
+            row.update({f"{name}_q{q}": loss / (q + 1) for name in ("train_mse", "val_mse") for q in range(4)})
+            row.update({"floor_q0": 1e-30, **{f"floor_q{q}": 0.01 / q for q in (1, 2, 3)}})
             row.update({"val_bpd_ema_0.9999": 3.5 + loss, "val_bpd_ema_0.9999_se": 0.2})
         rows.append(row)
     return rows
@@ -60,9 +62,19 @@ def test_a_run_with_everything_has_every_panel(tmp_path):
     ]  # fmt: skip
     assert labels(shown["Validation loss"]) == labels(shown["Validation bound, ± standard error"])
     assert labels(shown["Validation loss"]) == ["model", "EMA 0.9999"]
-    assert [axes.get_yscale() for axes in shown.values()] == ["log"] * 3 + ["linear", "log"] + ["linear"] * 5
+    assert [axes.get_yscale() for axes in shown.values()] == ["log"] * 5 + ["linear", "log"] + ["linear"] * 5
     assert shown["Speed"].get_ylabel() == "images/s"
     assert len({axes.get_xlim() for axes in shown.values()}) == 1
+
+
+def test_floors_are_dashed_and_leave_the_scale_to_the_loss(tmp_path):
+    axes = panels(write_csv(tmp_path / "progress.csv", run(100)))[
+        "Squared error on training images by quarter, and its floor (dashed)"
+    ]
+    solid, dashed = ([line for line in axes.lines if line.get_linestyle() == style] for style in ("-", "--"))
+    assert [line.get_color() for line in solid] == [line.get_color() for line in dashed] and len(dashed) == 4
+    lowest = min(np.nanmin(line.get_ydata()) for line in solid)
+    assert axes.get_ylim()[0] == pytest.approx(lowest / 10)
 
 
 def test_panels_without_columns_are_left_out(tmp_path):

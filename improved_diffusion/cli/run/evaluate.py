@@ -11,6 +11,7 @@ from ...config import EvaluationConfig, FeaturesConfig, ReadingConfig, RunConfig
 from ...config.settings import Comparison, ReferenceStatistics, Scoring, Sweeping
 from ...evaluation.comparison import comparison, name_reports, report_dir, write_comparison
 from ...evaluation.evaluator import Inputs, prepare_like_training
+from ...evaluation.loss_floor import training_loss
 from ...evaluation.provenance import report_folder
 from ...evaluation.references import write_reference
 from ...evaluation.report import Report
@@ -50,17 +51,21 @@ def score_drawn(parsed: Parsed[Scoring]) -> None:
     inputs = Inputs.of(settings.evaluation, features, settings.reading)
     inputs.check_model(pipeline.loaded.path, count)
     inputs.check_out_dir(run_folder(settings.run, pipeline.name))
+    loss = training_loss(pipeline.loaded, settings.evaluation.train_dir) if settings.evaluation.loss_floor else None
     out_dir = open_run(settings.run, pipeline.name)
-    evaluator = inputs.prepare()  # before the samples are drawn, since it may fail
-    evaluator.evaluate(inputs.open_samples(pipeline.write(out_dir)), out_dir)
+    measured = None if loss is None else loss.run()  # before the samples are drawn, since it may fail, and so may this
+    evaluator = inputs.prepare()
+    evaluator.evaluate(inputs.open_samples(pipeline.write(out_dir)), out_dir, loss=measured)
 
 
 def check_source(parsed: Parsed[Scoring]) -> None:
     """Raise UserError unless samples are either given or drawn."""
     settings = parsed.settings
-    samples = settings.evaluation.samples
+    samples, floor = settings.evaluation.samples, settings.evaluation.loss_floor
     if bool(samples) == bool(settings.sample.model_path):
         raise UserError("give --samples, to evaluate those, or --model_path, to draw them first: one of the two")
+    if floor and not (settings.sample.model_path and settings.evaluation.train_dir):
+        raise UserError("--loss_floor needs a model and its training images: give --model_path and --train_dir")
     groups = (EvaluationConfig, FeaturesConfig, ReadingConfig, RunConfig)
     of_evaluation = {f.name for group in groups for f in fields(group)} - {"seed"} | {"num_samples"}
     others = (["preset"] if parsed.preset else []) + sorted(parsed.given - of_evaluation)
@@ -76,6 +81,8 @@ def reference(parsed: Parsed[ReferenceStatistics]) -> None:
 
 def sweep(points: Sequence[tuple[dict[str, str], Parsed[Sweeping]]]) -> None:
     """Evaluate a model under several settings."""
+    if points[0][1].settings.evaluation.loss_floor:
+        raise UserError("--loss_floor does not depend on how samples are drawn: give it to evaluate, or use loss-floor")
     distributed.join_ranks(points[0][1].settings.run)
     run_sweep([Point(chosen, parsed.settings, parsed.given) for chosen, parsed in points])
 
