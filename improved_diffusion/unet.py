@@ -154,7 +154,7 @@ class ResBlock(TimestepBlock):
     def _modulated(self, h, emb_out):
         """`out_layers` of h, where scale and shift [N, 2C, ...] follow the norm."""
         norm, *rest = self.out_layers
-        if emb_out.shape == (len(h), 2 * h.shape[1]) and fuses(h, [norm, *rest]):
+        if fuses(h, [norm, *rest]) and emb_out.shape == (h.shape[0], 2 * h.shape[1]):
             h = fused_norm(h, norm, silu=True, modulation=emb_out)
             rest = rest[1:]
         else:

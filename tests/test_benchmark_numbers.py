@@ -248,11 +248,12 @@ def test_the_front_page_shows_the_smallest_recipe():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_group_of_benchmarks_and_every_file_of_results_exists(page):
     text = re.sub(r"\\\n\s*", " ", page.read_text())
-    for line in re.findall(r"python -m benchmarks([^`\n)]*)", text):
+    for line in re.findall(r"python -m benchmarks\b(?!\.)([^`\n)]*)", text):
         parse([word for word in line.split() if word != "GROUP"])
     for name in re.findall(r"benchmarks/results/([\w.]+)", text):
         assert "NAME" in name or (ROOT / "benchmarks" / "results" / name).exists(), name
-    for name in re.findall(r"benchmarks/(\w+\.(?:py|sh))", text):
+    modules = [f"{name}.py" for name in re.findall(r"python -m benchmarks\.(\w+)", text)]
+    for name in [*re.findall(r"benchmarks/(\w+\.(?:py|sh))", text), *modules]:
         assert (ROOT / "benchmarks" / name).exists(), name
 
 

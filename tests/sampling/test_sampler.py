@@ -263,7 +263,7 @@ def test_a_network_in_16_bits_draws_nearly_the_same(precision, model, tmp_path):
 def test_float16_on_a_cpu_is_warned_of_once(model, tmp_path):
     guided._warn_of_slow_float16.cache_clear()
     flags = ["--sampler", "dpmpp_2m", "--steps", "2"]
-    said = [sample(model, tmp_path / str(i), *flags, "--use_fp16", "True")[2].count("slow on CPU") for i in range(2)]
+    said = [sample(model, tmp_path / str(i), *flags, "--use_fp16", "True")[2].count("float16 is") for i in range(2)]
     assert said == [1, 0]
 
 
