@@ -189,6 +189,7 @@ def test_kills():
         ("docs/data.md", "| | images/s |", "speed_AMD_EPYC", "loading", {"per_second": 1, "ratio": 1}),
         ("docs/speed.md", "| way | images/s |", "speed_NVIDIA_H100_80GB_HBM3", "training",
          {"per_second": 1, "ratio": 1, "peak_bytes": 2**-30}),
+        ("docs/speed.md", "| a training step on a CPU |", "speed_AMD_EPYC", "training", {"per_second": 1, "ratio": 1}),
     ],
 )  # fmt: skip
 def test_rows_of_speed(page, heading, results, group, columns):
@@ -201,6 +202,13 @@ def test_rows_of_speed(page, heading, results, group, columns):
             return all(not cell or agrees(cell, value) for cell, value in zip(cells, values))
 
         assert any(shows(row) for row in found[group]["rows"] if "error" not in row), f"{name}: {cells}"
+
+
+def test_seconds_of_images_on_a_cpu():
+    text, results = page_and_results("docs/speed.md", "speed_AMD_EPYC")
+    found = {row["way"]: row for row in results["sampling"]["rows"]}["dpmpp_2m 15 steps"]
+    seconds, ratio = re.search(r"in 15 steps take (\d+) s there, (\S+) times", text).groups()
+    assert agrees(seconds, found["seconds"]) and agrees(ratio, found["ratio"])
 
 
 def test_seconds_of_the_metrics():
