@@ -46,7 +46,7 @@ Found = tuple[str, dict[str, th.Tensor], dict[str, Any]]  # file, state dict, de
 MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
 ]
-_READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
+READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_model(
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
     path, state_dict, metadata = found or read(path)
-    settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
+    settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS])
     with naming(path):
         model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)

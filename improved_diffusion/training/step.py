@@ -166,6 +166,8 @@ class TrainStep:
         """One step on this rank's batch [N, C, H, W] and conditions (dict of [N, ...])."""
         if self.seed is not None:
             objective.seed_step(self.seed, self.absolute_step, self.device)
+        if hasattr(self.diffusion, "at_step"):
+            self.diffusion.at_step(self.absolute_step)
         self.forward_backward(batch, cond)
         if self.use_fp16:
             self.optimize_fp16()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +18,8 @@ from ..data.low_res import WithLowRes, downsample
 from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
-from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
+from ..models.build import build_classifier, build_diffusion, build_model
+from ..resample import create_named_schedule_sampler
 from ..sampling.labels import caption_of
 from ..utils.text import class_index, listed
 from .classifier import ClassifierObjective, ClassifierValidation
@@ -31,19 +32,38 @@ Hooks = list[tuple[int, Hook]]  # (interval in steps, hook)
 
 
 class Task(Generic[S]):
-    """What one kind of run trains, on what, and what it shows on the way."""
+    """What one kind of run trains, on what, and what it shows on the way.
 
-    def __init__(self, settings: S):
-        self.settings = settings
+    :param metadata: the description of the checkpoint that the run continues or starts from; {} where there is none.
+    """
+
+    def __init__(self, settings: S, metadata: Mapping[str, Any] | None = None):
+        self.settings, self.metadata = settings, metadata or {}
 
     @property
     def needs_classes(self) -> bool:
         """Whether the classes of the images are read."""
         raise NotImplementedError
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        """(network, objective): the objective has num_timesteps and training_losses."""
+    def network(self) -> th.nn.Module:
+        """The network to train, on the CPU."""
         raise NotImplementedError
+
+    def objective(self) -> Any:
+        """What it is trained on: an object with num_timesteps and training_losses."""
+        raise NotImplementedError
+
+    def build(self) -> tuple[th.nn.Module, Any]:
+        """(network, objective)."""
+        return self.network(), self.objective()
+
+    def schedule_sampler(self, objective: Any) -> Any:
+        """What draws the timesteps that the network is trained on."""
+        return create_named_schedule_sampler(self.settings.train.schedule_sampler, objective)
+
+    def description(self) -> dict[str, Any]:
+        """What the checkpoints' description says besides what all runs say."""
+        return {}
 
     def stream(self, data: BatchStream) -> Any:
         """The batches that the loop trains on."""
@@ -90,8 +110,11 @@ class ImageTask(Task[ImageTraining]):
     def needs_classes(self) -> bool:
         return self.settings.model.class_cond
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
+    def network(self) -> th.nn.Module:
+        return build_model(self.settings.model, self.settings.diffusion.learn_sigma)
+
+    def objective(self) -> Any:
+        return build_diffusion(self.settings.diffusion)
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
         model = self.settings.model
@@ -110,8 +133,11 @@ class SuperResTask(Task[SuperResTraining]):
     def needs_classes(self) -> bool:
         return self.settings.model.class_cond
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
+    def network(self) -> th.nn.Module:
+        return build_model(self.settings.model, self.settings.diffusion.learn_sigma)
+
+    def objective(self) -> Any:
+        return build_diffusion(self.settings.diffusion)
 
     def stream(self, data: BatchStream) -> Any:
         return WithLowRes(data, self.settings.model.small_size)
@@ -135,20 +161,14 @@ class ClassifierTask(Task[ClassifierTraining]):
     def needs_classes(self) -> bool:
         return True
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        classifier = build_classifier(self.settings.model)
-        return classifier, ClassifierObjective(build_diffusion(self.settings.diffusion))
+    def network(self) -> th.nn.Module:
+        return build_classifier(self.settings.model)
+
+    def objective(self) -> Any:
+        return ClassifierObjective(build_diffusion(self.settings.diffusion))
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
         return self._validation(ClassifierValidation, objective, data)
-
-
-def task_of(settings: Training) -> Task:
-    """The task of a run's settings."""
-    kinds: dict[type, type[Task]] = {
-        ImageTraining: ImageTask, SuperResTraining: SuperResTask, ClassifierTraining: ClassifierTask,
-    }  # fmt: skip
-    return kinds[type(settings)](settings)
 
 
 def _validation_classes(settings: Any, source: Any, trained: Sequence[str]) -> list[int]:

@@ -1,0 +1,68 @@
+"""Distillation options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .base import Config, extra, with_default
+from .messages import UserError
+from .training import TrainConfig
+from .values import path_of
+
+METHODS = ("consistency",)
+PREDICTIONS = ("teacher", "eps", "x0", "v")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Config):
+    """Distillation."""
+
+    teacher: str = extra(
+        "", "checkpoint of the model to distil, or its run's folder; a moving average is best", parse=path_of
+    )
+    method: str = extra(
+        "consistency",
+        "consistency: images in a few steps that add noise again (consistency tuning, Geng et al. 2024)",
+        choices=METHODS,
+    )
+    to: int = extra(4, "steps that the student is for: what sampling, previews and validation take", low=1, high=1000)
+    student_prediction: str = extra(
+        "teacher",
+        "what the student predicts; another than the teacher's is learned from the images first, for one stage",
+        choices=PREDICTIONS,
+    )
+    max_q: int = extra(
+        16, "consistency: the pairs of noise levels move together until they are 1/q apart; 2, 4, 8, ... up to this",
+        low=2, high=4096,
+    )  # fmt: skip
+    q_steps: int = extra(0, "consistency: steps of each q; 0: max_steps shared equally", low=0)
+    p_mean: float = extra(-1.1, "consistency: mean of log sigma, the noise level", low=-20, high=20)
+    p_std: float = extra(2.0, "consistency: standard deviation of log sigma", low=0, high=20)
+
+    def validate(self) -> None:
+        if self.max_q & (self.max_q - 1):
+            raise UserError(f"--max_q {self.max_q} must be a power of 2: q doubles from 2 on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTrainConfig(TrainConfig):
+    """Training loop."""
+
+    ema_rate: str = with_default(TrainConfig, "ema_rate", "0.9993")
+    ema_warmup: bool = with_default(TrainConfig, "ema_warmup", True)
+    optimizer: str = with_default(TrainConfig, "optimizer", "radam")
+    lr_schedule: str = with_default(TrainConfig, "lr_schedule", "linear")
+    max_steps: int = with_default(TrainConfig, "max_steps", 10_000)
+    save_interval: int = with_default(TrainConfig, "save_interval", 1000)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.schedule_sampler != "uniform":
+            raise UserError(
+                f"--schedule_sampler {self.schedule_sampler} is not for distillation: --method decides which noise "
+                "levels are drawn, leave it out"
+            )
+        if not (self.max_steps or self.lr_anneal_steps):
+            raise UserError(
+                "--max_steps 0: a distillation has stages, whose lengths follow from its end: give a number"
+            )

@@ -1,0 +1,48 @@
+"""What distillation trains: a student of an image model or of a super-resolution model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...data.stream import BatchStream
+from ...models.build import build_diffusion
+from ..tasks import Hooks, ImageTask, SuperResTask, Task
+from .consistency import Consistency
+from .objective import Distillation
+from .teacher import Teacher
+
+METHODS: dict[str, type[Distillation]] = {"consistency": Consistency}
+
+
+class DistillationTask(Task):
+    """A student. Mixed into the task of what its teacher was trained for."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the description of the student says of its teacher."""
+        return self.metadata["distilled"]
+
+    def objective(self) -> Distillation:
+        method = METHODS[self.settings.distill.method]
+        teacher = Teacher(self.settings, self.facts)
+        return method(self.settings, build_diffusion(self.settings.diffusion), teacher)
+
+    def schedule_sampler(self, objective: Distillation) -> Any:
+        return objective.schedule_sampler()
+
+    def description(self) -> dict[str, Any]:
+        options = self.settings.distill
+        own = {"method": options.method, "sampler": METHODS[options.method].sampler, "steps": options.to}
+        return {"distilled": {**self.facts, **own}}
+
+    def hooks(self, objective: Distillation, data: BatchStream) -> Hooks:
+        return [*objective.hooks(), *super().hooks(objective, data)]
+
+
+class ImageDistillationTask(DistillationTask, ImageTask):
+    """A student of an image model."""
+
+
+class SuperResDistillationTask(DistillationTask, SuperResTask):
+    """A student of a super-resolution model."""
