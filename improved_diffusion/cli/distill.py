@@ -8,7 +8,7 @@ COMMAND = Command(
     Distilling,
     "training:distill",
     first=(
-        "teacher", "data_dir", "method", "to", "max_steps", "lr", "batch_size", "max_q", "precision", "val_dir",
-        "resume", "out_dir",
+        "teacher", "data_dir", "method", "steps", "to", "max_steps", "lr", "batch_size", "max_q", "guidance_scale",
+        "precision", "val_dir", "resume", "out_dir",
     ),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from .messages import UserError
 from .training import TrainConfig
 from .values import path_of
 
-METHODS = ("consistency",)
+METHODS = ("consistency", "progressive")
 PREDICTIONS = ("teacher", "eps", "x0", "v")
 
 
@@ -22,7 +22,8 @@ class DistillConfig(Config):
     )
     method: str = extra(
         "consistency",
-        "consistency: images in a few steps that add noise again (consistency tuning, Geng et al. 2024)",
+        "consistency: images in a few steps that add noise again (consistency tuning, Geng et al. 2024); progressive: "
+        "the teacher's images, from the same noise, in fewer steps of ddim (Salimans & Ho 2022)",
         choices=METHODS,
     )
     to: int = extra(4, "steps that the student is for: what sampling, previews and validation take", low=1, high=1000)
@@ -30,6 +31,17 @@ class DistillConfig(Config):
         "teacher",
         "what the student predicts; another than the teacher's is learned from the images first, for one stage",
         choices=PREDICTIONS,
+    )
+    steps: int = extra(
+        64, "progressive: steps of the teacher at first, halved stage by stage until --to; max_steps is shared equally",
+        low=2, high=10_000,
+    )  # fmt: skip
+    guidance_scale: float = extra(
+        1.0,
+        "progressive: the student learns what the teacher does with classifier-free guidance of this scale, in one "
+        "evaluation a step; 1: without guidance",
+        low=0,
+        high=1e6,
     )
     max_q: int = extra(
         16, "consistency: the pairs of noise levels move together until they are 1/q apart; 2, 4, 8, ... up to this",
@@ -42,6 +54,14 @@ class DistillConfig(Config):
     def validate(self) -> None:
         if self.max_q & (self.max_q - 1):
             raise UserError(f"--max_q {self.max_q} must be a power of 2: q doubles from 2 on")
+        if self.method == "progressive" and self.steps not in {self.to * 2**n for n in range(1, 32)}:
+            possible = sorted((self.to * 2**n for n in range(1, 10)), key=lambda n: abs(n - self.steps))[0]
+            raise UserError(
+                f"--steps {self.steps} is not --to {self.to} doubled once or several times: the steps are halved stage "
+                f"by stage, give --steps {possible} for example"
+            )
+        if self.method != "progressive" and self.guidance_scale != 1:
+            raise UserError(f"--guidance_scale {self.guidance_scale} is for --method progressive, not {self.method}")
 
 
 @dataclass(frozen=True, kw_only=True)

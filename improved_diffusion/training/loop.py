@@ -43,7 +43,8 @@ class TrainLoop(CheckpointedStep):
         `seek(step)`, resuming moves it to the right batch.
     :param diffusion: anything with `num_timesteps` and `training_losses(model, x_start, t, model_kwargs, noise)`, which
         returns a dict of terms, [N] or without dimensions, with "loss" among them. `noise` is optional. If it has
-        `at_step(step)`, that is called before each step with its number, counted from the very first.
+        `at_step(step)`, that is called before each step with its number, counted from the very first. If it has
+        `restarts`, a list of such numbers, the optimizer, its schedule and the moving averages begin anew there.
     :param resume_checkpoint: a modelNNNNNN.pt, to continue from step NNNNNN with the ema_* and opt files beside it; ""
         to start at step 0. One of those files that is missing raises UserError if `strict_resume`, else is a warning.
     :param schedule_sampler: any object with `sample(batch_size, device)`; uniform unless given.
@@ -85,7 +86,11 @@ class TrainLoop(CheckpointedStep):
         self.max_steps = max_steps or lr_anneal_steps
         schedule = ("linear" if lr_anneal_steps else "constant") if lr_schedule == "auto" else lr_schedule
         self.lr_schedule = LRSchedule(
-            schedule, lr_anneal_steps or self.max_steps, lr_warmup_steps, adam_beta2 if optimizer == "radam" else 0.0
+            schedule,
+            lr_anneal_steps or self.max_steps,
+            lr_warmup_steps,
+            adam_beta2 if optimizer == "radam" else 0.0,
+            getattr(diffusion, "restarts", ()),
         )
         self.ema_rate = comma_list(str(ema_rate), float)
         self.log_interval, self.save_interval = log_interval, save_interval

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import LR_SCHEDULES, unknown_name
@@ -43,6 +44,7 @@ class LRSchedule:
     """A learning rate as a function of the step; see `learning_rate`.
 
     :param rectified_beta2: Adam's beta2 where the rate is rectified, as in RAdam; 0: it is not.
+    :param restarts: steps, ascending, before each of which the schedule ends, and at which it begins anew.
     Raises UserError for an unknown name.
     """
 
@@ -50,6 +52,7 @@ class LRSchedule:
     total_steps: int
     warmup_steps: int
     rectified_beta2: float = 0.0
+    restarts: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.name not in LR_SCHEDULES:
@@ -62,7 +65,8 @@ class LRSchedule:
 
     def at(self, step: int, lr: float) -> float:
         """The rate of a step (from 0), where `lr` is the highest."""
-        rate = learning_rate(
-            step, lr=lr, schedule=self.name, total_steps=self.total_steps, warmup_steps=self.warmup_steps
-        )
+        first = max((restart for restart in self.restarts if restart <= step), default=0)
+        end = min((restart for restart in self.restarts if restart > step), default=self.total_steps)
+        step -= first
+        rate = learning_rate(step, lr=lr, schedule=self.name, total_steps=end - first, warmup_steps=self.warmup_steps)
         return rate * rectification(step, self.rectified_beta2) if self.rectified_beta2 else rate

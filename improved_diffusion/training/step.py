@@ -168,6 +168,8 @@ class TrainStep:
             objective.seed_step(self.seed, self.absolute_step, self.device)
         if hasattr(self.diffusion, "at_step"):
             self.diffusion.at_step(self.absolute_step)
+        if self.absolute_step in self.lr_schedule.restarts:
+            self._restart()
         self.forward_backward(batch, cond)
         if self.use_fp16:
             self.optimize_fp16()
@@ -175,6 +177,16 @@ class TrainStep:
             self.optimize_normal()
         self._made = self.absolute_step + 1
         self.log_step()
+
+    def _restart(self) -> None:
+        """Begin anew from the present parameters, with a new optimizer and new averages.
+
+        Power-function averages, whose width is relative to the whole training, go on.
+        """
+        self.opt.state.clear()
+        for ema in self.emas:
+            if isinstance(ema, ParameterEMA):
+                ema.load(self.master_params)
 
     def forward_backward(self, batch, cond) -> None:
         """The gradient of the batch's weighted mean loss.

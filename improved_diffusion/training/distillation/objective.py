@@ -22,6 +22,7 @@ class Distillation:
     """
 
     sampler: str  # the solver of the student, which takes settings.distill.to steps unless told otherwise
+    grid = "auto"  # the timestep grid of these steps
 
     def __init__(
         self, settings: ImageDistillation | SuperResDistillation, diffusion: SpacedDiffusion, teacher: Teacher

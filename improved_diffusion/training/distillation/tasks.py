@@ -10,9 +10,10 @@ from ...models.build import build_diffusion
 from ..tasks import Hooks, ImageTask, SuperResTask, Task
 from .consistency import Consistency
 from .objective import Distillation
+from .progressive import Progressive
 from .teacher import Teacher
 
-METHODS: dict[str, type[Distillation]] = {"consistency": Consistency}
+METHODS: dict[str, type[Distillation]] = {"consistency": Consistency, "progressive": Progressive}
 
 
 class DistillationTask(Task):
@@ -32,8 +33,8 @@ class DistillationTask(Task):
         return objective.schedule_sampler()
 
     def description(self) -> dict[str, Any]:
-        options = self.settings.distill
-        own = {"method": options.method, "sampler": METHODS[options.method].sampler, "steps": options.to}
+        options, method = self.settings.distill, METHODS[self.settings.distill.method]
+        own = {"method": options.method, "sampler": method.sampler, "timestep_grid": method.grid, "steps": options.to}
         return {"distilled": {**self.facts, **own}}
 
     def hooks(self, objective: Distillation, data: BatchStream) -> Hooks:

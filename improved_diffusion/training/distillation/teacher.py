@@ -25,6 +25,8 @@ from ...config.settings import Distilling, ImageDistillation, ImageModel, SuperR
 from ...logs import logger
 from ...models.build import build_diffusion, build_model
 from ...respace import SpacedDiffusion
+from ...sampling.guidance import ClassifierFreeGuidance
+from ...sampling.guided import check_hides_classes
 from ...sampling.request import model_name
 from ...utils import files
 
@@ -33,7 +35,7 @@ Settings = ImageDistillation | SuperResDistillation
 # What a student's training takes from its teacher's, unless told otherwise, besides the model.
 _TAKEN = ("labels", "random_flip", "total_batch_size")
 # What decides the student and cannot change while it is trained.
-_KEPT = ("method", "to", "student_prediction")
+_KEPT = ("method", "to", "student_prediction", "steps", "guidance_scale")
 
 
 def prediction_of(diffusion: DiffusionConfig) -> str:
@@ -62,17 +64,28 @@ class Teacher:
         return build_diffusion(with_prediction(self.settings, self.prediction).diffusion)
 
     @cached_property
+    def module(self) -> th.nn.Module:
+        """A network of the teacher's form, on the device, in eval mode, without gradients, and without its weights."""
+        network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
+        return network.to(distributed.dev()).eval().requires_grad_(False)
+
+    @cached_property
     def network(self) -> th.nn.Module:
-        """The teacher's network, on the device, in eval mode, without gradients. Collective where it is first used.
+        """`module` with the teacher's weights. Collective where it is first used.
 
         Raises UserError where the file is gone, or is another one than the run began with.
         """
         path = self.settings.distill.teacher
         if distributed.from_rank0(files.sha256, path) != self.facts["teacher_sha256"]:
             raise UserError(f"{path} has changed since the distillation began: bring the teacher back, or begin anew")
-        network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
-        checkpoint.load_into(network, checkpoint.load(path)[0], path)
-        return network.to(distributed.dev()).eval().requires_grad_(False)
+        checkpoint.load_into(self.module, checkpoint.load(path)[0], path)
+        return self.module
+
+    @cached_property
+    def guided(self) -> th.nn.Module:
+        """`network`, guided by itself with its class hidden where --guidance_scale says so."""
+        scale = self.settings.distill.guidance_scale
+        return self.network if scale == 1 else ClassifierFreeGuidance(self.network, scale)
 
 
 def with_prediction(settings: Settings, prediction: str) -> Settings:
@@ -96,6 +109,8 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     mine = of_kind(settings, kind, given, path)
     taken = [name for name in _TAKEN if name != "total_batch_size" or "batch_size" not in given]
     mine = take_options(mine, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS, *taken])
+    if mine.distill.guidance_scale != 1:
+        check_hides_classes(mine.distill.guidance_scale, path, mine.model.class_cond, metadata)
     prediction = prediction_of(mine.diffusion)
     if mine.distill.student_prediction != "teacher":
         mine = with_prediction(mine, mine.distill.student_prediction)
