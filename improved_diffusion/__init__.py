@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Images", "Latents", "Model", "Report", "UserError", "__version__", "evaluate", "load", "train"]
+__all__ = ["Images", "Latents", "Model", "Report", "UserError", "__version__", "distill", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:
-    from .api import Images, Latents, Model, Report, UserError, evaluate, load, train
+    from .api import Images, Latents, Model, Report, UserError, distill, evaluate, load, train
 
 
 def __getattr__(name: str) -> Any:

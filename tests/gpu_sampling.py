@@ -23,6 +23,7 @@ from improved_diffusion.sampling.pipeline import SamplingPipeline
 SAMPLERS = [
     dict(sampler="ancestral", steps=5), dict(sampler="ddim", steps=5), dict(sampler="ddim", steps=5, ddim_eta=0.5),
     dict(sampler="dpmpp_2m", steps=5), dict(sampler="dpmpp_2m_sde", steps=5), dict(sampler="heun", steps=4, churn=4),
+    dict(sampler="renoise", steps=4),
 ]  # fmt: skip
 
 

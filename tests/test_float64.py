@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
-from improved_diffusion.sampling.solvers import RULES, BothWays, Inpaint, sample_loop
+from improved_diffusion.sampling.solvers import NOISY, RULES, BothWays, Inpaint, sample_loop
 from improved_diffusion.sampling.timestep_grids import repaint_path
 
 SHAPE = (2, 1, 4, 4)
@@ -56,7 +56,7 @@ def test_every_rule(name, kept):
     diffusion = make_diffusion(6, rescale=True).respaced(np.array(kept))
     image, count = th.zeros(SHAPE, device="meta"), len(kept)
     walks = [(RULES[name](), None), (Inpaint(RULES[name](), image, image), repaint_path(count, 2, 2))]
-    if name not in ("ancestral", "dpmpp_2m_sde"):  # which cannot go both ways
+    if name not in NOISY:  # which cannot go both ways
         walks.append((BothWays(RULES[name]()), range(count)))
     with NoFloat64():
         for rule, path in walks:

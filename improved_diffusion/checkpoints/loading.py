@@ -90,7 +90,20 @@ def load_model(
     checkpoint.load_into(model, state_dict, path)
     if warn:
         warn_of_initial_weights(path, metadata)
+    settings = with_own_steps(settings, metadata)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
+
+
+def with_own_steps(settings: S, metadata: Mapping[str, Any]) -> S:
+    """The settings with the sampler and the steps that a distilled model is for, where they name none.
+
+    :param metadata: what the model's file says of itself.
+    """
+    values, student = settings.values(), metadata.get("distilled")
+    if not student or values.get("sampler") != "auto" or values["use_ddim"]:
+        return settings
+    named = values["steps"] or values["timestep_respacing"] or values["timestep_grid"][:1].isdigit()
+    return settings.replace(sampler=student["sampler"], **({} if named else {"steps": student["steps"]}))
 
 
 def read(path: str, flag: str = "--model_path", classifier: bool = False) -> Found:

@@ -12,6 +12,7 @@ from .values import comma_list, number_list, path_of, real_number
 
 SAMPLERS = (
     "auto", "ancestral", "ddim", "plms", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "unipc_3", "euler", "heun",
+    "renoise",
 )  # fmt: skip
 
 
@@ -25,13 +26,14 @@ class SamplerConfig(SpeedConfig):
     sampler: str = extra("auto", "the solver; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
     steps: int = extra(
         0,
-        "number of steps; 0: timestep_respacing, else all for ancestral and ddim, 20 for others, 100 or 200 for edits",
+        "number of steps; 0: timestep_respacing, else all for ancestral and ddim, 4 for renoise, 20 for others, 100 or "
+        "200 for edits",
         low=0,
     )
     timestep_grid: str = extra(
         "auto",
-        "spacing of the steps: uniform, ddim, trailing, logsnr, karras, quadratic, or timesteps such as "
-        "0,10.5,500,999; auto: by sampler",
+        "spacing of the steps: uniform, ddim, trailing, logsnr, karras, quadratic, coarse, timesteps such as "
+        "0,10.5,500,999, or noise levels such as sigma:40,5,1.5,0.5; auto: by sampler",
     )
     churn: float = extra(
         0.0, "S_churn of euler and heun: noise added and removed again at each step (EDM alg. 2)", low=0

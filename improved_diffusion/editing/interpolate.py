@@ -16,11 +16,12 @@ from ..config.settings import Interpolation
 from ..logs import logger
 from ..sampling.labels import Labels, label_kwargs
 from ..sampling.noise import SeededNoise, slerp
+from ..sampling.solvers import NOISY
 from ..utils import files
 from ..utils import images as image_files
 from .base import Edit, full_paths, read_given, sha256, source_name
 from .model import EditingModel, inversion_path, straight
-from .options import NOISY, inversion_settings, refuse_options
+from .options import inversion_settings, refuse_options
 
 
 class Interpolate(Edit):

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from ..config import UserError
 from ..config.settings import Editing
+from ..sampling.timestep_grids import is_list
 
 S = TypeVar("S", bound=Editing)
 
 INVERTIBLE = ("ddim", "euler", "heun")  # a step depends on nothing but where it starts, so it can be taken backwards
-NOISY = ("ancestral", "dpmpp_2m_sde")  # these draw noise at each step
 # The grid with the smallest round-trip error, by far: an error of the predicted noise counts sigma / alpha times in
 # x_0, and unlike the published strides this grid stops while some of the image is left.
 ENCODING_GRID, ENCODING_STEPS = "karras", 200
@@ -24,8 +24,7 @@ def default_steps(settings: S, steps: int, grid: str = "auto") -> S:
     if respacing:
         return settings
     grid = grid if options.timestep_grid == "auto" else options.timestep_grid
-    listed = grid[:1].isdigit()  # timesteps one by one
-    count = options.steps or (0 if listed else min(steps, settings.diffusion.diffusion_steps))
+    count = options.steps or (0 if is_list(grid) else min(steps, settings.diffusion.diffusion_steps))
     return settings.replace(timestep_grid=grid, steps=count)
 
 

@@ -18,13 +18,13 @@ from ..respace import SpacedDiffusion
 from .guidance import dynamic_threshold
 from .noise import SeededNoise
 from .solvers import DDIM, RULES, Euler, Heun, Rule, sample_loop_progressive
-from .timestep_grids import churned, largest_sigma, straight_path, table, timestep_grid
+from .timestep_grids import churned, is_list, side_of, straight_path, table, timestep_grid
 
-STEPS = 20  # of the solvers made for few steps
+STEPS, RENOISE_STEPS = 20, 4  # of the solvers made for few steps, and for fewer
 PUBLISHED = ("ancestral", "ddim")  # whose default is all steps
 # The default grid of each solver: as published, and for the others the one with the smallest errors in
 # benchmarks/sampler_quality.py.
-GRIDS = {"ancestral": "uniform", "ddim": "ddim", "euler": "karras", "heun": "karras"}
+GRIDS = {"ancestral": "uniform", "ddim": "ddim", "euler": "karras", "heun": "karras", "renoise": "coarse"}
 OTHER_GRID = "logsnr"
 
 
@@ -151,20 +151,20 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
 
 def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray]:
     """(the grid's name, its timesteps) for a solver; base [T] is alpha_bar of the trained process."""
-    sigma_max = largest_sigma(*height_width(settings.model.size))
+    side = side_of(*height_width(settings.model.size))
     options = settings.sampler
     grid = options.timestep_grid
-    listed = grid[:1].isdigit()
-    count = options.steps or (0 if listed else len(base) if name in PUBLISHED else min(STEPS, len(base)))
+    few = RENOISE_STEPS if name == "renoise" else STEPS
+    count = options.steps or (0 if is_list(grid) else len(base) if name in PUBLISHED else min(few, len(base)))
     if grid != "auto":
-        return grid, timestep_grid(grid, count, base, sigma_max)
+        return grid, timestep_grid(grid, count, base, side)
     grid = GRIDS.get(name, OTHER_GRID)
-    if base[-1] > 0 or name == "ancestral":
-        return grid, timestep_grid(grid, count, base, sigma_max)
     # A model trained on pure noise must start from it (Lin et al. 2024, sec. 3.3).
+    if base[-1] > 0 or name in ("ancestral", "renoise"):  # whose grids do
+        return grid, timestep_grid(grid, count, base, side)
     if name == "ddim" or count == 1:
         return "trailing", timestep_grid("trailing", count, base)
-    return f"{grid}, and pure noise", np.append(timestep_grid(grid, count - 1, base, sigma_max), len(base) - 1.0)
+    return f"{grid}, and pure noise", np.append(timestep_grid(grid, count - 1, base, side), len(base) - 1.0)
 
 
 def _maker(name: str, options: SamplerConfig) -> Callable[[], Rule]:

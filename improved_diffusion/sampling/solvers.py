@@ -291,6 +291,19 @@ class SDEDPMSolverPP(Multistep):
         return {"sample": out + there.sigma * math.sqrt(phi) * draw_noise(x), "pred_xstart": prediction.x0}
 
 
+class Renoise(Rule):
+    """Predicts x_0, adds fresh noise up to the next level, and so on (Song et al. 2023, arXiv 2303.01469, alg. 1).
+
+    Exact for a consistency model, whose predictions are samples. Those of other models are averages, from which the
+    samples get too little variance; the levels decide how much.
+    """
+
+    def step(self, denoise, x, here, there):
+        x0 = denoise(x, here).x0
+        out = x0 if there.is_clean else there.alpha * x0 + there.sigma * draw_noise(x)
+        return {"sample": out, "pred_xstart": x0}
+
+
 class UniPC(Multistep):
     """UniPC-p in its B_2 form: each evaluation also corrects the step that led to it (Zhao et al. 2023, alg. 1, 2).
 
@@ -405,7 +418,9 @@ RULES: dict[str, Callable[[], Rule]] = {
     "unipc_3": lambda: UniPC(3),
     "euler": Euler,
     "heun": Heun,
+    "renoise": Renoise,
 }
+NOISY = ("ancestral", "dpmpp_2m_sde", "renoise")  # these draw noise at each step
 
 
 def sample_loop_progressive(

@@ -73,7 +73,15 @@ class Task(Generic[S]):
         """What the loop calls every so many steps. Collective."""
         raise NotImplementedError
 
-    def _validation(self, kind: type[HeldOutImages], objective: Any, data: BatchStream, **more: Any) -> Hooks:
+    def held_out(self, objective: Any, dataset: ImageDataset, **options: Any) -> HeldOutImages:
+        """What measures the model on held-out images; see HeldOutImages."""
+        return Validation(objective, dataset, **options)
+
+    def preview(self, objective: Any, *arguments: Any) -> PreviewGrid:
+        """What draws grids of samples; see PreviewGrid."""
+        return PreviewGrid(preview_diffusion(objective), *arguments)
+
+    def _validation(self, objective: Any, data: BatchStream, **more: Any) -> Hooks:
         """Evaluation on --val_dir every --val_interval steps; none without --val_dir. Collective."""
         settings: Any = self.settings
         watch, train = settings.watch, settings.train
@@ -81,7 +89,7 @@ class Task(Generic[S]):
             return []
         source = open_images(watch.val_dir, "--val_dir")
         classes = _validation_classes(settings, source, data.class_names or []) if self.needs_classes else None
-        validation = kind(
+        validation = self.held_out(
             objective,
             ImageDataset(
                 settings.model.size, source, classes, channels=settings.model.channels, reading=settings.reading
@@ -92,14 +100,13 @@ class Task(Generic[S]):
         )
         return [(watch.val_interval, validation)]
 
-    def _previews(self, diffusion: Any, count: int, model_kwargs: dict[str, th.Tensor], data: BatchStream) -> Hooks:
+    def _previews(self, objective: Any, count: int, model_kwargs: dict[str, th.Tensor], data: BatchStream) -> Hooks:
         """Grids of samples every --sample_interval steps."""
         settings: Any = self.settings
         captions = [caption_of(data.class_names, int(y)) for y in model_kwargs.get("y", ())]
         model_kwargs = {key: value.to(distributed.dev()) for key, value in model_kwargs.items()}
         shape = (settings.model.channels, *height_width(settings.model.size))
-        quick = preview_diffusion(diffusion)
-        grid = PreviewGrid(quick, shape, count, model_kwargs, logger.get_dir(), settings.run.seed, captions)
+        grid = self.preview(objective, shape, count, model_kwargs, logger.get_dir(), settings.run.seed, captions)
         return [(settings.watch.sample_interval, grid)]
 
 
@@ -123,7 +130,7 @@ class ImageTask(Task[ImageTraining]):
             seen = th.tensor(data.seen_classes)
             labels = {"y": seen[th.arange(PREVIEWS) % len(seen)]} if model.class_cond else {}
             found = self._previews(objective, PREVIEWS, labels, data)
-        return found + self._validation(Validation, objective, data)
+        return found + self._validation(objective, data)
 
 
 class SuperResTask(Task[SuperResTraining]):
@@ -151,7 +158,7 @@ class SuperResTask(Task[SuperResTraining]):
             batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
             low_res = downsample(batch, small)
             found = self._previews(objective, len(chosen), {**kwargs, "low_res": low_res}, data)
-        return found + self._validation(Validation, objective, data, small_size=small)
+        return found + self._validation(objective, data, small_size=small)
 
 
 class ClassifierTask(Task[ClassifierTraining]):
@@ -167,8 +174,11 @@ class ClassifierTask(Task[ClassifierTraining]):
     def objective(self) -> Any:
         return ClassifierObjective(build_diffusion(self.settings.diffusion))
 
+    def held_out(self, objective: Any, dataset: ImageDataset, **options: Any) -> HeldOutImages:
+        return ClassifierValidation(objective, dataset, **options)
+
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
-        return self._validation(ClassifierValidation, objective, data)
+        return self._validation(objective, data)
 
 
 def _validation_classes(settings: Any, source: Any, trained: Sequence[str]) -> list[int]:

@@ -9,9 +9,9 @@ from improved_diffusion.checkpoints.loading import LoadedModel
 from improved_diffusion.config import SAMPLERS, UserError
 from improved_diffusion.config.settings import Decoding
 from improved_diffusion.editing.model import EditingModel, inversion_path
-from improved_diffusion.editing.options import INVERTIBLE, NOISY
+from improved_diffusion.editing.options import INVERTIBLE
 from improved_diffusion.sampling.sampler import build_sampler
-from improved_diffusion.sampling.solvers import RULES
+from improved_diffusion.sampling.solvers import NOISY, RULES
 
 
 def test_one_step_has_no_way_back():

@@ -52,6 +52,7 @@ def test_settings_are_new_objects():
     (inversion_settings, dict(guidance_scale=2), "--guidance_scale 2.0"),
     (inversion_settings, dict(classifier_path="c.pt"), "--classifier_path c.pt"),
     (inversion_settings, dict(sampler="unipc"), "--sampler unipc"),
+    (inversion_settings, dict(sampler="renoise"), "--sampler renoise"),
     (inversion_settings, dict(sampler="ddim", ddim_eta=1), "--ddim_eta 1.0"),
     (inversion_settings, dict(sampler="heun", churn=5), "--churn 5.0"),
     (inversion_settings, dict(dynamic_threshold=0.9), "--dynamic_threshold 0.9"),
@@ -65,6 +66,7 @@ def test_what_a_command_cannot_do_is_refused(resolve, options, culprit):
 @pytest.mark.parametrize("options, culprit", [
     (dict(sampler="ancestral"), "--sampler ancestral"),
     (dict(sampler="dpmpp_2m_sde"), "--sampler dpmpp_2m_sde"),
+    (dict(sampler="renoise"), "--sampler renoise"),
     (dict(use_ddim=True, ddim_eta=1), "--ddim_eta 1.0"),
     (dict(sampler="euler", churn=3), "--churn 3.0"),
 ])  # fmt: skip

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
         DDPMScheduler,
         DPMSolverMultistepScheduler,
         HeunDiscreteScheduler,
+        LCMScheduler,
         PNDMScheduler,
         UniPCMultistepScheduler,
     )
@@ -139,6 +140,23 @@ def with_their_steps(scheduler, steps):
     alpha_bar = scheduler.alphas_cumprod.double()[timesteps]
     scheduler.timesteps = timesteps
     scheduler.sigmas = th.cat([((1 - alpha_bar) / alpha_bar).sqrt(), th.zeros(1, dtype=th.float64)]).float()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("count", [2, 4, 20])
+def test_renoising_is_the_lcm_schedulers(schedule, count):
+    """But for t = 0, where theirs answers x itself, and with the boundary function's limit, 0 and 1, elsewhere."""
+    kept = range(T // count - 1, T, T // count)
+    diffusion, scheduler = make_diffusion(T, kept, schedule), LCMScheduler(timestep_scaling=1e9, **common(schedule))
+    scheduler.set_timesteps(timesteps=[*kept][::-1], original_inference_steps=T)
+    x = th.randn(2, 3, 8, 8)
+    th.manual_seed(0)
+    ours = trajectory("renoise", diffusion, x, clip=True)
+    th.manual_seed(0)
+    assert len(ours) == count
+    for mine, timestep in zip(ours, scheduler.timesteps):
+        x = scheduler.step(network(x, timestep.expand(2)), timestep, x).prev_sample
+        th.testing.assert_close(mine, x, **TOLERANCE)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -98,10 +98,10 @@ def test_every_rule_draws(name, model, tmp_path):
     assert np.abs(samples.astype(int) - again).max() <= 1  # batches of other sizes round differently
 
 
-@pytest.mark.parametrize("grid", [*NAMES, "0,3.5,12,19"])
+@pytest.mark.parametrize("grid", [*NAMES, "0,3.5,12,19", "sigma:9,4,1,0.5"])
 @pytest.mark.parametrize("name", ["ancestral", "unipc"])
 def test_every_grid_draws(grid, name, model, tmp_path):
-    steps = [] if grid[0] == "0" else ["--steps", "4"]
+    steps = [] if "," in grid else ["--steps", "4"]
     samples, _, out = sample(model, tmp_path / "out", "--sampler", name, "--timestep_grid", grid, *steps)
     assert samples.std() > 5 and f"{name}, 4 steps, 4 evaluations" in out
 
@@ -159,6 +159,8 @@ def sampler_of(T=1000, image_size=32, **options):
 def test_a_rule_made_for_few_steps_takes_few_unless_told():
     assert sampler_of(sampler="unipc").steps == 20
     assert sampler_of(sampler="unipc", T=7).steps == 7
+    assert sampler_of(sampler="renoise").steps == 4 and sampler_of(sampler="renoise", T=3).steps == 3
+    assert sampler_of(sampler="renoise", timestep_grid="sigma:40,2").steps == 2
     assert sampler_of().steps == sampler_of(sampler="ddim").steps == 1000
     assert sampler_of(timestep_grid="0,7.5,12").steps == 3
     assert sampler_of(sampler="heun", steps=10).evaluations == 19
@@ -175,6 +177,7 @@ def test_a_model_that_starts_from_pure_noise_is_started_there():
         dict(sampler="ddim", steps=30),
         dict(steps=7),
         dict(sampler="heun", steps=1),
+        dict(sampler="renoise", steps=4),
     ):
         sampler = build_sampler(ImageSampling.of({"image_size": 32, **options}), diffusion)
         assert sampler.diffusion.timestep_map[-1] == 999 and sampler.diffusion.alphas_cumprod[-1] == 0

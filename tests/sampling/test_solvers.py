@@ -23,6 +23,7 @@ from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.sampling.noise import SeededNoise, slerp
 from improved_diffusion.sampling.solvers import (
     DDIM,
+    NOISY,
     PLMS,
     RULES,
     Ancestral,
@@ -30,6 +31,7 @@ from improved_diffusion.sampling.solvers import (
     Euler,
     Heun,
     Inpaint,
+    Renoise,
     Rule,
     SDEDPMSolverPP,
     sample_loop,
@@ -192,8 +194,7 @@ def test_ddim_with_noise_gives_the_data_too(eta):
 
 # Every rule
 
-STOCHASTIC = ("ancestral", "dpmpp_2m_sde")
-DETERMINISTIC = [name for name in RULES if name not in STOCHASTIC]
+DETERMINISTIC = [name for name in RULES if name not in NOISY]
 
 
 def error_at_the_last_level(name, world, x):
@@ -369,6 +370,45 @@ def test_stochastic_rules_give_the_datas_mean_and_covariance(rule, count, grid, 
         )
     error = (th.cov(sample.T) - COVARIANCE).abs().max().item()
     assert error < 5 * math.sqrt(2 / n) * 0.5 + 0.01
+
+
+def matrix_power(matrix, power):
+    values, vectors = th.linalg.eigh(matrix)
+    return vectors @ th.diag(values**power) @ vectors.T
+
+
+@pytest.mark.parametrize("kind", ["consistency function", "denoiser"])
+@pytest.mark.parametrize("grid", ["coarse", "karras"])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_renoising_has_the_mean_and_covariance_of_its_closed_form(kind, grid, count):
+    """The data's own with the exact consistency function; with the exact denoiser, less by what each average loses."""
+    base, n, data = make_diffusion(1000, mean=ModelMeanType.START_X), 20_000, COVARIANCE.double()
+    diffusion = base.respaced(timestep_grid(grid, count, base.alphas_cumprod))
+    noisy = [a * data + (1 - a) * th.eye(2) for a in diffusion.alphas_cumprod]  # the covariances of x_t
+    root = [math.sqrt(a) for a in diffusion.alphas_cumprod]
+    if kind == "denoiser":
+        gain = [r * data @ th.linalg.inv(v) for r, v in zip(root, noisy)]
+    else:  # the end of the flow, which keeps the number of standard deviations from the mean
+        gain = [matrix_power(data, 0.5) @ matrix_power(v, -0.5) for v in noisy]
+
+    def model(x, t):
+        index = np.abs(np.subtract.outer(t.numpy(), diffusion.timestep_map)).argmin(1)[0]
+        return (MEAN + (x[:, :, 0, 0] - root[index] * MEAN) @ gain[index].T.float())[..., None, None]
+
+    expected = data
+    for k in reversed(range(count)):
+        before = noisy[k] if k == count - 1 else diffusion.alphas_cumprod[k] * (expected - data) + noisy[k]
+        expected = gain[k] @ before @ gain[k].T
+    x = (root[-1] * MEAN + th.randn(n, 2) @ matrix_power(noisy[-1], 0.5).float())[..., None, None]
+    sample = sample_loop(Renoise(), diffusion, model, x.shape, noise=x, clip_denoised=False, device="cpu")[:, :, 0, 0]
+    variances = expected.diagonal()
+    assert ((sample.mean(0) - MEAN).abs() < 5 * (variances / n).sqrt()).all()
+    standard_errors = ((variances.outer(variances) + expected**2) / n).sqrt()
+    assert ((th.cov(sample.T.double()) - expected).abs() < 5 * standard_errors).all()
+    if kind == "denoiser":
+        assert (th.linalg.eigvalsh(data - expected) > 0).all()
+    else:
+        th.testing.assert_close(expected, data)
 
 
 def test_noise_of_the_sde_and_of_churn_decides_the_sample():

@@ -10,12 +10,14 @@ from helpers import golden_json
 from improved_diffusion.config import UserError
 from improved_diffusion.respace import space_timesteps
 from improved_diffusion.sampling.timestep_grids import (
+    COARSE_MAX,
+    COARSE_MIN,
     NAMES,
     SIGMA_MAX,
     SIGMA_MIN,
     churned,
-    largest_sigma,
     repaint_path,
+    side_of,
     straight_path,
     table,
     timestep_grid,
@@ -49,7 +51,7 @@ def test_every_count_gives_as_many_different_timesteps_in_range(name, schedule, 
 @pytest.mark.parametrize("schedule,T", SCHEDULES)
 def test_the_first_and_the_last_step_are_right(schedule, T):
     alpha_bar = alpha_bars(schedule, T)
-    top = min(T - 1, timestep_of_sigma(alpha_bar, SIGMA_MAX))
+    top, coarse_top = (min(T - 1, timestep_of_sigma(alpha_bar, sigma)) for sigma in (SIGMA_MAX, COARSE_MAX))
     bottom = max(0, timestep_of_sigma(alpha_bar, SIGMA_MIN))
     for count in {min(T, count) for count in (2, 10, 50)}:
         ends = {name: timestep_grid(name, count, alpha_bar)[[0, -1]] for name in NAMES}
@@ -61,10 +63,12 @@ def test_the_first_and_the_last_step_are_right(schedule, T):
         assert ends["trailing"][1] == T - 1 and ends["trailing"][0] <= math.ceil(T / (count - 1))
         for name in ("logsnr", "karras"):
             np.testing.assert_allclose(ends[name], [bottom, top], atol=1e-6)
+        if COARSE_MIN / count > sigma_at(alpha_bar, np.zeros(1))[0]:
+            coarse_bottom = timestep_of_sigma(alpha_bar, COARSE_MIN / count)
+            np.testing.assert_allclose(ends["coarse"], [coarse_bottom, coarse_top], atol=1e-6)
+    first = {"logsnr": top, "karras": top, "coarse": coarse_top}
     for name in NAMES:
-        assert timestep_grid(name, 1, alpha_bar)[0] == pytest.approx(
-            top if name in ("logsnr", "karras") else T - 1, abs=1e-6
-        )
+        assert timestep_grid(name, 1, alpha_bar)[0] == pytest.approx(first.get(name, T - 1), abs=1e-6)
 
 
 def test_the_uniform_grid_is_the_published_one():
@@ -100,8 +104,9 @@ def test_the_trailing_grid_mirrors_the_stride():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_logsnr_is_even_in_log_snr_and_karras_in_a_root_of_sigma(schedule):
     alpha_bar = alpha_bars(schedule, 1000)
-    sigma = sigma_at(alpha_bar, timestep_grid("logsnr", 20, alpha_bar))
-    np.testing.assert_allclose(np.diff(np.log(sigma)), np.log(sigma[-1] / sigma[0]) / 19, rtol=2e-3)
+    for name in ("logsnr", "coarse"):
+        sigma = sigma_at(alpha_bar, timestep_grid(name, 20, alpha_bar))
+        np.testing.assert_allclose(np.diff(np.log(sigma)), np.log(sigma[-1] / sigma[0]) / 19, rtol=2e-3)
     sigma = sigma_at(alpha_bar, timestep_grid("karras", 20, alpha_bar))
     expected = np.linspace(sigma[0] ** (1 / 7), sigma[-1] ** (1 / 7), 20) ** 7
     np.testing.assert_allclose(sigma, expected, rtol=2e-3)
@@ -110,18 +115,36 @@ def test_logsnr_is_even_in_log_snr_and_karras_in_a_root_of_sigma(schedule):
 
 def test_larger_images_start_at_more_noise():
     """The mean of four times as many pixels is seen through twice the noise."""
-    assert largest_sigma(32, 32) == largest_sigma(64, 64) == 80 and largest_sigma(256, 256) == 320
-    assert largest_sigma(128, 512) == 320
+    assert side_of(64, 64) == 64 and side_of(128, 512) == 256
     alpha_bar = alpha_bars("cosine", 1000)
-    for name in ("logsnr", "karras"):
-        grid = timestep_grid(name, 10, alpha_bar, largest_sigma(256, 256))
-        assert sigma_at(alpha_bar, grid)[-1] == pytest.approx(320, rel=1e-6)
+    for name, tops in (("logsnr", (80, 80, 320)), ("karras", (80, 80, 320)), ("coarse", (10, 40, 160))):
+        for side, sigma in zip((16, 64, 256), tops):
+            grid = timestep_grid(name, 10, alpha_bar, side)
+            assert sigma_at(alpha_bar, grid)[-1] == pytest.approx(sigma, rel=1e-6)
+
+
+def test_the_coarse_grid_of_a_model_of_pure_noise_starts_there():
+    alpha_bar = np.cumprod(1 - zero_terminal_snr(get_named_beta_schedule("linear", 1000)))
+    ordinary = timestep_grid("coarse", 4, alpha_bar)
+    for count in (1, 2, 4):
+        grid = timestep_grid("coarse", count, alpha_bar)
+        assert len(grid) == count and grid[-1] == 999
+    assert sigma_at(alpha_bar, ordinary[:-1])[0] == pytest.approx(COARSE_MIN / 4)
 
 
 def test_a_list_is_taken_as_it_is():
     alpha_bar = alpha_bars("cosine", 1000)
     assert timestep_grid("999, 0,10.5,500", 0, alpha_bar).tolist() == [0, 10.5, 500, 999]
     assert timestep_grid("7", 1, alpha_bar).tolist() == [7]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "zero terminal"])
+def test_a_list_of_noise_levels_is_at_their_timesteps(schedule):
+    betas = get_named_beta_schedule("linear" if schedule == "zero terminal" else schedule, 1000)
+    alpha_bar = np.cumprod(1 - (zero_terminal_snr(betas) if schedule == "zero terminal" else betas))
+    grid = timestep_grid("sigma:40, 0.5,5,1.5", 0, alpha_bar)
+    np.testing.assert_allclose(sigma_at(alpha_bar, grid), [0.5, 1.5, 5, 40], rtol=1e-9)
+    assert timestep_grid("sigma:2", 1, alpha_bar).shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +159,13 @@ def test_a_list_is_taken_as_it_is():
         ("0,5,nan", 0, ["0,5,nan", "0..99"]),
         ("0,1e-18,5", 0, ["0,1e-18,5", "different"]),
         ("0,5,9", 4, ["--steps 4", "3 timesteps"]),
+        ("sigma:", 0, ["sigma:", "noise levels"]),
+        ("sigma:5,x", 0, ["sigma:5,x", "expected"]),
+        ("sigma:5,5", 0, ["sigma:5,5", "different"]),
+        ("sigma:5,nan", 0, ["sigma:5,nan", "0.02"]),
+        ("sigma:5,0", 0, ["sigma:5,0", "0.02"]),
+        ("sigma:5,1e9", 0, ["sigma:5,1e9", "0.02"]),
+        ("sigma:9,5,1", 4, ["--steps 4", "3 noise levels"]),
     ],
 )
 def test_a_wrong_grid_is_named_with_the_remedy(name, count, words):

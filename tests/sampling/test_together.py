@@ -26,6 +26,7 @@ SAMPLERS = [
     dict(sampler="dpmpp_2m", steps=4),
     dict(sampler="dpmpp_2m_sde", steps=3),
     dict(sampler="unipc", steps=4),
+    dict(sampler="renoise", steps=3),
     dict(sampler="heun", steps=4, churn=4),
     dict(sampler="plms", steps=4),
     dict(timestep_respacing="ddim5"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...data.dataset import ImageDataset
 from ...data.stream import BatchStream
 from ...models.build import build_diffusion
+from ...sampling.sampler import Sampler
 from ..tasks import Hooks, ImageTask, SuperResTask, Task
 from .consistency import Consistency
 from .objective import Distillation
 from .progressive import Progressive
 from .teacher import Teacher
+from .watching import FewStepGrid, FewStepValidation, few_steps
 
 METHODS: dict[str, type[Distillation]] = {"consistency": Consistency, "progressive": Progressive}
 
@@ -36,6 +39,15 @@ class DistillationTask(Task):
         options, method = self.settings.distill, METHODS[self.settings.distill.method]
         own = {"method": options.method, "sampler": method.sampler, "timestep_grid": method.grid, "steps": options.to}
         return {"distilled": {**self.facts, **own}}
+
+    def held_out(self, objective: Distillation, dataset: ImageDataset, **options: Any) -> FewStepValidation:
+        return FewStepValidation(objective, dataset, sampler=self._few_steps(objective), **options)
+
+    def preview(self, objective: Distillation, *arguments: Any) -> FewStepGrid:
+        return FewStepGrid(self._few_steps(objective), *arguments)
+
+    def _few_steps(self, objective: Distillation) -> Sampler:
+        return few_steps(self.settings, objective.diffusion, objective.sampler)
 
     def hooks(self, objective: Distillation, data: BatchStream) -> Hooks:
         return [*objective.hooks(), *super().hooks(objective, data)]
