@@ -553,9 +553,7 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
 def _trained(settings: Any, given: frozenset[str], default_name: str, preset: str = "") -> Model:
     """The model that a run ends with; see run.train."""
     if settings.train.dry_run:
-        raise UserError(
-            "dry_run trains no model to return: use the command, such as improved-diffusion train --dry_run"
-        )
+        raise UserError("dry_run trains no model to return: use the command, such as improved-diffusion train")
     trained = run.train(settings, given, default_name, preset)
     return _load(trained.checkpoints, None, "", {}, warn=False)  # training has warned at its start
 

@@ -102,7 +102,7 @@ def with_own_steps(settings: S, metadata: Mapping[str, Any]) -> S:
     values, student = settings.values(), metadata.get("distilled")
     if not student or values.get("sampler") != "auto" or values["use_ddim"]:
         return settings
-    named = values["steps"] or values["timestep_respacing"] or values["timestep_grid"][:1].isdigit()
+    named = values["steps"] or values["timestep_respacing"] or values["timestep_grid"] != "auto"
     return settings.replace(sampler=student["sampler"], **({} if named else {"steps": student["steps"]}))
 
 

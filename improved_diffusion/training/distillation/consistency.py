@@ -16,7 +16,7 @@ import torch as th
 
 from ... import distributed
 from ...config import height_width
-from ...sampling.timestep_grids import largest_sigma
+from ...sampling.timestep_grids import SIGMA_MAX, side_of
 from .levels import NoiseLevels, like, x0_of
 from .objective import Distillation, RandomState
 from .teacher import prediction_of
@@ -51,11 +51,13 @@ class Consistency(Distillation):
     def __init__(self, settings, diffusion, teacher):
         super().__init__(settings, diffusion, teacher)
         self.levels = NoiseLevels(diffusion.base_alphas_cumprod)
+        self.least, _ = self.levels.range()
         self.at_step(0)
 
     def schedule_sampler(self) -> LogNormalLevels:
         options = self.settings.distill
-        largest = largest_sigma(*height_width(self.settings.model.size))
+        side = side_of(*height_width(self.settings.model.size))
+        largest = SIGMA_MAX * max(1.0, side / 64)  # beyond, no image shows through
         return LogNormalLevels(self.levels, options.p_mean, options.p_std, largest)
 
     @property
@@ -71,9 +73,13 @@ class Consistency(Distillation):
         self.q = qs[min(step // length, len(qs) - 1)]
 
     def next_sigma(self, sigma: th.Tensor) -> th.Tensor:
-        """r of each sigma, at least 0 and less than sigma (ECT eq. 10 and app. A)."""
+        """r of each sigma (Geng et al. 2024, sec. 3.2), 0 instead of a level below those that the model was trained on.
+
+        There f is known, x_0; a network that predicts x_0 would otherwise learn from itself alone, and collapse.
+        """
         n = 1 + 8 * th.sigmoid(-sigma)
-        return (sigma * (1 - n / self.q)).clamp(min=0)
+        r = sigma * (1 - n / self.q)
+        return th.where(r < self.least, 0, r)
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """`loss`, ||f(x_sigma) - f(x_r)|| / (sigma - r), and `distance`, the same without weight; both per pixel."""
