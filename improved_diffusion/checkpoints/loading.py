@@ -95,15 +95,21 @@ def load_model(
 
 
 def with_own_steps(settings: S, metadata: Mapping[str, Any]) -> S:
-    """The settings with the sampler and the steps that a distilled model is for, where they name none.
+    """The settings with the sampler, the steps and their grid that a distilled model is for, where they name none.
 
     :param metadata: what the model's file says of itself.
     """
     values, student = settings.values(), metadata.get("distilled")
-    if not student or values.get("sampler") != "auto" or values["use_ddim"]:
+    if not student or "sampler" not in values:
         return settings
-    named = values["steps"] or values["timestep_respacing"] or values["timestep_grid"] != "auto"
-    return settings.replace(sampler=student["sampler"], **({} if named else {"steps": student["steps"]}))
+    name = "ddim" if values["use_ddim"] else values["sampler"]
+    if name not in ("auto", student["sampler"]):
+        return settings
+    own = {"sampler": student["sampler"]}
+    if not values["timestep_respacing"] and values["timestep_grid"] == "auto":
+        grid, steps = student.get("timestep_grid", "auto"), values["steps"] or student["steps"]
+        own |= {"timestep_grid": grid, "steps": steps}
+    return settings.replace(**own)
 
 
 def read(path: str, flag: str = "--model_path", classifier: bool = False) -> Found:

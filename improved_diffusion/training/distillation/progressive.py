@@ -20,6 +20,7 @@ from ...logs import logger
 from ...nn import mean_flat
 from ...sampling.timestep_grids import timestep_grid
 from ...schedules import sigma_at
+from ...utils.text import counted
 from ..hooks import Hook, TrainingView
 from .levels import like, x0_of
 from .objective import Distillation
@@ -207,7 +208,7 @@ class Predecessor:
 
     def _end(self, stage: Stage, view: TrainingView) -> None:
         done = f"stage {stage.number + 1} of {len(self.stages)} ends after {stage.end:,} training steps"
-        logger.log(f"{done}: the student samples in {stage.steps} steps")
+        logger.log(f"{done}: the student samples in {counted(stage.steps, 'step')}")
         if stage != self.stages[-1]:
             with view.using(view.parameter_sets[""]):
                 self.teacher.module.load_state_dict(view.model.state_dict())

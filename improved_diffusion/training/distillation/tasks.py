@@ -47,7 +47,7 @@ class DistillationTask(Task):
         return FewStepGrid(self._few_steps(objective), *arguments)
 
     def _few_steps(self, objective: Distillation) -> Sampler:
-        return few_steps(self.settings, objective.diffusion, objective.sampler)
+        return few_steps(self.settings, objective.diffusion, objective.sampler, objective.grid)
 
     def hooks(self, objective: Distillation, data: BatchStream) -> Hooks:
         return [*objective.hooks(), *super().hooks(objective, data)]

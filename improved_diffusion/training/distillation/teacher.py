@@ -66,7 +66,8 @@ class Teacher:
     @cached_property
     def module(self) -> th.nn.Module:
         """A network of the teacher's form, on the device, in eval mode, without gradients, and without its weights."""
-        network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
+        with th.random.fork_rng(devices=[]):  # it may be made within a step, whose random numbers are not its own
+            network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
         return network.to(distributed.dev()).eval().requires_grad_(False)
 
     @cached_property

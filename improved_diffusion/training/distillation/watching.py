@@ -27,12 +27,12 @@ class _Sampling(NamedTuple):
     diffusion: Any
 
 
-def few_steps(settings: Any, diffusion: SpacedDiffusion, name: str) -> Sampler:
+def few_steps(settings: Any, diffusion: SpacedDiffusion, name: str, grid: str) -> Sampler:
     """The sampler that a student is for.
 
-    :param name: of the solver.
+    :param name: of the solver; :param grid: of its timesteps.
     """
-    options = SamplerConfig(sampler=name, steps=settings.distill.to)
+    options = SamplerConfig(sampler=name, timestep_grid=grid, steps=settings.distill.to)
     return build_sampler(_Sampling(options, settings.model, settings.diffusion), diffusion)
 
 
