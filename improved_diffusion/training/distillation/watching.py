@@ -27,7 +27,7 @@ class _Sampling(NamedTuple):
     diffusion: Any
 
 
-def few_steps(settings: Any, diffusion: SpacedDiffusion, name: str, grid: str) -> Sampler:
+def few_steps(settings: Any, diffusion: SpacedDiffusion, name: str, grid: str = "auto") -> Sampler:
     """The sampler that a student is for.
 
     :param name: of the solver; :param grid: of its timesteps.
