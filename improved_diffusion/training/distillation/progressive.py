@@ -149,7 +149,7 @@ class Progressive(Distillation):
         if noise is None:
             noise = th.randn_like(x_start)
         index = self.levels.index_of(t)
-        angle = _on_device(self.levels.angle, t.device)[index]
+        t, angle = (_on_device(array, t.device)[index] for array in (self.levels.t, self.levels.angle))
         x = like(angle.cos(), noise) * x_start + like(angle.sin(), noise) * noise
         target = self.target(x, index, model_kwargs or {})
         output = model(x, self.diffusion.network_timestep(t), **(model_kwargs or {}))
