@@ -19,10 +19,14 @@ import torch as th
 from improved_diffusion import distributed
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import ImageDistillation
 from improved_diffusion.distributed import collectives, watchdog
 from improved_diffusion.logs import logger
+from improved_diffusion.models.build import build_diffusion
 from improved_diffusion.models.factories import create_gaussian_diffusion, create_model
 from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.training.distillation.consistency import Consistency
+from improved_diffusion.training.distillation.teacher import Teacher
 from improved_diffusion.training.loop import TrainLoop
 
 STEPS, BATCH = 6, 4
@@ -59,15 +63,24 @@ def make_model():
     return model
 
 
-def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32"):
+def tuning():
+    """Consistency tuning, as a TrainLoop takes it."""
+    settings = ImageDistillation.of({
+        "image_size": 8, "learn_sigma": True, "noise_schedule": "cosine", "diffusion_steps": 20
+    })  # fmt: skip
+    return Consistency(settings, build_diffusion(settings.diffusion), Teacher(settings, {"teacher_prediction": "eps"}))
+
+
+def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32", diffusion=None):
     """The parameters [n], as one vector, after six steps on four images each, and the last five gradients' mean norm.
 
     :param split: this rank and the number of ranks.
+    :param diffusion: what the model is trained on, if not a plain diffusion.
     """
     rank, ranks = split
     th.manual_seed(0)
     model = make_model()
-    diffusion = create_gaussian_diffusion(steps=20, learn_sigma=True, noise_schedule="cosine")
+    diffusion = diffusion or create_gaussian_diffusion(steps=20, learn_sigma=True, noise_schedule="cosine")
     data = ((images[rank::ranks], {"y": y[rank::ranks]}) for images, y in map(step_images, range(STEPS)))
     logger.configure(str(folder), format_strs=[])
     rows = []
@@ -171,6 +184,7 @@ def everything(folder):
             synced=before,
             summed=distributed.sum_over_ranks(th.tensor([rank + 1.0])),
             six_steps=six_steps(folder / "run", split=(rank, ranks)),
+            tuned=six_steps(folder / "tuned", split=(rank, ranks), diffusion=tuning()),
         ),
         folder / f"rank{rank}.pt",
     )
