@@ -34,6 +34,9 @@ Settings = ImageDistillation | SuperResDistillation
 
 # What a student's training takes from its teacher's, unless told otherwise, besides the model.
 _TAKEN = ("labels", "random_flip", "total_batch_size")
+# What a method has for a default, rather than that of distillation: here, since each stage begins with a new optimizer,
+# and RAdam's first steps are short.
+_DEFAULTS = {"progressive": {"optimizer": "adamw"}}
 # What decides the student and cannot change while it is trained.
 _KEPT = ("method", "to", "student_prediction", "steps", "guidance_scale")
 
@@ -115,6 +118,8 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     prediction = prediction_of(mine.diffusion)
     if mine.distill.student_prediction != "teacher":
         mine = with_prediction(mine, mine.distill.student_prediction)
+    defaults = _DEFAULTS.get(mine.distill.method, {})
+    mine = mine.replace(**{name: value for name, value in defaults.items() if name not in given})
     # The steps of the student's own sampling are those of its description.
     start = read(mine.train.init_checkpoint, "--init_checkpoint")[0] if mine.train.init_checkpoint else path
     mine = mine.replace(teacher=path, timestep_respacing="", init_checkpoint=start)
