@@ -63,9 +63,13 @@ class LRSchedule:
         """Whether every step has the same rate."""
         return self.name == "constant" and not self.warmup_steps and not self.rectified_beta2
 
+    def start(self, step: int) -> int:
+        """The step at which the schedule that a step is in began."""
+        return max((restart for restart in self.restarts if restart <= step), default=0)
+
     def at(self, step: int, lr: float) -> float:
         """The rate of a step (from 0), where `lr` is the highest."""
-        first = max((restart for restart in self.restarts if restart <= step), default=0)
+        first = self.start(step)
         end = min((restart for restart in self.restarts if restart > step), default=self.total_steps)
         step -= first
         rate = learning_rate(step, lr=lr, schedule=self.name, total_steps=end - first, warmup_steps=self.warmup_steps)

@@ -179,13 +179,10 @@ class TrainStep:
         self.log_step()
 
     def _restart(self) -> None:
-        """Begin anew from the present parameters, with a new optimizer and new averages.
-
-        Power-function averages, whose width is relative to the whole training, go on.
-        """
+        """Begin anew from the present parameters, with a new optimizer and new averages."""
         self.opt.state.clear()
         for ema in self.emas:
-            if isinstance(ema, ParameterEMA):
+            if ema.restarts:
                 ema.load(self.master_params)
 
     def forward_backward(self, batch, cond) -> None:
@@ -267,9 +264,9 @@ class TrainStep:
             self._master_copy.update_model(*self.master_params)
             precision_util.clear_gradients(self.master_params)
         if self.emas:
-            flat = self._flatten(self.master_params)
+            flat, start = self._flatten(self.master_params), self.lr_schedule.start(self.absolute_step)
             for ema in self.emas:
-                ema.update(flat, good, self.absolute_step)
+                ema.update(flat, good, self.absolute_step - (start if ema.restarts else 0))
         self._whole = True
         return bad
 

@@ -118,7 +118,7 @@ class Progressive(Distillation):
             )
         self.all_levels = levels_of(options.steps, options.to, diffusion.base_alphas_cumprod, self.grid)
         self.predecessor = Predecessor(self.stages, teacher)
-        self.at_step(0)
+        self._begin(self.stages[0])
         counts = [options.steps, *(stage.steps for stage in self.stages)]
         each = round(total / len(self.stages))
         logger.log(f"stages: {' -> '.join(map(str, counts))} steps of {self.sampler}, {each:,} training steps each")
@@ -132,9 +132,12 @@ class Progressive(Distillation):
         stage = next((stage for stage in self.stages if step < stage.end), self.stages[-1])
         if not self.settings.train.dry_run:  # which restores nothing
             self.predecessor.check(stage)
-        if step == 0 or stage != self.stage:
-            self.stage = stage
-            self.levels = StageLevels(stage, self.all_levels, self.diffusion.base_alphas_cumprod)
+        if stage != self.stage:
+            self._begin(stage)
+
+    def _begin(self, stage: Stage) -> None:
+        self.stage = stage
+        self.levels = StageLevels(stage, self.all_levels, self.diffusion.base_alphas_cumprod)
 
     def schedule_sampler(self) -> Progressive:
         return self
