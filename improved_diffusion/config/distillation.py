@@ -31,6 +31,13 @@ class DistillConfig(Config):
         "what the student predicts; another than the teacher's is learned from the images first, for one stage",
         choices=PREDICTIONS,
     )
+    guidance_scale: float = extra(
+        1.0,
+        "distil the teacher guided towards the class at this scale: one evaluation then does the work of two; 1: the "
+        "teacher itself",
+        low=0,
+        high=100,
+    )
     max_q: int = extra(
         16, "consistency: the pairs of noise levels move together until they are 1/q apart; 2, 4, 8, ... up to this",
         low=2, high=4096,

@@ -25,6 +25,7 @@ from ...config.settings import Distilling, ImageDistillation, ImageModel, SuperR
 from ...logs import logger
 from ...models.build import build_diffusion, build_model
 from ...respace import SpacedDiffusion
+from ...sampling.guided import to_device
 from ...sampling.request import model_name
 from ...utils import files
 
@@ -33,7 +34,7 @@ Settings = ImageDistillation | SuperResDistillation
 # What a student's training takes from its teacher's, unless told otherwise, besides the model.
 _TAKEN = ("labels", "random_flip", "total_batch_size")
 # What decides the student and cannot change while it is trained.
-_KEPT = ("method", "to", "student_prediction")
+_KEPT = ("method", "to", "student_prediction", "guidance_scale")
 
 
 def prediction_of(diffusion: DiffusionConfig) -> str:
@@ -63,7 +64,8 @@ class Teacher:
 
     @cached_property
     def network(self) -> th.nn.Module:
-        """The teacher's network, on the device, in eval mode, without gradients. Collective where it is first used.
+        """The teacher's network, on the device, in the run's precision and eval mode, without gradients. Collective
+        where it is first used.
 
         Raises UserError where the file is gone, or is another one than the run began with.
         """
@@ -72,7 +74,8 @@ class Teacher:
             raise UserError(f"{path} has changed since the distillation began: bring the teacher back, or begin anew")
         network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
         checkpoint.load_into(network, checkpoint.load(path)[0], path)
-        return network.to(distributed.dev()).eval().requires_grad_(False)
+        train = self.settings.train
+        return to_device(network, "fp16" if train.use_fp16 else train.precision).eval().requires_grad_(False)
 
 
 def with_prediction(settings: Settings, prediction: str) -> Settings:
@@ -97,6 +100,8 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     taken = [name for name in _TAKEN if name != "total_batch_size" or "batch_size" not in given]
     mine = take_options(mine, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS, *taken])
     prediction = prediction_of(mine.diffusion)
+    if mine.distill.guidance_scale != 1:
+        mine = _guided(mine, given, path)
     if mine.distill.student_prediction != "teacher":
         mine = with_prediction(mine, mine.distill.student_prediction)
     # The steps of the student's own sampling are those of its description.
@@ -119,6 +124,21 @@ def of_kind(settings: Distilling, kind: type[Settings], given: frozenset[str], p
     for name in sorted(given - kind.options().keys()):
         raise UserError(f"--{name} is not for {path}, which is {KINDS[kind_of(kind.options())][0]}: leave it out")
     return kind.of({name: value for name, value in settings.values().items() if name in kind.options()})
+
+
+def _guided(settings: Settings, given: frozenset[str], path: str) -> Settings:
+    """The settings for a guided teacher, whose student needs no guidance: it does not learn to do without the class.
+
+    Raises UserError for a teacher that cannot be guided.
+    """
+    flag = f"--guidance_scale {settings.distill.guidance_scale}"
+    if not settings.model.class_cond:
+        raise UserError(f"{flag}: {path} has no classes to guide it towards: leave the flag out")
+    if not settings.model.label_drop:
+        raise UserError(
+            f"{flag}: {path} was never trained with its class hidden (--label_drop 0.1), which guidance needs"
+        )
+    return settings if "label_drop" in given else settings.replace(label_drop=0.0)
 
 
 # Resuming
