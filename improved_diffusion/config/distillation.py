@@ -29,7 +29,7 @@ class DistillConfig(Config):
     to: int = extra(4, "steps that the student is for: what sampling, previews and validation take", low=1, high=1000)
     student_prediction: str = extra(
         "teacher",
-        "what the student predicts; another than the teacher's is learned from the images first, for one stage",
+        "what the student predicts; another than the teacher's is learned first, for one stage",
         choices=PREDICTIONS,
     )
     steps: int = extra(
@@ -38,10 +38,10 @@ class DistillConfig(Config):
     )  # fmt: skip
     guidance_scale: float = extra(
         1.0,
-        "progressive: the student learns what the teacher does with classifier-free guidance of this scale, in one "
-        "evaluation a step; 1: without guidance",
+        "distil the teacher guided towards the class at this scale: one evaluation then does the work of two; 1: the "
+        "teacher itself",
         low=0,
-        high=1e6,
+        high=100,
     )
     max_q: int = extra(
         16, "consistency: the pairs of noise levels move together until they are 1/q apart; 2, 4, 8, ... up to this",
@@ -54,14 +54,13 @@ class DistillConfig(Config):
     def validate(self) -> None:
         if self.max_q & (self.max_q - 1):
             raise UserError(f"--max_q {self.max_q} must be a power of 2: q doubles from 2 on")
-        if self.method == "progressive" and self.steps not in {self.to * 2**n for n in range(1, 32)}:
-            possible = sorted((self.to * 2**n for n in range(1, 10)), key=lambda n: abs(n - self.steps))[0]
+        doubled = [self.to * 2**n for n in range(1, 15)]
+        if self.method == "progressive" and self.steps not in doubled:
+            nearest = min(doubled, key=lambda steps: abs(steps - self.steps))
             raise UserError(
                 f"--steps {self.steps} is not --to {self.to} doubled once or several times: the steps are halved stage "
-                f"by stage, give --steps {possible} for example"
+                f"by stage, give --steps {nearest} for example"
             )
-        if self.method != "progressive" and self.guidance_scale != 1:
-            raise UserError(f"--guidance_scale {self.guidance_scale} is for --method progressive, not {self.method}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +77,7 @@ def guide(
         weaker, takes_classes = _load_guide(loaded, classes)
         model = Autoguidance(model, weaker, scale, takes_classes, interval=interval, rescale=rescale)
     elif scale != 1:
-        check_hides_classes(scale, loaded.path, loaded.settings.model.class_cond, loaded.metadata)
+        _check_null_class(loaded)
         model = ClassifierFreeGuidance(model, scale, interval, rescale)
     if options.classifier_path:
         classifier, classes = _load_classifier(loaded, classes)
@@ -119,21 +118,17 @@ def _interval(text: str, diffusion: SpacedDiffusion) -> tuple[float, float]:
     return (low if sigmas[0] > lowest else -math.inf), (high if sigmas[1] < highest else math.inf)
 
 
-def check_hides_classes(scale: float, path: str, class_cond: bool, metadata: Mapping[str, Any]) -> None:
-    """Raise UserError unless a model was trained with its class hidden now and then, as guidance by itself needs.
-
-    :param scale: of the guidance; :param metadata: what the model's file says of itself.
-    """
-    flag = f"--guidance_scale {scale}"
-    if not class_cond:
+def _check_null_class(loaded: LoadedModel) -> None:
+    flag = f"--guidance_scale {loaded.settings.guidance.guidance_scale}"
+    if not loaded.settings.model.class_cond:
         raise UserError(
-            f"{flag}: {path} was trained without classes. Train with --class_cond True --label_drop 0.1, or "
+            f"{flag}: {loaded.path} was trained without classes. Train with --class_cond True --label_drop 0.1, or "
             "guide by a weaker checkpoint with --guide_path"
         )
-    if not metadata.get("config", {}).get("label_drop"):
+    if not loaded.metadata.get("config", {}).get("label_drop"):
         raise UserError(
-            f"{flag}: {path} was never trained with its class hidden. Train with --class_cond True "
-            f"--label_drop 0.1, starting from --init_checkpoint {path} for example, or guide by an "
+            f"{flag}: {loaded.path} was never trained with its class hidden. Train with --class_cond True "
+            f"--label_drop 0.1, starting from --init_checkpoint {loaded.path} for example, or guide by an "
             "unconditional checkpoint with --guide_path"
         )
 

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch as th
 
 from ... import distributed
 from ...config import height_width
+from ...respace import SpacedDiffusion
 from ...sampling.timestep_grids import SIGMA_MAX, side_of
 from .levels import NoiseLevels, like, x0_of
 from .objective import Distillation, RandomState
 from .teacher import prediction_of
 
-FIRST_Q = 2
+FIRST_GUIDED_Q = 8  # below, r is 0 for all but the largest sigma, and a single step of a solver is too long
 
 
 class LogNormalLevels:
@@ -44,7 +46,7 @@ class LogNormalLevels:
 
 
 class Consistency(Distillation):
-    """Consistency tuning. The student starts as the teacher; the teacher is not needed any more."""
+    """Consistency tuning. The student starts as the teacher, which is not needed any more unless it is guided."""
 
     sampler = "renoise"
 
@@ -52,6 +54,7 @@ class Consistency(Distillation):
         super().__init__(settings, diffusion, teacher)
         self.levels = NoiseLevels(diffusion.base_alphas_cumprod)
         self.least, _ = self.levels.range()
+        self.guided = None if settings.distill.guidance_scale == 1 else teacher.guided
         self.at_step(0)
 
     def schedule_sampler(self) -> LogNormalLevels:
@@ -63,8 +66,8 @@ class Consistency(Distillation):
     @property
     def qs(self) -> list[int]:
         """q of each stage. At q = 1 every r is 0: the student learns to denoise, which a new prediction needs first."""
-        doublings = int(math.log2(self.settings.distill.max_q))
-        tuned = [FIRST_Q**n for n in range(1, doublings + 1)]
+        first, last = (2 if self.guided is None else FIRST_GUIDED_Q), self.settings.distill.max_q
+        tuned = [2**n for n in range(int(math.log2(first)), int(math.log2(max(first, last))) + 1)]
         return tuned if prediction_of(self.settings.diffusion) == self.teacher.prediction else [1, *tuned]
 
     def at_step(self, step: int) -> None:
@@ -85,24 +88,39 @@ class Consistency(Distillation):
         """`loss`, ||f(x_sigma) - f(x_r)|| / (sigma - r), and `distance`, the same without weight; both per pixel."""
         if noise is None:
             noise = th.randn_like(x_start)
-        angle = self.levels.angle_at(t)
-        sigma = angle.tan()
+        sigma = self.levels.angle_at(t).tan()
         r = self.next_sigma(sigma)
-        random = RandomState(x_start.device)
-        x0 = self.predict(model, x_start, noise, angle, t, model_kwargs)
+        x = x_start + like(sigma, noise) * noise
+        with th.no_grad():
+            nearer = self.nearer(x, x_start, noise, sigma, r, model_kwargs)
+        random = RandomState(x.device)
+        x0 = self.predict(model, self.diffusion, x, sigma, model_kwargs)
         random.restore()  # the same dropout in both
         with th.no_grad():
-            angle = r.atan()
-            target = self.predict(model, x_start, noise, angle, self.levels.timestep_at(angle), model_kwargs)
-        target = th.where(like(r > 0, x_start), target, x_start)
-        distance = th.linalg.vector_norm((x0 - target).flatten(1), dim=1) / math.sqrt(x_start[0].numel())
+            target = self.predict(model, self.diffusion, nearer, r, model_kwargs)
+        target = th.where(like(r > 0, x), target, nearer)
+        distance = th.linalg.vector_norm((x0 - target).flatten(1), dim=1) / math.sqrt(x[0].numel())
         return {"loss": distance / (sigma - r), "distance": distance}
 
+    def nearer(
+        self, x: th.Tensor, x_start: th.Tensor, noise: th.Tensor, sigma: th.Tensor, r: th.Tensor, model_kwargs: Any
+    ) -> th.Tensor:
+        """x_r, nearer to the image than x = x_start + sigma noise: on the same line, whose mean direction is the
+        probability flow's; for a guided teacher a step of Heun's along its flow (Luo et al. 2023, arXiv 2310.04378)."""
+        if self.guided is None:
+            return x_start + like(r, noise) * noise
+        step = like(r - sigma, x)
+        slope = (x - self.predict(self.guided, self.teacher.diffusion, x, sigma, model_kwargs)) / like(sigma, x)
+        euler = x + step * slope
+        after = (euler - self.predict(self.guided, self.teacher.diffusion, euler, r, model_kwargs)) / like(r, x)
+        return th.where(like(r > 0, x), x + step * (slope + after) / 2, euler)
+
     def predict(
-        self, model: Callable[..., th.Tensor], x_start: th.Tensor, noise: th.Tensor, angle: th.Tensor, t: th.Tensor,
+        self, model: Callable[..., th.Tensor], diffusion: SpacedDiffusion, x: th.Tensor, sigma: th.Tensor,
         model_kwargs: dict[str, th.Tensor] | None,
     ) -> th.Tensor:  # fmt: skip
-        """f of the images with noise, at the timesteps t [N] whose angles are given."""
-        x = like(angle.cos(), noise) * x_start + like(angle.sin(), noise) * noise
-        output = model(x, self.diffusion.network_timestep(t), **(model_kwargs or {}))
-        return x0_of(self.diffusion.model_mean_type, output, x, angle)
+        """The predicted x_0 of x = x_0 + sigma e [N, C, ...] by a model; sigma [N]."""
+        angle = sigma.atan()
+        x = like(angle.cos(), x) * x
+        output = model(x, diffusion.network_timestep(self.levels.timestep_at(angle)), **(model_kwargs or {}))
+        return x0_of(diffusion.model_mean_type, output, x, angle)

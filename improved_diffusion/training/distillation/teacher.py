@@ -26,7 +26,7 @@ from ...logs import logger
 from ...models.build import build_diffusion, build_model
 from ...respace import SpacedDiffusion
 from ...sampling.guidance import ClassifierFreeGuidance
-from ...sampling.guided import check_hides_classes
+from ...sampling.guided import to_device
 from ...sampling.request import model_name
 from ...utils import files
 
@@ -38,7 +38,7 @@ _TAKEN = ("labels", "random_flip", "total_batch_size")
 # and RAdam's first steps are short.
 _DEFAULTS = {"progressive": {"optimizer": "adamw"}}
 # What decides the student and cannot change while it is trained.
-_KEPT = ("method", "to", "student_prediction", "steps", "guidance_scale")
+_KEPT = ("method", "steps", "to", "student_prediction", "guidance_scale")
 
 
 def prediction_of(diffusion: DiffusionConfig) -> str:
@@ -68,10 +68,12 @@ class Teacher:
 
     @cached_property
     def module(self) -> th.nn.Module:
-        """A network of the teacher's form, on the device, in eval mode, without gradients, and without its weights."""
-        with th.random.fork_rng(devices=[]):  # it may be made within a step, whose random numbers are not its own
+        """A network of the teacher's form, without its weights: on the device, in the run's precision and eval mode,
+        without gradients."""
+        train = self.settings.train
+        with th.random.fork_rng(devices=[]):  # where a step makes it, the step draws the same
             network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
-        return network.to(distributed.dev()).eval().requires_grad_(False)
+        return to_device(network, "fp16" if train.use_fp16 else train.precision).eval().requires_grad_(False)
 
     @cached_property
     def network(self) -> th.nn.Module:
@@ -113,9 +115,9 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     mine = of_kind(settings, kind, given, path)
     taken = [name for name in _TAKEN if name != "total_batch_size" or "batch_size" not in given]
     mine = take_options(mine, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS, *taken])
-    if mine.distill.guidance_scale != 1:
-        check_hides_classes(mine.distill.guidance_scale, path, mine.model.class_cond, metadata)
     prediction = prediction_of(mine.diffusion)
+    if mine.distill.guidance_scale != 1:
+        mine = _guided(mine, given, path)
     if mine.distill.student_prediction != "teacher":
         mine = with_prediction(mine, mine.distill.student_prediction)
     defaults = _DEFAULTS.get(mine.distill.method, {})
@@ -140,6 +142,21 @@ def of_kind(settings: Distilling, kind: type[Settings], given: frozenset[str], p
     for name in sorted(given - kind.options().keys()):
         raise UserError(f"--{name} is not for {path}, which is {KINDS[kind_of(kind.options())][0]}: leave it out")
     return kind.of({name: value for name, value in settings.values().items() if name in kind.options()})
+
+
+def _guided(settings: Settings, given: frozenset[str], path: str) -> Settings:
+    """The settings for a guided teacher, whose student needs no guidance: it does not learn to do without the class.
+
+    Raises UserError for a teacher that cannot be guided.
+    """
+    flag = f"--guidance_scale {settings.distill.guidance_scale}"
+    if not settings.model.class_cond:
+        raise UserError(f"{flag}: {path} has no classes to guide it towards: leave the flag out")
+    if not settings.model.label_drop:
+        raise UserError(
+            f"{flag}: {path} was never trained with its class hidden (--label_drop 0.1), which guidance needs"
+        )
+    return settings if "label_drop" in given else settings.replace(label_drop=0.0)
 
 
 # Resuming

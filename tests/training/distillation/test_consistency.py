@@ -16,11 +16,12 @@ from improved_diffusion.training.distillation.teacher import Teacher
 MU, S = 0.15, 0.25  # every pixel is an independent N(MU, S^2)
 
 
-def consistency(teacher="eps", **options):
+def consistency(teacher="eps", network=None, **options):
     given = {"image_size": 8, "diffusion_steps": 100, "noise_schedule": "cosine", "max_steps": 40, **options}
     settings = ImageDistillation.of(given)
-    facts = {"teacher_prediction": teacher}
-    return Consistency(settings, build_diffusion(settings.diffusion), Teacher(settings, facts))
+    known = Teacher(settings, {"teacher_prediction": teacher})
+    known.network = network
+    return Consistency(settings, build_diffusion(settings.diffusion), known)
 
 
 def batch_of(count=6, size=8):
@@ -181,3 +182,43 @@ def test_training_reaches_the_fixed_point_from_the_exact_denoiser():
     assert learned == pytest.approx(fixed_point(made, sigma[used]), rel=0.05)
     assert learned == pytest.approx(solution_map(sigma[used]), rel=0.2)  # as far as q = 16 allows
     assert (denoiser[used] / solution_map(sigma[used])).min() < 0.4  # where it began
+
+
+# A guided teacher
+
+
+class TwoMeans(th.nn.Module):
+    """The exact noise in x_t, for pixels that are N(0.5, S^2) in class 0 and N(-0.3, S^2) with the class hidden."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, x, timesteps, y):
+        angle = self.levels.angle_at(timesteps)
+        alpha, sigma = like(angle.cos(), x), like(angle.sin(), x)
+        mean = th.where(like(y, x) == 0, 0.5, -0.3)
+        return sigma * (x - alpha * mean) / (alpha**2 * S**2 + sigma**2)
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_a_guided_teacher_leads_along_its_flow(scale):
+    """Guided by w, the mean of these pixels is that of the hidden class moved w times as far."""
+    plain = consistency(rescale_timesteps=False)
+    made = consistency(rescale_timesteps=False, guidance_scale=scale, max_q=64, network=TwoMeans(plain.levels))
+    assert made.qs == [8, 16, 32, 64]
+    made.q = 16
+    sigma = th.tensor([0.05, 0.3, 1.0, 4.0, 20.0])
+    r, mean = made.next_sigma(sigma), -0.3 + scale * 0.8
+    th.manual_seed(0)
+    x = mean + like((S**2 + sigma**2).sqrt(), th.empty(5, 1, 1, 1)) * th.randn(5, 3, 4, 4)
+    reached = made.nearer(x, None, None, sigma, r, {"y": th.zeros(5, dtype=th.int64)})
+    shrunk = like(((S**2 + r**2) / (S**2 + sigma**2)).sqrt(), x)
+    th.testing.assert_close(reached, mean + shrunk * (x - mean), rtol=0.01, atol=0.01)
+
+
+def test_without_guidance_the_neighbour_lies_on_the_line_to_the_image():
+    made, (x, noise, t) = consistency(), batch_of()
+    sigma = made.levels.angle_at(t).tan()
+    r = made.next_sigma(sigma)
+    th.testing.assert_close(made.nearer(None, x, noise, sigma, r, None), x + like(r, x) * noise)

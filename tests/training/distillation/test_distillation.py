@@ -105,6 +105,17 @@ def test_a_student_of_super_resolution(place):
     np.testing.assert_array_equal(few.array, same.array)
 
 
+def test_a_student_of_a_guided_teacher(place):
+    save_checkpoint(place / "hidden.pt", tiny_settings(ImageModel, class_cond=True, num_classes=2, label_drop=0.1),
+                    class_names=CLASSES)  # fmt: skip
+    student = idf.distill("hidden.pt", "photos", out_dir="new", guidance_scale=2, **QUICK)
+    assert len(list(student.sample_steps(1, classes="cat"))) == 4
+    resumed = idf.distill("hidden.pt", "photos", out_dir="new", resume="auto", max_steps=5, num_workers=0)
+    assert resumed.step == 5
+    with pytest.raises(UserError, match="never trained with its class hidden"):
+        student.sample(1, guidance_scale=2)
+
+
 # Resuming
 
 
@@ -141,6 +152,8 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(predict_v=True), "--predict_v True contradicts cats.pt"),
     (dict(large_size=64), "--large_size is not for cats.pt, which is an image model"),
     (dict(teacher="large.pt", image_size=8), "--image_size is not for large.pt, which is a super-resolution model"),
+    (dict(guidance_scale=2), "--guidance_scale 2.0: cats.pt was never trained with its class hidden"),
+    (dict(teacher="plain.pt", guidance_scale=2), "--guidance_scale 2.0: plain.pt has no classes"),
     (dict(schedule_sampler="loss-second-moment"), "--schedule_sampler loss-second-moment"),
     (dict(max_steps=0, lr_schedule="constant"), "--max_steps 0"),
     (dict(max_q=12), "--max_q 12"),

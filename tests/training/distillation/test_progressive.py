@@ -353,9 +353,8 @@ def test_stages_cannot_be_moved_nor_continued_without_their_teacher(place):
     ("v.pt", dict(lr_anneal_steps=8), "--lr_anneal_steps 8"),
     ("eps.pt", {}, "Give --student_prediction v"),
     ("v.pt", dict(student_prediction="eps"), "Give --student_prediction v"),
-    ("v.pt", dict(guidance_scale=2), "--guidance_scale 2.0: v.pt was trained without classes"),
+    ("v.pt", dict(guidance_scale=2), "--guidance_scale 2.0: v.pt has no classes"),
     ("seen.pt", dict(guidance_scale=2), "--guidance_scale 2.0: seen.pt was never trained with its class hidden"),
-    ("cats.pt", dict(method="consistency", guidance_scale=2), "--guidance_scale 2.0 is for --method progressive"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_written(teacher, options, named, place):
     before = contents(place)
