@@ -30,29 +30,27 @@ from .teacher import Teacher, prediction_of
 class Stage(NamedTuple):
     """A stage of the distillation.
 
-    :param steps: of the student.
-    :param halves: whether the teacher takes twice as many; if not, the student learns another prediction.
+    :param number: from 0.
+    :param steps: of the student; its teacher takes twice as many.
     :param first, end: it is trained in the steps from `first` until before `end`.
     """
 
     number: int
     steps: int
-    halves: bool
     first: int
     end: int
 
 
 def stages_of(steps: int, to: int, converts: bool, total: int) -> list[Stage]:
-    """The stages from a teacher of `steps` steps to a student of `to`. They share `total` training steps equally.
+    """The stages from a teacher of `steps` steps to a student of `to`, which share `total` training steps.
 
-    :param converts: whether the student first learns another prediction.
+    :param converts: whether the student learns another prediction: it does so in the first stage, which is then three
+        times as long as each of the others.
     """
-    plan = [(steps, False)] * converts
-    while steps > to:
-        steps //= 2
-        plan.append((steps, True))
-    ends = [round(total * n / len(plan)) for n in range(len(plan) + 1)]
-    return [Stage(n, *plan[n], ends[n], ends[n + 1]) for n in range(len(plan))]
+    counts = [to << n for n in reversed(range((steps // to).bit_length() - 1))]
+    shares = [3.0 if converts else 1.0] + [1.0] * (len(counts) - 1)
+    ends = [round(end) for end in total * np.cumsum([0.0, *shares]) / sum(shares)]
+    return [Stage(n, count, ends[n], ends[n + 1]) for n, count in enumerate(counts)]
 
 
 def levels_of(steps: int, to: int, alpha_bar: np.ndarray, grid: str) -> np.ndarray:
@@ -81,7 +79,7 @@ class StageLevels:
     def __init__(self, stage: Stage, levels: np.ndarray, alpha_bar: np.ndarray):
         stride = len(levels) // stage.steps
         self.t = levels[stride - 1 :: stride]  # where the student's steps start
-        self.middle = levels[stride // 2 - 1 :: stride] if stage.halves else self.t  # and the teacher's second ones
+        self.middle = levels[stride // 2 - 1 :: stride]  # where the teacher's second ones do
         self.angle, self.middle_angle = (np.arctan(sigma_at(alpha_bar, t)) for t in (self.t, self.middle))
         end = np.append(0.0, self.angle[:-1])
         # Two steps of DDIM, by the predictions x1 and x2 of x_0, end where one does by x1 + share (x2 - x1): alg. 2 for
@@ -110,8 +108,8 @@ class Progressive(Distillation):
         total = train.max_steps or train.lr_anneal_steps
         converts = prediction_of(settings.diffusion) != teacher.prediction
         self.stages = stages_of(options.steps, options.to, converts, total)
-        if total < len(self.stages):
-            raise UserError(f"--max_steps {total} must be at least 1 for each of the {len(self.stages)} stages")
+        if min(stage.end - stage.first for stage in self.stages) == 0:
+            raise UserError(f"--max_steps {total} are too few for {len(self.stages)} stages: give more")
         if train.lr_anneal_steps not in (0, total):
             raise UserError(
                 f"--lr_anneal_steps {train.lr_anneal_steps}: the learning rate falls to 0 in each stage, leave it out"
@@ -119,9 +117,8 @@ class Progressive(Distillation):
         self.all_levels = levels_of(options.steps, options.to, diffusion.base_alphas_cumprod, self.grid)
         self.predecessor = Predecessor(self.stages, teacher)
         self._begin(self.stages[0])
-        counts = [options.steps, *(stage.steps for stage in self.stages)]
-        each = round(total / len(self.stages))
-        logger.log(f"stages: {' -> '.join(map(str, counts))} steps of {self.sampler}, {each:,} training steps each")
+        plan = ", ".join(f"{stage.steps} in {stage.end - stage.first:,}" for stage in self.stages)
+        logger.log(f"from {options.steps} steps of {self.sampler} to (in training steps): {plan}")
 
     @property
     def restarts(self) -> Sequence[int]:
@@ -173,8 +170,6 @@ class Progressive(Distillation):
 
         angle, middle = at(self.levels.angle), at(self.levels.middle_angle)
         first = self.predict(x, at(self.levels.t), angle, model_kwargs)
-        if not self.stage.halves:
-            return first
         eps = (x - like(angle.cos(), x) * first) / like(angle.sin(), x)
         x = like(middle.cos(), x) * first + like(middle.sin(), x) * eps
         second = self.predict(x, at(self.levels.middle), middle, model_kwargs)

@@ -81,24 +81,23 @@ def test_more_steps_than_noise_levels_are_refused():
 
 
 @pytest.mark.parametrize("teacher, student, total, expected", [
-    ("v", "v", 40, [(16, True, 0, 13), (8, True, 13, 27), (4, True, 27, 40)]),
-    ("x0", "x0", 3, [(16, True, 0, 1), (8, True, 1, 2), (4, True, 2, 3)]),
-    ("eps", "v", 8, [(32, False, 0, 2), (16, True, 2, 4), (8, True, 4, 6), (4, True, 6, 8)]),
-    ("v", "x0", 8, [(32, False, 0, 2), (16, True, 2, 4), (8, True, 4, 6), (4, True, 6, 8)]),
+    ("v", "v", 40, [(16, 0, 13), (8, 13, 27), (4, 27, 40)]),
+    ("x0", "x0", 3, [(16, 0, 1), (8, 1, 2), (4, 2, 3)]),
+    ("eps", "v", 10, [(16, 0, 6), (8, 6, 8), (4, 8, 10)]),
+    ("v", "x0", 10, [(16, 0, 6), (8, 6, 8), (4, 8, 10)]),
 ])  # fmt: skip
 def test_the_steps_are_halved_stage_by_stage(teacher, student, total, expected):
     made = progressive(teacher, student, steps=32, to=4, max_steps=total)
     assert made.stages == [(number, *stage) for number, stage in enumerate(expected)]
-    assert made.restarts == [first for _, _, first, _ in expected[1:]]
-    for number, (steps, _, first, end) in enumerate(expected):
+    assert made.restarts == [first for _, first, _ in expected[1:]]
+    for number, (steps, first, end) in enumerate(expected):
         made.predecessor.teaches = number
         for step in (first, end - 1):
             made.at_step(step)
             assert made.stage.number == number and len(made.levels.t) == steps
-            np.random.seed(0)
-            t, weights = made.sample(200, th.device("cpu"))
-            assert (weights == 1).all() and set(t.tolist()) <= set(made.levels.t.astype(np.float32).tolist())
-            assert steps > 16 or len(set(t.tolist())) == steps
+        np.random.seed(0)
+        t, weights = made.sample(300, th.device("cpu"))
+        assert (weights == 1).all() and set(t.tolist()) == set(made.levels.t.astype(np.float32).tolist())
 
 
 def test_the_learning_rate_falls_to_0_in_each_stage_and_the_optimizer_begins_anew(out_dir):
@@ -135,8 +134,6 @@ def test_the_learning_rate_falls_to_0_in_each_stage_and_the_optimizer_begins_ane
 def test_one_step_by_the_target_ends_where_two_of_the_teacher_do(T, steps, to, kind, schedule):
     teacher, world = gaussian_teacher(kind, T, steps, to, schedule)
     made = progressive(T=T, steps=steps, to=to, schedule=schedule, made=teacher)
-    # The first stage that halves, of this teacher though the student's prediction may be learned first.
-    made._begin(next(stage for stage in made.stages if stage.halves)._replace(number=0))
     student = make_diffusion(T, made.levels.t.tolist(), schedule, ModelMeanType.START_X)
     generator = th.Generator().manual_seed(0)
     for step in range(steps // 2):
@@ -148,16 +145,6 @@ def test_one_step_by_the_target_ends_where_two_of_the_teacher_do(T, steps, to, k
         # The noise says little of x_0 where there is hardly any signal: rounding alone changes it.
         assert (one - two).abs().max() < (2e-4 if kind == "eps" else 1e-5)
     assert (target.abs() <= 1).all()
-
-
-def test_a_student_of_another_prediction_first_learns_what_the_teacher_says():
-    teacher, world = gaussian_teacher("eps", 64, 8, 2, "cosine")
-    made = progressive(made=teacher)
-    assert not made.stage.halves
-    x = th.linspace(-1, 1, 64).view(1, 1, 8, 8)
-    for step in range(8):
-        said = world.diffusion.p_mean_variance(world.model, x, th.full((1,), step))["pred_xstart"]
-        th.testing.assert_close(made.target(x, th.tensor([step]), {}), said, atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize("student", ["v", "x0"])
@@ -280,15 +267,15 @@ def place(made, tmp_path, monkeypatch):
 def test_from_a_teacher_to_a_student_of_few_steps(place, capsys):
     dispatch([
         "distill", "--teacher", "eps.pt", "--data_dir", "photos", "--method", "progressive", "--student_prediction",
-        "v", "--steps", "8", "--to", "2", "--max_steps", "6", "--batch_size", "2", "--num_workers", "0", "--val_dir",
+        "v", "--steps", "8", "--to", "2", "--max_steps", "8", "--batch_size", "2", "--num_workers", "0", "--val_dir",
         "photos", "--val_interval", "3", "--sample_interval", "3", "--out_dir", "run",
     ])  # fmt: skip
     said = capsys.readouterr().out
-    assert "stages: 8 -> 8 -> 4 -> 2 steps of ddim, 2 training steps each" in said
-    for number, (steps, end) in enumerate([(8, 2), (4, 4), (2, 6)], start=1):
-        assert f"stage {number} of 3 ends after {end} training steps: the student samples in {steps} steps" in said
+    assert "from 8 steps of ddim to (in training steps): 4 in 6, 2 in 2" in said
+    for number, (steps, end) in enumerate([(4, 6), (2, 8)], start=1):
+        assert f"stage {number} of 2 ends after {end} training steps: the student samples in {steps} steps" in said
     assert "energy distance in 2 steps of ddim" in said
-    facts = checkpoint.load("run/ema_0.9993_000006.pt")[1]["distilled"]
+    facts = checkpoint.load("run/ema_0.9993_000008.pt")[1]["distilled"]
     expected = dict(method="progressive", sampler="ddim", timestep_grid="trailing", steps=2, teacher_prediction="eps")
     assert {name: facts[name] for name in expected} == expected
     student = idf.load("run")
@@ -305,24 +292,24 @@ def test_from_a_teacher_to_a_student_of_few_steps(place, capsys):
 
 def resumed(folder, step):
     """A run that continues in its folder as it was after a step, without the teacher's name."""
-    later = [f"*{number:06d}.*" for number in range(step + 1, 10)]
+    later = [f"*{number:06d}.*" for number in range(step + 1, 8)]
     shutil.copytree("whole", folder, ignore=shutil.ignore_patterns(*later))
     dispatch(["distill", "--resume", "auto", "--data_dir", "photos", "--out_dir", folder, "--num_workers", "0"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resuming_is_exact_before_at_and_after_the_end_of_a_stage(precision, place):
-    options = {**QUICK, "student_prediction": "v", "steps": 4, "to": 1, "max_steps": 9, "microbatch": 2,
+    options = {**QUICK, "student_prediction": "v", "steps": 4, "to": 1, "max_steps": 8, "microbatch": 2,
                "precision": precision, "save_interval": 1}  # fmt: skip
     idf.distill("eps.pt", "photos", out_dir="whole", **options)
-    for step in (1, 2, 3, 7):
-        if step == 3:
+    for step in (1, 4, 5, 6):  # 2, 5, 6 and 7 steps are done; the first stage has 6
+        if step == 5:
             os.remove("eps.pt")  # the teacher of the first stage is not needed in the others
         resumed(f"from{step}", step)
-        assert_sets_equal(place / "whole", place / f"from{step}", 8)
-    state = load("whole/opt000008.pt")["improved_diffusion"]["predecessor"]
-    assert state["teaches"] == 2 and state["ends"] == [3, 6, 9]
-    names = checkpoint.load("whole/model000008.pt")[0].keys()
+        assert_sets_equal(place / "whole", place / f"from{step}", 7)
+    state = load("whole/opt000007.pt")["improved_diffusion"]["predecessor"]
+    assert state["teaches"] == 1 and state["ends"] == [6, 8]
+    names = checkpoint.load("whole/model000007.pt")[0].keys()
     assert state["weights"].keys() == names
 
 
@@ -349,7 +336,7 @@ def test_stages_cannot_be_moved_nor_continued_without_their_teacher(place):
     ("v.pt", dict(steps=12, to=4), "--steps 12 is not --to 4 doubled once or several times"),
     ("v.pt", dict(steps=4, to=4), "--steps 4 is not --to 4 doubled once or several times"),
     ("v.pt", dict(steps=32, to=4), "--steps 32 are too many for a teacher with 20 noise levels"),
-    ("v.pt", dict(steps=16, to=2, max_steps=2), "--max_steps 2 must be at least 1 for each of the 3 stages"),
+    ("v.pt", dict(steps=16, to=2, max_steps=2), "--max_steps 2 are too few for 3 stages"),
     ("v.pt", dict(lr_anneal_steps=8), "--lr_anneal_steps 8"),
     ("eps.pt", {}, "Give --student_prediction v"),
     ("v.pt", dict(student_prediction="eps"), "Give --student_prediction v"),
@@ -373,7 +360,6 @@ def test_a_guided_teacher_is_guided_in_the_first_stage_alone(place):
     loaded = idf.load("cats.pt")
     facts = {"teacher_prediction": "v", "teacher_sha256": files.sha256("cats.pt")}
     method = Progressive(settings, build_diffusion(settings.diffusion), Teacher(settings, facts))
-    assert method.stage.halves
     model = ClassifierFreeGuidance(loaded.network.eval(), 3.0)
     few = method.diffusion.respaced(method.all_levels)
     x, kwargs = th.randn(2, 3, 8, 8), {"y": th.tensor([0, 1])}
