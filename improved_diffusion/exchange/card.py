@@ -168,9 +168,18 @@ def _training(loaded: LoadedModel) -> dict[str, str]:
         "data": escape(", ".join(map(base_name, str(config.get("data_dir") or "").split(",")))),
         "steps": "" if step is None else f"{step:,}{of}" + (f", {epochs:,.1f} epochs" if epochs else ""),
         "weights": _average(facts),
+        "distilled": _teacher(facts),
         **{f"`{name}`": escape(config[name]) for name in ("lr", "dropout", "precision", "seed") if name in config},
         "package": f"improved_diffusion {escape(facts['version'])}" if "version" in facts else "",
     }
+
+
+def _teacher(facts: Mapping[str, Any]) -> str:
+    student = facts.get("distilled")
+    if not student:
+        return ""
+    teacher, method = escape(student.get("teacher", "a teacher")), escape(student["method"])
+    return f"from {teacher} ({method}), for {counted(student['steps'], 'step')}"
 
 
 def _is_count(value: Any) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch as th
 
 from ... import distributed
-from ...config import height_width
+from ...config import UserError, height_width
 from ...respace import SpacedDiffusion
 from ...sampling.timestep_grids import SIGMA_MAX, side_of
 from .levels import NoiseLevels, like, x0_of
@@ -52,6 +52,12 @@ class Consistency(Distillation):
 
     def __init__(self, settings, diffusion, teacher):
         super().__init__(settings, diffusion, teacher)
+        speed, dropout = settings.speed, settings.model.dropout
+        if dropout and (speed.compile != "off" or speed.cuda_graphs):
+            raise UserError(
+                f"--dropout {dropout}, given or the teacher's, has other masks in the second evaluation with --compile "
+                "or --cuda_graphs: leave these out, or give --dropout 0"
+            )
         self.levels = NoiseLevels(diffusion.base_alphas_cumprod)
         self.least, _ = self.levels.range()
         self.guided = None if settings.distill.guidance_scale == 1 else teacher.guided

@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from train_helpers import small_model
 
+from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageDistillation
 from improved_diffusion.models.build import build_diffusion
 from improved_diffusion.training.distillation.consistency import Consistency, LogNormalLevels
@@ -28,6 +29,13 @@ def batch_of(count=6, size=8):
     generator = th.Generator().manual_seed(0)
     x, noise = (th.randn(count, 3, size, size, generator=generator) for _ in range(2))
     return x.clamp(-1, 1), noise, th.linspace(4.5, 99, count)
+
+
+@pytest.mark.parametrize("fast", [{"compile": "blocks"}, {"cuda_graphs": True}])
+def test_dropout_needs_calls_that_are_alike(fast):
+    consistency(**fast)
+    with pytest.raises(UserError, match=r"--dropout 0\.1"):
+        consistency(dropout=0.1, **fast)
 
 
 # Stages
