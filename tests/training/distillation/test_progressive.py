@@ -12,7 +12,7 @@ from gaussian_world import MU, GaussianWorld, S
 from helpers import make_diffusion
 from model_helpers import CLASSES, save_checkpoint, tiny_settings
 from script_helpers import contents, write_images
-from train_helpers import assert_sets_equal, load, make_loop, small_model
+from train_helpers import assert_sets_equal, load, make_loop, small_diffusion, small_model
 
 import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
@@ -25,6 +25,7 @@ from improved_diffusion.sampling.guidance import ClassifierFreeGuidance
 from improved_diffusion.sampling.timestep_grids import timestep_grid
 from improved_diffusion.training.distillation.progressive import Progressive, levels_of
 from improved_diffusion.training.distillation.teacher import Teacher
+from improved_diffusion.training.flops import training_flops
 from improved_diffusion.utils import files
 
 KINDS = {"eps": ModelMeanType.EPSILON, "v": ModelMeanType.VELOCITY, "x0": ModelMeanType.START_X}
@@ -182,6 +183,15 @@ def test_a_learned_variance_is_left_alone_and_microbatches_change_nothing():
     assert all(p.grad is None for p in teacher.guided.parameters())
 
 
+def test_the_arithmetic_that_is_counted_is_the_students():
+    made, plain = progressive(made=Teacher(None, {"teacher_prediction": "v"}), learn_sigma=True), small_diffusion()
+    batch = th.zeros(2, 3, 8, 8)
+    counts = [
+        training_flops(small_model(), losses, batch, {}) for losses in (made.training_losses, plain.training_losses)
+    ]
+    assert counts[0] == counts[1] > 0
+
+
 # Training on Gaussian pixels
 
 
@@ -311,6 +321,12 @@ def test_resuming_is_exact_before_at_and_after_the_end_of_a_stage(precision, pla
     assert state["teaches"] == 1 and state["ends"] == [6, 8]
     names = checkpoint.load("whole/model000007.pt")[0].keys()
     assert state["weights"].keys() == names
+
+
+def test_a_run_in_its_second_stage_can_be_tried(place, capsys):
+    idf.distill("v.pt", "photos", out_dir="run", **{**QUICK, "steps": 4, "to": 1, "save_interval": 3})
+    dispatch(["distill", "--resume", "run/model000003.pt", "--data_dir", "photos", "--num_workers", "0", "--dry_run"])
+    assert "time per step" in capsys.readouterr().out
 
 
 def test_the_predecessor_is_the_student_at_the_end_of_its_stage(place):
