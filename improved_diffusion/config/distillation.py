@@ -48,7 +48,7 @@ class DistillConfig(Config):
         low=2, high=4096,
     )  # fmt: skip
     q_steps: int = extra(0, "consistency: steps of each q; 0: max_steps shared equally", low=0)
-    p_mean: float = extra(-1.1, "consistency: mean of log sigma, the noise level", low=-20, high=20)
+    p_mean: float = extra(0.5, "consistency: mean of log sigma, the noise level", low=-20, high=20)
     p_std: float = extra(2.0, "consistency: standard deviation of log sigma", low=0, high=20)
 
     def validate(self) -> None:

@@ -117,13 +117,13 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     mine = take_options(mine, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS, *taken])
     prediction = prediction_of(mine.diffusion)
     if mine.distill.guidance_scale != 1:
-        mine = _guided(mine, given, path)
+        mine = _guided(mine, given, path, metadata.get("config", {}).get("label_drop", mine.model.label_drop))
     if mine.distill.student_prediction != "teacher":
         mine = with_prediction(mine, mine.distill.student_prediction)
     defaults = _DEFAULTS.get(mine.distill.method, {})
     mine = mine.replace(**{name: value for name, value in defaults.items() if name not in given})
-    # The steps of the student's own sampling are those of its description.
     start = read(mine.train.init_checkpoint, "--init_checkpoint")[0] if mine.train.init_checkpoint else path
+    # A respacing of the teacher's would win over the student's own steps.
     mine = mine.replace(teacher=path, timestep_respacing="", init_checkpoint=start)
     logger.log(f"teacher: {path}")
     facts = {
@@ -144,15 +144,16 @@ def of_kind(settings: Distilling, kind: type[Settings], given: frozenset[str], p
     return kind.of({name: value for name, value in settings.values().items() if name in kind.options()})
 
 
-def _guided(settings: Settings, given: frozenset[str], path: str) -> Settings:
+def _guided(settings: Settings, given: frozenset[str], path: str, label_drop: float) -> Settings:
     """The settings for a guided teacher, whose student needs no guidance: it does not learn to do without the class.
 
+    :param label_drop: of the teacher's training.
     Raises UserError for a teacher that cannot be guided.
     """
     flag = f"--guidance_scale {settings.distill.guidance_scale}"
     if not settings.model.class_cond:
         raise UserError(f"{flag}: {path} has no classes to guide it towards: leave the flag out")
-    if not settings.model.label_drop:
+    if not label_drop:
         raise UserError(
             f"{flag}: {path} was never trained with its class hidden (--label_drop 0.1), which guidance needs"
         )

@@ -152,7 +152,7 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(predict_v=True), "--predict_v True contradicts cats.pt"),
     (dict(large_size=64), "--large_size is not for cats.pt, which is an image model"),
     (dict(teacher="large.pt", image_size=8), "--image_size is not for large.pt, which is a super-resolution model"),
-    (dict(guidance_scale=2), "--guidance_scale 2.0: cats.pt was never trained with its class hidden"),
+    (dict(guidance_scale=2, label_drop=0.1), "--guidance_scale 2.0: cats.pt was never trained with its class hidden"),
     (dict(teacher="plain.pt", guidance_scale=2), "--guidance_scale 2.0: plain.pt has no classes"),
     (dict(schedule_sampler="loss-second-moment"), "--schedule_sampler loss-second-moment"),
     (dict(max_steps=0, lr_schedule="constant"), "--max_steps 0"),
