@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Images", "Latents", "Model", "Report", "UserError", "__version__", "evaluate", "load", "loss_floor", "train",
+    "Images", "Latents", "Model", "Report", "UserError", "__version__", "distill", "evaluate", "load", "loss_floor",
+    "train",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .api import Images, Latents, Model, Report, UserError, evaluate, load, loss_floor, train
+    from .api import Images, Latents, Model, Report, UserError, distill, evaluate, load, loss_floor, train
 
 
 def __getattr__(name: str) -> Any:

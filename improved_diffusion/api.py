@@ -24,13 +24,14 @@ import torch as th
 
 from . import distributed
 from .bound import BoundSummary
-from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind
+from .checkpoints.loading import LoadedModel, find_file, load_model, read, read_kind, with_own_steps
 from .checkpoints.safetensors_file import has_suffix
 from .config import ReadingConfig, SpeedConfig, UserError, VariationsConfig, fixed_names, path_argument, shown
 from .config.exchange import CardConfig, ExportConfig, PushConfig
 from .config.presets import options_for, until_chosen
 from .config.settings import (
     Decoding,
+    Distilling,
     Encoding,
     ImageSampling,
     ImageTraining,
@@ -217,7 +218,7 @@ class Model:
         for name in options.keys() & _OF_COMMANDS:
             raise UserError(f"{name} is for the command only: in Python, the result is returned")
         own = {name: value for name, value in self.settings.values().items() if name in kind.options()}
-        settings: Any = kind.of({**own, **options})
+        settings: Any = with_own_steps(kind.of({**own, **options}), self._loaded.metadata)
         return replace(
             self._loaded,
             settings=settings,
@@ -560,11 +561,26 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     if preset:
         asked = merge_options([options_for(preset, kind), asked])
     settings: Any = kind.of(merge_options([until_chosen(preset), asked]))
+    return _trained(settings, frozenset(asked), "super_res_train" if superres else "image_train", preset)
+
+
+def _trained(settings: Any, given: frozenset[str], default_name: str, preset: str = "") -> Model:
+    """The model that a run ends with; see run.train."""
     if settings.train.dry_run:
-        raise UserError("dry_run trains no model to return: use the command, improved-diffusion train --dry_run")
-    default = "super_res_train" if superres else "image_train"
-    trained = run.train(settings, frozenset(asked), default, preset)
+        raise UserError("dry_run trains no model to return: use the command, such as improved-diffusion train")
+    trained = run.train(settings, given, default_name, preset)
     return _load(trained.checkpoints, None, "", {}, warn=False)  # training has warned at its start
+
+
+def distill(teacher: str | os.PathLike, data_dir: str | os.PathLike, **options: Any) -> Model:
+    """A model that samples in a few steps, made of a trained one; options are those of `improved-diffusion distill`.
+
+    :param teacher: the checkpoint of the trained model, or its run's folder.
+    :param data_dir: the images that it was trained on, or others like them.
+    Ctrl-C, resume="auto" and errors are as in `train`. Collective where there are several ranks.
+    """
+    asked = {"teacher": teacher, "data_dir": data_dir, **options}
+    return _trained(Distilling.of(asked), frozenset(asked), "distill")
 
 
 def evaluate(samples: Any, reference: Any, *, features: str, **options: Any) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -126,8 +127,8 @@ class SpacedDiffusion(GaussianDiffusion):
         """t itself: the wrapped model scales."""
         return t
 
-    def network_timestep(self, t: float) -> float:
-        """A timestep of the base process as the network sees it."""
+    def network_timestep(self, t: Any) -> Any:
+        """A timestep of the base process, or a tensor of them, as the network sees it."""
         return t * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
     def score_weight(self, timesteps: th.Tensor, x: th.Tensor) -> th.Tensor:

@@ -19,10 +19,15 @@ import torch as th
 from improved_diffusion import distributed
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import ImageDistillation
 from improved_diffusion.distributed import collectives, watchdog
 from improved_diffusion.logs import logger
+from improved_diffusion.models.build import build_diffusion
 from improved_diffusion.models.factories import create_gaussian_diffusion, create_model
 from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.training.distillation.consistency import Consistency
+from improved_diffusion.training.distillation.progressive import Progressive
+from improved_diffusion.training.distillation.teacher import Teacher
 from improved_diffusion.training.loop import TrainLoop
 
 STEPS, BATCH = 6, 4
@@ -49,6 +54,9 @@ class ImageDecides:
         noise = th.stack([th.randn(x_start.shape[1:], generator=g) for g in generators])
         return self.diffusion.training_losses(model, x_start, t, model_kwargs=model_kwargs, noise=noise)
 
+    def __getattr__(self, name):
+        return getattr(self.diffusion, name)
+
 
 def make_model():
     """A small class-conditional model without the zeros that would keep most of its first gradients at 0."""
@@ -59,15 +67,37 @@ def make_model():
     return model
 
 
-def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32"):
+def tuning():
+    """Consistency tuning, as a TrainLoop takes it."""
+    settings = ImageDistillation.of({
+        "image_size": 8, "learn_sigma": True, "noise_schedule": "cosine", "diffusion_steps": 20
+    })  # fmt: skip
+    return Consistency(settings, build_diffusion(settings.diffusion), Teacher(settings, {"teacher_prediction": "eps"}))
+
+
+def halving():
+    """Progressive distillation in three stages of two steps, as a TrainLoop takes it."""
+    settings = ImageDistillation.of({
+        "image_size": 8, "learn_sigma": True, "noise_schedule": "cosine", "diffusion_steps": 20, "predict_v": True,
+        "method": "progressive", "steps": 8, "to": 1, "max_steps": STEPS,
+    })  # fmt: skip
+    th.manual_seed(1)
+    network = make_model().eval().requires_grad_(False)
+    diffusion = build_diffusion(settings.diffusion)
+    teacher = SimpleNamespace(prediction="v", guided=network, module=network, diffusion=diffusion)
+    return Progressive(settings, diffusion, teacher)
+
+
+def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32", diffusion=None):
     """The parameters [n], as one vector, after six steps on four images each, and the last five gradients' mean norm.
 
     :param split: this rank and the number of ranks.
+    :param diffusion: what the model is trained on, if not a plain diffusion.
     """
     rank, ranks = split
     th.manual_seed(0)
     model = make_model()
-    diffusion = create_gaussian_diffusion(steps=20, learn_sigma=True, noise_schedule="cosine")
+    diffusion = diffusion or create_gaussian_diffusion(steps=20, learn_sigma=True, noise_schedule="cosine")
     data = ((images[rank::ranks], {"y": y[rank::ranks]}) for images, y in map(step_images, range(STEPS)))
     logger.configure(str(folder), format_strs=[])
     rows = []
@@ -75,7 +105,7 @@ def six_steps(folder, microbatch=-1, split=(0, 1), precision="fp32"):
     loop = TrainLoop(
         model=model, diffusion=ImageDecides(diffusion), data=data, batch_size=BATCH // ranks, microbatch=microbatch,
         lr=1e-3, ema_rate="0.9", log_interval=STEPS, save_interval=100, resume_checkpoint="", max_steps=STEPS,
-        precision=precision,
+        precision=precision, hooks=getattr(diffusion, "hooks", list)(),
         # A bias before a norm of one channel a group has no gradient but rounding, which Adam would blow up to lr.
         adam_eps=1e-6,
     )  # fmt: skip
@@ -171,6 +201,8 @@ def everything(folder):
             synced=before,
             summed=distributed.sum_over_ranks(th.tensor([rank + 1.0])),
             six_steps=six_steps(folder / "run", split=(rank, ranks)),
+            tuned=six_steps(folder / "tuned", split=(rank, ranks), diffusion=tuning()),
+            halved=six_steps(folder / "halved", split=(rank, ranks), diffusion=halving()),
         ),
         folder / f"rank{rank}.pt",
     )

@@ -45,6 +45,7 @@ class Info:
     hides_classes: bool = True
     resize_mode: str = "crop"
     background: str = "white"
+    own_steps: int = 0
 
 
 class Catalogue:

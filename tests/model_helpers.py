@@ -21,10 +21,15 @@ def tiny_settings(kind=ImageModel, **options):
     return kind.of({name: value for name, value in {**TINY, **options}.items() if value is not None})
 
 
-def save_checkpoint(path, settings, *, class_names=None, steps=0, images=None, labels=None):
+# What the file of a distilled model says.
+STUDENT = {"teacher_sha256": "00", "method": "consistency", "sampler": "renoise", "steps": 3}
+
+
+def save_checkpoint(path, settings, *, class_names=None, steps=0, images=None, labels=None, **facts):
     """A described checkpoint of a model with random weights, or of one trained on uint8 images; returns its path.
 
     :param steps: of training, on all images at once.
+    :param facts: what else its file says of it.
     """
     th.manual_seed(0)
     if settings.model.class_cond:
@@ -36,7 +41,7 @@ def save_checkpoint(path, settings, *, class_names=None, steps=0, images=None, l
     if steps:
         train(model, diffusion, from_uint8(images), labels, steps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"config": settings.values(), "class_names": class_names, "step": steps}
+    metadata = {"config": settings.values(), "class_names": class_names, "step": steps, **facts}
     checkpoint.save_state_dict(model.state_dict(), str(path), metadata)
     return path
 

@@ -47,6 +47,9 @@ SHOWN = {
     "nll_timesteps": 5, "val_interval": 1,
 }  # fmt: skip
 FEWEST_EVALUATED = 40
+# Options that a student takes from its teacher.
+OF_THE_TEACHER = ("num_channels", "num_res_blocks", "num_heads", "channel_mult", "attention_resolutions",
+                  "diffusion_steps", "image_size")  # fmt: skip
 OF_THE_GUIDED = ("channel_mult", "diffusion_steps", "image_size")  # options that a classifier takes from another model
 RESULTS = ("--out_dir", "--out")  # flags whose value a command writes
 LAUNCHER = re.compile(r"^(mpiexec -n \d+|torchrun --nproc-per-node \d+|srun --ntasks-per-node \d+|nohup) ")
@@ -135,7 +138,7 @@ def small(words, marked):
         marked = {name: value for name, value in marked.items() if name != "num_samples"}
         chosen |= {"num_samples": FEWEST_EVALUATED} if "--num_samples" in words else {}
     if "max_steps" in options:
-        fixed = OF_THE_GUIDED if "classifier_width" in options else ()
+        fixed = OF_THE_GUIDED if "classifier_width" in options else OF_THE_TEACHER if "teacher" in options else ()
         chosen |= {name: value for name, value in TRAINING.items() if name in options and name not in fixed}
         if "image_size" in options and not fixed:
             chosen["image_size"] = 8
@@ -171,6 +174,8 @@ class Smaller(ast.NodeTransformer):
             if "total_batch_size" not in given:
                 new |= {"batch_size": 4}
             new |= self.values
+        if ast.unparse(node.func) == "idf.distill":
+            new |= {"max_steps": 2, "num_workers": 0, "batch_size": 4}
         node.keywords = [keyword for keyword in node.keywords if keyword.arg not in new]
         node.keywords += [ast.keyword(name, ast.Constant(value)) for name, value in new.items()]
         return node

@@ -23,8 +23,8 @@ from improved_diffusion.logs import logger
 from improved_diffusion.logs.trackers import make_trackers
 from improved_diffusion.models.build import build_model_and_diffusion
 from improved_diffusion.training.ema import ParameterEMA, flatten
+from improved_diffusion.training.kinds import task_of
 from improved_diffusion.training.run import build_loop
-from improved_diffusion.training.tasks import task_of
 
 from .context import Context
 from .machine import synchronize

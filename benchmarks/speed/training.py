@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from benchmarks import published
 from improved_diffusion import distributed
+from improved_diffusion.training.kinds import task_of
 from improved_diffusion.training.run import build_loop
-from improved_diffusion.training.tasks import task_of
 
 from .context import Context
 from .ways import Clock, Way

@@ -67,6 +67,13 @@ def is_best(value: Any) -> bool:
     )
 
 
+def _is_distilled(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"teacher_sha256", "method", "sampler", "steps"} <= value.keys():
+        return False
+    texts = [text for name, text in value.items() if name != "steps"]
+    return all(isinstance(text, str) for text in texts) and _is_whole(value["steps"]) and value["steps"] > 0
+
+
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "config": (lambda value: isinstance(value, dict), "options by their names"),
     "class_names": (_is_class_names, f"a list of up to {MAX_CLASSES:,} names, or null"),
@@ -78,4 +85,5 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ema_sigma_rel": (lambda value: _is_number(value) and 0.001 <= value < 12**-0.5, "a number in [0.001, 0.2887)"),
     "posthoc": (lambda value: isinstance(value, bool), "true or false"),
     "best": (is_best, "val_loss, step and ema"),
+    "distilled": (_is_distilled, "teacher, teacher_sha256, teacher_prediction, method, sampler and steps"),
 }

@@ -46,7 +46,7 @@ Found = tuple[str, dict[str, th.Tensor], dict[str, Any]]  # file, state dict, de
 MODEL_OPTIONS = [
     f.name for group in (ModelConfig, SuperResModelConfig, ClassifierConfig, DiffusionConfig) for f in fields(group)
 ]
-_READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
+READING_OPTIONS = [f.name for f in fields(ReadingConfig)]  # images are read as in training unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,32 @@ def load_model(
     Raises UserError for an option that contradicts the checkpoint, and for a file that is not a checkpoint.
     """
     path, state_dict, metadata = found or read(path)
-    settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *_READING_OPTIONS])
+    settings = take_options(settings, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS])
     with naming(path):
         model, diffusion = build_model_and_diffusion(settings.model, settings.diffusion)  # type: ignore[attr-defined]
     checkpoint.load_into(model, state_dict, path)
     if warn:
         warn_of_initial_weights(path, metadata)
+    settings = with_own_steps(settings, metadata)
     return LoadedModel(path, settings, frozenset(given), model.eval(), diffusion, metadata)
+
+
+def with_own_steps(settings: S, metadata: Mapping[str, Any]) -> S:
+    """The settings with the sampler, the steps and their grid that a distilled model is for, where they name none.
+
+    :param metadata: what the model's file says of itself.
+    """
+    values, student = settings.values(), metadata.get("distilled")
+    if not student or "sampler" not in values:
+        return settings
+    name = "ddim" if values["use_ddim"] else values["sampler"]
+    if name not in ("auto", student["sampler"]):
+        return settings
+    own = {"sampler": student["sampler"]}
+    if not values["timestep_respacing"] and values["timestep_grid"] == "auto":
+        grid, steps = student.get("timestep_grid", "auto"), values["steps"] or student["steps"]
+        own |= {"timestep_grid": grid, "steps": steps}
+    return settings.replace(**own)
 
 
 def read(path: str, flag: str = "--model_path", classifier: bool = False) -> Found:

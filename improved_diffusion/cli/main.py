@@ -24,6 +24,7 @@ COMMANDS = {
     "super-res-train": ("super_res_train", "train a super-resolution model"),
     "super-res-sample": ("super_res_sample", "enlarge images with a super-resolution model"),
     "classifier-train": ("classifier_train", "train a classifier for guidance"),
+    "distill": ("distill", "make a model of a trained one that samples in a few steps"),
     "posthoc-ema": ("posthoc_ema", "make averages of other lengths after training"),
     "export": ("export", "write a model in the format of another program"),
     "convert": ("convert", "write the weights in another program's checkpoint to a plain file"),
@@ -70,7 +71,7 @@ def dispatch(argv: Sequence[str]) -> None:
 def main() -> None:
     """The entry point of the console command."""
     words = sys.argv[1:]
-    _run(lambda: dispatch(words), trains=bool(words) and words[0].endswith("train"))
+    _run(lambda: dispatch(words), trains=bool(words) and _trains(words[0]))
 
 
 def run_script(name: str) -> None:
@@ -84,7 +85,12 @@ def run_script(name: str) -> None:
 
         _import(name).COMMAND.main(sys.argv[1:], program_name())
 
-    _run(run, trains=name.endswith("train"))
+    _run(run, trains=_trains(name))
+
+
+def _trains(name: str) -> bool:
+    """Whether a command of this name, or the script of this name, trains."""
+    return name.endswith("train") or name == "distill"
 
 
 def _run(command: Callable[[], None], trains: bool) -> None:

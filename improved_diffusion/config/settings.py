@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from .base import Config
+from .distillation import DistillConfig, DistillTrainConfig
 from .editing import (
     CopiesConfig,
     EditConfig,
@@ -201,6 +202,38 @@ class ClassifierTraining(Settings):
     model: ClassifierConfig
     diffusion: ProcessConfig
     run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilling(Settings):
+    """Distilling a model of any kind: the teacher decides which of the two that follow it is."""
+
+    distill: DistillConfig
+    data: DataConfig
+    reading: ReadingConfig
+    train: DistillTrainConfig
+    speed: TrainSpeedConfig
+    watch: WatchConfig
+    model: ModelConfig
+    sizes: SizesConfig
+    diffusion: DiffusionConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDistillation(ImageTraining):
+    """Distilling an image model."""
+
+    distill: DistillConfig
+    train: DistillTrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResDistillation(SuperResTraining):
+    """Distilling a super-resolution model."""
+
+    distill: DistillConfig
+    train: DistillTrainConfig
 
 
 Training = ImageTraining | SuperResTraining | ClassifierTraining
@@ -441,6 +474,7 @@ _COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "super-res-train": (SuperResTraining,),
     "super-res-sample": (SuperResSampling,),
     "classifier-train": (ClassifierTraining,),
+    "distill": (Distilling,),
     "posthoc-ema": (PosthocEMA,),
     "export": (Exporting,),
     "convert": (Converting,),

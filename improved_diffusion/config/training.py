@@ -53,6 +53,7 @@ class DataConfig(SourceConfig):
 
 MIN_SIGMA_REL = 0.001
 MAX_SIGMA_REL = 0.28  # of a power-function average; a little less than that of the plain mean, 12^-1/2
+OPTIMIZERS = ("adamw", "radam")
 LR_SCHEDULES = ("auto", "constant", "linear", "cosine", "one-cycle")
 
 
@@ -111,6 +112,12 @@ class TrainConfig(Config):
     adam_beta1: float = extra(0.9, "decay rate of Adam's first moment")
     adam_beta2: float = extra(0.999, "decay rate of Adam's second moment")
     adam_eps: float = extra(1e-8, "Adam's epsilon")
+    optimizer: str = extra(
+        "adamw",
+        "adamw, or radam: with the learning rate of the first steps lowered as far as Adam's second moment is "
+        "uncertain (Liu et al. 2020)",
+        choices=OPTIMIZERS,
+    )
     resume: str = extra(
         "",
         "auto: continue from the newest complete checkpoint in out_dir, if any; or a checkpoint file or folder",

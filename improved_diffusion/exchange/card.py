@@ -66,7 +66,9 @@ def make_card(loaded: LoadedModel, options: CardConfig, draw: Draw) -> Card:
     """The card of a model. Raises UserError, before samples are drawn, for evaluations or an image that are wrong."""
     evaluations = find_evaluations(loaded.path, options.report)
     is_super_res = loaded.settings.model.kind == "super_res"
-    asked = {"seed": 0, "sampler": SAMPLER, "steps": min(options.steps, loaded.diffusion.num_timesteps)}
+    student = loaded.metadata.get("distilled")
+    steps = {"sampler": SAMPLER, "steps": min(options.steps, loaded.diffusion.num_timesteps)}
+    asked = {"seed": 0, **({name: student[name] for name in steps} if student else steps)}
     if options.samples:
         grid, caption = _read_image(options.samples), "Samples."
     elif is_super_res or not options.num_samples:
@@ -79,7 +81,7 @@ def make_card(loaded: LoadedModel, options: CardConfig, draw: Draw) -> Card:
         _front_matter(options, is_super_res),
         f"# {repo.rpartition('/')[2]}\n\n{_summary(loaded)}",
         f"![samples]({GRID_FILE})\n\n{caption}" if grid else "",
-        "## Use\n\n" + (_use_super_res(repo) if is_super_res else _use(repo, options.num_samples or 16, asked)),
+        "## Use\n\n" + (_use_super_res(repo, asked) if is_super_res else _use(repo, options.num_samples or 16, asked)),
         _section("Model", _model(loaded)),
         _section("Training", _training(loaded)),
         "## Evaluation\n\n" + _evaluation(evaluations),
@@ -128,11 +130,11 @@ def _use(repo: str, count: int, asked: Mapping[str, Any]) -> str:
     )
 
 
-def _use_super_res(repo: str) -> str:
+def _use_super_res(repo: str, asked: Mapping[str, Any]) -> str:
     return (
         "With the package `improved_diffusion` and its extra `hub`:\n\n"
         f'```python\nimport improved_diffusion as idf\n\nmodel = idf.load("{repo}")\n'
-        f'model.upscale("small_images/", sampler="{SAMPLER}", steps=20).save("out/")\n```\n\n'
+        f'model.upscale("small_images/", sampler="{asked["sampler"]}", steps={asked["steps"]}).save("out/")\n```\n\n'
         f"```\nimproved-diffusion super-res-sample --model_path {repo} --base_samples small_images/\n```"
     )
 
@@ -166,9 +168,18 @@ def _training(loaded: LoadedModel) -> dict[str, str]:
         "data": escape(", ".join(map(base_name, str(config.get("data_dir") or "").split(",")))),
         "steps": "" if step is None else f"{step:,}{of}" + (f", {epochs:,.1f} epochs" if epochs else ""),
         "weights": _average(facts),
+        "distilled": _teacher(facts),
         **{f"`{name}`": escape(config[name]) for name in ("lr", "dropout", "precision", "seed") if name in config},
         "package": f"improved_diffusion {escape(facts['version'])}" if "version" in facts else "",
     }
+
+
+def _teacher(facts: Mapping[str, Any]) -> str:
+    student = facts.get("distilled")
+    if not student:
+        return ""
+    teacher, method = escape(student.get("teacher", "a teacher")), escape(student["method"])
+    return f"from {teacher} ({method}), for {counted(student['steps'], 'step')}"
 
 
 def _is_count(value: Any) -> bool:

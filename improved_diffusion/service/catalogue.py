@@ -30,6 +30,7 @@ class ModelInfo:
     :param class_names: by label; () where the classes have no names. `num_classes` is 0 without classes.
     :param averages: the names that a request's `average` may have; () for a single file.
     :param resize_mode, background: how it takes given images.
+    :param own_steps: those that a distilled model is for; 0 for a model that is not distilled.
     :param hides_classes: whether it was trained with its class hidden now and then, which guidance_scale needs.
     """
 
@@ -47,6 +48,7 @@ class ModelInfo:
     hides_classes: bool
     resize_mode: str = ReadingConfig.resize_mode
     background: str = ReadingConfig.background
+    own_steps: int = 0
 
     @property
     def class_cond(self) -> bool:
@@ -249,6 +251,7 @@ def _describe(name: str, title: str, path: str, file: str) -> ModelInfo:
         height_width(config["small_size"]) if kind == "super_res" else None,
         config.get("diffusion_steps", 1000), bool(config.get("label_drop")),
         config.get("resize_mode", ReadingConfig.resize_mode), config.get("background", ReadingConfig.background),
+        metadata["distilled"]["steps"] if "distilled" in metadata else 0,
     )  # fmt: skip
 
 

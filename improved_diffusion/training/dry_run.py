@@ -133,7 +133,7 @@ def check_memory(task: Any, precision: str, averages: int) -> None:
     :param averages: how many moving averages there will be.
     """
     with outline():
-        count = sum(p.numel() for p in task.build()[0].parameters())
+        count = sum(p.numel() for p in task.network().parameters())
     # Weights, gradient, Adam's two moments, averages; in 16 bits the network and its gradient are beside the master's.
     need = count * (4 * (4 + averages) + (4 if precision != "fp32" else 0))
     device = distributed.dev()

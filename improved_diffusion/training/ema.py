@@ -48,6 +48,7 @@ class _Average:
     """Base of the averages: average <- average + share * (parameters - average), in one pass over all parameters."""
 
     label: str  # in the file's name, ema_LABEL_NNNNNN.pt
+    restarts = True  # where training begins anew (TrainLoop's `diffusion.restarts`); otherwise it is of the whole run
 
     def __init__(self, params: Sequence[th.Tensor]):
         self.flat = flatten(params).clone()
@@ -113,6 +114,8 @@ class PowerEMA(_Average):
     :param sigma_rel: the profile's standard deviation as a fraction of t, in (0, 12^-1/2).
     :param params: the values before the first step, which the first update replaces.
     """
+
+    restarts = False
 
     def __init__(self, sigma_rel: float, params: Sequence[th.Tensor]):
         super().__init__(params)

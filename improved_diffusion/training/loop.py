@@ -42,7 +42,9 @@ class TrainLoop(CheckpointedStep):
     :param data: an iterator of (batch float32 [N, C, H, W], dict of [N, ...] tensors for the model). If it has
         `seek(step)`, resuming moves it to the right batch.
     :param diffusion: anything with `num_timesteps` and `training_losses(model, x_start, t, model_kwargs, noise)`, which
-        returns a dict of terms, [N] or without dimensions, with "loss" among them. `noise` is optional.
+        returns a dict of terms, [N] or without dimensions, with "loss" among them. `noise` is optional. If it has
+        `at_step(step)`, that is called before each step with its number, counted from the very first. If it has
+        `restarts`, a list of such numbers, the optimizer, its schedule and the moving averages begin anew there.
     :param resume_checkpoint: a modelNNNNNN.pt, to continue from step NNNNNN with the ema_* and opt files beside it; ""
         to start at step 0. One of those files that is missing raises UserError if `strict_resume`, else is a warning.
     :param schedule_sampler: any object with `sample(batch_size, device)`; uniform unless given.
@@ -63,7 +65,8 @@ class TrainLoop(CheckpointedStep):
         precision=TrainConfig.precision, max_steps=TrainConfig.max_steps, max_hours=TrainConfig.max_hours,
         lr_schedule=TrainConfig.lr_schedule, lr_warmup_steps=TrainConfig.lr_warmup_steps,
         grad_clip=TrainConfig.grad_clip, adam_beta1=TrainConfig.adam_beta1, adam_beta2=TrainConfig.adam_beta2,
-        adam_eps=TrainConfig.adam_eps, seed=None, metadata=None, hooks: Sequence[tuple[int, Hook]] = (),
+        adam_eps=TrainConfig.adam_eps, optimizer=TrainConfig.optimizer, seed=None, metadata=None,
+        hooks: Sequence[tuple[int, Hook]] = (),
         keep_last=TrainConfig.keep_last, keep_every=TrainConfig.keep_every, max_bad_steps=TrainConfig.max_bad_steps,
         ema_warmup=TrainConfig.ema_warmup, ema_sigma_rel=TrainConfig.ema_sigma_rel, strict_resume=False,
         hook_timeout=TrainConfig.hook_timeout,
@@ -82,7 +85,13 @@ class TrainLoop(CheckpointedStep):
         self.lr, self.weight_decay, self.lr_anneal_steps, self.grad_clip = lr, weight_decay, lr_anneal_steps, grad_clip
         self.max_steps = max_steps or lr_anneal_steps
         schedule = ("linear" if lr_anneal_steps else "constant") if lr_schedule == "auto" else lr_schedule
-        self.lr_schedule = LRSchedule(schedule, lr_anneal_steps or self.max_steps, lr_warmup_steps)
+        self.lr_schedule = LRSchedule(
+            schedule,
+            lr_anneal_steps or self.max_steps,
+            lr_warmup_steps,
+            adam_beta2 if optimizer == "radam" else 0.0,
+            getattr(diffusion, "restarts", ()),
+        )
         self.ema_rate = comma_list(str(ema_rate), float)
         self.log_interval, self.save_interval = log_interval, save_interval
         self.hook_timeout = hook_timeout

@@ -68,7 +68,7 @@ class LossMeter:
             values = th.cat([value.reshape(len(names), -1) for value, _ in steps], dim=1)
             self._add(self._columns_of(names, values.device)[:, None].expand_as(values), values)
             if num_timesteps:
-                quarter = 4 * th.cat([ts for _, ts in steps if ts is not None]) // num_timesteps
+                quarter = (4 * th.cat([ts for _, ts in steps if ts is not None]) // num_timesteps).long()
                 parts = self._columns_of([f"{name}_q{q}" for name in names for q in range(4)], values.device)
                 self._add(parts.reshape(-1, 4)[:, quarter], values)
 

@@ -90,20 +90,21 @@ class PreviewGrid:
         # In parts as small as training's microbatches, so that a preview needs no more memory than a step.
         for start in range(0, len(mine), view.microbatch):
             numbers = list(mine[start : start + view.microbatch])
-            sample = self.diffusion.ddim_sample_loop(
-                view.model,
-                (len(numbers), *self.shape),
-                model_kwargs={key: value[numbers] for key, value in self.model_kwargs.items()},
-                device=view.device,
-                noise_fn=SeededNoise(self.seed, numbers),
-            )
-            parts.append(images.to_uint8(sample))
+            kwargs = {key: value[numbers] for key, value in self.model_kwargs.items()}
+            parts.append(images.to_uint8(self.sample(view, SeededNoise(self.seed, numbers), kwargs)))
         gathered = distributed.all_gather_object(np.concatenate(parts) if parts else None)
         samples = np.empty((self.count, *self.shape[1:], self.shape[0]), np.uint8)
         for i, part in enumerate(gathered):
             if part is not None:
                 samples[i::world_size] = part
         return samples
+
+    def sample(self, view: TrainingView, noise: SeededNoise, model_kwargs: dict[str, Any]) -> th.Tensor:
+        """Samples of the present parameters [N, C, H, W], one from each noise."""
+        shape = (len(noise), *self.shape)
+        return self.diffusion.ddim_sample_loop(
+            view.model, shape, model_kwargs=model_kwargs, device=view.device, noise_fn=noise
+        )
 
 
 def preview_diffusion(diffusion: Any) -> Any:

@@ -19,7 +19,7 @@ from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
 from ..config import AUTO_PRECISION, TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
-from ..config.settings import ClassifierTraining, Training
+from ..config.settings import ClassifierTraining, Distilling, Training
 from ..data.cache import use_cache
 from ..data.classes import check_several, read_classes
 from ..data.dataset import ImageDataset
@@ -31,15 +31,16 @@ from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
 from ..models.build import with_levels
 from ..models.determinism import refusals_explained
-from ..resample import create_named_schedule_sampler
 from ..utils import files
 from ..utils.text import counted, listed
 from .auto import take_recipe
+from .distillation.teacher import resume_student, take_teacher
 from .dry_run import check_memory, dry_run, warn_of_small_disk
+from .kinds import task_of
 from .loop import TrainLoop, get_blob_logdir
 from .resume import find_resume, folder_of_run
 from .signals import EXIT_RESUME, Stopped, StopSignals
-from .tasks import Task, take_guided_process, task_of
+from .tasks import Task, take_guided_process
 from .train_images import write_train_images
 
 # Options of one start of a run rather than of the run itself.
@@ -56,7 +57,7 @@ class TrainedRun:
     stopped: bool = False
 
 
-def train(settings: Training, given: frozenset[str], default_name: str, preset: str = "") -> TrainedRun:
+def train(settings: Training | Distilling, given: frozenset[str], default_name: str, preset: str = "") -> TrainedRun:
     """Train as the settings say. Collective.
 
     :param given: the options that the user gave; the others may come from the checkpoint that is resumed.
@@ -78,7 +79,7 @@ def train(settings: Training, given: frozenset[str], default_name: str, preset: 
 
 
 def _train(
-    settings: Training, given: frozenset[str], default_name: str, preset: str, signals: StopSignals
+    settings: Training | Distilling, given: frozenset[str], default_name: str, preset: str, signals: StopSignals
 ) -> TrainedRun:
     with contextlib.ExitStack() as until_end:
         claims = until_end.enter_context(Claims())
@@ -95,7 +96,7 @@ def _train(
             distributed.from_rank0(claims.claim, [folder.path, checkpoints], False)
         settings, metadata, source = resolve(settings, given, preset)
         data, settings = open_data(settings, metadata, source)
-        task = task_of(settings)
+        task = task_of(settings, metadata)
         stream = until_end.enter_context(contextlib.closing(task.stream(data)))
         loop, description = build_loop(task, data, stream)
         loop.signals = signals
@@ -109,7 +110,7 @@ def _train(
         return TrainedRun(folder.path, checkpoints, run_loop(loop, settings, description, claims))
 
 
-def _run_name(settings: Training, default_name: str, preset: str) -> str:
+def _run_name(settings: Training | Distilling, default_name: str, preset: str) -> str:
     if preset == AUTO:
         return stem(os.path.abspath(settings.data.data_dir)) or default_name
     return preset or default_name
@@ -118,12 +119,14 @@ def _run_name(settings: Training, default_name: str, preset: str) -> str:
 # Where it starts
 
 
-def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tuple[Training, dict[str, Any], Any]:
+def resolve(
+    settings: Training | Distilling, given: frozenset[str], preset: str = ""
+) -> tuple[Training, dict[str, Any], Any]:
     """(settings with all that follows from a checkpoint, the images and the number of ranks; that checkpoint's metadata
     or {}; the training images).
 
     `resume_checkpoint` becomes the file to continue from. Options that were not given come from it, or, those of the
-    model, from --init_checkpoint, or, with the preset `auto`, from a recipe. Collective.
+    model, from --teacher or --init_checkpoint, or, with the preset `auto`, from a recipe. Collective.
     """
     if isinstance(settings, ClassifierTraining):
         settings, given = take_guided_process(settings, given)
@@ -133,13 +136,19 @@ def resolve(settings: Training, given: frozenset[str], preset: str = "") -> tupl
     metadata: dict[str, Any] = {}
     if resumed:
         state_dict, metadata = checkpoint.load(resumed)
+        if isinstance(settings, Distilling):
+            settings = resume_student(settings, given, resumed, metadata)
+        elif "distilled" in metadata:
+            raise UserError(f"{resumed} is from a distillation: improved-diffusion distill continues it")
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
         settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
+    elif isinstance(settings, Distilling):
+        settings, metadata = take_teacher(settings, given)
     with distributed.working(f"the list of the images in {settings.data.data_dir}"):
         source = open_images(settings.data.data_dir)
     if preset == AUTO and not resumed:
         settings = take_recipe(settings, given, source)
-    if not resumed and settings.train.init_checkpoint:
+    if not resumed and settings.train.init_checkpoint and not metadata:
         of_classifier = isinstance(settings, ClassifierTraining)
         path, state_dict, metadata = read(settings.train.init_checkpoint, "--init_checkpoint", of_classifier)
         settings = take_network(settings.replace(init_checkpoint=path), given, path, state_dict, metadata)
@@ -238,10 +247,9 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
 
 def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, Any]) -> Training:
     data_dir, before = settings.data.data_dir, metadata.get("class_names")
-    if before and names != before and settings.train.resume_checkpoint:
-        raise UserError(
-            f"{data_dir} has the classes {names[:10]} but {settings.train.resume_checkpoint} has {before[:10]}"
-        )
+    origin = settings.train.resume_checkpoint or settings.values().get("teacher")
+    if before and names != before and origin:
+        raise UserError(f"{data_dir} has the classes {names[:10]} but {origin} has {before[:10]}")
     wanted = settings.model.num_classes
     if wanted and len(names) > wanted:
         raise UserError(f"{data_dir} has {len(names)} classes, more than --num_classes {wanted}")
@@ -290,6 +298,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
         "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
+        **task.description(),
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(
@@ -297,7 +306,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
         diffusion=objective,
         data=stream,
         batch_size=train.batch_size,
-        schedule_sampler=create_named_schedule_sampler(train.schedule_sampler, objective),
+        schedule_sampler=task.schedule_sampler(objective),
         seed=settings.run.seed,
         metadata=description,
         hooks=[] if train.dry_run else task.hooks(objective, data),

@@ -166,6 +166,10 @@ class TrainStep:
         """One step on this rank's batch [N, C, H, W] and conditions (dict of [N, ...])."""
         if self.seed is not None:
             objective.seed_step(self.seed, self.absolute_step, self.device)
+        if hasattr(self.diffusion, "at_step"):
+            self.diffusion.at_step(self.absolute_step)
+        if self.absolute_step in self.lr_schedule.restarts:
+            self._restart()
         self.forward_backward(batch, cond)
         if self.use_fp16:
             self.optimize_fp16()
@@ -173,6 +177,13 @@ class TrainStep:
             self.optimize_normal()
         self._made = self.absolute_step + 1
         self.log_step()
+
+    def _restart(self) -> None:
+        """Begin anew from the present parameters, with a new optimizer and new averages."""
+        self.opt.state.clear()
+        for ema in self.emas:
+            if ema.restarts:
+                ema.load(self.master_params)
 
     def forward_backward(self, batch, cond) -> None:
         """The gradient of the batch's weighted mean loss.
@@ -253,9 +264,9 @@ class TrainStep:
             self._master_copy.update_model(*self.master_params)
             precision_util.clear_gradients(self.master_params)
         if self.emas:
-            flat = self._flatten(self.master_params)
+            flat, start = self._flatten(self.master_params), self.lr_schedule.start(self.absolute_step)
             for ema in self.emas:
-                ema.update(flat, good, self.absolute_step)
+                ema.update(flat, good, self.absolute_step - (start if ema.restarts else 0))
         self._whole = True
         return bad
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +18,8 @@ from ..data.low_res import WithLowRes, downsample
 from ..data.sources import open_images
 from ..data.stream import BatchStream
 from ..logs import logger
-from ..models.build import build_classifier, build_diffusion, build_model_and_diffusion
+from ..models.build import build_classifier, build_diffusion, build_model
+from ..resample import create_named_schedule_sampler
 from ..sampling.labels import caption_of
 from ..utils.text import class_index, listed
 from .classifier import ClassifierObjective, ClassifierValidation
@@ -33,19 +34,38 @@ Hooks = list[tuple[int, Hook]]  # (interval in steps, hook)
 
 
 class Task(Generic[S]):
-    """What one kind of run trains, on what, and what it shows on the way."""
+    """What one kind of run trains, on what, and what it shows on the way.
 
-    def __init__(self, settings: S):
-        self.settings = settings
+    :param metadata: the description of the checkpoint that the run continues or starts from; {} where there is none.
+    """
+
+    def __init__(self, settings: S, metadata: Mapping[str, Any] | None = None):
+        self.settings, self.metadata = settings, metadata or {}
 
     @property
     def needs_classes(self) -> bool:
         """Whether the classes of the images are read."""
         raise NotImplementedError
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        """(network, objective): the objective has num_timesteps and training_losses."""
+    def network(self) -> th.nn.Module:
+        """The network to train, on the CPU."""
         raise NotImplementedError
+
+    def objective(self) -> Any:
+        """What it is trained on: an object with num_timesteps and training_losses."""
+        raise NotImplementedError
+
+    def build(self) -> tuple[th.nn.Module, Any]:
+        """(network, objective)."""
+        return self.network(), self.objective()
+
+    def schedule_sampler(self, objective: Any) -> Any:
+        """What draws the timesteps that the network is trained on."""
+        return create_named_schedule_sampler(self.settings.train.schedule_sampler, objective)
+
+    def description(self) -> dict[str, Any]:
+        """What the checkpoints' description says besides what all runs say."""
+        return {}
 
     def stream(self, data: BatchStream) -> Any:
         """The batches that the loop trains on."""
@@ -55,7 +75,15 @@ class Task(Generic[S]):
         """What the loop calls every so many steps. Collective."""
         raise NotImplementedError
 
-    def _validation(self, kind: type[HeldOutImages], objective: Any, data: BatchStream, **more: Any) -> Hooks:
+    def held_out(self, objective: Any, dataset: ImageDataset, **options: Any) -> HeldOutImages:
+        """What measures the model on held-out images; see HeldOutImages."""
+        return Validation(objective, dataset, **options)
+
+    def preview(self, objective: Any, *arguments: Any) -> PreviewGrid:
+        """What draws grids of samples; see PreviewGrid."""
+        return PreviewGrid(preview_diffusion(objective), *arguments)
+
+    def _validation(self, objective: Any, data: BatchStream, **more: Any) -> Hooks:
         """Evaluation on --val_dir every --val_interval steps; none without --val_dir. Collective."""
         settings: Any = self.settings
         watch, train = settings.watch, settings.train
@@ -63,7 +91,7 @@ class Task(Generic[S]):
             return []
         source = open_images(watch.val_dir, "--val_dir")
         classes = _validation_classes(settings, source, data.class_names or []) if self.needs_classes else None
-        validation = kind(
+        validation = self.held_out(
             objective,
             ImageDataset(
                 settings.model.size, source, classes, channels=settings.model.channels, reading=settings.reading
@@ -74,14 +102,13 @@ class Task(Generic[S]):
         )
         return [(watch.val_interval, validation)]
 
-    def _previews(self, diffusion: Any, count: int, model_kwargs: dict[str, th.Tensor], data: BatchStream) -> Hooks:
+    def _previews(self, objective: Any, count: int, model_kwargs: dict[str, th.Tensor], data: BatchStream) -> Hooks:
         """Grids of samples every --sample_interval steps."""
         settings: Any = self.settings
         captions = [caption_of(data.class_names, int(y)) for y in model_kwargs.get("y", ())]
         model_kwargs = {key: value.to(distributed.dev()) for key, value in model_kwargs.items()}
         shape = (settings.model.channels, *height_width(settings.model.size))
-        quick = preview_diffusion(diffusion)
-        grid = PreviewGrid(quick, shape, count, model_kwargs, logger.get_dir(), settings.run.seed, captions)
+        grid = self.preview(objective, shape, count, model_kwargs, logger.get_dir(), settings.run.seed, captions)
         return [(settings.watch.sample_interval, grid)]
 
 
@@ -92,8 +119,11 @@ class ImageTask(Task[ImageTraining]):
     def needs_classes(self) -> bool:
         return self.settings.model.class_cond
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
+    def network(self) -> th.nn.Module:
+        return build_model(self.settings.model, self.settings.diffusion.learn_sigma)
+
+    def objective(self) -> Any:
+        return build_diffusion(self.settings.diffusion)
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
         model = self.settings.model
@@ -102,7 +132,7 @@ class ImageTask(Task[ImageTraining]):
             seen = th.tensor(data.seen_classes)
             labels = {"y": seen[th.arange(PREVIEWS) % len(seen)]} if model.class_cond else {}
             found = self._previews(objective, PREVIEWS, labels, data)
-        validation = self._validation(Validation, objective, data)
+        validation = self._validation(objective, data)
         return found + validation + self._loss_floor(objective, data, validation)
 
     def _loss_floor(self, diffusion: Any, data: BatchStream, validation: Hooks) -> Hooks:
@@ -130,8 +160,11 @@ class SuperResTask(Task[SuperResTraining]):
     def needs_classes(self) -> bool:
         return self.settings.model.class_cond
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        return build_model_and_diffusion(self.settings.model, self.settings.diffusion)
+    def network(self) -> th.nn.Module:
+        return build_model(self.settings.model, self.settings.diffusion.learn_sigma)
+
+    def objective(self) -> Any:
+        return build_diffusion(self.settings.diffusion)
 
     def stream(self, data: BatchStream) -> Any:
         return WithLowRes(data, self.settings.model.small_size)
@@ -150,7 +183,7 @@ class SuperResTask(Task[SuperResTraining]):
             batch, kwargs = th.utils.data.default_collate([data.stream.dataset[int(i)] for i in chosen])
             low_res = downsample(batch, small)
             found = self._previews(objective, len(chosen), {**kwargs, "low_res": low_res}, data)
-        return found + self._validation(Validation, objective, data, small_size=small)
+        return found + self._validation(objective, data, small_size=small)
 
 
 class ClassifierTask(Task[ClassifierTraining]):
@@ -160,20 +193,17 @@ class ClassifierTask(Task[ClassifierTraining]):
     def needs_classes(self) -> bool:
         return True
 
-    def build(self) -> tuple[th.nn.Module, Any]:
-        classifier = build_classifier(self.settings.model)
-        return classifier, ClassifierObjective(build_diffusion(self.settings.diffusion))
+    def network(self) -> th.nn.Module:
+        return build_classifier(self.settings.model)
+
+    def objective(self) -> Any:
+        return ClassifierObjective(build_diffusion(self.settings.diffusion))
+
+    def held_out(self, objective: Any, dataset: ImageDataset, **options: Any) -> HeldOutImages:
+        return ClassifierValidation(objective, dataset, **options)
 
     def hooks(self, objective: Any, data: BatchStream) -> Hooks:
-        return self._validation(ClassifierValidation, objective, data)
-
-
-def task_of(settings: Training) -> Task:
-    """The task of a run's settings."""
-    kinds: dict[type, type[Task]] = {
-        ImageTraining: ImageTask, SuperResTraining: SuperResTask, ClassifierTraining: ClassifierTask,
-    }  # fmt: skip
-    return kinds[type(settings)](settings)
+        return self._validation(objective, data)
 
 
 def _validation_classes(settings: Any, source: Any, trained: Sequence[str]) -> list[int]:

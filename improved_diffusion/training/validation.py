@@ -99,19 +99,24 @@ class HeldOutImages:
             parts = [self._rows(view, list(numbers)) for numbers in mine]
         gathered = distributed.all_gather_object(np.concatenate(parts) if parts else None)
         rows = [part for part in gathered if part is not None]
-        table = np.empty((self.num_images, rows[0].shape[1]))  # in the images' order: sums do not depend on the ranks
+        # In the images' order: sums do not depend on the ranks.
+        table = np.empty((self.num_images, *rows[0].shape[1:]), rows[0].dtype)
         for rank, part in enumerate(rows):
             table[rank :: len(gathered)] = part
         return table
 
     def _rows(self, view: TrainingView, numbers: list[int]) -> np.ndarray:
+        columns = self.measure(view.model, *self._batch(view, numbers), numbers)
+        return np.stack([column.cpu().double().numpy() for column in columns], axis=1)
+
+    def _batch(self, view: TrainingView, numbers: list[int]) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """(images, what the network takes besides), on the device."""
         batch, kwargs = th.utils.data.default_collate([self.dataset[i] for i in self.selected[numbers]])
         batch = batch.to(view.device)
         kwargs = {key: value.to(view.device) for key, value in kwargs.items()}
         if self.small_size is not None:
             kwargs["low_res"] = downsample(batch, self.small_size)
-        columns = self.measure(view.model, batch, kwargs, numbers)
-        return np.stack([column.cpu().double().numpy() for column in columns], axis=1)
+        return batch, kwargs
 
     def noise_of(self, numbers: Sequence[int]) -> SeededNoise:
         """The noise of images with these numbers within `selected`: the same at every evaluation."""
@@ -196,8 +201,8 @@ class Validation(HeldOutImages):
             logger.logkv(f"val_bpd{suffix}", bound.mean)
             if self.num_images > 1:
                 logger.logkv(f"val_bpd{suffix}_se", bound.standard_error)
-        loss_text = _with_averages({label: f"{loss:.4g}" for label, loss in losses.items()})
-        bound_text = _with_averages({label: _plus_minus(bound) for label, bound in bounds.items()})
+        loss_text = with_averages({label: f"{loss:.4g}" for label, loss in losses.items()})
+        bound_text = with_averages({label: _plus_minus(bound) for label, bound in bounds.items()})
         logger.log(f"validation after {steps} steps: loss {loss_text}, bits/dim {bound_text}")
 
 
@@ -210,7 +215,7 @@ def _plus_minus(bound: BoundSummary) -> str:
     return f"{bound.mean:.3f}" + (f" +- {bound.standard_error:.3f}" if len(bound.total_bpd) > 1 else "")
 
 
-def _with_averages(texts: Mapping[str, str]) -> str:
+def with_averages(texts: Mapping[str, str]) -> str:
     """The model's text, and in brackets the averages'."""
     averages = ", ".join(f"EMA {label}: {text}" for label, text in texts.items() if label)
     return texts[""] + (f" ({averages})" if averages else "")

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..checkpoints.checkpoint import read_outline
-from ..checkpoints.loading import MODEL_OPTIONS
+from ..checkpoints.loading import MODEL_OPTIONS, with_own_steps
 from ..config import UserError
 from ..config.settings import Settings
 from ..models.build import build_diffusion
@@ -23,12 +23,17 @@ class Facts:
 
     :param path: of the checkpoint's file, as a command takes it.
     :param info: the catalogue's.
-    :param options: those that the model was trained with, as far as its file says.
+    :param metadata: what its file says of itself.
     """
 
     path: str
     info: Any
-    options: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options that the model was trained with, as far as its file says."""
+        return self.metadata.get("config", {})
 
     @property
     def classes(self) -> Sequence[str]:
@@ -51,7 +56,7 @@ class Facts:
 
     def sampler(self, kind: type[Settings], chosen: Mapping[str, Any]) -> Any:
         """The sampler of these options. Raises UserError for options that cannot work."""
-        settings = self.settings(kind, chosen)
+        settings = with_own_steps(self.settings(kind, chosen), self.metadata)
         return build_sampler(settings, build_diffusion(settings.diffusion))
 
 
@@ -60,7 +65,7 @@ def facts(app_state: AppState, name: str | None, average: str) -> Facts:
     if name is None:
         raise UserError("there is no model yet: train one in the Train tab, or upload the weights of one")
     path = app_state.catalogue.file(name, average)
-    return Facts(path, app_state.catalogue.describe(name), _options(path, os.path.getmtime(path)))
+    return Facts(path, app_state.catalogue.describe(name), _metadata(path, os.path.getmtime(path)))
 
 
 def known_facts(app_state: AppState, name: str | None) -> Facts | None:
@@ -72,5 +77,5 @@ def known_facts(app_state: AppState, name: str | None) -> Facts | None:
 
 
 @lru_cache(maxsize=256)
-def _options(path: str, _changed: float) -> Mapping[str, Any]:
-    return read_outline(path)[1].get("config", {})
+def _metadata(path: str, _changed: float) -> Mapping[str, Any]:
+    return read_outline(path)[1]

@@ -79,6 +79,7 @@ class SampleTab:
         self.go.click(self.draw, asked, self.result.outputs(self.go), **AT_ONCE)
         self.dice.click(_new_seed, None, self.seed, **AT_ONCE)
         picker.on_change(self.fit, [self.classes, self.guidance, self.go], [self.classes])
+        picker.on_change(self.fit_steps, [self.sampler, self.steps], [self.sampler])
         priced = [picker.model, picker.average, self.n, *steps]
         gr.on([each.change for each in priced], self.cost, priced, self.cost_line, **AT_ONCE)
         picker.loaded.then(self.cost, priced, self.cost_line, **AT_ONCE)
@@ -111,6 +112,10 @@ class SampleTab:
         classes = gr.update(**class_menu(known, _CLASSES, chosen or []))
         return classes, gr.update(**_guidance(known)), gr.update(**_button(known))
 
+    def fit_steps(self, model: str | None, sampler: str) -> tuple[Any, Any]:
+        """The sampler and the steps for a model."""
+        return steps_for(known_facts(self.app_state, model), sampler)
+
     def cost(self, model: str | None, average: str, n: Any, *steps: Any) -> str:
         """What the steps cost, or what is wrong with them."""
         if model is None:
@@ -123,6 +128,15 @@ class SampleTab:
         each = found.evaluations * (2 if "guidance_scale" in options else 1)
         text = f"{counted(found.steps, 'step')}: {counted(each, 'evaluation')} of the network for each image"
         return status_line(text + (f", {each * int(n):,} in all" if n and n > 1 else ""))
+
+
+def steps_for(known: Facts | None, sampler: str) -> tuple[Any, Any]:
+    """The updates of sampler and steps for a model: a distilled one has its own, which `auto` takes."""
+    distilled = known is not None and known.info.own_steps > 0
+    if distilled == (sampler == "auto"):
+        return gr.update(interactive=True), gr.update()
+    name, steps = ("auto", 0) if distilled else (SAMPLER, STEPS)
+    return gr.update(value=name, interactive=True), gr.update(value=steps)
 
 
 def _guidance(known: Facts | None) -> dict[str, Any]:

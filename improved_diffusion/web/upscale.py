@@ -19,7 +19,7 @@ from .picker import Picker, class_menu
 from .pictures import read_upload
 from .reproduce import EditRecipe
 from .result import Order, Result, refused
-from .sample import SAMPLER, STEPS
+from .sample import SAMPLER, STEPS, steps_for
 from .state import AppState
 
 _CLASSES = help_of(SampleConfig, "classes")
@@ -53,11 +53,16 @@ class UpscaleTab:
         asked = [*model, self.image, self.classes, self.n, self.seed, self.sampler, self.steps]
         self.go.click(self.upscale, asked, self.result.outputs(self.go), **AT_ONCE)
         picker.on_change(self.fit, [self.classes, self.go], [self.classes])
+        picker.on_change(self.fit_steps, [self.sampler, self.steps], [self.sampler])
 
     def fit(self, model: str | None, chosen: list[str] | None) -> tuple[Any, ...]:
         """The controls for a model: what it cannot do is switched off, and says why."""
         known = known_facts(self.app_state, model)
         return gr.update(**class_menu(known, _CLASSES, chosen or [])), gr.update(**_button(known))
+
+    def fit_steps(self, model: str | None, sampler: str) -> tuple[Any, Any]:
+        """The sampler and the steps for a model."""
+        return steps_for(known_facts(self.app_state, model), sampler)
 
     async def upscale(
         self, request: gr.Request, model: str | None, average: str, image: str | None, classes: Any, n: Any, seed: Any,

@@ -115,7 +115,7 @@ def test_the_options_that_are_paths():
         "data_dir", "val_dir", "labels", "resume", "resume_checkpoint", "init_checkpoint", "out_dir", "run_dir",
         "model_path", "guide_path", "classifier_path", "base_samples", "reference", "samples", "train_dir", "held_out",
         "features", "logits", "images", "mask", "latents", "out", "report", "reports", "runs", "data_root",
-        "token_file", "cache",
+        "token_file", "cache", "teacher",
     }  # fmt: skip
 
 

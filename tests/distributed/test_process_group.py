@@ -55,6 +55,18 @@ def test_two_ranks_learn_what_one_learns_from_the_same_images(alone, ranks):
         assert norm == pytest.approx(alone[-1][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("name, method", [("tuned", dist_worker.tuning), ("halved", dist_worker.halving)])
+def test_two_ranks_distil_what_one_distils(name, method, ranks, tmp_path):
+    alone, norm = dist_worker.six_steps(tmp_path, diffusion=method())
+    logger.reset()
+    for rank in ranks:
+        assert (rank[name][0] - alone).abs().max() < 1e-4
+        assert rank[name][1] == pytest.approx(norm, rel=1e-4)
+    th.manual_seed(0)
+    start = th.cat([p.detach().flatten() for p in dist_worker.make_model().parameters()])
+    assert (alone - start).abs().max() > 3e-3
+
+
 def test_ranks_that_see_different_images_end_with_the_same_parameters(ranks):
     assert th.equal(ranks[0]["six_steps"][0], ranks[1]["six_steps"][0])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_helpers import save_checkpoint, tiny_settings
+from model_helpers import STUDENT, save_checkpoint, tiny_settings
 from PIL import Image
 from script_helpers import call, refused
 
@@ -132,6 +132,13 @@ def test_a_licence_is_one_that_the_hub_has(config, licence, words):
     with pytest.raises(UserError, match="--license") as error:
         config(license=licence)
     assert words in str(error.value)
+
+
+def test_a_student_says_whose_it_is_and_is_used_in_its_own_steps(tmp_path):
+    path = write(tmp_path / "run/model000010.pt", distilled={**STUDENT, "teacher": "digits_ema"})
+    text = idf.load(path).card(num_samples=1).text
+    assert "--sampler renoise --steps 3" in text and 'sampler="renoise", steps=3' in text
+    assert "| distilled | from digits_ema (consistency), for 3 steps |" in text
 
 
 def test_another_licence_has_a_name_and_a_link(trained):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch as th
-from model_helpers import CLASSES, save_checkpoint, tiny_settings
+from model_helpers import CLASSES, STUDENT, save_checkpoint, tiny_settings
 
 from improved_diffusion.config import UserError
 from improved_diffusion.service.catalogue import Catalogue
@@ -69,6 +69,13 @@ def test_names_that_collide_are_told_apart(runs, tmp_path):
     assert catalogue.names() == ["plain", "plain-2", "animals", "nested/large", "plain-3"]
     assert [catalogue.path(name) for name in ("plain", "plain-2")] == given
     assert catalogue.path("plain-3") == str(runs / "plain")
+
+
+def test_a_distilled_model_has_steps_of_its_own(tmp_path):
+    save_checkpoint(tmp_path / "student.pt", tiny_settings(), distilled=STUDENT)
+    save_checkpoint(tmp_path / "teacher.pt", tiny_settings())
+    catalogue = Catalogue("", [str(tmp_path / "student.pt"), str(tmp_path / "teacher.pt")])
+    assert [catalogue.describe(name).own_steps for name in ("student", "teacher")] == [3, 0]
 
 
 def test_what_the_operator_names_is_checked_at_once(tmp_path, runs):

@@ -23,7 +23,7 @@ from improved_diffusion.training.dry_run import (
     set_bytes,
     warn_of_small_disk,
 )
-from improved_diffusion.training.tasks import task_of
+from improved_diffusion.training.kinds import task_of
 
 pytestmark = pytest.mark.usefixtures("out_dir")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from improved_diffusion.training.lr_schedule import learning_rate
+from improved_diffusion.training.lr_schedule import LRSchedule, learning_rate, rectification
 
 
 def test_constant_and_linear_and_cosine_rates():
@@ -43,3 +43,22 @@ def test_warm_up_multiplies_the_schedule():
     assert rates == [0.25, 0.5, 0.75, 1, 1, 1]
     rates = [learning_rate(k, lr=1.0, schedule="linear", total_steps=10, warmup_steps=2) for k in range(3)]
     np.testing.assert_allclose(rates, [0.5, 0.9, 0.8])
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+def test_a_rectified_rate_makes_of_adam_torchs_radam(beta2):
+    """But for the first steps, which torch's takes by momentum alone."""
+    schedule, generator = LRSchedule("constant", 0, 0, beta2), th.Generator().manual_seed(0)
+    one, other = (th.zeros(5, requires_grad=True) for _ in range(2))
+    adam = th.optim.AdamW([one], lr=0.1, betas=(0.9, beta2), weight_decay=0)
+    radam = th.optim.RAdam([other], lr=0.1, betas=(0.9, beta2))
+    assert not schedule.is_constant and schedule.at(0, 0.1) == 0
+    for step in range(30):
+        one.grad = other.grad = th.randn(5, generator=generator)
+        before = one.detach().clone(), other.detach().clone()
+        adam.param_groups[0]["lr"] = schedule.at(step, 0.1)
+        adam.step()
+        radam.step()
+        if step >= 6:
+            th.testing.assert_close(one - before[0], other - before[1], rtol=1e-3, atol=1e-6)
+    assert rectification(10**6, beta2) == pytest.approx(1, abs=1e-3)

@@ -15,8 +15,8 @@ from improved_diffusion.data.low_res import downsample, pairs
 from improved_diffusion.logs import logger
 from improved_diffusion.models.factories import create_gaussian_diffusion
 from improved_diffusion.training.classifier import ClassifierObjective, ClassifierValidation
+from improved_diffusion.training.kinds import task_of
 from improved_diffusion.training.preview import PREVIEWS
-from improved_diffusion.training.tasks import task_of
 from improved_diffusion.training.validation import Validation
 from improved_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 from improved_diffusion.utils import images

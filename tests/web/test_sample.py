@@ -3,12 +3,14 @@
 import asyncio
 import dataclasses
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from model_helpers import STUDENT, save_checkpoint, tiny_settings
 from web_helpers import ASKING, Place, drawn_of, png_files, run, run_command, run_python, status_of
 
 from improved_diffusion.config import UserError
@@ -198,6 +200,19 @@ def test_what_is_chosen_stays_unless_the_model_lacks_it(place):
 def test_a_super_resolution_model_is_for_the_other_tab(place):
     assert not place.sample.fit("super", [])[2]["interactive"]
     assert place.upscale.fit("super", [])[1]["interactive"] and not place.upscale.fit("digits", [])[1]["interactive"]
+
+
+def test_a_distilled_model_draws_in_its_own_steps(place, runs):
+    save_checkpoint(runs / "student/model000010.pt", tiny_settings(channels=1), distilled=STUDENT)
+    try:
+        sampler, steps = place.sample.fit_steps("student", "dpmpp_2m_sde")
+        assert (sampler["value"], steps["value"]) == ("auto", 0)
+        assert "3 steps: 3 evaluations" in place.sample.cost("student", "", 1, "auto", 0, 1)
+        assert "value" not in place.sample.fit_steps("student", "auto")[0]
+        assert [each["value"] for each in place.upscale.fit_steps("plain", "auto")] == ["dpmpp_2m_sde", 20]
+        assert "value" not in place.sample.fit_steps("plain", "heun")[0]
+    finally:
+        shutil.rmtree(runs / "student")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,6 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
     return run
 
 
-image_train, super_res_train, classifier_train = map(
-    train_command, ("image_train", "super_res_train", "classifier_train")
+image_train, super_res_train, classifier_train, distill = map(
+    train_command, ("image_train", "super_res_train", "classifier_train", "distill")
 )

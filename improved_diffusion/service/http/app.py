@@ -87,7 +87,7 @@ class Service:
             raise busy("the service stops", STOP_RETRY, status=503)
         info = await self.info(body.model)
         options = options_of(body)
-        if (steps := steps_of(kind, options, info.diffusion_steps)) > self.options.max_steps:
+        if (steps := steps_of(kind, options, info.diffusion_steps, info.own_steps)) > self.options.max_steps:
             raise Refused(422, f"{steps:,} steps are more than {self.options.max_steps:,}: give steps", "steps")
         images = mask = None
         if form:
@@ -141,8 +141,11 @@ def without_path(error: UserError, path: str, name: str) -> str:
     return str(error).replace(path, name)
 
 
-def steps_of(kind: str, options: dict[str, Any], diffusion_steps: int) -> int:
-    """How many steps a request's sampler takes."""
+def steps_of(kind: str, options: dict[str, Any], diffusion_steps: int, own_steps: int) -> int:
+    """How many steps a request's sampler takes.
+
+    :param own_steps: of a distilled model, 0 for others.
+    """
     if options.get("steps"):
         return options["steps"]
     if options.get("timestep_respacing"):
@@ -150,6 +153,8 @@ def steps_of(kind: str, options: dict[str, Any], diffusion_steps: int) -> int:
             return len(space_timesteps(diffusion_steps, options["timestep_respacing"]))
         except ValueError as error:
             raise Refused(422, str(error), "timestep_respacing") from None
+    if own_steps and options.get("sampler", "auto") == "auto" and not options.get("use_ddim"):
+        return own_steps
     takes_all = kind in ("sample", "upscale") and options.get("sampler", "auto") in ("auto", "ancestral", "ddim")
     return diffusion_steps if takes_all else 0
 
@@ -310,6 +315,7 @@ def _described(info: ModelInfo) -> dict[str, Any]:
         "classes": list(info.class_names) if info.class_names else None,
         "step": info.step,
         "diffusion_steps": info.diffusion_steps,
+        "own_steps": info.own_steps or None,
         "guidance": info.hides_classes,
         "averages": list(info.averages),
     }

@@ -1,0 +1,198 @@
+"""From a trained model to a student that samples in a few steps, and what is refused on the way."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch as th
+from model_helpers import CLASSES, save_checkpoint, tiny_settings
+from script_helpers import contents, write_images
+from train_helpers import assert_sets_equal
+
+import improved_diffusion as idf
+from improved_diffusion.checkpoints import checkpoint
+from improved_diffusion.cli.main import dispatch
+from improved_diffusion.config import UserError
+from improved_diffusion.config.settings import ImageModel, SuperResModel
+from improved_diffusion.models.factories import create_model_and_diffusion
+
+# With few steps, RAdam would stand still.
+QUICK = dict(num_workers=0, batch_size=4, max_steps=4, save_interval=100, dropout=0.1, optimizer="adamw", lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Teachers with classes, with none and of super-resolution; images; a finished student of the first."""
+    place = tmp_path_factory.mktemp("distill")
+    save_checkpoint(place / "cats.pt", tiny_settings(ImageModel, class_cond=True, num_classes=2), class_names=CLASSES)
+    save_checkpoint(place / "plain.pt", tiny_settings(ImageModel, predict_v=True))
+    save_checkpoint(place / "other.pt", tiny_settings(ImageModel, class_cond=True, num_classes=2, num_heads=2),
+                    class_names=CLASSES)  # fmt: skip
+    large = tiny_settings(SuperResModel, image_size=None, large_size=8, small_size=4)
+    save_checkpoint(place / "large.pt", large)
+    write_images(place / "photos", 8, size=(8, 8))
+    idf.distill(place / "cats.pt", place / "photos", out_dir=str(place / "run"), **QUICK)
+    return place
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place"
+
+
+def facts_of(path):
+    return checkpoint.load(str(path))[1]["distilled"]
+
+
+# The student
+
+
+def test_the_student_starts_as_the_teacher_and_moves(made):
+    start, end = (checkpoint.load(str(made / f"run/model00000{step}.pt"))[0] for step in (0, 4))
+    teacher = checkpoint.load(str(made / "cats.pt"))[0]
+    assert start.keys() == teacher.keys() == end.keys()
+    assert max((start[name] - teacher[name]).abs().max() for name in teacher) < 2e-3  # after one step
+    moved = [name for name in teacher if not th.equal(end[name], teacher[name])]
+    assert len(moved) > len(teacher) // 2
+
+
+def test_the_student_says_whose_it_is_and_samples_in_few_steps(place, capsys):
+    facts = facts_of("run/ema_0.9993_000004.pt")
+    expected = dict(method="consistency", sampler="renoise", steps=4, teacher_prediction="eps")
+    assert {name: facts[name] for name in expected} == expected and len(facts["teacher_sha256"]) == 64
+    student = idf.load("run")
+    few = student.sample(2, classes=[0, 1], progress=False)
+    same = student.sample(2, classes=[0, 1], sampler="renoise", steps=4, progress=False)
+    np.testing.assert_array_equal(few.array, same.array)
+    for options in (dict(steps=2), dict(sampler="ddim", steps=4), dict(use_ddim=True, steps=4)):
+        other = student.sample(2, classes=[0, 1], progress=False, **options)
+        assert (other.array != few.array).any()
+    dispatch(["sample", "--model_path", "run", "--num_samples", "2", "--classes", "cat,dog", "--out_dir", "drawn"])
+    assert "renoise, 4 steps, 4 evaluations" in capsys.readouterr().out
+    teacher = idf.load("cats.pt")
+    assert len(list(teacher.sample_steps(1))) == 20
+
+
+def test_its_weights_load_in_the_published_code(made):
+    published, _ = create_model_and_diffusion(
+        8, True, True, False, 32, 1, 1, -1, "4", 0.0, 20, "cosine", "", False, False, True, True, False, True,
+        num_classes=2, channel_mult="1,1",
+    )  # fmt: skip
+    published.load_state_dict(th.load(made / "run/model000004.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("prediction, flags", [("v", (True, False)), ("x0", (False, True)), ("eps", (False, False))])
+def test_a_student_may_predict_something_else(place, prediction, flags):
+    student = idf.distill("plain.pt", "photos", out_dir="new", student_prediction=prediction, to=1, **QUICK)
+    diffusion = student.settings.diffusion
+    assert (diffusion.predict_v, diffusion.predict_xstart) == flags
+    assert facts_of("new/model000004.pt")["teacher_prediction"] == "v"
+    assert len(list(student.sample_steps(1))) == 1
+
+
+def test_a_student_of_super_resolution(place):
+    student = idf.distill("large.pt", "photos", out_dir="new", val_dir="photos", val_interval=2, sample_interval=2,
+                          to=2, **QUICK)  # fmt: skip
+    assert student.is_super_resolution and os.path.exists("new/best.pt")
+    assert sorted(os.listdir("new/previews"))[0] == "step_000002.png"
+    small = np.zeros((1, 4, 4, 3), np.uint8)
+    few, same = (
+        student.upscale(small, progress=False, **options) for options in ({}, dict(sampler="renoise", steps=2))
+    )
+    np.testing.assert_array_equal(few.array, same.array)
+
+
+def test_a_student_of_a_guided_teacher(place):
+    save_checkpoint(place / "hidden.pt", tiny_settings(ImageModel, class_cond=True, num_classes=2, label_drop=0.1),
+                    class_names=CLASSES)  # fmt: skip
+    student = idf.distill("hidden.pt", "photos", out_dir="new", guidance_scale=2, **QUICK)
+    assert len(list(student.sample_steps(1, classes="cat"))) == 4
+    resumed = idf.distill("hidden.pt", "photos", out_dir="new", resume="auto", max_steps=5, num_workers=0)
+    assert resumed.step == 5
+    with pytest.raises(UserError, match="never trained with its class hidden"):
+        student.sample(1, guidance_scale=2)
+
+
+# Resuming
+
+
+def test_resuming_is_exact(place):
+    options = {**QUICK, "microbatch": 2, "val_dir": "photos", "val_interval": 2, "save_interval": 2}
+    idf.distill("cats.pt", "photos", out_dir="whole", **options)
+    shutil.copytree("whole", "parts")
+    for name in os.listdir("parts"):
+        if name.endswith(("000004.pt", "000004.json")):
+            os.remove(os.path.join("parts", name))
+    dispatch(["distill", "--resume", "auto", "--data_dir", "photos", "--out_dir", "parts"])
+    assert_sets_equal(place / "whole", place / "parts", 4)
+    assert facts_of("parts/model000004.pt") == facts_of("whole/model000004.pt")
+
+
+def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
+    os.rename("cats.pt", "moved.pt")
+    idf.distill("moved.pt", "photos", out_dir="run", resume="auto", max_steps=5, num_workers=0)
+    assert facts_of("run/model000005.pt") == facts_of("run/model000004.pt")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("options, named", [
+    (dict(teacher=""), "--teacher is missing"),
+    (dict(teacher="none.pt"), "--teacher none.pt does not exist"),
+    (dict(image_size=16), "--image_size 16 contradicts cats.pt"),
+    (dict(channels=1), "--channels 1 contradicts cats.pt"),
+    (dict(num_classes=3), "--num_classes 3 contradicts cats.pt"),
+    (dict(class_cond=False), "--class_cond False contradicts cats.pt"),
+    (dict(noise_schedule="linear"), "--noise_schedule linear contradicts cats.pt"),
+    (dict(diffusion_steps=1000), "--diffusion_steps 1000 contradicts cats.pt"),
+    (dict(predict_v=True), "--predict_v True contradicts cats.pt"),
+    (dict(large_size=64), "--large_size is not for cats.pt, which is an image model"),
+    (dict(teacher="large.pt", image_size=8), "--image_size is not for large.pt, which is a super-resolution model"),
+    (dict(guidance_scale=2, label_drop=0.1), "--guidance_scale 2.0: cats.pt was never trained with its class hidden"),
+    (dict(teacher="plain.pt", guidance_scale=2), "--guidance_scale 2.0: plain.pt has no classes"),
+    (dict(schedule_sampler="loss-second-moment"), "--schedule_sampler loss-second-moment"),
+    (dict(max_steps=0, lr_schedule="constant"), "--max_steps 0"),
+    (dict(max_q=12), "--max_q 12"),
+    (dict(out_dir="run"), "run holds checkpoints of an earlier run"),
+    (dict(out_dir="run", resume="auto", teacher="other.pt"), "--teacher other.pt is not the teacher of"),
+    (dict(out_dir="run", resume="auto", student_prediction="v"), "--student_prediction v contradicts"),
+    (dict(out_dir="run", resume="auto", to=2), "--to 2 contradicts"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_written(options, named, place):
+    before = contents(place)
+    asked = {"teacher": "cats.pt", "out_dir": "new", "max_steps": 4, "num_workers": 0, **options}
+    with pytest.raises(UserError) as refused:
+        idf.distill(asked.pop("teacher"), "photos", **asked)
+    assert named in str(refused.value)
+    assert contents(place) == before
+
+
+def test_images_of_other_classes_are_refused(place):
+    for name in os.listdir("photos"):
+        if name.startswith("cat"):
+            os.rename(f"photos/{name}", f"photos/owl{name[3:]}")
+    with pytest.raises(UserError, match=r"photos has the classes \['dog', 'owl'\] but cats.pt has"):
+        idf.distill("cats.pt", "photos", out_dir="new", **QUICK)
+
+
+def test_a_student_is_not_trained_on_by_train_nor_a_plain_run_by_distill(place):
+    with pytest.raises(UserError, match="improved-diffusion distill continues it"):
+        idf.train("photos", resume="run", max_steps=6, num_workers=0)
+    tiny = dict(image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1", diffusion_steps=20,
+                noise_schedule="cosine", num_workers=0, max_steps=1, batch_size=2)  # fmt: skip
+    idf.train("photos", out_dir="plain", **tiny)
+    with pytest.raises(UserError, match="is not from a distillation: give"):
+        idf.distill("cats.pt", "photos", resume="plain", max_steps=6, num_workers=0)
+
+
+def test_a_damaged_description_of_a_student_is_refused(place):
+    state_dict, metadata = checkpoint.load("run/model000004.pt")
+    for damage in ({"steps": 0}, {"steps": "4"}, {"sampler": 3}, {"method": None}):
+        broken = {**metadata, "distilled": {**metadata["distilled"], **damage}}
+        checkpoint.save_state_dict(state_dict, "broken.pt", broken)
+        with pytest.raises(UserError, match=r"broken\.pt holds a damaged description"):
+            idf.load("broken.pt")
