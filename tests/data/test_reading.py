@@ -32,7 +32,6 @@ from improved_diffusion.evaluation.likelihood import open_dataset
 from improved_diffusion.evaluation.references import write_reference
 from improved_diffusion.training.run import open_data
 from improved_diffusion.training.tasks import ImageTask
-from improved_diffusion.training.validation import Validation
 from improved_diffusion.utils import images
 
 RNG = np.random.default_rng(5)
@@ -289,7 +288,7 @@ def test_held_out_images_are_read_like_training_images(odd):
     })  # fmt: skip
     task = ImageTask(settings)
     data, _ = open_data(settings.replace(total_batch_size=4), {}, open_images(str(odd)))
-    ((_, validation),) = task._validation(Validation, task.build()[1], data)
+    ((_, validation),) = task._validation(task.build()[1], data)
     np.testing.assert_array_equal(data.stream.dataset.pixels(4), expected(0)[4])
     assert validation.dataset.reading == settings.reading
 

@@ -118,7 +118,7 @@ def test_a_run_outlives_the_page_and_is_stopped_and_resumed_bit_for_bit(places, 
     wait_for(lambda: not trainings.status("mine").is_running)
     assert trainings.status("mine").state == "finished"
     assert trainings.status("mine").step == stopped + 2
-    assert not any(state == "Z" for state in states_of_children())
+    wait_for(lambda: not any(state == "Z" for state in states_of_children()))
 
     whole = trainings.check({**TINY, "max_steps": stopped + 3})
     assert launch([*whole, f"--out_dir={tmp_path / 'whole'}"], str(tmp_path / "whole.txt")).wait(120)
