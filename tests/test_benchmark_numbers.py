@@ -281,3 +281,13 @@ def test_memory():
         for levels, cell in zip(("", "0", "0,1", "0,1,2", "all"), cells, strict=True):
             row = found[name.strip("`"), levels]
             assert agrees(cell, row["one"] / 1e9, row["of_8"] / 1e9, row["fits"])
+
+
+def test_few_steps():
+    text, results = page_and_results("docs/distillation.md", "few_steps_digits")
+    found = {(row["model"], row["steps"]): row for row in results["rows"]}
+    for name, *cells in table(text, "| model | 1 |"):
+        for steps, cell in zip((1, 2, 4, 8), cells, strict=True):
+            row = found.pop((name.split("`")[1], steps))
+            assert agrees(cell, 1e3 * row["kid"], 1e3 * row["standard_error"], 100 * row["agreement"])
+    assert not found
