@@ -22,7 +22,7 @@ STEPS = (1, 2, 4, 8)
 
 def measure(path, steps, args, extractor, reference):
     """A row: a model in so many steps."""
-    flags = ["--sampler", args.sampler, "--steps", str(steps)]
+    flags = ["--sampler", args.sampler, "--timestep_grid", args.timestep_grid, "--steps", str(steps)]
     samples = Checkpoint(path, args.batch_size).draw(flags, args.num_samples)
     features, probabilities = extractor.evaluate(samples.images)
     kid = kernel_distance(features, reference)
@@ -46,6 +46,7 @@ def table(rows):
 def main():
     args = parser(__doc__)
     args.add_argument("--sampler", default="renoise")
+    args.add_argument("--timestep_grid", default="auto")
     args = args.parse_args()
     paths = args.model_path.split(",")
     first = Checkpoint(paths[0], args.batch_size)
@@ -55,7 +56,10 @@ def main():
     print(f"the classifier's accuracy on the real test images: {accuracy:.1%}")
     reference, _ = extractor.evaluate(np.concatenate([images for images, _ in sets]))
     rows = [measure(path, steps, args, extractor, reference) for path in paths for steps in STEPS]
-    content = {"settings": dict(num_samples=args.num_samples, sampler=args.sampler), "rows": rows}
+    content = {
+        "settings": dict(num_samples=args.num_samples, sampler=args.sampler, timestep_grid=args.timestep_grid),
+        "rows": rows,
+    }
     (RESULTS / f"few_steps_{args.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"kernel distance x 1000 and agreement, {args.num_samples} samples by steps of {args.sampler}:")
     print(table(rows))

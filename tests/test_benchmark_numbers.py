@@ -283,11 +283,19 @@ def test_memory():
             assert agrees(cell, row["one"] / 1e9, row["of_8"] / 1e9, row["fits"])
 
 
-def test_few_steps():
-    text, results = page_and_results("docs/distillation.md", "few_steps_digits")
-    found = {(row["model"], row["steps"]): row for row in results["rows"]}
-    for name, *cells in table(text, "| model | 1 |"):
-        for steps, cell in zip((1, 2, 4, 8), cells, strict=True):
-            row = found.pop((name.split("`")[1], steps))
+@pytest.mark.parametrize(
+    "page, heading, rows",
+    [
+        ("docs/distillation.md", "| model | 1 |", {"few_steps_digits": ["runs/digits", "runs/digits_fast"]}),
+        ("docs/sampling.md", "| evaluations | 1 | 2 | 4 |",
+         {"few_steps_digits": ["runs/digits"], "few_steps_digits_sde": ["runs/digits"]}),
+    ],
+)  # fmt: skip
+def test_few_steps(page, heading, rows):
+    expected = []
+    for name, models in rows.items():
+        text, results = page_and_results(page, name)
+        expected += [[row for row in results["rows"] if row["model"] == model] for model in models]
+    for (_, *cells), found in zip(table(text, heading), expected, strict=True):
+        for cell, row in zip(cells, found, strict=True):
             assert agrees(cell, 1e3 * row["kid"], 1e3 * row["standard_error"], 100 * row["agreement"])
-    assert not found
