@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import itertools
+import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import shutil
 import signal
@@ -120,6 +123,7 @@ class BatchReader:
                 # The workers draw nothing at random; the generators of training must not advance.
                 generator=th.Generator(),
                 worker_init_fn=_start_worker if self.num_workers else None,
+                multiprocessing_context=_context() if self.num_workers else None,
             )
             with _keep_child_handler():
                 batches = iter(loader)
@@ -165,6 +169,26 @@ class BatchReader:
             f"worker processes cannot hand over their batches of {_mebibytes(self.batch_bytes)} in shared memory "
             f"({reason}{size}): start the container with a larger --shm-size, or give --num_workers 0"
         )
+
+
+class _Flag:
+    """What a DataLoader needs of multiprocessing's Event. That one has a lock, which a worker may hold when it is
+    killed; then this process would wait for the lock without end."""
+
+    def __init__(self) -> None:
+        self.value = multiprocessing.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self.value.value)
+
+    def set(self) -> None:
+        self.value.value = 1
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    context = copy.copy(multiprocessing.get_context(multiprocessing.get_start_method()))
+    context.Event = _Flag  # type: ignore[method-assign,assignment]
+    return context
 
 
 def _workers_of(batches: Any) -> list[Any]:

@@ -49,7 +49,11 @@ def app_state(runs, tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     options = WebConfig(runs=runs, data_root=work)
     catalogue = Catalogue(str(runs))
-    with Engine(catalogue, EngineConfig(device_threads=1, max_queue=8)) as engine:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Engine(catalogue, EngineConfig(device_threads=1, max_queue=8)) as engine,
+    ):
+        patch.setattr("improved_diffusion.service.catalogue.RESCAN_SECONDS", 0)  # tests add models
         yield AppState(engine, catalogue, options, str(runs), str(work), str(work))
 
 
