@@ -580,12 +580,13 @@ def distill(
 ) -> Model:  # fmt: skip
     """A model that samples in a few steps, made of a trained one; options are those of `improved-diffusion distill`.
 
-    :param teacher: the checkpoint of the trained model, or its run's folder.
+    :param teacher: the checkpoint of the trained model, or its run's folder; "" with resume: the run's own.
     :param data_dir: the images that it was trained on, or others like them.
     :param preset: the published model that the teacher is, where its file does not describe it.
     Ctrl-C, resume="auto" and errors are as in `train`. Collective where there are several ranks.
     """
-    asked = _with_preset(preset, Distilling, {"teacher": teacher, "data_dir": data_dir, **options})
+    options |= {"data_dir": data_dir, **({"teacher": teacher} if teacher else {})}
+    asked = _with_preset(preset, Distilling, options)
     return _trained(Distilling.of(asked), frozenset(asked), "distill")
 
 
