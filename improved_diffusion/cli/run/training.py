@@ -15,10 +15,8 @@ def train_command(default_name: str) -> Callable[[Parsed[Training]], None]:
     def run(parsed: Parsed[Training]) -> None:
         options = parsed.settings
         if not (options.data.data_dir or options.train.resume or options.train.resume_checkpoint):
-            raise UserError(
-                "--data_dir is missing: name a folder of images, a .zip or an .npz; for your own images "
-                "improved-diffusion train photos/ is a whole command"
-            )
+            example = "; improved-diffusion train photos/ is a whole command" if default_name == "image_train" else ""
+            raise UserError(f"--data_dir is missing: name a folder of images, a .zip or an .npz{example}")
         if train(parsed.settings, parsed.given, default_name, parsed.preset or "").stopped:
             raise SystemExit(STOPPED)
 
