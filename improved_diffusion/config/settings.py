@@ -79,16 +79,18 @@ _OTHER_NAMES = {
 }
 
 
-def unknown_option(what: str, word: str, known: Iterable[str], hint: str = "") -> UserError:
-    """The error for an option that a command does not have: it names the one that is meant, under its name here.
+def unknown_option(what: str, word: str, known: Iterable[str]) -> UserError:
+    """The error for an option that a command does not have: it names the one that is meant, or the commands
+    that have it.
 
-    :param what: it is, for the message, :param word: as the user wrote it, perhaps with dashes, :param hint: as for
-        unknown_name.
+    :param what: it is, for the message, :param word: as the user wrote it, perhaps with dashes.
     """
     known, name = list(known), word.removeprefix("--")
     dashes = word[: len(word) - len(name)]
     if _OTHER_NAMES.get(name) in known:
         return UserError(f"unknown {what} {shorten(word)!r}: did you mean {dashes}{_OTHER_NAMES[name]}?")
+    others = commands_with(name)
+    hint = f"it is an option of {', '.join(others)}, not of this command" if others else "--help-all lists all options"
     return unknown_name(what, word, [f"{dashes}{option}" for option in known], hint)
 
 
