@@ -2,6 +2,7 @@
 them, and samples of a checkpoint."""
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.logs.progress import Progress
 from improved_diffusion.sampling.pipeline import SamplingPipeline
+from improved_diffusion.sampling.solvers import RULES
 from improved_diffusion.utils.images import from_uint8, to_uint8
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -107,6 +109,36 @@ class Checkpoint:
         bar.close()
         labels = np.arange(count) % self.classes if self.classes else np.zeros(count, int)
         return Samples(np.concatenate(parts), labels, pipeline.sampler.evaluations)
+
+
+def steps_for(rule, evaluations):
+    """The most steps that cost no more evaluations."""
+    return max(n for n in range(1, evaluations + 1) if RULES[rule]().evaluations(n) <= evaluations)
+
+
+def flags_for(rule, asked, grid="auto"):
+    return ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", grid]
+
+
+class Results:
+    """The json, kept from run to run as long as what it depends on is the same."""
+
+    def __init__(self, path, settings, kinds):
+        self.path, self.content = path, {"settings": settings, **{kind: [] for kind in kinds}}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != settings:
+                raise SystemExit(
+                    f"{path} was made with {self.content['settings']}, not {settings}: give another --name"
+                )
+
+    def find(self, kind, **wanted):
+        return any(all(row[key] == value for key, value in wanted.items()) for row in self.content[kind])
+
+    def add(self, kind, row):
+        self.content[kind].append(row)
+        print(row, flush=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 
 
 def parser(description):

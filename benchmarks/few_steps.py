@@ -3,66 +3,173 @@
     python datasets/digits.py --out_dir data/digits
     improved-diffusion distill --teacher runs/digits --data_dir data/digits/train --max_steps 800 --lr 1e-3 \\
         --out_dir runs/digits_fast
-    python benchmarks/few_steps.py --model_path runs/digits,runs/digits_fast --data_dir data/digits --num_samples 500
+    python benchmarks/few_steps.py --model_path runs/digits --students runs/digits_fast --data_dir data/digits
 
-runs/digits is the demo's (make demo). The measures are those of sampler_quality.py: the kernel distance to all real
-images in the features of a classifier that is trained here on the real training images, and how often that classifier
-sees the class that was asked for. Writes benchmarks/results/few_steps_<name>.json and prints the table.
+runs/digits is the demo's (make demo); sampler_quality.py says how runs/digits_long is trained. The measures are those
+of sampler_quality.py: the kernel distance to all real images in the features of a classifier that is trained here on
+the real training images, and how often that classifier sees the class that was asked for. The teacher draws by each
+rule on its own timestep grid and on `coarse`, a student by the rule and the grid that its file names.
+
+Writes benchmarks/results/few_steps_<name>.json, with the options of each distillation and the seconds of its training,
+a plot <name>.png and samples <name>_samples.png, and prints the table. What is in the json already is kept, so that an
+interrupted run goes on.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
-from common import RESULTS, Checkpoint, Classifier, parser, real_images
+from common import RESULTS, Checkpoint, Classifier, Results, flags_for, parser, real_images
 
+from improved_diffusion.checkpoints.loading import read
 from improved_diffusion.evaluation.metrics.kid import kernel_distance
+from improved_diffusion.sampling.solvers import RULES
 
-STEPS = (1, 2, 4, 8)
+EVALUATIONS = (1, 2, 4, 8)
+PICTURED, PICTURED_RULES = 20, 2  # samples, and the first rules of the teacher
+BASELINE = ("ancestral", "auto", 250)
+ON_COARSE = [rule for rule in RULES if rule not in ("ancestral", "renoise")]  # renoise's own grid is coarse
+# The options of a distillation that tell one from another.
+OPTIONS = ("method", "student_prediction", "max_steps", "batch_size", "lr", "max_q", "p_mean", "p_std", "steps", "to")
 
 
-def measure(path, steps, args, extractor, reference):
-    """A row: a model in so many steps."""
-    flags = ["--sampler", args.sampler, "--timestep_grid", args.timestep_grid, "--steps", str(steps)]
-    samples = Checkpoint(path, args.batch_size).draw(flags, args.num_samples)
+def describe(path):
+    """A row: how a student was made, and the seconds that its training took."""
+    file, _, metadata = read(path, "--students")
+    log = [json.loads(line) for line in (Path(file).parent / "progress.jsonl").read_text().splitlines()]
+    rows = [row for row in log if "images_per_second" in row]
+    images = np.diff([0, *(row["samples"] for row in rows)])
+    seconds = sum(images / np.array([row["images_per_second"] for row in rows]))
+    options = {name: metadata["config"][name] for name in OPTIONS}
+    return dict(model=path, distilled=metadata["distilled"], options=options, seconds=round(float(seconds), 1))
+
+
+def measure(results, checkpoint, line, evaluations, extractor, reference, count):
+    """Add the row of a model drawn by a rule on a grid in so many evaluations, unless it is there."""
+    rule, grid = line
+    wanted = dict(model=checkpoint.model_path, rule=rule, grid=grid, asked=evaluations)
+    if results.find("rows", **wanted):
+        return
+    samples = checkpoint.draw(flags_for(rule, evaluations, grid), count)
     features, probabilities = extractor.evaluate(samples.images)
     kid = kernel_distance(features, reference)
     agreement = float((probabilities.argmax(axis=1) == samples.labels).mean())
-    return dict(model=path, steps=steps, kid=kid.value, standard_error=kid.standard_error, agreement=agreement)
+    results.add("rows", dict(**wanted, kid=kid.value, standard_error=kid.standard_error, agreement=agreement))
+
+
+def lines_of(rows):
+    """{(model, rule, grid): {evaluations: row}} in their order."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["model"], row["rule"], row["grid"]), {})[row["asked"]] = row
+    return found
 
 
 def table(rows):
-    """Markdown: a row for each model, a column for each number of steps."""
-    lines = ["| model | " + " | ".join(map(str, STEPS)) + " |", "|---|" + "---|" * len(STEPS)]
-    for path in dict.fromkeys(row["model"] for row in rows):
-        cells = [
-            f"{1e3 * row['kid']:.1f} ± {1e3 * row['standard_error']:.1f}, {row['agreement']:.1%}"
-            for row in rows
-            if row["model"] == path
-        ]
-        lines.append(f"| {path} | {' | '.join(cells)} |")
+    """Markdown: a row for each model, rule and grid, a column for each number of evaluations."""
+    columns = [*EVALUATIONS, BASELINE[-1]]
+    lines = [f"| model | sampler (grid) | {' | '.join(map(str, columns))} |", "|---" * (2 + len(columns)) + "|"]
+    for (model, rule, grid), cells in lines_of(rows).items():
+        texts = [cell(cells[n]) if n in cells else "" for n in columns]
+        lines.append(f"| `{model}` | {rule} ({grid}) | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def cell(row):
+    return f"{1e3 * row['kid']:.1f} ± {1e3 * row['standard_error']:.1f}, {row['agreement']:.1%}"
+
+
+def plot(path, rows, students):
+    """KID and agreement against evaluations, with the band of the baseline."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    base = next(row for row in rows if (row["rule"], row["grid"], row["asked"]) == BASELINE)
+    low, high = (base["kid"] + sign * 2 * base["standard_error"] for sign in (-1, 1))
+    left.axhspan(
+        low, high, color="0.9", label=f"teacher, {BASELINE[0]}, {BASELINE[-1]} evaluations, ± 2 standard errors"
+    )
+    for (model, rule, grid), cells in lines_of(rows).items():
+        row_of = {n: cells[n] for n in EVALUATIONS if n in cells}
+        taught = model in students
+        name = model if taught else f"teacher, {rule}" + (f" on {grid}" if grid != "auto" else "")
+        style = dict(linewidth=2.5, marker="o") if taught else dict(linewidth=1, marker=".", alpha=0.7)
+        kids, errors = ([row[key] for row in row_of.values()] for key in ("kid", "standard_error"))
+        left.errorbar(list(row_of), kids, errors, capsize=2, label=name, **style)
+        right.plot(list(row_of), [row["agreement"] for row in row_of.values()], **style)
+    # Near 0 an unbiased estimate may be negative.
+    left.set_yscale("symlog", linthresh=2e-3)
+    left.set_ylabel("kernel distance to real images")
+    right.set_ylabel("samples in which the classifier sees the class that was asked for")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
+        axes.set_xlabel("evaluations of the network for each image")
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=110)
+
+
+def picture(path, lines):
+    """The same seeds by each of some lines, (title, checkpoint, (rule, grid, evaluations))."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(lines), 1, figsize=(6.5, 0.75 * len(lines)), layout="constrained")
+    for line, (title, checkpoint, (rule, grid, n)) in zip(np.atleast_1d(axes), lines):
+        images = checkpoint.draw(flags_for(rule, n, grid), PICTURED).images
+        line.imshow(np.concatenate(list(images), axis=1).squeeze(), cmap="gray", vmin=0, vmax=255)
+        line.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+        line.set_xticks([])
+        line.set_yticks([])
+    figure.savefig(path, dpi=110)
 
 
 def main():
     args = parser(__doc__)
-    args.add_argument("--sampler", default="renoise")
-    args.add_argument("--timestep_grid", default="auto")
+    args.add_argument("--students", default="", help="comma-separated checkpoints or runs")
+    args.add_argument("--rules", default=",".join(RULES), help="of the teacher, comma-separated (default: all)")
     args = args.parse_args()
-    paths = args.model_path.split(",")
-    first = Checkpoint(paths[0], args.batch_size)
-    sets = [real_images(f"{args.data_dir}/{part}", first.image_size, first.channels) for part in ("train", "test")]
-    extractor = Classifier(first.channels, first.classes).fit(*sets[0])
+    rules = [rule for rule in args.rules.split(",") if rule]
+    teacher = Checkpoint(args.model_path, args.batch_size)
+    students = [path for path in args.students.split(",") if path]
+    results = Results(
+        RESULTS / f"few_steps_{args.name}.json",
+        dict(model=args.model_path, num_samples=args.num_samples),
+        ("students", "rows"),
+    )
+    for path in students:
+        if not results.find("students", model=path):
+            results.add("students", describe(path))
+    sets = [real_images(f"{args.data_dir}/{part}", teacher.image_size, teacher.channels) for part in ("train", "test")]
+    extractor = Classifier(teacher.channels, teacher.classes).fit(*sets[0])
     accuracy = (extractor.evaluate(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()
     print(f"the classifier's accuracy on the real test images: {accuracy:.1%}")
     reference, _ = extractor.evaluate(np.concatenate([images for images, _ in sets]))
-    rows = [measure(path, steps, args, extractor, reference) for path in paths for steps in STEPS]
-    content = {
-        "settings": dict(num_samples=args.num_samples, sampler=args.sampler, timestep_grid=args.timestep_grid),
-        "rows": rows,
+    lines = [(rule, "auto") for rule in rules] + [(rule, "coarse") for rule in rules if rule in ON_COARSE]
+    taught = {row["model"]: Checkpoint(row["model"], args.batch_size) for row in results.content["students"]}
+    owns = {
+        row["model"]: (row["distilled"]["sampler"], row["distilled"]["timestep_grid"])
+        for row in results.content["students"]
     }
-    (RESULTS / f"few_steps_{args.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"kernel distance x 1000 and agreement, {args.num_samples} samples by steps of {args.sampler}:")
+    wanted = [(taught[path], own, n) for path, own in owns.items() for n in EVALUATIONS]
+    wanted += [(teacher, line, n) for line in lines for n in EVALUATIONS]
+    wanted += [(teacher, BASELINE[:2], BASELINE[-1])]
+    for checkpoint, line, n in wanted:
+        measure(results, checkpoint, line, n, extractor, reference, args.num_samples)
+    rows = results.content["rows"]
+    print(f"kernel distance x 1000 and agreement, {args.num_samples} samples, by evaluations of the network:")
     print(table(rows))
+    plot(results.path.with_suffix(".png"), rows, taught.keys())
+    shown = [(f"teacher, {BASELINE[-1]}", teacher, BASELINE)]
+    shown += [(f"teacher, {line[0]}, {n}", teacher, (*line, n)) for line in lines[:PICTURED_RULES] for n in (4, 2)]
+    shown += [(f"{path}, {n}", taught[path], (*own, n)) for path, own in owns.items() for n in (4, 2, 1)]
+    picture(results.path.with_name(f"{results.path.stem}_samples.png"), shown)
 
 
 if __name__ == "__main__":

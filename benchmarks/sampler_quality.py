@@ -15,10 +15,8 @@ with where their common equation ends, on each timestep grid. Writes benchmarks/
 .png, and prints the tables. What is in the json already is kept, so that an interrupted run goes on.
 """
 
-import json
-
 import numpy as np
-from common import RESULTS, Checkpoint, Classifier, parser, real_images
+from common import RESULTS, Checkpoint, Classifier, Results, flags_for, parser, real_images
 
 from improved_diffusion import distributed
 from improved_diffusion.evaluation.features import FeatureNetwork
@@ -32,11 +30,6 @@ BASELINE = ("ancestral", 250)
 EXACT = ["--sampler", "dpmpp_3m", "--steps", "250", "--timestep_grid", "logsnr"]  # nearly, for the comparison
 COMPARED = 200  # samples, with it
 ON_GRIDS = (8, 15)  # evaluations
-
-
-def steps_for(rule, evaluations):
-    """The most steps that cost no more evaluations."""
-    return max(n for n in range(1, evaluations + 1) if RULES[rule]().evaluations(n) <= evaluations)
 
 
 class Features:
@@ -97,31 +90,6 @@ def table_of_grids(rows):
     return "\n".join(lines)
 
 
-class Results:
-    """The json, kept from run to run as long as what it depends on is the same."""
-
-    def __init__(self, path, settings):
-        self.path, self.content = path, {"settings": settings, "rows": [], "grids": []}
-        if path.exists():
-            self.content = json.loads(path.read_text())
-            if self.content["settings"] != settings:
-                raise SystemExit(
-                    f"{path} was made with {self.content['settings']}, not {settings}: give another --name"
-                )
-
-    def find(self, kind, **wanted):
-        return any(all(row[key] == value for key, value in wanted.items()) for row in self.content[kind])
-
-    def add(self, kind, row):
-        self.content[kind].append(row)
-        print(row, flush=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
-
-
-def flags_for(rule, asked, grid="auto"):
-    return ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", grid]
-
-
 def measure_kid(results, checkpoint, extractor, reference, wanted, count):
     for rule, asked in wanted:
         if results.find("rows", rule=rule, asked=asked):
@@ -158,7 +126,7 @@ def main():
     rules = args.rules.split(",")
     checkpoint = Checkpoint(args.model_path, args.batch_size)
     settings = dict(model=args.model_path, num_samples=args.num_samples, features=args.features)
-    results = Results(RESULTS / f"sampler_quality_{args.name}.json", settings)
+    results = Results(RESULTS / f"sampler_quality_{args.name}.json", settings, ("rows", "grids"))
     sets = [
         real_images(f"{args.data_dir}/{part}", checkpoint.image_size, checkpoint.channels) for part in ("train", "test")
     ]

@@ -555,13 +555,16 @@ def train(data_dir: str | os.PathLike, *, preset: str = "", **options: Any) -> M
     """
     superres = bool({"large_size", "small_size"} & options.keys())
     kind: type[Settings] = SuperResTraining if superres else ImageTraining
-    asked = {"data_dir": data_dir, **options}
-    if not isinstance(preset, str):
-        raise UserError(f"preset {shown(preset)}: expected a name")
-    if preset:
-        asked = merge_options([options_for(preset, kind), asked])
+    asked = _with_preset(preset, kind, {"data_dir": data_dir, **options})
     settings: Any = kind.of(merge_options([until_chosen(preset), asked]))
     return _trained(settings, frozenset(asked), "super_res_train" if superres else "image_train", preset)
+
+
+def _with_preset(preset: str, kind: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of a preset where none are given."""
+    if not isinstance(preset, str):
+        raise UserError(f"preset {shown(preset)}: expected a name")
+    return merge_options([options_for(preset, kind), options]) if preset else options
 
 
 def _trained(settings: Any, given: frozenset[str], default_name: str, preset: str = "") -> Model:
@@ -572,14 +575,18 @@ def _trained(settings: Any, given: frozenset[str], default_name: str, preset: st
     return _load(trained.checkpoints, None, "", {}, warn=False)  # training has warned at its start
 
 
-def distill(teacher: str | os.PathLike, data_dir: str | os.PathLike, **options: Any) -> Model:
+def distill(
+    teacher: str | os.PathLike, data_dir: str | os.PathLike, *, preset: str = "", **options: Any
+) -> Model:  # fmt: skip
     """A model that samples in a few steps, made of a trained one; options are those of `improved-diffusion distill`.
 
-    :param teacher: the checkpoint of the trained model, or its run's folder.
+    :param teacher: the checkpoint of the trained model, or its run's folder; "" with resume: the run's own.
     :param data_dir: the images that it was trained on, or others like them.
+    :param preset: the published model that the teacher is, where its file does not describe it.
     Ctrl-C, resume="auto" and errors are as in `train`. Collective where there are several ranks.
     """
-    asked = {"teacher": teacher, "data_dir": data_dir, **options}
+    options |= {"data_dir": data_dir, **({"teacher": teacher} if teacher else {})}
+    asked = _with_preset(preset, Distilling, options)
     return _trained(Distilling.of(asked), frozenset(asked), "distill")
 
 

@@ -84,7 +84,7 @@ def halving():
     th.manual_seed(1)
     network = make_model().eval().requires_grad_(False)
     diffusion = build_diffusion(settings.diffusion)
-    teacher = SimpleNamespace(prediction="v", guided=network, module=network, diffusion=diffusion)
+    teacher = SimpleNamespace(prediction="v", guided=network, module=network, diffusion=diffusion, facts={})
     return Progressive(settings, diffusion, teacher)
 
 

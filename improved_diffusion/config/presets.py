@@ -201,14 +201,18 @@ def options_for(name: str, kind: type[Settings]) -> dict[str, Any]:
 
     Raises UserError for an unknown name, and for a preset of another kind of model.
     """
-    known = kind.options()
     options = preset_options(name)
     if name == AUTO and kind is not ImageTraining:
         raise UserError("--preset auto chooses options for training an image model: name another preset")
     theirs = _kind_of(options)
-    if name != AUTO and theirs != _kind_of(known):
+    if name != AUTO and theirs not in _kinds_of(kind):
         raise UserError(f"--preset {name} is for the {theirs} commands: choose a preset of the other kind")
-    return {key: value for key, value in options.items() if key in known}
+    return _taken(options, kind)
+
+
+def _taken(options: Mapping[str, Any], kind: type[Settings]) -> dict[str, Any]:
+    """Those of a preset's options that settings of a kind have, and take."""
+    return {key: value for key, value in options.items() if key in kind.options().keys() - kind.not_from_presets}
 
 
 def _kind_of(names: Iterable[str]) -> str:
@@ -218,12 +222,18 @@ def _kind_of(names: Iterable[str]) -> str:
     return "classifier" if "classifier_width" in names and "num_channels" not in names else "image"
 
 
+def _kinds_of(kind: type[Settings]) -> set[str]:
+    """The commands whose presets are for settings of a kind."""
+    known = kind.options()
+    return {"image", "super-resolution"} if {"image_size", "large_size"} <= known.keys() else {_kind_of(known)}
+
+
 def presets_like(stored: Mapping[str, Any], kind: type[Settings]) -> list[str]:
     """The published models whose network has all these options."""
     found = []
     for name, preset in PRESETS.items():
-        if _kind_of(preset.options) == _kind_of(kind.options()):
-            options = kind.of({key: value for key, value in preset.options.items() if key in kind.options()}).values()
+        if _kind_of(preset.options) in _kinds_of(kind):
+            options = kind.of(_taken(preset.options, kind)).values()
             same = (value == options[key] for key, value in stored.items() if key in options and key not in _DERIVED)
             if all(same):
                 found.append(name)

@@ -100,6 +100,8 @@ class Settings:
 
     # Flags in guided-diffusion's command lines that are accepted and change nothing, each with the reason.
     unused: ClassVar[Mapping[str, str]] = {}
+    # Options that presets leave as they are.
+    not_from_presets: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     @cache
@@ -234,9 +236,15 @@ class ClassifierTraining(Settings):
     run: RunConfig
 
 
+# A preset describes the teacher, and how that was trained.
+_OF_THE_STUDENT = frozenset(f.name for f in fields(TrainConfig)) - {"total_batch_size"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distilling(Settings):
     """Distilling a model of any kind: the teacher decides which of the two that follow it is."""
+
+    not_from_presets: ClassVar[frozenset[str]] = _OF_THE_STUDENT
 
     distill: DistillConfig
     data: DataConfig
@@ -254,6 +262,8 @@ class Distilling(Settings):
 class ImageDistillation(ImageTraining):
     """Distilling an image model."""
 
+    not_from_presets: ClassVar[frozenset[str]] = _OF_THE_STUDENT
+
     distill: DistillConfig
     train: DistillTrainConfig
 
@@ -261,6 +271,8 @@ class ImageDistillation(ImageTraining):
 @dataclass(frozen=True, kw_only=True)
 class SuperResDistillation(SuperResTraining):
     """Distilling a super-resolution model."""
+
+    not_from_presets: ClassVar[frozenset[str]] = _OF_THE_STUDENT
 
     distill: DistillConfig
     train: DistillTrainConfig

@@ -66,6 +66,11 @@ class CheckpointedStep(TrainStep):
     def _start_saving(self, alone: bool = False) -> None:
         self.checkpointer.save(self.absolute_step, self.steps_done, self._weights(), self._state(), alone)
 
+    def _description(self) -> Mapping[str, Any]:
+        """What the present weights say of themselves besides what all checkpoints of the run do."""
+        describe = getattr(self.diffusion, "description", None)
+        return describe(self.steps_done) if describe else {}
+
     def _save_after_error(self) -> None:
         """Save the last whole step, by rank 0 alone: the other ranks may not have come here. A failure is a warning."""
         try:
@@ -111,9 +116,10 @@ class CheckpointedStep(TrainStep):
         return not largest or bool(th.isfinite(th.stack(largest)).all())
 
     def _weights(self) -> Iterator[Weights]:
-        yield "", self._master_params_to_state_dict(self.master_params), {}
+        facts = self._description()
+        yield "", self._master_params_to_state_dict(self.master_params), facts
         for ema in self.emas:
-            yield ema.label, self._master_params_to_state_dict(ema.params), ema.description
+            yield ema.label, self._master_params_to_state_dict(ema.params), {**facts, **ema.description}
 
     def _state(self) -> TrainState:
         parts: dict[str, Any] = {"loss_scale": self.loss_scale} if self.use_fp16 else {}

@@ -135,12 +135,15 @@ def check_memory(task: Any, precision: str, averages: int) -> None:
     with outline():
         count = sum(p.numel() for p in task.network().parameters())
     # Weights, gradient, Adam's two moments, averages; in 16 bits the network and its gradient are beside the master's.
-    need = count * (4 * (4 + averages) + (4 if precision != "fp32" else 0))
+    # A teacher has its weights alone.
+    sixteen = precision != "fp32"
+    need = count * (4 * (4 + averages) + (4 if sixteen else 0) + (2 if sixteen else 4) * task.frozen_copies())
     device = distributed.dev()
     free, total = _memory(device)
+    parts = "weights, gradient, Adam, averages" + (", the teacher" if task.frozen_copies() else "")
     text = (
-        f"the network has {count:,} parameters, for which training needs {_size(need)} of memory (weights, gradient, "
-        f"Adam, averages) before the first image, and there are"
+        f"the network has {count:,} parameters, for which training needs {_size(need)} of memory ({parts}) before the "
+        "first image, and there are"
     )
     if need > total:
         raise UserError(f"{text} {_size(total)}: {ADVICE}")

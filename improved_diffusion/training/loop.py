@@ -43,8 +43,10 @@ class TrainLoop(CheckpointedStep):
         `seek(step)`, resuming moves it to the right batch.
     :param diffusion: anything with `num_timesteps` and `training_losses(model, x_start, t, model_kwargs, noise)`, which
         returns a dict of terms, [N] or without dimensions, with "loss" among them. `noise` is optional. If it has
-        `at_step(step)`, that is called before each step with its number, counted from the very first. If it has
-        `restarts`, a list of such numbers, the optimizer, its schedule and the moving averages begin anew there.
+        `at_step(step)`, that is called before each step with its number, counted from the very first, and with that of
+        the first one here. If it has `restarts`, a list of such numbers, the optimizer, its schedule and the moving
+        averages begin anew there. If it has `description(done)`, that is what changes on the way in the checkpoints'
+        description, after so many steps.
     :param resume_checkpoint: a modelNNNNNN.pt, to continue from step NNNNNN with the ema_* and opt files beside it; ""
         to start at step 0. One of those files that is missing raises UserError if `strict_resume`, else is a warning.
     :param schedule_sampler: any object with `sample(batch_size, device)`; uniform unless given.
@@ -120,6 +122,8 @@ class TrainLoop(CheckpointedStep):
             labels: list[float | str] = [*self.ema_rate, *(ema.label for ema in self.emas[len(self.ema_rate) :])]
             self.ema_params = [self._load_ema_parameters(label) for label in labels]
             self._seek()
+        if hasattr(diffusion, "at_step"):  # what is missing for the first step is known before anything is written
+            diffusion.at_step(self.absolute_step)
 
     # The loop
 

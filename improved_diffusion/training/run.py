@@ -308,7 +308,7 @@ def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, d
     description = {
         "version": __version__, "config": config, "class_names": data.class_names, "num_images": data.num_images,
         "seen_classes": data.seen_classes if len(data.seen_classes) < len(data.class_names or ()) else None,
-        **task.description(),
+        **task.description(objective),
     }  # fmt: skip
     own = {"batch_size", "schedule_sampler", "resume", "init_checkpoint", "total_batch_size", "dry_run"}
     loop = TrainLoop(

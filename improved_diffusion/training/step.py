@@ -168,9 +168,9 @@ class TrainStep:
             objective.seed_step(self.seed, self.absolute_step, self.device)
         if hasattr(self.diffusion, "at_step"):
             self.diffusion.at_step(self.absolute_step)
-        if self.absolute_step in self.lr_schedule.restarts:
-            self._restart()
         self.forward_backward(batch, cond)
+        if self.absolute_step in self.lr_schedule.restarts:  # not before: a step that is left changes nothing
+            self._restart()
         if self.use_fp16:
             self.optimize_fp16()
         else:

@@ -63,9 +63,13 @@ class Task(Generic[S]):
         """What draws the timesteps that the network is trained on."""
         return create_named_schedule_sampler(self.settings.train.schedule_sampler, objective)
 
-    def description(self) -> dict[str, Any]:
+    def description(self, objective: Any) -> dict[str, Any]:
         """What the checkpoints' description says besides what all runs say."""
         return {}
+
+    def frozen_copies(self) -> int:
+        """How many networks of the same form, without gradients, are in memory beside the one that is trained."""
+        return 0
 
     def stream(self, data: BatchStream) -> Any:
         """The batches that the loop trains on."""

@@ -9,7 +9,7 @@ from helpers import small_disk
 from train_helpers import finished, into, make_loop, small_unet
 
 from improved_diffusion.config import UserError
-from improved_diffusion.config.settings import ImageTraining
+from improved_diffusion.config.settings import ImageDistillation, ImageTraining
 from improved_diffusion.training import dry_run as dry_run_module
 from improved_diffusion.training import patience
 from improved_diffusion.training.dry_run import (
@@ -147,3 +147,17 @@ def test_a_network_that_no_memory_holds_is_told_of_before_it_is_made(tmp_path, m
     with pytest.raises(UserError, match="parameters") if outcome == "error" else contextlib.nullcontext():
         check_memory(task, "fp32", averages=1)
     assert ("warning: the network" in (tmp_path / "run" / "log.txt").read_text()) == (outcome == "warning")
+
+
+@pytest.mark.parametrize("precision, whole, teacher", [("fp32", 20, 4), ("bf16", 24, 2)])
+@pytest.mark.parametrize("options, is_kept", [
+    ({}, False), (dict(guidance_scale=2, class_cond=True), True), (dict(method="progressive"), True),
+])  # fmt: skip
+def test_a_teacher_that_stays_in_memory_counts(tmp_path, monkeypatch, options, is_kept, precision, whole, teacher):
+    into(tmp_path / "run")
+    task = task_of(ImageDistillation.of({"image_size": 8, "channel_mult": "1", "num_channels": 32, **options}))
+    count = sum(p.numel() for p in task.network().parameters())
+    for total, fits in ((whole * count, not is_kept), ((whole + teacher) * count, True)):
+        monkeypatch.setattr("improved_diffusion.distributed.memory_info", lambda device, total=total: (total, total))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="Adam, averages, the teacher"):
+            check_memory(task, precision, averages=1)

@@ -17,8 +17,10 @@ import torch as th
 
 from ... import distributed
 from ...config import UserError, height_width
+from ...logs import logger
 from ...respace import SpacedDiffusion
 from ...sampling.timestep_grids import SIGMA_MAX, side_of
+from ...utils.text import counted
 from .levels import NoiseLevels, like, x0_of
 from .objective import Distillation, RandomState
 from .teacher import prediction_of
@@ -52,7 +54,7 @@ class Consistency(Distillation):
 
     def __init__(self, settings, diffusion, teacher):
         super().__init__(settings, diffusion, teacher)
-        speed, dropout = settings.speed, settings.model.dropout
+        speed, dropout, options = settings.speed, settings.model.dropout, settings.distill
         if dropout and (speed.compile != "off" or speed.cuda_graphs):
             raise UserError(
                 f"--dropout {dropout}, given or the teacher's, has other masks in the second evaluation with --compile "
@@ -60,8 +62,15 @@ class Consistency(Distillation):
             )
         self.levels = NoiseLevels(diffusion.base_alphas_cumprod)
         self.least, _ = self.levels.range()
-        self.guided = None if settings.distill.guidance_scale == 1 else teacher.guided
+        if options.guidance_scale != 1 and options.max_q < FIRST_GUIDED_Q:
+            raise UserError(
+                f"--max_q {options.max_q} is too small for --guidance_scale {options.guidance_scale}: the stages of a "
+                f"guided teacher begin at q = {FIRST_GUIDED_Q}, give that or more"
+            )
+        self.guided = teacher.guided if self.keeps_teacher(settings) else None
         self.at_step(0)
+        stages = counted(self.stage_length, "training step")
+        logger.log(f"q is {', '.join(map(str, self.qs))} in turn, for {stages} each")
 
     def schedule_sampler(self) -> LogNormalLevels:
         options = self.settings.distill
@@ -73,13 +82,17 @@ class Consistency(Distillation):
     def qs(self) -> list[int]:
         """q of each stage. At q = 1 every r is 0: the student learns to denoise, which a new prediction needs first."""
         first, last = (2 if self.guided is None else FIRST_GUIDED_Q), self.settings.distill.max_q
-        tuned = [2**n for n in range(int(math.log2(first)), int(math.log2(max(first, last))) + 1)]
+        tuned = [2**n for n in range(int(math.log2(first)), int(math.log2(last)) + 1)]
         return tuned if prediction_of(self.settings.diffusion) == self.teacher.prediction else [1, *tuned]
 
+    @property
+    def stage_length(self) -> int:
+        """The training steps of each stage; the last one goes on to the end."""
+        train = self.settings.train
+        return self.settings.distill.q_steps or math.ceil((train.max_steps or train.lr_anneal_steps) / len(self.qs))
+
     def at_step(self, step: int) -> None:
-        train, qs = self.settings.train, self.qs
-        length = self.settings.distill.q_steps or math.ceil((train.max_steps or train.lr_anneal_steps) / len(qs))
-        self.q = qs[min(step // length, len(qs) - 1)]
+        self.q = self.qs[min(step // self.stage_length, len(self.qs) - 1)]
 
     def next_sigma(self, sigma: th.Tensor) -> th.Tensor:
         """r of each sigma (Geng et al. 2024, sec. 3.2), 0 instead of a level below those that the model was trained on.

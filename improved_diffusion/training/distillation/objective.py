@@ -7,6 +7,7 @@ from typing import Any
 
 import torch as th
 
+from ...config import UserError
 from ...config.settings import ImageDistillation, SuperResDistillation
 from ...respace import SpacedDiffusion
 from ..hooks import Hook
@@ -19,19 +20,47 @@ class Distillation:
     :param settings: of the run; the network and the diffusion are the student's.
     :param diffusion: the student's: the process that the teacher was trained on, and what the student predicts.
     :param teacher: the frozen teacher, whose network is loaded where a method first asks for it.
+    Raises UserError for options that cannot work.
     """
 
-    sampler: str  # the solver of the student, which takes settings.distill.to steps unless told otherwise
-    grid = "auto"  # the timestep grid of these steps
+    sampler: str  # the solver of the student
+    grid = "auto"  # the timestep grid of its steps
 
     def __init__(
         self, settings: ImageDistillation | SuperResDistillation, diffusion: SpacedDiffusion, teacher: Teacher
     ):  # fmt: skip
         self.settings, self.diffusion, self.teacher = settings, diffusion, teacher
         self.num_timesteps = diffusion.original_num_steps
+        if settings.distill.to > self.num_timesteps:
+            raise UserError(
+                f"--to {settings.distill.to}: the teacher was trained with {self.num_timesteps} noise levels, give 1 "
+                f"to {self.num_timesteps}"
+            )
+
+    @classmethod
+    def keeps_teacher(cls, settings: ImageDistillation | SuperResDistillation) -> bool:
+        """Whether the teacher's network is in memory while the student is trained."""
+        return settings.distill.guidance_scale != 1
 
     def at_step(self, step: int) -> None:
-        """The number of the step that follows, from 0. What changes on the way is a function of it."""
+        """The number of the step that follows, from 0. What changes on the way is a function of it.
+
+        Raises UserError where what the step needs is missing. Collective.
+        """
+
+    def steps_after(self, done: int) -> int:
+        """How many steps of the sampler the student takes after so many training steps."""
+        return self.settings.distill.to
+
+    def description(self, done: int | None = None) -> dict[str, Any]:
+        """What the student's file says of it, besides what all files say.
+
+        :param done: training steps; None: all.
+        """
+        options = self.settings.distill
+        steps = options.to if done is None else self.steps_after(done)
+        own = {"method": options.method, "sampler": self.sampler, "timestep_grid": self.grid, "steps": steps}
+        return {"distilled": {**self.teacher.facts, **own}}
 
     def schedule_sampler(self) -> Any:
         """What draws the timesteps of a batch, whole or not: an object with ScheduleSampler.sample.

@@ -125,10 +125,23 @@ class Progressive(Distillation):
         """The training steps at which the optimizer, the averages and the learning rate's schedule begin anew."""
         return [stage.first for stage in self.stages[1:]]
 
+    @classmethod
+    def keeps_teacher(cls, settings) -> bool:
+        return True
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a training step, from 0; the last one for what follows it."""
+        return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
+
+    def steps_after(self, done: int) -> int:
+        return self.stage_at(done - 1).steps
+
     def at_step(self, step: int) -> None:
-        stage = next((stage for stage in self.stages if step < stage.end), self.stages[-1])
+        stage = self.stage_at(step)
         if not self.settings.train.dry_run:  # which restores nothing
             self.predecessor.check(stage)
+        if stage.number == 0:
+            _ = self.teacher.guided  # loaded, or refused, before the step
         if stage != self.stage:
             self._begin(stage)
 

@@ -36,10 +36,11 @@ class DistillationTask(Task):
     def schedule_sampler(self, objective: Distillation) -> Any:
         return objective.schedule_sampler()
 
-    def description(self) -> dict[str, Any]:
-        options, method = self.settings.distill, METHODS[self.settings.distill.method]
-        own = {"method": options.method, "sampler": method.sampler, "timestep_grid": method.grid, "steps": options.to}
-        return {"distilled": {**self.facts, **own}}
+    def description(self, objective: Distillation) -> dict[str, Any]:
+        return objective.description()
+
+    def frozen_copies(self) -> int:
+        return int(METHODS[self.settings.distill.method].keeps_teacher(self.settings))
 
     def held_out(self, objective: Distillation, dataset: ImageDataset, **options: Any) -> FewStepValidation:
         return FewStepValidation(objective, dataset, sampler=self._few_steps(objective), **options)

@@ -21,6 +21,7 @@ from ...checkpoints.loading import (
     take_options,
 )
 from ...config import KINDS, DiffusionConfig, UserError
+from ...config.messages import naming
 from ...config.settings import Distilling, ImageDistillation, ImageModel, SuperResDistillation
 from ...logs import logger
 from ...models.build import build_diffusion, build_model
@@ -29,6 +30,7 @@ from ...sampling.guidance import ClassifierFreeGuidance
 from ...sampling.guided import to_device
 from ...sampling.request import model_name
 from ...utils import files
+from ...utils.outline import outline
 
 Settings = ImageDistillation | SuperResDistillation
 
@@ -82,7 +84,7 @@ class Teacher:
         Raises UserError where the file is gone, or is another one than the run began with.
         """
         path = self.settings.distill.teacher
-        if distributed.from_rank0(files.sha256, path) != self.facts["teacher_sha256"]:
+        if distributed.from_rank0(_sha256, path) != self.facts["teacher_sha256"]:
             raise UserError(f"{path} has changed since the distillation began: bring the teacher back, or begin anew")
         checkpoint.load_into(self.module, checkpoint.load(path)[0], path)
         return self.module
@@ -92,6 +94,13 @@ class Teacher:
         """`network`, guided by itself with its class hidden where --guidance_scale says so."""
         scale = self.settings.distill.guidance_scale
         return self.network if scale == 1 else ClassifierFreeGuidance(self.network, scale)
+
+
+def _sha256(path: str) -> str:
+    """The SHA-256 of the teacher's file. Raises UserError where it is gone."""
+    if not files.exists(path):
+        raise UserError(f"the teacher {path} does not exist: bring it back, or name where it is now by --teacher")
+    return files.sha256(path)
 
 
 def with_prediction(settings: Settings, prediction: str) -> Settings:
@@ -119,13 +128,15 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     if mine.distill.guidance_scale != 1:
         mine = _guided(mine, given, path, metadata.get("config", {}).get("label_drop", mine.model.label_drop))
     if mine.distill.student_prediction != "teacher":
-        mine = with_prediction(mine, mine.distill.student_prediction)
+        with naming(f"--student_prediction {mine.distill.student_prediction}, for {path}"):
+            mine = with_prediction(mine, mine.distill.student_prediction)
     defaults = _DEFAULTS.get(mine.distill.method, {})
     mine = mine.replace(**{name: value for name, value in defaults.items() if name not in given})
-    start = read(mine.train.init_checkpoint, "--init_checkpoint")[0] if mine.train.init_checkpoint else path
+    start = _checked_start(mine) if mine.train.init_checkpoint else path
+    logger.log(f"teacher: {path}")
+    _warn_of_unfit_teacher(mine, path, metadata)
     # A respacing of the teacher's would win over the student's own steps.
     mine = mine.replace(teacher=path, timestep_respacing="", init_checkpoint=start)
-    logger.log(f"teacher: {path}")
     facts = {
         "teacher": model_name(path),
         "teacher_sha256": distributed.from_rank0(files.sha256, path),
@@ -134,11 +145,45 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     return mine, {**metadata, "distilled": facts}
 
 
+def _checked_start(settings: Settings) -> str:
+    """The file of --init_checkpoint. Raises UserError unless its network is the student's. Collective."""
+    path, state_dict, _ = read(settings.train.init_checkpoint, "--init_checkpoint")
+    with outline():
+        network = build_model(settings.model, settings.diffusion.learn_sigma)
+    checkpoint.check_fits(network, state_dict, f"--init_checkpoint {path}")
+    return path
+
+
+def _warn_of_unfit_teacher(settings: Settings, path: str, metadata: Mapping[str, Any]) -> None:
+    """Warn of a teacher that does not know all noise levels at which it is asked."""
+    options, student = settings.distill, metadata.get("distilled")
+    if settings.diffusion.timestep_respacing:
+        logger.warn(
+            f"{path} was trained with --timestep_respacing {settings.diffusion.timestep_respacing}, on a part of its "
+            "timesteps: what it predicts at the others may be no good"
+        )
+    if options.method == "progressive" and student and student["method"] != "progressive":
+        logger.warn(
+            f"{path} is a student of {student['method']} tuning, which has not learned the steps of ddim: distil its "
+            f"own teacher, {student.get('teacher', 'which it names')}, for better results"
+        )
+    elif options.method == "progressive" and student and student["steps"] != options.steps:
+        logger.warn(
+            f"{path} is a student for {student['steps']} steps, and may be no good at others: --steps "
+            f"{student['steps']} goes on from there"
+        )
+
+
 def of_kind(settings: Distilling, kind: type[Settings], given: frozenset[str], path: str) -> Settings:
-    """The settings of distilling a model of the given kind. Raises UserError for an option of another kind.
+    """The settings of distilling a model of the given kind. Raises UserError for an option that is not for it.
 
     :param path: of the file that decides the kind.
     """
+    if settings.diffusion.timestep_respacing:
+        raise UserError(
+            f"--timestep_respacing {settings.diffusion.timestep_respacing} is not for distillation: --to says how many "
+            "steps the student is for, leave it out"
+        )
     for name in sorted(given - kind.options().keys()):
         raise UserError(f"--{name} is not for {path}, which is {KINDS[kind_of(kind.options())][0]}: leave it out")
     return kind.of({name: value for name, value in settings.values().items() if name in kind.options()})

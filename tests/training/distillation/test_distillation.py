@@ -29,6 +29,9 @@ def made(tmp_path_factory):
     save_checkpoint(place / "plain.pt", tiny_settings(ImageModel, predict_v=True))
     save_checkpoint(place / "other.pt", tiny_settings(ImageModel, class_cond=True, num_classes=2, num_heads=2),
                     class_names=CLASSES)  # fmt: skip
+    cats = dict(class_cond=True, num_classes=2)
+    save_checkpoint(place / "hidden.pt", tiny_settings(ImageModel, **cats, label_drop=0.1), class_names=CLASSES)
+    save_checkpoint(place / "last.pt", tiny_settings(ImageModel, predict_v=True, zero_terminal_snr=True))
     large = tiny_settings(SuperResModel, image_size=None, large_size=8, small_size=4)
     save_checkpoint(place / "large.pt", large)
     write_images(place / "photos", 8, size=(8, 8))
@@ -106,14 +109,29 @@ def test_a_student_of_super_resolution(place):
 
 
 def test_a_student_of_a_guided_teacher(place):
-    save_checkpoint(place / "hidden.pt", tiny_settings(ImageModel, class_cond=True, num_classes=2, label_drop=0.1),
-                    class_names=CLASSES)  # fmt: skip
     student = idf.distill("hidden.pt", "photos", out_dir="new", guidance_scale=2, **QUICK)
     assert len(list(student.sample_steps(1, classes="cat"))) == 4
     resumed = idf.distill("hidden.pt", "photos", out_dir="new", resume="auto", max_steps=5, num_workers=0)
     assert resumed.step == 5
     with pytest.raises(UserError, match="never trained with its class hidden"):
         student.sample(1, guidance_scale=2)
+
+
+@pytest.mark.parametrize("method", [{}, dict(method="progressive", steps=4, to=2)])
+def test_a_student_starts_from_other_weights_of_its_form(place, method):
+    save_checkpoint(place / "moved.pt", tiny_settings(predict_v=True), steps=1, images=np.zeros((2, 8, 8, 3), np.uint8))
+    idf.distill("plain.pt", "photos", out_dir="new", init_checkpoint="moved.pt", **{**QUICK, **method, "lr": 1e-6})
+    start = checkpoint.load("new/model000000.pt")[0]
+    nearer, other = (checkpoint.load(name)[0] for name in ("moved.pt", "plain.pt"))
+    assert max((start[name] - nearer[name]).abs().max() for name in start) < 1e-5
+    assert max((start[name] - other[name]).abs().max() for name in start) > 1e-3
+
+
+def test_a_teacher_that_knows_a_part_of_its_timesteps_is_warned_of(place):
+    save_checkpoint(place / "part.pt", tiny_settings(timestep_respacing="5"))
+    student = idf.distill("part.pt", "photos", out_dir="new", **QUICK)
+    assert "part.pt was trained with --timestep_respacing 5" in (place / "new/log.txt").read_text()
+    assert len(list(student.sample_steps(1))) == 4
 
 
 # Resuming
@@ -154,6 +172,13 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(teacher="large.pt", image_size=8), "--image_size is not for large.pt, which is a super-resolution model"),
     (dict(guidance_scale=2, label_drop=0.1), "--guidance_scale 2.0: cats.pt was never trained with its class hidden"),
     (dict(teacher="plain.pt", guidance_scale=2), "--guidance_scale 2.0: plain.pt has no classes"),
+    (dict(teacher="hidden.pt", guidance_scale=2, max_q=4), "--max_q 4 is too small for --guidance_scale 2.0"),
+    (dict(to=21), "--to 21: the teacher was trained with 20 noise levels"),
+    (dict(timestep_respacing="5"), "--timestep_respacing 5 is not for distillation"),
+    (dict(out_dir="run", resume="auto", timestep_respacing="5"), "--timestep_respacing 5 is not for distillation"),
+    (dict(init_checkpoint="plain.pt"), "--init_checkpoint plain.pt does not fit the model"),
+    (dict(teacher="plain.pt", init_checkpoint="large.pt"), "--init_checkpoint large.pt does not fit the model"),
+    (dict(teacher="last.pt", student_prediction="eps"), "--student_prediction eps, for last.pt: --zero_terminal_snr"),
     (dict(schedule_sampler="loss-second-moment"), "--schedule_sampler loss-second-moment"),
     (dict(max_steps=0, lr_schedule="constant"), "--max_steps 0"),
     (dict(max_q=12), "--max_q 12"),

@@ -26,6 +26,7 @@ from improved_diffusion.sampling.timestep_grids import timestep_grid
 from improved_diffusion.training.distillation.progressive import Progressive, levels_of
 from improved_diffusion.training.distillation.teacher import Teacher
 from improved_diffusion.training.flops import training_flops
+from improved_diffusion.training.step import Unfinished
 from improved_diffusion.utils import files
 
 KINDS = {"eps": ModelMeanType.EPSILON, "v": ModelMeanType.VELOCITY, "x0": ModelMeanType.START_X}
@@ -88,7 +89,8 @@ def test_more_steps_than_noise_levels_are_refused():
     ("v", "x0", 10, [(16, 0, 6), (8, 6, 8), (4, 8, 10)]),
 ])  # fmt: skip
 def test_the_steps_are_halved_stage_by_stage(teacher, student, total, expected):
-    made = progressive(teacher, student, steps=32, to=4, max_steps=total)
+    ready = SimpleNamespace(prediction=teacher, guided=None)
+    made = progressive(teacher, student, steps=32, to=4, max_steps=total, made=ready)
     assert made.stages == [(number, *stage) for number, stage in enumerate(expected)]
     assert made.restarts == [first for _, first, _ in expected[1:]]
     for number, (steps, first, end) in enumerate(expected):
@@ -122,6 +124,7 @@ def test_the_learning_rate_falls_to_0_in_each_stage_and_the_optimizer_begins_ane
     assert rates == pytest.approx([1, 0.75, 0.5, 0.25] * 3)
     assert moments == [1, 2, 3, 4] * 3
     assert [step for step in range(12) if averages[step]] == [0, 4, 8]
+    made, _ = trainable("v", steps=8, to=1, max_steps=12)
     rectified = make_loop(diffusion=made, optimizer="radam", lr_schedule="linear", max_steps=12).lr_schedule
     assert [rectified.at(step, 1.0) for step in range(4)] == [rectified.at(step, 1.0) for step in range(8, 12)]
 
@@ -229,7 +232,7 @@ def trainable(kind, student="v", T=64, steps=8, to=2, max_steps=600):
     exact, world = gaussian_teacher(kind, T, steps, to, "cosine")
     levels = np.array(world.diffusion.timestep_map)
     network = LinearModel(levels, world.model, th.zeros(len(levels), 1, 8, 8)).requires_grad_(False)
-    teacher = SimpleNamespace(prediction=kind, guided=network, module=network, diffusion=exact.diffusion)
+    teacher = SimpleNamespace(prediction=kind, guided=network, module=network, diffusion=exact.diffusion, facts={})
     return progressive(student=student, T=T, steps=steps, to=to, made=teacher, max_steps=max_steps), teacher
 
 
@@ -323,8 +326,24 @@ def test_resuming_is_exact_before_at_and_after_the_end_of_a_stage(precision, pla
     assert state["weights"].keys() == names
 
 
-def test_a_run_in_its_second_stage_can_be_tried(place, capsys):
+def test_a_checkpoint_says_the_steps_of_its_stage(place):
+    options = {**QUICK, "steps": 8, "to": 1, "max_steps": 6, "save_interval": 1, "val_dir": "photos"}
+    student = idf.distill("v.pt", "photos", out_dir="run", val_interval=6, ema_sigma_rel="0.1", **options)
+    found = [checkpoint.load(f"run/model{step:06d}.pt")[1]["distilled"] for step in range(6)]
+    assert [facts["steps"] for facts in found] == [4, 4, 2, 2, 1, 1]  # after 1, 2, 3, 4, 5 and 6 training steps
+    for name in ("ema_0.9993", "ema_sigma_rel0.1"):
+        assert checkpoint.load(f"run/{name}_000002.pt")[1]["distilled"] == found[2]
+    within = idf.load("run/ema_0.9993_000002.pt")
+    np.testing.assert_array_equal(
+        within.sample(2, progress=False).array,
+        within.sample(2, progress=False, sampler="ddim", timestep_grid="trailing", steps=2).array,
+    )
+    assert checkpoint.load("run/best.pt")[1]["distilled"]["steps"] == 1 == len(list(student.sample_steps(1)))
+
+
+def test_a_run_in_its_second_stage_can_be_tried_without_the_teacher(place, capsys):
     idf.distill("v.pt", "photos", out_dir="run", **{**QUICK, "steps": 4, "to": 1, "save_interval": 3})
+    os.remove("v.pt")
     dispatch(["distill", "--resume", "run/model000003.pt", "--data_dir", "photos", "--num_workers", "0", "--dry_run"])
     assert "time per step" in capsys.readouterr().out
 
@@ -343,14 +362,47 @@ def test_stages_cannot_be_moved_nor_continued_without_their_teacher(place):
     with pytest.raises(UserError, match=r"--max_steps 8 moves the ends of the stages: .* --max_steps 4"):
         idf.distill("v.pt", "photos", out_dir="run", resume="run/model000003.pt", max_steps=8, num_workers=0)
     os.makedirs("alone")
-    shutil.copy("run/model000003.pt", "alone")
+    shutil.copy("run/model000002.pt", "alone")
+    before = contents(place)
     with pytest.raises(UserError, match="the teacher of stage 2, the student of stage 1, is not in the checkpoint"):
-        idf.distill("v.pt", "photos", out_dir="new", resume_checkpoint="alone/model000003.pt", num_workers=0)
+        idf.distill("v.pt", "photos", out_dir="new", resume_checkpoint="alone/model000002.pt", num_workers=0)
+    assert contents(place) == before
+
+
+def test_a_teacher_that_is_gone_is_missed_before_anything_is_written(place):
+    idf.distill("v.pt", "photos", out_dir="run", **{**QUICK, "steps": 4, "to": 1, "save_interval": 1})
+    os.remove("v.pt")
+    before = contents(place)
+    with pytest.raises(UserError, match=r"the teacher v\.pt does not exist: .* --teacher"):
+        idf.distill("", "photos", out_dir="run", resume="run/model000000.pt", num_workers=0)
+    assert contents(place) == before
+
+
+def test_a_step_that_is_left_at_the_start_of_a_stage_leaves_the_averages_of_the_stage_before(out_dir):
+    made, teacher = trainable("v", steps=8, to=2, max_steps=4)
+    loop = make_loop(
+        model=copy.deepcopy(teacher.module).requires_grad_(True), diffusion=made, data=GaussianData(), lr=0.1,
+        microbatch=2, schedule_sampler=made, hooks=made.hooks(), max_steps=4, ema_rate="0.9",
+    )  # fmt: skip
+    for _ in range(2):
+        loop.run_step(*next(loop.data))
+        loop._call_hooks()
+        loop.step += 1
+    assert loop.absolute_step in made.restarts
+    before = [p.clone() for p in loop.ema_params[0]]
+    loop._is_stopped = lambda: True
+    with pytest.raises(Unfinished):
+        loop.run_step(*next(loop.data))
+    assert all(map(th.equal, loop.ema_params[0], before)) and loop.opt.state
+    loop._is_stopped = lambda: False
+    loop.run_step(*next(loop.data))
+    assert int(next(iter(loop.opt.state.values()))["step"]) == 1
 
 
 @pytest.mark.parametrize("teacher, options, named", [
     ("v.pt", dict(steps=12, to=4), "--steps 12 is not --to 4 doubled once or several times"),
     ("v.pt", dict(steps=4, to=4), "--steps 4 is not --to 4 doubled once or several times"),
+    ("v.pt", dict(steps=64, to=32), "--to 32: the teacher was trained with 20 noise levels"),
     ("v.pt", dict(steps=32, to=4), "--steps 32 are too many for a teacher with 20 noise levels"),
     ("v.pt", dict(steps=16, to=2, max_steps=2), "--max_steps 2 are too few for 3 stages"),
     ("v.pt", dict(lr_anneal_steps=8), "--lr_anneal_steps 8"),
@@ -365,6 +417,19 @@ def test_what_cannot_work_is_refused_before_anything_is_written(teacher, options
         idf.distill(teacher, "photos", **{**QUICK, "out_dir": "new", "steps": 8, "to": 2, **options})
     assert named in str(refused.value)
     assert contents(place) == before
+
+
+@pytest.mark.parametrize("sampler, student, asked, named", [
+    ("ddim", "progressive", 8, ""),
+    ("ddim", "progressive", 16, "a student for 8 steps, and may be no good at others: --steps 8 goes on from there"),
+    ("renoise", "consistency", 8, "a student of consistency tuning, which has not learned the steps of ddim"),
+])  # fmt: skip
+def test_a_teacher_that_is_a_student_is_taken_at_its_own_steps(sampler, student, asked, named, place):
+    facts = {"teacher": "v", "teacher_sha256": "00", "method": student, "sampler": sampler, "steps": 8}
+    save_checkpoint(place / "student.pt", tiny_settings(predict_v=True), distilled=facts)
+    idf.distill("student.pt", "photos", out_dir="run", **{**QUICK, "steps": asked, "to": 4, "max_steps": 2})
+    log = (place / "run/log.txt").read_text()
+    assert named in log and ("student.pt is a student" in log) == bool(named)
 
 
 # Guidance
