@@ -139,27 +139,30 @@ def find_file(path: str, average: str | float | None = None, flag: str = "", tok
     """
     if path.startswith(hub.PREFIX) or (not files.exists(path) and hub.may_be_name(path)):
         path = hub_model.fetch(path, token)
+    named = f"{flag} {path}".lstrip()
     if not files.exists(path):
-        named = f"{flag} {path}".lstrip()
         raise UserError(f"{named} does not exist: name a run's folder, or a checkpoint such as ema_0.9999_010000.pt")
     if files.is_dir(path):
         if average is None and diffusers_folder.is_folder(path):
             return diffusers_folder.find_weights(path)
-        return _newest(path, average)
+        return _newest(path, average, named)
     if average is not None:
         raise UserError(f"average={average!r} chooses among the files of a run's folder, but {path} is a file")
     return path
 
 
-def _newest(folder: str, average: str | float | None) -> str:
-    """The file of the newest checkpoint in a folder: a complete one, else the newest by name."""
+def _newest(folder: str, average: str | float | None, named: str) -> str:
+    """The file of the newest checkpoint in a folder, called `named` in messages: a complete one, else the newest by
+    name."""
     names = files.list_dir(folder)
     step = sets.newest_whole_set(folder, [], logger.warn)
     if step is None:
         models = [name for name in names if name.startswith(("model", "ema_"))]
         step = max((n for n in map(sets.step_of, models) if n is not None), default=None)
     if step is None:
-        raise UserError(f"{folder} holds no checkpoint (modelNNNNNN.pt or ema_RATE_NNNNNN.pt)")
+        raise UserError(
+            f"{named} holds no checkpoint (modelNNNNNN.pt or ema_RATE_NNNNNN.pt): name a run's folder, or a checkpoint"
+        )
     found = {label: checkpoint.ema_name(label, step) for label in sets.average_labels(folder, step)}
     if checkpoint.model_name(step) in names:
         found["raw"] = checkpoint.model_name(step)

@@ -6,15 +6,15 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 
-from ..config import UserError, checked_value, path_argument, repeated, shown, unknown_name
+from ..config import UserError, checked_value, path_argument, repeated, shown
 from ..config.messages import naming
 from ..config.presets import PRESETS, options_for, until_chosen
 from ..config.recipes import AUTO, RECIPES
-from ..config.settings import Settings, commands_with, merge_options
+from ..config.settings import Settings, merge_options, unknown_option
 from ..logs import logger
 from ..utils import files
 from ..utils.terminal import show
@@ -76,7 +76,7 @@ def parse(
     for word in unknown:
         if word.startswith("--"):
             flag = word.split("=")[0]
-            raise _unknown_option("flag", flag, flag.removeprefix("--"), (*known, "preset", "config"))
+            raise unknown_option("flag", flag, (*known, "preset", "config"))
         raise _stray_word(word, argv, known, first)
     values = vars(flags)
     for name in kind.unused.keys() & values.keys():
@@ -174,7 +174,7 @@ def _options_in(path: str, kind: type[Settings]) -> dict[str, Any]:
                 f"level and remove {shown(key)}"
             )
         if key not in known:
-            raise _unknown_option(f"option in {path}", str(key), str(key), known)
+            raise unknown_option(f"option in {path}", str(key), known)
     return content
 
 
@@ -211,17 +211,6 @@ def _read_yaml(path: str) -> Any:
         raise UserError(f"--config {path} cannot be read: it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _unknown_option(what: str, word: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for an option that a command does not have; it may be one of other commands.
-
-    :param what: it is, for the message, :param word: as the user wrote it, :param name: without dashes.
-    """
-    others = commands_with(name)
-    hint = f"it is an option of {', '.join(others)}, not of this command" if others else "--help-all lists all options"
-    dashes = word[: len(word) - len(name)]
-    return unknown_name(what, word, [f"{dashes}{option}" for option in known], hint)
 
 
 def _stray_word(word: str, argv: Sequence[str], known: Mapping[str, Any], first: Sequence[str]) -> UserError:

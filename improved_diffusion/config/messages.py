@@ -54,10 +54,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one was meant to be; None where there is none near it. Case and leading dashes
-    count for nothing."""
+    """The known name that a misspelt or shortened one was meant to be; None where there is none near it. Case and
+    leading dashes count for nothing."""
     by_name = {each.lstrip("-").lower(): each for each in known}
     name = name.lstrip("-").lower()
+    longer = [each for each in by_name if each.startswith(f"{name}_")]
+    if len(longer) == 1 and name not in by_name:
+        return by_name[longer[0]]
     # One slip changes a larger share of a short name.
     found = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6 if len(name) <= 5 else 0.7)
     return by_name[found[0]] if found else None

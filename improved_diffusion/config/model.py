@@ -282,8 +282,8 @@ class DiffusionConfig(ProcessConfig):
 
 # What a checkpoint may hold, and what to do with one of another kind.
 KINDS = {
-    "image": ("an image model", "use the image commands"),
-    "super_res": ("a super-resolution model", "use the super-res commands"),
+    "image": ("an image model", "use sample, edit or nll"),
+    "super_res": ("a super-resolution model", "use super-res-sample"),
     "classifier": ("a classifier", "it makes no images but guides a model that does (--classifier_path)"),
 }
 

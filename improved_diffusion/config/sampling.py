@@ -23,11 +23,13 @@ class SamplerConfig(SpeedConfig):
     use_ddim: bool = option(False, "deterministic DDIM steps (the same as --sampler ddim)")
     clip_denoised: bool = option(True, "clip the predicted x_0 to [-1, 1] at every step")
     ddim_eta: float = extra(0.0, "DDIM's eta: 0 deterministic, 1 as noisy as ancestral sampling", low=0, high=1)
-    sampler: str = extra("auto", "the solver; auto: ancestral, or ddim with --use_ddim", choices=SAMPLERS)
+    sampler: str = extra(
+        "auto", "the solver; auto: a distilled model's own, else ancestral, or ddim with --use_ddim", choices=SAMPLERS
+    )
     steps: int = extra(
         0,
-        "number of steps; 0: timestep_respacing, else all for ancestral and ddim, 4 for renoise, 20 for others, 100 or "
-        "200 for edits",
+        "number of steps; 0: timestep_respacing if given, else a distilled model's own, all of training's for "
+        "ancestral and ddim, 4 for renoise, 20 for others; edits: 100 or 200",
         low=0,
     )
     timestep_grid: str = extra(

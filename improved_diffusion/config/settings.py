@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from functools import cache
 from types import MappingProxyType
@@ -28,7 +28,7 @@ from .evaluation import (
     SweepConfig,
 )
 from .exchange import ConvertConfig, ExportConfig, PushCommandConfig
-from .messages import unknown_name
+from .messages import UserError, shorten, unknown_name
 from .model import (
     ClassifierConfig,
     DiffusionConfig,
@@ -63,6 +63,36 @@ from .values import path_of, paths_of
 
 S = TypeVar("S", bound="Settings")
 
+# What other programs, and other commands of this one, call an option.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "output_dir": "out_dir",
+    "output": "out_dir",
+    "train_data_dir": "data_dir",
+    "dataset": "data_dir",
+    "epochs": "max_steps",
+    "num_epochs": "max_steps",
+    "resolution": "image_size",
+    "checkpoint": "model_path",
+    "teacher": "model_path",
+    "model_path": "teacher",
+}
+
+
+def unknown_option(what: str, word: str, known: Iterable[str]) -> UserError:
+    """The error for an option that a command does not have: it names the one that is meant, or the commands
+    that have it.
+
+    :param what: it is, for the message, :param word: as the user wrote it, perhaps with dashes.
+    """
+    known, name = list(known), word.removeprefix("--")
+    dashes = word[: len(word) - len(name)]
+    if _OTHER_NAMES.get(name) in known:
+        return UserError(f"unknown {what} {shorten(word)!r}: did you mean {dashes}{_OTHER_NAMES[name]}?")
+    others = commands_with(name)
+    hint = f"it is an option of {', '.join(others)}, not of this command" if others else "--help-all lists all options"
+    return unknown_name(what, word, [f"{dashes}{option}" for option in known], hint)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -93,7 +123,7 @@ class Settings:
         Raises UserError for an unknown name, naming the nearest one, and for a value that cannot work.
         """
         for name in options.keys() - cls.options().keys():
-            raise unknown_name("option", name, cls.options())
+            raise unknown_option("option", name, cls.options())
         return cls(**{
             group: config(**{f.name: options[f.name] for f in fields(config) if f.name in options})
             for group, config in cls.groups().items()
@@ -106,7 +136,7 @@ class Settings:
     def replace(self: S, **options: Any) -> S:
         """A copy in which these options have other values, in every group that has them."""
         for name in options.keys() - self.options().keys():
-            raise unknown_name("option", name, self.options())
+            raise unknown_option("option", name, self.options())
         changed = {}
         for group, config in self._configs().items():
             mine = {f.name: options[f.name] for f in fields(config) if f.name in options}

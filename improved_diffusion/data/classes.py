@@ -18,16 +18,19 @@ NAMED = "name the files class_number.png, or give --labels folder or a label fil
 MAX_CLASSES = 100_000  # more are a mistake, and would make an embedding of that many rows
 
 
-def read_classes(source: Any, labels: str, data_dir: str, num_classes: int = 0) -> tuple[list[int], list[str]]:
+def read_classes(
+    source: Any, labels: str, data_dir: str, num_classes: int = 0, model_path: str = ""
+) -> tuple[list[int], list[str]]:
     """(the class index of each image, the classes' names), for training.
 
     Classes are numbered in the order of their names or numbers. Numbers without images get no index, so that no class
     is trained on nothing, unless a model is to have more classes than the largest.
     :param labels: prefix, folder or the path of a file, see `read_labels`.
     :param num_classes: the classes that the model will have; 0: those that are found.
+    :param model_path: the model that training continues or distils, for messages; "" for a new one.
     Raises UserError if the images have no classes of that kind.
     """
-    found = read_labels(source, labels, data_dir)
+    found = read_labels(source, labels, data_dir, model_path=model_path)
     where = data_dir if isinstance(source, ArrayImages) and labels in KEYWORDS else labels
     names = _by_name(found, where) if _has_names(found) else _by_number(found, where, num_classes)
     if len(names) > max(MAX_CLASSES, num_classes):

@@ -14,13 +14,13 @@ from PIL import Image
 
 from ..config import UserError, one_line, path_argument, shown
 from ..utils import files, images
-from ..utils.text import class_parts
+from ..utils.text import class_parts, counted
 from .labels import caption_of, class_name
 from .names import BySource, numbered_name
 from .writer import PNG_DIR, REQUEST_FILE, SHOWN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Images:
     """A batch of images.
 
@@ -39,6 +39,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def __repr__(self) -> str:
+        """How many images of which form: a prompt shows the result of each call."""
+        return f"Images({counted(len(self), 'image')} of {self.array.dtype} {self.array.shape[1:]})"
 
     def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> Images:
         """The image, or images, at an index, a slice, several indices or a bool array [N]: always Images.

@@ -49,9 +49,9 @@ def model_name(path: str) -> str:
 def samples_name(loaded: LoadedModel, sampler: str, steps: int) -> str:
     """The default folder of a checkpoint's samples."""
     values = loaded.settings.values()
-    rule = "" if sampler == "ancestral" else sampler
+    rule = "" if sampler == "ancestral" else f"_{sampler}"
     wanted = "-".join(part.strip() for part in str(values.get("classes", "")).split(",") if part.strip())
     classes = f"_classes-{file_name(wanted, 40)}" if wanted else ""
     scale = values.get("guidance_scale", 1)
     guided = "" if scale == 1 else f"_scale{scale:g}"
-    return f"{model_name(loaded.path)}_{steps}{rule}steps{classes}{guided}_seed{values['seed']}"
+    return f"{model_name(loaded.path)}{rule}_{steps}steps{classes}{guided}_seed{values['seed']}"

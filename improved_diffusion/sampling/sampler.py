@@ -16,6 +16,7 @@ from .. import distributed
 from ..config import SamplerConfig, UserError, height_width
 from ..models.determinism import refusals_explained
 from ..respace import SpacedDiffusion
+from ..utils.text import counted
 from .guidance import dynamic_threshold
 from .noise import SeededNoise
 from .solvers import DDIM, RULES, Euler, Heun, Rule, sample_loop_progressive
@@ -89,8 +90,8 @@ class Sampler:
     def describe(self) -> str:
         """One line on the steps."""
         return (
-            f"{self.name}, {self.steps} steps, {self.evaluations} evaluations of the network for each image "
-            f"(timestep grid: {self.grid})"
+            f"{self.name}, {counted(self.steps, 'step')}, {counted(self.evaluations, 'evaluation')} of the network for "
+            f"each image (timestep grid: {self.grid})"
         )
 
     def request(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config import (
+    KINDS,
     DiffusionConfig,
     GuidanceConfig,
     InpaintConfig,
@@ -89,8 +90,8 @@ class Request:
         if self.kind not in OPTIONS:
             raise unknown_name("kind of request", str(self.kind), OPTIONS)
         if (self.kind == "upscale") != (info.kind == "super_res"):
-            needs = "a super-resolution" if self.kind == "upscale" else "an image"
-            raise UserError(f"{self.kind} needs {needs} model, and {info.name} is none")
+            wanted = "super_res" if self.kind == "upscale" else "image"
+            raise UserError(f"{self.kind} needs {KINDS[wanted][0]}, but {info.name} is {KINDS[info.kind][0]}")
         self._check_options()
         RunConfig(seed=self.seed)
         if not isinstance(self.n, int) or not 0 <= self.n <= max_images:

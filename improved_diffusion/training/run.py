@@ -211,7 +211,9 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
         raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
     classes, names = None, None
     if needs_classes:
-        classes, names = read_classes(source, data_options.labels, data_options.data_dir, model.num_classes)
+        classes, names = read_classes(
+            source, data_options.labels, data_options.data_dir, model.num_classes, _earlier_model(settings)
+        )
         if not model.num_classes:
             otherwise = "drop --class_cond, or give --num_classes 1 to train with one class"
             if isinstance(settings, ClassifierTraining):
@@ -245,11 +247,19 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     return data, settings
 
 
+def _earlier_model(settings: Training) -> str:
+    """The checkpoint that a run continues or distils; "" for a new model."""
+    return settings.train.resume_checkpoint or settings.values().get("teacher", "")
+
+
 def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, Any]) -> Training:
     data_dir, before = settings.data.data_dir, metadata.get("class_names")
-    origin = settings.train.resume_checkpoint or settings.values().get("teacher")
+    origin = _earlier_model(settings)
     if before and names != before and origin:
-        raise UserError(f"{data_dir} has the classes {names[:10]} but {origin} has {before[:10]}")
+        raise UserError(
+            f"{data_dir} has the classes {names[:10]} but {origin} has {before[:10]}: give images of all of these "
+            "classes and no others, and --labels if their names are not read as they were"
+        )
     wanted = settings.model.num_classes
     if wanted and len(names) > wanted:
         raise UserError(f"{data_dir} has {len(names)} classes, more than --num_classes {wanted}")

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..config import UserError
+from ..utils.text import counted
 from .drawing import explain, warn
 from .events import AT_ONCE, close_menus
 from .facts import Facts, known_facts
@@ -140,7 +141,9 @@ class Picker:
             parts.insert(0, "enlarges images of " + "x".join(map(str, info.small_size)) + " to")
         parts.append(f"{info.num_classes} classes" if info.class_cond else "no classes")
         if info.step is not None:
-            parts.append(f"trained for {info.step:,} steps")
+            parts.append(f"trained for {counted(info.step, 'step')}")
+        if info.own_steps:
+            parts.append(f"distilled: samples in {counted(info.own_steps, 'step')}")
         return f'<p class="quiet">{html.escape(" · ".join(parts))}</p>'
 
 

@@ -11,7 +11,7 @@ from improved_diffusion.cli.image_edit import COMMAND as EDIT
 from improved_diffusion.cli.image_sample import COMMAND as SAMPLE
 from improved_diffusion.cli.parsing import parse, split_lists
 from improved_diffusion.config import EditConfig, ImagesConfig, RunConfig, SamplerConfig, UserError
-from improved_diffusion.config.settings import ImageSampling, ImageTraining, Settings
+from improved_diffusion.config.settings import Distilling, ImageSampling, ImageTraining, Settings
 
 COMMANDS = {"sample": SAMPLE, **EDIT.commands}
 
@@ -91,6 +91,19 @@ def test_a_wrong_word_is_named(argv, culprits):
     with pytest.raises(UserError) as error:
         parse(Searching, argv)
     assert all(culprit in str(error.value) for culprit in culprits) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings, word, meant", [
+    (Distilling, "--model_path", "--teacher"), (ImageSampling, "--teacher", "--model_path"),
+    (ImageTraining, "--learning_rate", "--lr"), (ImageTraining, "--output_dir", "--out_dir"),
+    (ImageTraining, "--epochs=3", "--max_steps"), (ImageTraining, "--batch", "--batch_size"),
+    (Distilling, "--student", "--student_prediction"),
+])  # fmt: skip
+def test_a_flag_under_another_name_is_recognised(settings, word, meant):
+    with pytest.raises(UserError, match=rf"did you mean {meant}\?"):
+        parse(settings, [word, "x"])
+    with pytest.raises(UserError, match=rf"did you mean {meant.removeprefix('--')}\?"):
+        settings.of({word.removeprefix("--").split("=")[0]: "x"})
 
 
 def test_words_before_the_flags_are_for_one_option():

@@ -419,7 +419,7 @@ def test_only_classes_that_were_trained_are_drawn_from_a_larger_embedding(traini
 def test_ddim_in_fewer_steps_has_a_folder_of_its_own(model, tmp_path):
     args = ["--model_path", model, "--num_samples", 1, "--use_ddim", "--timestep_respacing", "ddim5"]
     call("image_sample", *args, cwd=tmp_path).succeed()
-    assert samples_of(tmp_path / "runs/image_train_ema_0.9999_000006_5ddimsteps_seed0")[0].shape == (1, 8, 8, 3)
+    assert samples_of(tmp_path / "runs/image_train_ema_0.9999_000006_ddim_5steps_seed0")[0].shape == (1, 8, 8, 3)
 
 
 @pytest.mark.parametrize(

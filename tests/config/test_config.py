@@ -241,7 +241,8 @@ def test_unknown_names_suggest_the_nearest_or_list_all():
     ("--seeed", ["--seed", "--steps"], "--seed"), ("batch", ["batch_size", "bits"], "batch_size"),
     ("sample_steps", ["rescale_timesteps", "sample_interval"], None),
     ("--sample_steps", ["--rescale_timesteps", "--sample_interval"], None), ("learning_rate", ["ema_rate"], None),
-    ("x", [], None),
+    ("x", [], None), ("student", ["steps", "student_prediction"], "student_prediction"),
+    ("sample", ["sample_steps", "sample_interval"], None),
 ])  # fmt: skip
 def test_only_near_names_are_suggested(name, known, expected):
     assert config.nearest(name, known) == expected

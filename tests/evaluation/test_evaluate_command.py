@@ -264,7 +264,7 @@ def test_the_loss_needs_a_model_and_its_training_images(place, tmp_path):
 def test_samples_go_into_a_folder_of_their_settings_unless_told(place, tmp_path):
     args = ["--model_path", place.ema, "--steps", 2, *place.drawing]
     call("evaluate", *args, "--sampler", "ddim", cwd=tmp_path).succeed()
-    assert read(tmp_path / "runs/run_ema_0.9999_000000_2ddimsteps_seed0")["samples"]["count"] == 40
+    assert read(tmp_path / "runs/run_ema_0.9999_000000_ddim_2steps_seed0")["samples"]["count"] == 40
 
 
 # References

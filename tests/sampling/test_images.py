@@ -26,6 +26,10 @@ def test_an_index_beyond_the_last_is_an_error(index):
         THREE[index]
 
 
+def test_what_a_prompt_shows_is_short():
+    assert repr(Images(np.zeros((1200, 16, 12, 3), np.uint8))) == "Images(1,200 images of uint8 (16, 12, 3))"
+
+
 def test_a_loop_over_images_ends():
     assert [image.numbers for image in THREE] == [[10], [11], [12]]
 

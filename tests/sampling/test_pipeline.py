@@ -32,7 +32,7 @@ def pipeline(model, **options):
 def test_what_is_drawn_is_described_and_drawn_once(model, tmp_path):
     first = pipeline(model, sampler="ddim", seed=5, classes="dog")
     request = describe_request(first.loaded, first.sampler)
-    assert first.name == "run_model000000_2ddimsteps_classes-dog_seed5"
+    assert first.name == "run_model000000_ddim_2steps_classes-dog_seed5"
     assert request["model_path"] == str(model) and request["sampler"] == "ddim" and request["steps"] == 2
     assert request["classes"] == "dog" and request["seed"] == 5 and request["seed_scheme"] == SEED_SCHEME
     path = first.write(str(tmp_path))

@@ -336,7 +336,7 @@ FORBIDDEN = (
     (Request("sample", "plain", options={"seeds": "0-999999"}), "1,000"),
     (Request("sample", "plain", options={"seeds": {"a": 1}}), "seeds"),
     *((Request("sample", "plain", options={name: "/etc/passwd"}), "unknown option") for name in FORBIDDEN),
-    (Request("sample", "nested/large"), "sample needs an image model"),
+    (Request("sample", "nested/large"), "sample needs an image model, but nested/large is a super-resolution model"),
     (Request("upscale", "plain", images=IMAGES), "super-resolution"),
     (Request("upscale", "nested/large"), "needs images"),
     (Request("sample", "plain", images=IMAGES), "takes none"),

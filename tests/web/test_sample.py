@@ -208,6 +208,9 @@ def test_a_distilled_model_draws_in_its_own_steps(place, runs):
         sampler, steps = place.sample.fit_steps("student", "dpmpp_2m_sde")
         assert (sampler["value"], steps["value"]) == ("auto", 0)
         assert "3 steps: 3 evaluations" in place.sample.cost("student", "", 1, "auto", 0, 1)
+        assert "samples in 3 steps" in place.picker._about("student") and "samples in" not in place.picker._about(
+            "plain"
+        )
         assert "value" not in place.sample.fit_steps("student", "auto")[0]
         assert [each["value"] for each in place.upscale.fit_steps("plain", "auto")] == ["dpmpp_2m_sde", 20]
         assert "value" not in place.sample.fit_steps("plain", "heun")[0]

@@ -71,7 +71,8 @@ def invalid(problems: Any) -> Refused:
     first = problems[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     status = 400 if first["type"] == "json_invalid" else 422
-    return Refused(status, f"{first['msg']}", where[:200] or None)
+    text = "there is no such field: /docs lists all" if first["type"] == "extra_forbidden" else first["msg"]
+    return Refused(status, text, where[:200] or None)
 
 
 def decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
