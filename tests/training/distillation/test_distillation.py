@@ -16,6 +16,8 @@ from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageModel, SuperResModel
 from improved_diffusion.models.factories import create_model_and_diffusion
+from improved_diffusion.sampling.guided import to_device
+from improved_diffusion.training.distillation import teacher
 
 # With few steps, RAdam would stand still.
 QUICK = dict(num_workers=0, batch_size=4, max_steps=4, save_interval=100, dropout=0.1, optimizer="adamw", lr=1e-3)
@@ -115,6 +117,18 @@ def test_a_student_of_a_guided_teacher(place):
     assert resumed.step == 5
     with pytest.raises(UserError, match="never trained with its class hidden"):
         student.sample(1, guidance_scale=2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("options", [
+    dict(guidance_scale=2), dict(method="progressive", steps=4, to=2, student_prediction="v"),
+])  # fmt: skip
+def test_a_teacher_computes_in_the_precision_that_auto_means(place, monkeypatch, options, precision):
+    made = []
+    monkeypatch.setattr("improved_diffusion.distributed.computes_bf16", lambda device: precision == "bf16")
+    monkeypatch.setattr(teacher, "to_device", lambda *given: made.append(given[1]) or to_device(*given))
+    idf.distill("hidden.pt", "photos", out_dir="new", precision="auto", **{**QUICK, **options, "max_steps": 2})
+    assert made == [precision] == [checkpoint.load("new/model000002.pt")[1]["config"]["precision"]]
 
 
 @pytest.mark.parametrize("method", [{}, dict(method="progressive", steps=4, to=2)])
