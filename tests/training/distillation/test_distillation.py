@@ -72,6 +72,8 @@ def test_the_student_says_whose_it_is_and_samples_in_few_steps(place, capsys):
     few = student.sample(2, classes=[0, 1], progress=False)
     same = student.sample(2, classes=[0, 1], sampler="renoise", steps=4, progress=False)
     np.testing.assert_array_equal(few.array, same.array)
+    assert len(list(student.sample_steps(1, classes=[0], timestep_grid="trailing"))) == 4
+    assert len(list(student.sample_steps(1, classes=[0], timestep_grid="sigma:5,0.5"))) == 2
     for options in (dict(steps=2), dict(sampler="ddim", steps=4), dict(use_ddim=True, steps=4)):
         other = student.sample(2, classes=[0, 1], progress=False, **options)
         assert (other.array != few.array).any()
