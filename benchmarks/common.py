@@ -18,6 +18,7 @@ from improved_diffusion.data.dataset import ImageDataset
 from improved_diffusion.data.sources import open_images
 from improved_diffusion.logs.progress import Progress
 from improved_diffusion.sampling.pipeline import SamplingPipeline
+from improved_diffusion.sampling.sampler import GRIDS, OTHER_GRID
 from improved_diffusion.sampling.solvers import RULES
 from improved_diffusion.utils.images import from_uint8, to_uint8
 
@@ -116,7 +117,12 @@ def steps_for(rule, evaluations):
     return max(n for n in range(1, evaluations + 1) if RULES[rule]().evaluations(n) <= evaluations)
 
 
-def flags_for(rule, asked, grid="auto"):
+def grid_of(rule):
+    """The grid that a rule takes by default in more than a few steps."""
+    return GRIDS.get(rule, OTHER_GRID)
+
+
+def flags_for(rule, asked, grid):
     return ["--sampler", rule, "--steps", str(steps_for(rule, asked)), "--timestep_grid", grid]
 
 

@@ -8,7 +8,8 @@
 runs/digits is the demo's (make demo); sampler_quality.py says how runs/digits_long is trained. The measures are those
 of sampler_quality.py: the kernel distance to all real images in the features of a classifier that is trained here on
 the real training images, and how often that classifier sees the class that was asked for. The teacher draws by each
-rule on its own timestep grid and on `coarse`, a student by the rule and the grid that its file names.
+rule on its timestep grid for many steps and on `coarse`, a student by the rule and the grid that its file names. A
+student of progressive distillation draws in the steps of its file only: give the file of each stage.
 
 Writes benchmarks/results/few_steps_<name>.json, with the options of each distillation and the seconds of its training,
 a plot <name>.png and samples <name>_samples.png, and prints the table. What is in the json already is kept, so that an
@@ -19,35 +20,55 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, Checkpoint, Classifier, Results, flags_for, parser, real_images
+from common import RESULTS, Checkpoint, Classifier, Results, flags_for, grid_of, parser, real_images
 
 from improved_diffusion.checkpoints.loading import read
 from improved_diffusion.evaluation.metrics.kid import kernel_distance
 from improved_diffusion.sampling.solvers import RULES
 
 EVALUATIONS = (1, 2, 4, 8)
-PICTURED, PICTURED_RULES = 20, 2  # samples, and the first rules of the teacher
-BASELINE = ("ancestral", "auto", 250)
+PICTURED, PICTURED_LINES = 20, [("dpmpp_2m", "logsnr"), ("dpmpp_2m_sde", "coarse")]  # samples, by rules of the teacher
+BASELINE = ("ancestral", "uniform", 250)
 ON_COARSE = [rule for rule in RULES if rule not in ("ancestral", "renoise")]  # renoise's own grid is coarse
 # The options of a distillation that tell one from another.
 OPTIONS = ("method", "student_prediction", "max_steps", "batch_size", "lr", "max_q", "p_mean", "p_std", "steps", "to")
 
 
 def describe(path):
-    """A row: how a student was made, and the seconds that its training took."""
+    """A row: how a student was made, and the seconds that its training took until then."""
     file, _, metadata = read(path, "--students")
+    step = metadata["step"]
     log = [json.loads(line) for line in (Path(file).parent / "progress.jsonl").read_text().splitlines()]
-    rows = [row for row in log if "images_per_second" in row]
+    rows = [row for row in log if "images_per_second" in row and row["step"] < step]
     images = np.diff([0, *(row["samples"] for row in rows)])
     seconds = sum(images / np.array([row["images_per_second"] for row in rows]))
     options = {name: metadata["config"][name] for name in OPTIONS}
-    return dict(model=path, distilled=metadata["distilled"], options=options, seconds=round(float(seconds), 1))
+    return dict(path=path, model=name_of(path), distilled=metadata["distilled"], options=options,
+                seconds=round(float(seconds), 1))  # fmt: skip
 
 
-def measure(results, checkpoint, line, evaluations, extractor, reference, count):
+def name_of(path):
+    """The run of a student."""
+    return path if Path(path).is_dir() else str(Path(path).parent)
+
+
+class Student:
+    """A student, and what it draws by.
+
+    :param facts: what `describe` found.
+    """
+
+    def __init__(self, facts, batch_size):
+        self.checkpoint = Checkpoint(facts["path"], batch_size)
+        self.name, own = facts["model"], facts["distilled"]
+        self.line = own["sampler"], own["timestep_grid"]
+        self.evaluations = EVALUATIONS if own["method"] == "consistency" else (own["steps"],)
+
+
+def measure(results, name, checkpoint, line, evaluations, extractor, reference, count):
     """Add the row of a model drawn by a rule on a grid in so many evaluations, unless it is there."""
     rule, grid = line
-    wanted = dict(model=checkpoint.model_path, rule=rule, grid=grid, asked=evaluations)
+    wanted = dict(model=name, rule=rule, grid=grid, asked=evaluations)
     if results.find("rows", **wanted):
         return
     samples = checkpoint.draw(flags_for(rule, evaluations, grid), count)
@@ -95,7 +116,7 @@ def plot(path, rows, students):
     for (model, rule, grid), cells in lines_of(rows).items():
         row_of = {n: cells[n] for n in EVALUATIONS if n in cells}
         taught = model in students
-        name = model if taught else f"teacher, {rule}" + (f" on {grid}" if grid != "auto" else "")
+        name = model if taught else f"teacher, {rule} on {grid}"
         style = dict(linewidth=2.5, marker="o") if taught else dict(linewidth=1, marker=".", alpha=0.7)
         kids, errors = ([row[key] for row in row_of.values()] for key in ("kid", "standard_error"))
         left.errorbar(list(row_of), kids, errors, capsize=2, label=name, **style)
@@ -133,7 +154,9 @@ def picture(path, lines):
 def main():
     args = parser(__doc__)
     args.add_argument("--students", default="", help="comma-separated checkpoints or runs")
-    args.add_argument("--rules", default=",".join(RULES), help="of the teacher, comma-separated (default: all)")
+    args.add_argument(
+        "--rules", default=",".join(RULES), help="of the teacher, comma-separated (default: all); empty: students only"
+    )
     args = args.parse_args()
     rules = [rule for rule in args.rules.split(",") if rule]
     teacher = Checkpoint(args.model_path, args.batch_size)
@@ -144,31 +167,34 @@ def main():
         ("students", "rows"),
     )
     for path in students:
-        if not results.find("students", model=path):
+        if not results.find("students", path=path):
             results.add("students", describe(path))
     sets = [real_images(f"{args.data_dir}/{part}", teacher.image_size, teacher.channels) for part in ("train", "test")]
     extractor = Classifier(teacher.channels, teacher.classes).fit(*sets[0])
     accuracy = (extractor.evaluate(sets[1][0])[1].argmax(axis=1) == sets[1][1]).mean()
     print(f"the classifier's accuracy on the real test images: {accuracy:.1%}")
     reference, _ = extractor.evaluate(np.concatenate([images for images, _ in sets]))
-    lines = [(rule, "auto") for rule in rules] + [(rule, "coarse") for rule in rules if rule in ON_COARSE]
-    taught = {row["model"]: Checkpoint(row["model"], args.batch_size) for row in results.content["students"]}
-    owns = {
-        row["model"]: (row["distilled"]["sampler"], row["distilled"]["timestep_grid"])
-        for row in results.content["students"]
-    }
-    wanted = [(taught[path], own, n) for path, own in owns.items() for n in EVALUATIONS]
-    wanted += [(teacher, line, n) for line in lines for n in EVALUATIONS]
-    wanted += [(teacher, BASELINE[:2], BASELINE[-1])]
-    for checkpoint, line, n in wanted:
-        measure(results, checkpoint, line, n, extractor, reference, args.num_samples)
+    lines = [(rule, grid_of(rule)) for rule in rules] + [(rule, "coarse") for rule in rules if rule in ON_COARSE]
+    taught = [Student(facts, args.batch_size) for facts in results.content["students"]]
+    wanted = [(each.name, each.checkpoint, each.line, n) for each in taught for n in each.evaluations]
+    wanted += [(args.model_path, teacher, line, n) for line in lines for n in EVALUATIONS]
+    wanted += [(args.model_path, teacher, BASELINE[:2], BASELINE[-1])] if rules else []
+    for name, checkpoint, line, n in wanted:
+        measure(results, name, checkpoint, line, n, extractor, reference, args.num_samples)
     rows = results.content["rows"]
     print(f"kernel distance x 1000 and agreement, {args.num_samples} samples, by evaluations of the network:")
     print(table(rows))
-    plot(results.path.with_suffix(".png"), rows, taught.keys())
+    if not rules:
+        return
+    plot(results.path.with_suffix(".png"), rows, {each.name for each in taught})
     shown = [(f"teacher, {BASELINE[-1]}", teacher, BASELINE)]
-    shown += [(f"teacher, {line[0]}, {n}", teacher, (*line, n)) for line in lines[:PICTURED_RULES] for n in (4, 2)]
-    shown += [(f"{path}, {n}", taught[path], (*own, n)) for path, own in owns.items() for n in (4, 2, 1)]
+    shown += [(f"teacher, {line[0]} on {line[1]}, {n}", teacher, (*line, n)) for line in PICTURED_LINES for n in (4, 2)]
+    shown += [
+        (f"{each.name}, {n}", each.checkpoint, (*each.line, n))
+        for each in taught
+        for n in sorted(each.evaluations, reverse=True)
+        if n <= 4
+    ]
     picture(results.path.with_name(f"{results.path.stem}_samples.png"), shown)
 
 

@@ -10,7 +10,7 @@ from .training import TrainConfig
 from .values import path_of
 
 METHODS = ("consistency", "progressive")
-PREDICTIONS = ("teacher", "eps", "x0", "v")
+PREDICTIONS = ("auto", "teacher", "eps", "x0", "v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class DistillConfig(Config):
     )
     to: int = extra(4, "steps that the student is for: what sampling, previews and validation take", low=1, high=1000)
     student_prediction: str = extra(
-        "teacher",
-        "what the student predicts; another than the teacher's is learned first, for one stage",
+        "auto",
+        "what the student predicts; auto: v where the teacher predicts eps, which is too inexact for one step, else "
+        "what the teacher predicts; another prediction than the teacher's is learned first, for one stage",
         choices=PREDICTIONS,
     )
     steps: int = extra(

@@ -25,9 +25,10 @@ from .timestep_grids import churned, is_list, side_of, straight_path, table, tim
 STEPS, RENOISE_STEPS = 20, 4  # of the solvers made for few steps, and for fewer
 PUBLISHED = ("ancestral", "ddim")  # whose default is all steps
 # The default grid of each solver: as published, and for the others the one with the smallest errors in
-# benchmarks/sampler_quality.py.
+# benchmarks/sampler_quality.py; in few steps, those of benchmarks/few_steps.py.
 GRIDS = {"ancestral": "uniform", "ddim": "ddim", "euler": "karras", "heun": "karras", "renoise": "coarse"}
-OTHER_GRID = "logsnr"
+OTHER_GRID, FEW_STEPS_GRID = "logsnr", "coarse"
+FEW_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,13 @@ def build_sampler(settings: Any, diffusion: SpacedDiffusion) -> Sampler:
     )
 
 
+def default_grid(name: str, count: int) -> str:
+    """The timestep grid of a solver in so many steps."""
+    if name not in PUBLISHED and count <= FEW_STEPS:
+        return FEW_STEPS_GRID
+    return GRIDS.get(name, OTHER_GRID)
+
+
 def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray]:
     """(the grid's name, its timesteps) for a solver; base [T] is alpha_bar of the trained process."""
     side = side_of(*height_width(settings.model.size))
@@ -161,9 +169,9 @@ def _levels(name: str, settings: Any, base: np.ndarray) -> tuple[str, np.ndarray
     count = options.steps or (0 if is_list(grid) else len(base) if name in PUBLISHED else min(few, len(base)))
     if grid != "auto":
         return grid, timestep_grid(grid, count, base, side)
-    grid = GRIDS.get(name, OTHER_GRID)
+    grid = default_grid(name, count)
     # A model trained on pure noise must start from it (Lin et al. 2024, sec. 3.3).
-    if base[-1] > 0 or name in ("ancestral", "renoise"):  # whose grids do
+    if base[-1] > 0 or grid in ("uniform", "coarse"):  # which do
         return grid, timestep_grid(grid, count, base, side)
     if name == "ddim" or count == 1:
         return "trailing", timestep_grid("trailing", count, base)

@@ -103,6 +103,13 @@ def _sha256(path: str) -> str:
     return files.sha256(path)
 
 
+def chosen_prediction(option: str, teacher: str) -> str:
+    """What the student predicts by --student_prediction, of a teacher that predicts eps, x0 or v."""
+    if option == "auto":
+        return "v" if teacher == "eps" else teacher
+    return teacher if option == "teacher" else option
+
+
 def with_prediction(settings: Settings, prediction: str) -> Settings:
     """The settings of a network that predicts eps, x0 or v."""
     return settings.replace(predict_v=prediction == "v", predict_xstart=prediction == "x0")
@@ -127,16 +134,17 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     prediction = prediction_of(mine.diffusion)
     if mine.distill.guidance_scale != 1:
         mine = _guided(mine, given, path, metadata.get("config", {}).get("label_drop", mine.model.label_drop))
-    if mine.distill.student_prediction != "teacher":
-        with naming(f"--student_prediction {mine.distill.student_prediction}, for {path}"):
-            mine = with_prediction(mine, mine.distill.student_prediction)
+    chosen = chosen_prediction(mine.distill.student_prediction, prediction)
+    if chosen != prediction:
+        with naming(f"--student_prediction {chosen}, for {path}"):
+            mine = with_prediction(mine, chosen)
     defaults = _DEFAULTS.get(mine.distill.method, {})
     mine = mine.replace(**{name: value for name, value in defaults.items() if name not in given})
     start = _checked_start(mine) if mine.train.init_checkpoint else path
     logger.log(f"teacher: {path}")
     _warn_of_unfit_teacher(mine, path, metadata)
     # A respacing of the teacher's would win over the student's own steps.
-    mine = mine.replace(teacher=path, timestep_respacing="", init_checkpoint=start)
+    mine = mine.replace(teacher=path, timestep_respacing="", init_checkpoint=start, student_prediction=chosen)
     facts = {
         "teacher": model_name(path),
         "teacher_sha256": distributed.from_rank0(files.sha256, path),
@@ -226,6 +234,8 @@ def resume_student(
                 f"{facts['teacher_sha256'][:8]}): leave the flag out, or choose another --out_dir"
             )
         settings = settings.replace(teacher=teacher)
+    chosen = chosen_prediction(settings.distill.student_prediction, facts["teacher_prediction"])
+    settings = settings.replace(student_prediction=chosen)
     refuse_contradictions(settings.values(), given, path, stored, _KEPT)
     kind = SuperResDistillation if kind_of(stored) == "super_res" else ImageDistillation
     return of_kind(settings, kind, given, path)

@@ -16,6 +16,7 @@ from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageModel, SuperResModel
 from improved_diffusion.models.factories import create_model_and_diffusion
+from improved_diffusion.training.distillation.teacher import chosen_prediction
 
 # With few steps, RAdam would stand still.
 QUICK = dict(num_workers=0, batch_size=4, max_steps=4, save_interval=100, dropout=0.1, optimizer="adamw", lr=1e-3)
@@ -85,6 +86,20 @@ def test_its_weights_load_in_the_published_code(made):
         num_classes=2, channel_mult="1,1",
     )  # fmt: skip
     published.load_state_dict(th.load(made / "run/model000004.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("teacher, option, predicts", [
+    ("eps", "auto", "v"), ("v", "auto", "v"), ("x0", "auto", "x0"),
+    ("eps", "teacher", "eps"), ("v", "teacher", "v"), ("eps", "x0", "x0"), ("v", "eps", "eps"),
+])  # fmt: skip
+def test_one_step_is_not_left_to_a_student_that_predicts_the_noise(teacher, option, predicts):
+    assert chosen_prediction(option, teacher) == predicts
+
+
+def test_the_same_command_continues(place):
+    idf.distill("cats.pt", "photos", out_dir="run", resume="auto", student_prediction="auto", **QUICK)
+    diffusion = idf.load("run").settings.diffusion
+    assert diffusion.predict_v and not diffusion.predict_xstart
 
 
 @pytest.mark.parametrize("prediction, flags", [("v", (True, False)), ("x0", (False, True)), ("eps", (False, False))])
@@ -185,7 +200,7 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(loss_floor=True), "--loss_floor"),
     (dict(out_dir="run"), "run holds checkpoints of an earlier run"),
     (dict(out_dir="run", resume="auto", teacher="other.pt"), "--teacher other.pt is not the teacher of"),
-    (dict(out_dir="run", resume="auto", student_prediction="v"), "--student_prediction v contradicts"),
+    (dict(out_dir="run", resume="auto", student_prediction="eps"), "--student_prediction eps contradicts"),
     (dict(out_dir="run", resume="auto", to=2), "--to 2 contradicts"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_written(options, named, place):

@@ -406,7 +406,7 @@ def test_a_step_that_is_left_at_the_start_of_a_stage_leaves_the_averages_of_the_
     ("v.pt", dict(steps=32, to=4), "--steps 32 are too many for a teacher with 20 noise levels"),
     ("v.pt", dict(steps=16, to=2, max_steps=2), "--max_steps 2 are too few for 3 stages"),
     ("v.pt", dict(lr_anneal_steps=8), "--lr_anneal_steps 8"),
-    ("eps.pt", {}, "Give --student_prediction v"),
+    ("eps.pt", dict(student_prediction="teacher"), "Give --student_prediction v"),
     ("v.pt", dict(student_prediction="eps"), "Give --student_prediction v"),
     ("v.pt", dict(guidance_scale=2), "--guidance_scale 2.0: v.pt has no classes"),
     ("seen.pt", dict(guidance_scale=2), "--guidance_scale 2.0: seen.pt was never trained with its class hidden"),
