@@ -37,7 +37,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workloads", default="", help="patterns of networks, comma-separated, such as 'cifar10-*'")
     parser.add_argument("--ways", default="", help="patterns of ways, comma-separated; the baseline is always measured")
     parser.add_argument("--profile", default="", help="patterns of ways to profile, written to FOLDER/profile_DEVICE.*")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder of the result files")
+    parser.add_argument(
+        "--out",
+        default=str(Path(__file__).parent / "results"),
+        help="folder of the result files (default: benchmarks/results)",
+    )
     args = parser.parse_args(argv)
     unknown = [name for name in args.groups if name not in GROUPS]
     if unknown:
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler, which counts the memory, is not to log
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts the memory, is not to log
 
     from benchmarks.speed.context import Context
     from benchmarks.speed.kernels import Profiles
