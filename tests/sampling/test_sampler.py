@@ -178,6 +178,17 @@ def test_a_rule_made_for_few_steps_takes_few_unless_told():
     assert sampler_of(sampler="heun", steps=10).evaluations == 19
 
 
+@pytest.mark.parametrize("name, few, many", [
+    ("ancestral", "uniform", "uniform"), ("ddim", "ddim", "ddim"), ("renoise", "coarse", "coarse"),
+    ("plms", "coarse", "logsnr"), ("dpmpp_2m_sde", "coarse", "logsnr"), ("heun", "coarse", "karras"),
+])  # fmt: skip
+def test_few_steps_have_a_grid_of_their_own_but_in_published_samplers(name, few, many):
+    for steps, grid in ((1, few), (6, few), (7, many), (20, many)):
+        chosen = sampler_of(sampler=name, steps=steps)
+        named = sampler_of(sampler=name, steps=steps, timestep_grid=grid)
+        assert chosen.grid == grid and chosen.diffusion.timestep_map == named.diffusion.timestep_map
+
+
 def test_a_model_that_starts_from_pure_noise_is_started_there():
     betas = zero_terminal_snr(get_named_beta_schedule("linear", 1000))
     diffusion = SpacedDiffusion(
