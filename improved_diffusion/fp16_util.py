@@ -49,20 +49,26 @@ def model_grads_to_master_grads(model_params: Iterable[nn.Parameter], master_par
 def master_params_to_model_params(model_params: Iterable[nn.Parameter], master_params: Sequence[th.Tensor]) -> None:
     """Copy the master parameters into the model's, in the model's types."""
     model_params = list(model_params)
-    in_groups(th._foreach_copy_, model_params, unflatten_master_params(model_params, master_params))
+    values = unflatten_master_params(model_params, master_params)
+    in_groups(th._foreach_copy_, groups_of_a_kind(model_params), model_params, values)
+
+
+def groups_of_a_kind(params: Iterable[th.Tensor]) -> list[list[int]]:
+    """The numbers of the parameters, in groups of one type and memory layout."""
+    groups: dict[Any, list[int]] = {}
+    for number, p in enumerate(params):
+        groups.setdefault((p.dtype, p.is_contiguous()), []).append(number)
+    return list(groups.values())
 
 
 @th.no_grad()
-def in_groups(call: Callable[..., Any], targets: Iterable[th.Tensor], sources: Iterable[th.Tensor]) -> None:
-    """A torch._foreach function of two lists, called once for each kind of pair: it is slow for a mixture."""
-    groups: dict[Any, tuple[list[th.Tensor], list[th.Tensor]]] = {}
-    for target, source in zip(targets, sources):
-        kind = (target.dtype, source.dtype, target.is_contiguous(), source.is_contiguous())
-        group = groups.setdefault(kind, ([], []))
-        group[0].append(target)
-        group[1].append(source)
-    for group in groups.values():
-        call(*group)
+def in_groups(
+    call: Callable[..., Any], groups: Iterable[Sequence[int]], targets: Sequence[th.Tensor],
+    sources: Sequence[th.Tensor],
+) -> None:  # fmt: skip
+    """A torch._foreach function of two lists, called once for each group of their items: it is slow for a mixture."""
+    for group in groups:
+        call([targets[i] for i in group], [sources[i] for i in group])
 
 
 def unflatten_master_params(

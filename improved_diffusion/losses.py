@@ -40,15 +40,8 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
     cdf_above = approx_standard_normal_cdf(inverse_std * (centered + 1.0 / 255.0))
     cdf_below = approx_standard_normal_cdf(inverse_std * (centered - 1.0 / 255.0))
     # The outermost bins are open, so that the probabilities of the levels add up to 1.
-    return th.where(
-        x < -0.999,
-        _safe_log(cdf_above),
-        th.where(x > 0.999, _safe_log(1.0 - cdf_below), _safe_log(cdf_above - cdf_below)),
-    )
-
-
-def _safe_log(probability):
-    return th.log(probability.clamp(min=1e-12))
+    inner = th.where(x > 0.999, 1.0 - cdf_below, cdf_above - cdf_below)
+    return th.log(th.where(x < -0.999, cdf_above, inner).clamp(min=1e-12))
 
 
 def nats_to_bits(nats):

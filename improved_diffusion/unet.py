@@ -230,10 +230,11 @@ class AttentionBlock(nn.Module):
         rows = self.norm(x).flatten(2).transpose(1, 2)  # [N, L, C]
         qkv = _product(rows, self.qkv)
         if self.use_new_attention_order:
-            qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            parts = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         else:
-            qkv = qkv.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        h = attend(*qkv.unbind()).transpose(1, 2).flatten(2)  # [N, L, C]
+            parts = qkv.unflatten(2, (self.num_heads, 3, -1)).unbind(3)
+        # Taken apart before they are transposed: then their gradients are joined in qkv's own layout.
+        h = attend(*(part.transpose(1, 2) for part in parts)).transpose(1, 2).flatten(2)  # [N, L, C]
         h = _product(h, self.proj_out)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 

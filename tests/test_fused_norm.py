@@ -171,6 +171,100 @@ def test_a_cpu_has_none():
     assert not fused_norm.fits(th.randn(2, 64, 4, 4).to(memory_format=th.channels_last))
 
 
+# The trial that decides whether they run on a GPU
+
+
+@pytest.fixture
+def trial(kernels, monkeypatch):
+    """The trial on the CPU, with few programs of the interpreter: what is wrong with the kernels."""
+    trials = [((2, 32, 5, 5), *others) for _, *others in fused_norm.TRIALS]
+    for module, name, value in (
+        (fused_norm, "TRIALS", trials), (kernels, "WIDTH", 1024), (kernels, "PART", 512), (kernels, "TILE", 256),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    assert kernels._Plan(th.empty(trials[0][0]), 32).parts > 1
+    return lambda: fused_norm.fault(th.device("cpu"))
+
+
+def test_the_trial_covers_all_types_whole_images_and_parts(kernels):
+    assert {dtype for _, dtype, _ in fused_norm.TRIALS} == set(fused_norm.TYPES) == set(fused_norm.TOLERANCES)
+    plans = [kernels._Plan(th.empty(shape, device="meta"), fused_norm.GROUPS) for shape, *_ in fused_norm.TRIALS]
+    assert {plan.parts > 1 for plan in plans} == {False, True}
+    assert all(plan.grid[0] > len(shape) for plan, (shape, *_) in zip(plans, fused_norm.TRIALS))
+
+
+def test_right_kernels_pass_the_trial(trial):
+    assert trial() == ""
+
+
+def spoil(monkeypatch, function, name, number, how):
+    """Let `how` change one of the tensors that a method of FusedNorm returns, where there is one."""
+    original = getattr(function, name)
+
+    def spoiled(*args):
+        given = original(*args)
+        results = [given] if isinstance(given, th.Tensor) else list(given)
+        if results[number] is not None:
+            results[number] = how(results[number])
+        return results[0] if isinstance(given, th.Tensor) else tuple(results)
+
+    monkeypatch.setattr(function, name, staticmethod(spoiled))
+
+
+def one_wrong(values):
+    """A single number is off, as behind a wrong mask."""
+    changed = values.clone()
+    changed[(-1,) * values.ndim] += 0.1 * values.abs().max()
+    return changed
+
+
+CHANGES = {
+    "one number": one_wrong,
+    "all a little": lambda values: 1.05 * values,
+    "NaN": lambda values: values * th.nan,
+    "swapped images": lambda values: values.flip(0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_wrong_outputs_are_found(change, trial, kernels, monkeypatch):
+    spoil(monkeypatch, kernels.FusedNorm, "forward", 0, CHANGES[change])
+    assert "results" in trial()
+
+
+@pytest.mark.parametrize("number", range(4), ids=["x", "weight", "bias", "modulation"])
+def test_wrong_gradients_are_found(number, trial, kernels, monkeypatch):
+    spoil(monkeypatch, kernels.FusedNorm, "backward", number, one_wrong)
+    assert "results" in trial()
+
+
+@pytest.mark.parametrize("name, wrong", [("_joined_moments", lambda both: (both[0], 2 * both[1])),
+                                         ("_joined_sums", lambda sums: 2 * sums)])  # fmt: skip
+def test_parts_that_are_joined_wrongly_are_found(name, wrong, trial, kernels, monkeypatch):
+    right = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *args: wrong(right(*args)))
+    assert "results" in trial()
+
+
+def test_kernels_that_fail_are_no_error(trial, kernels, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(kernels.FusedNorm, "backward", staticmethod(fail))
+    assert "no such instruction" in trial()
+
+
+def test_the_trial_neither_sees_nor_changes_the_callers_state(trial, monkeypatch):
+    monkeypatch.setattr(fused_norm, "TRIALS", fused_norm.TRIALS[1:2])
+    states = th.random.get_rng_state()
+    with th.inference_mode(), th.device("meta"):
+        assert trial() == ""
+    block = lambda x: (trial(), x.exp())[1]  # noqa: E731
+    x = th.zeros(2, requires_grad=True)
+    th.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert th.equal(x.grad, th.ones(2)) and th.equal(th.random.get_rng_state(), states)
+
+
 class Zero(nn.SiLU):
     def forward(self, x):
         return 0 * super().forward(x)

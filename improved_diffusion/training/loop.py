@@ -98,7 +98,7 @@ class TrainLoop(CheckpointedStep):
         self.log_interval, self.save_interval = log_interval, save_interval
         self.hook_timeout = hook_timeout
         self.time_limit = TimeLimit(max_hours)
-        self.seed = seed
+        self.seed, self.rank = seed, distributed.get_rank()
         self.hooks = [(interval, hook) for interval, hook in hooks if interval > 0]
 
         self.signals: StopSignals | None = None  # those of the whole run, if somebody else catches them

@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from .. import distributed
 
-
-def seed_step(seed: int, step: int, device: th.device) -> None:
-    """Seed numpy's and torch's global generators, of the CPU and the device, by (seed, step, rank), so that a resumed
-    run draws the same."""
-    sequence = np.random.SeedSequence((seed, step, distributed.get_rank()))
+def seed_step(seed: int, step: int, rank: int, device: th.device) -> None:
+    """Seed numpy's and torch's global generators, of the CPU and the device, so that a resumed run draws the same."""
+    sequence = np.random.SeedSequence((seed, step, rank))
     for_torch, for_numpy = sequence.generate_state(2)
     # th.manual_seed would seed every kind of device, and keeps a traceback for each that is not in use.
     th.default_generator.manual_seed(int(for_torch))

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import unwrap
+from typing import Any
 
 import torch as th
 
 
 class AdamW(th.optim.AdamW):
-    """torch's AdamW without the decorators for optimizers that are compiled.
+    """torch's fused AdamW, with the same results and state bit for bit, whose step costs the host less.
 
-    They import torch's compiler, which takes seconds, for an optimizer that is not compiled too.
+    `found_inf`: where this tensor without dimensions is 1 instead of 0, a step changes nothing.
+
+    Its methods are torch's without the decorators for optimizers that are compiled: these import torch's compiler,
+    which takes seconds, for an optimizer that is not compiled too.
     """
+
+    found_inf: th.Tensor | None = None
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     add_param_group = unwrap(th.optim.AdamW.add_param_group)
     load_state_dict = unwrap(th.optim.AdamW.load_state_dict)
     state_dict = unwrap(th.optim.AdamW.state_dict)
-    step = th.no_grad()(unwrap(th.optim.AdamW.step))
     zero_grad = unwrap(th.optim.AdamW.zero_grad)
+
+    @th.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """A step on the parameters that have a gradient; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with th.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            kinds: dict[Any, list[tuple[th.Tensor, th.Tensor]]] = {}
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    kinds.setdefault((p.device, p.dtype), []).append((p, grad))
+            for pairs in kinds.values():
+                self._step(group, *zip(*pairs))
+        return loss
+
+    def _step(self, group: dict[str, Any], params: tuple[th.Tensor, ...], grads: tuple[th.Tensor, ...]) -> None:
+        """A step on parameters of one type on one device."""
+        states = [self.state[p] or self._begin(p) for p in params]
+        averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        found_inf = None if self.found_inf is None else self.found_inf.to(params[0].device)
+        th._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
+        th._fused_adamw_(
+            params, grads, averages, squares, [], steps, lr=group["lr"], beta1=group["betas"][0],
+            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+            maximize=False, found_inf=found_inf,
+        )  # fmt: skip
+
+    def _begin(self, p: th.Tensor) -> dict[str, th.Tensor]:
+        """A parameter's state before its first step."""
+        state = self.state[p]
+        state["step"] = th.zeros((), dtype=th.float32, device=p.device)
+        state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(p), th.zeros_like(p)
+        return state

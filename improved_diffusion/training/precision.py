@@ -14,7 +14,7 @@ from torch import nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .. import distributed
-from ..fp16_util import in_groups, unflatten_master_params
+from ..fp16_util import groups_of_a_kind, in_groups, unflatten_master_params
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 MAX_LOG_LOSS_SCALE = 129.0  # beyond, float32 cannot hold it, and every step lowers it
@@ -49,26 +49,28 @@ class MasterCopy:
 
     def __init__(self, model_params: Sequence[nn.Parameter]):
         self.model_params = model_params
+        self._groups = groups_of_a_kind(model_params)
         self._values, self._gradient = _Views(model_params), _Views(model_params)
         self._memory: th.Tensor | None = None
 
     def collect_gradients(self, master: nn.Parameter) -> None:
         """Move the model's gradients into the master copy's, adding to what is there; a missing one is zero."""
-        if all(p.grad is None for p in self.model_params):
+        found = [p.grad for p in self.model_params]
+        if all(grad is None for grad in found):
             return
-        grads = [th.zeros_like(p) if p.grad is None else p.grad for p in self.model_params]
+        grads = [th.zeros_like(p) if grad is None else grad for p, grad in zip(self.model_params, found)]
         if master.grad is not None:
-            in_groups(th._foreach_add_, self._gradient.of(master.grad), grads)
+            in_groups(th._foreach_add_, self._groups, self._gradient.of(master.grad), grads)
         else:
             if self._memory is None or self._memory.shape != master.shape:
                 self._memory = th.empty_like(master.detach())
-            in_groups(th._foreach_copy_, self._gradient.of(self._memory), grads)
+            in_groups(th._foreach_copy_, self._groups, self._gradient.of(self._memory), grads)
             master.grad = self._memory
         clear_gradients(self.model_params)
 
     def update_model(self, master: nn.Parameter) -> None:
         """Copy the master copy's values into the model's parameters, in the model's types."""
-        in_groups(th._foreach_copy_, self.model_params, self._values.of(master))
+        in_groups(th._foreach_copy_, self._groups, self.model_params, self._values.of(master))
 
 
 def average_gradients(master_params: Sequence[nn.Parameter]) -> None:
@@ -86,7 +88,7 @@ def backward(loss: th.Tensor) -> None:
     So a loss that is not finite is seen in the gradient, and all ranks skip the step.
     """
     value = loss.detach()
-    (loss * (value - value + 1)).backward()  # NaN - NaN and inf - inf are NaN
+    loss.backward(value - value + 1)  # NaN - NaN and inf - inf are NaN
 
 
 @th.no_grad()

@@ -53,6 +53,7 @@ class TrainStep:
     weight_decay: float
     grad_clip: float
     seed: int | None
+    rank: int
     device: th.device
     run_log: RunLog
     step: int  # made since this process started
@@ -86,7 +87,7 @@ class TrainStep:
         self._master_copy = precision_util.MasterCopy(self.model_params)
         self._flatten = Flattener()
         self.opt: th.optim.Optimizer = AdamW(
-            self.master_params, lr=self.lr, weight_decay=self.weight_decay, betas=adam_betas, eps=adam_eps, fused=True
+            self.master_params, lr=self.lr, weight_decay=self.weight_decay, betas=adam_betas, eps=adam_eps
         )
         self.emas: list[ParameterEMA | PowerEMA] = [
             *(ParameterEMA(rate, self.master_params, ema_warmup) for rate in self.ema_rate),
@@ -165,7 +166,7 @@ class TrainStep:
     def run_step(self, batch, cond) -> None:
         """One step on this rank's batch [N, C, H, W] and conditions (dict of [N, ...])."""
         if self.seed is not None:
-            objective.seed_step(self.seed, self.absolute_step, self.device)
+            objective.seed_step(self.seed, self.absolute_step, self.rank, self.device)
         if hasattr(self.diffusion, "at_step"):
             self.diffusion.at_step(self.absolute_step)
         self.forward_backward(batch, cond)
@@ -199,7 +200,7 @@ class TrainStep:
         # Drawn for the whole batch before it is split, so that the microbatch changes memory use only.
         t, weights = self.schedule_sampler.sample(len(batch), self.device)
         noise = objective.draw_noise(self.diffusion.training_losses, batch)
-        scale = self.loss_scale.scale if self.use_fp16 else 1.0
+        scale = self.loss_scale.scale if self.use_fp16 else None
         learns = isinstance(self.schedule_sampler, LossAwareSampler)
         parts, seen = [], []
         for start in range(0, len(batch), self.microbatch):
@@ -217,7 +218,8 @@ class TrainStep:
                 if learns:  # on their way before the backward pass, which nobody then has to wait for
                     seen.append((distributed.HostCopy(t[part]), distributed.HostCopy(losses["loss"])))
                 # Each microbatch adds its share of the batch's mean.
-                precision_util.backward((losses["loss"] * weights[part]).sum() / len(batch) * scale)
+                share = (losses["loss"] * weights[part]).sum() / len(batch)
+                precision_util.backward(share if scale is None else share * scale)
             if self.sixteen_bits and (len(batch) > self.microbatch or distributed.get_world_size() > 1):
                 self._master_copy.collect_gradients(*self.master_params)
         self._whole = False
