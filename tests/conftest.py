@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; before triton is imported
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling this package takes each process that a test starts 0.4 s
 
 import numpy as np
 import pytest
