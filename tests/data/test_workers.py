@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
-from script_helpers import ROOT, environment, wait_for, write_images
+from script_helpers import ROOT, TIMEOUT, environment, wait_for, write_images
 
 from improved_diffusion.config import UserError
 from improved_diffusion.data import stream as stream_module
@@ -26,6 +26,13 @@ from improved_diffusion.distributed import watchdog
 
 BATCH = "import sys\nfrom improved_diffusion.image_datasets import load_data\n"
 BATCH += "def load(**kwargs):\n    return load_data(data_dir=sys.argv[1], batch_size=2, image_size=8, **kwargs)\n"
+
+
+@pytest.fixture(autouse=True)
+def deaths_are_seen_soon(monkeypatch):
+    """torch looks every 5 seconds whether a worker has ended."""
+    iterator = th.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.3,))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,7 @@ def test_a_program_that_reads_a_batch_ends(folder, how):
     code, expected_code, message = ENDINGS[how]
     process = start(code, folder)
     try:
-        _, err = process.communicate(timeout=60)  # it would hang without end
+        _, err = process.communicate(timeout=TIMEOUT)  # it would hang without end
     finally:
         process.kill()
     assert expected_code is None or process.returncode == expected_code, err
@@ -88,8 +95,9 @@ def test_a_program_that_reads_a_batch_ends(folder, how):
 
 def test_workers_end_when_their_program_is_killed(folder):
     process = start(
-        "import time\ndata = load(num_workers=2)\nnext(data)\nprint('read', flush=True)\ntime.sleep(99)", folder
-    )
+        "import time, torch\ntorch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.3\n"  # instead of 5 seconds
+        "data = load(num_workers=2)\nnext(data)\nprint('read', flush=True)\ntime.sleep(99)", folder
+    )  # fmt: skip
     assert process.stdout.readline() == "read\n"
     pids = children(process)
     assert len(pids) == 2
@@ -104,7 +112,7 @@ def test_workers_are_started_afresh_where_python_cannot_fork(folder, tmp_path):
         "    multiprocessing.set_start_method('spawn')\n    print(next(load())[0].shape)\n"
     )
     done = subprocess.run([sys.executable, str(tmp_path / "main.py"), folder], env=environment(), capture_output=True,
-                          text=True, timeout=90)  # fmt: skip
+                          text=True, timeout=TIMEOUT)  # fmt: skip
     assert done.returncode == 0 and done.stdout == "torch.Size([2, 3, 8, 8])\n" and not done.stderr
 
 
@@ -197,7 +205,7 @@ def read_ten(reader):
     ],
 )
 def test_where_workers_cannot_work_the_main_process_reads(act, message, capsys, monkeypatch):
-    monkeypatch.setattr(workers, "MAX_DEATHS", 2)  # each takes 5 seconds to be noticed
+    monkeypatch.setattr(workers, "MAX_DEATHS", 2)
     reader = reader_of(act)
     assert read_ten(reader) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     out = capsys.readouterr().out
