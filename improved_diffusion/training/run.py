@@ -249,7 +249,10 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
     data_dir, before = settings.data.data_dir, metadata.get("class_names")
     origin = settings.train.resume_checkpoint or settings.values().get("teacher")
     if before and names != before and origin:
-        raise UserError(f"{data_dir} has the classes {names[:10]} but {origin} has {before[:10]}")
+        raise UserError(
+            f"{data_dir} has the classes {names[:10]} but {origin} has {before[:10]}: use images of the same classes, "
+            "or say by --labels which they are of"
+        )
     wanted = settings.model.num_classes
     if wanted and len(names) > wanted:
         raise UserError(f"{data_dir} has {len(names)} classes, more than --num_classes {wanted}")
