@@ -110,7 +110,8 @@ def with_own_steps(settings: S, metadata: Mapping[str, Any]) -> S:
         grid = student.get("timestep_grid", grid)
     if not values["timestep_respacing"] and grid.isalpha():  # the name of a grid, not a list of its levels
         own |= {"timestep_grid": grid, "steps": values["steps"] or student["steps"]}
-    return settings.replace(**own)
+    with naming(f"as its file says, the model is for {student['steps']} steps of {student['sampler']}"):
+        return settings.replace(**own)
 
 
 def read(path: str, flag: str = "--model_path", classifier: bool = False) -> Found:

@@ -125,7 +125,13 @@ def _check_null_class(loaded: LoadedModel) -> None:
             f"{flag}: {loaded.path} was trained without classes. Train with --class_cond True --label_drop 0.1, or "
             "guide by a weaker checkpoint with --guide_path"
         )
-    if not loaded.metadata.get("config", {}).get("label_drop"):
+    config = loaded.metadata.get("config", {})
+    if "distilled" in loaded.metadata and config.get("guidance_scale", 1) != 1 and not config.get("label_drop"):
+        raise UserError(
+            f"{flag}: {loaded.path} has learned from a teacher guided at --guidance_scale {config['guidance_scale']}, "
+            "and needs no guidance: leave the flag out"
+        )
+    if not config.get("label_drop"):
         raise UserError(
             f"{flag}: {loaded.path} was never trained with its class hidden. Train with --class_cond True "
             f"--label_drop 0.1, starting from --init_checkpoint {loaded.path} for example, or guide by an "

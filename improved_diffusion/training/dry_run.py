@@ -237,7 +237,8 @@ def set_bytes(loop: TrainLoop) -> tuple[int, int]:
     """(bytes of a checkpoint set in float32, those of its files that are never removed)."""
     copy = 4 * sum(p.numel() for p in loop.model_params)
     snapshots = sum(hasattr(ema, "sigma_rel") for ema in loop.emas)
-    return copy * (3 + len(loop.emas)), copy * snapshots  # the model, Adam's two moments, the averages
+    others = getattr(loop.diffusion, "saved_copies", 0)
+    return copy * (3 + len(loop.emas) + others), copy * snapshots  # the model, Adam's two moments, the averages
 
 
 def checkpoint_bytes(loop: TrainLoop) -> tuple[int, int]:

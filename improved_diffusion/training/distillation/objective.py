@@ -25,6 +25,8 @@ class Distillation:
 
     sampler: str  # the solver of the student
     grid = "auto"  # the timestep grid of its steps
+    saved_copies = 0  # how many networks a checkpoint holds besides the model and its averages
+    _heard = False
 
     def __init__(
         self, settings: ImageDistillation | SuperResDistillation, diffusion: SpacedDiffusion, teacher: Teacher
@@ -79,6 +81,18 @@ class Distillation:
         split: so microbatches change memory use only.
         """
         raise NotImplementedError
+
+    def heard(self, said: th.Tensor) -> th.Tensor:
+        """What the teacher said. Raises UserError where it is not finite at first; later it waits for no device."""
+        if not self._heard and not said.isfinite().all():
+            train = self.settings.train
+            remedy = "use another checkpoint" if train.precision == "fp32" else "give --precision fp32"
+            raise UserError(
+                f"the teacher {self.settings.distill.teacher} predicts numbers that are not finite (--precision "
+                f"{train.precision}): {remedy}"
+            )
+        self._heard = True
+        return said
 
     def hooks(self) -> Sequence[tuple[int, Hook]]:
         """What the loop calls every so many steps. One that has a name is saved with the checkpoints."""

@@ -96,6 +96,7 @@ class Progressive(Distillation):
     """Progressive distillation. The student predicts x_0 or v."""
 
     sampler, grid = "ddim", "trailing"
+    saved_copies = 1  # the teacher of the present stage
 
     def __init__(self, settings, diffusion, teacher):
         super().__init__(settings, diffusion, teacher)
@@ -186,7 +187,7 @@ class Progressive(Distillation):
         eps = (x - like(angle.cos(), x) * first) / like(angle.sin(), x)
         x = like(middle.cos(), x) * first + like(middle.sin(), x) * eps
         second = self.predict(x, at(self.levels.middle), middle, model_kwargs)
-        return th.lerp(first, second, like(at(self.levels.share), x))
+        return self.heard(th.lerp(first, second, like(at(self.levels.share), x)))
 
     def predict(
         self, x: th.Tensor, t: th.Tensor, angle: th.Tensor, model_kwargs: Mapping[str, th.Tensor]

@@ -13,12 +13,20 @@ from improved_diffusion.models.build import build_diffusion
 from improved_diffusion.training.distillation.consistency import Consistency, LogNormalLevels
 from improved_diffusion.training.distillation.levels import NoiseLevels, like
 from improved_diffusion.training.distillation.teacher import Teacher
+from improved_diffusion.training.flops import training_flops
 
 MU, S = 0.15, 0.25  # every pixel is an independent N(MU, S^2)
 
 
 def consistency(teacher="eps", network=None, **options):
-    given = {"image_size": 8, "diffusion_steps": 100, "noise_schedule": "cosine", "max_steps": 40, **options}
+    given = {
+        "teacher": "gone.pt",
+        "image_size": 8,
+        "diffusion_steps": 100,
+        "noise_schedule": "cosine",
+        "max_steps": 40,
+        **options,
+    }
     settings = ImageDistillation.of(given)
     known = Teacher(settings, {"teacher_prediction": teacher})
     known.network = network
@@ -223,6 +231,20 @@ def test_a_guided_teacher_leads_along_its_flow(scale):
     reached = made.nearer(x, None, None, sigma, r, {"y": th.zeros(5, dtype=th.int64)})
     shrunk = like(((S**2 + r**2) / (S**2 + sigma**2)).sqrt(), x)
     th.testing.assert_close(reached, mean + shrunk * (x - mean), rtol=0.01, atol=0.01)
+
+
+def test_the_arithmetic_that_is_counted_is_the_students():
+    made = consistency(guidance_scale=2.0, network=small_model(num_classes=2))
+    plain, batch, kwargs = consistency(), th.zeros(2, 3, 8, 8), {"y": th.zeros(2, dtype=th.int64)}
+    counts = [training_flops(small_model(num_classes=2), losses, batch, kwargs)
+              for losses in (made.training_losses, plain.training_losses)]  # fmt: skip
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_teacher_whose_predictions_are_not_finite_is_named():
+    made, (x, noise, t) = consistency(guidance_scale=2.0, network=lambda x, t, y: x * math.nan), batch_of()
+    with pytest.raises(UserError, match=r"the teacher gone\.pt predicts numbers that are not finite"):
+        made.training_losses(small_model(num_classes=2), x, t, {"y": th.zeros(6, dtype=th.int64)}, noise=noise)
 
 
 def test_without_guidance_the_neighbour_lies_on_the_line_to_the_image():

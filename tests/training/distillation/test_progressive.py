@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -186,6 +187,14 @@ def test_a_learned_variance_is_left_alone_and_microbatches_change_nothing():
     assert all(p.grad is None for p in teacher.guided.parameters())
 
 
+def test_a_teacher_whose_predictions_are_not_finite_is_named():
+    teacher, world = gaussian_teacher("v", 64, 8, 2, "cosine")
+    teacher.guided = lambda x, t: world.model(x, t) * np.nan
+    made = progressive(made=teacher, teacher="v")
+    with pytest.raises(UserError, match="predicts numbers that are not finite"):
+        made.training_losses(world.model, th.zeros(4, 1, 8, 8), th.from_numpy(made.levels.t).float())
+
+
 def test_the_arithmetic_that_is_counted_is_the_students():
     made, plain = progressive(made=Teacher(None, {"teacher_prediction": "v"}), learn_sigma=True), small_diffusion()
     batch = th.zeros(2, 3, 8, 8)
@@ -346,7 +355,10 @@ def test_a_run_in_its_second_stage_can_be_tried_without_the_teacher(place, capsy
     idf.distill("v.pt", "photos", out_dir="run", **{**QUICK, "steps": 4, "to": 1, "save_interval": 3})
     os.remove("v.pt")
     dispatch(["distill", "--resume", "run/model000003.pt", "--data_dir", "photos", "--num_workers", "0", "--dry_run"])
-    assert "time per step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "time per step" in said
+    size = sum(os.path.getsize(f"run/{name}000003.pt") for name in ("model", "ema_0.9993_", "opt")) / 2**20
+    assert float(re.search(r"checkpoints +(\S+) MiB each", said)[1]) == pytest.approx(size, rel=0.1)
 
 
 def test_the_predecessor_is_the_student_at_the_end_of_its_stage(place):
