@@ -105,10 +105,11 @@ def with_own_steps(settings: S, metadata: Mapping[str, Any]) -> S:
     name = "ddim" if values["use_ddim"] else values["sampler"]
     if name not in ("auto", student["sampler"]):
         return settings
-    own = {"sampler": student["sampler"]}
-    if not values["timestep_respacing"] and values["timestep_grid"] == "auto":
-        grid, steps = student.get("timestep_grid", "auto"), values["steps"] or student["steps"]
-        own |= {"timestep_grid": grid, "steps": steps}
+    own, grid = {"sampler": student["sampler"]}, values["timestep_grid"]
+    if grid == "auto":
+        grid = student.get("timestep_grid", grid)
+    if not values["timestep_respacing"] and grid.isalpha():  # the name of a grid, not a list of its levels
+        own |= {"timestep_grid": grid, "steps": values["steps"] or student["steps"]}
     return settings.replace(**own)
 
 

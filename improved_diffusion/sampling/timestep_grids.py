@@ -19,6 +19,7 @@ SIGMA_MAX, SIGMA_MIN, RHO = 80.0, 0.002, 7.0
 # `renoise` in 2, 3, 4 and 8 steps (docs/sampling.md).
 COARSE_MAX, COARSE_MIN = 40.0, 2.0
 CLOSEST = 1e-6  # between two timesteps
+ROUNDING = 1e-3  # of noise levels that are given
 SIGMAS = "sigma:"  # before a list of noise levels
 
 
@@ -81,6 +82,9 @@ def _from_list(text: str, count: int, alpha_bar: np.ndarray) -> np.ndarray:
             f"--timestep_grid {text}: expected a name, timesteps such as 0,10.5,500,999, or noise levels such as "
             "sigma:40,5,1.5,0.5"
         ) from None
+    if kind != "timesteps":  # an end as it is shown is that end
+        for end in (low, high):
+            given = np.where(np.isclose(given, end, rtol=ROUNDING, atol=0), end, given)
     outside = not len(given) or not ((given >= low) & (given <= high)).all()
     grid = given if kind == "timesteps" or outside else timestep_of_sigma(alpha_bar, given)
     if outside or (np.diff(grid) < CLOSEST).any():

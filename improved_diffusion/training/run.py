@@ -291,18 +291,17 @@ def _log_epochs(settings: Training, num_images: int, names: list[str] | None) ->
 
 def build_loop(task: Task, data: BatchStream, stream: Any) -> tuple[TrainLoop, dict[str, Any]]:
     """(the loop, resumed where `resume_checkpoint` is set; the description in its checkpoints). Collective."""
-    settings = task.settings
-    train = settings.train
-    th.manual_seed(settings.run.seed)
-    use_fp16 = train.use_fp16 or settings.values().get("classifier_use_fp16")
+    train = task.settings.train
+    use_fp16 = train.use_fp16 or task.settings.values().get("classifier_use_fp16")
     precision = "fp16" if use_fp16 else distributed.from_rank0(_chosen, train.precision)
+    task.settings = settings = task.settings.replace(precision=precision, use_fp16=False)
+    th.manual_seed(settings.run.seed)
     check_memory(task, precision, len(comma_list(train.ema_rate, float)) + len(comma_list(train.ema_sigma_rel, float)))
     model, objective = task.build()
     if train.init_checkpoint:
         state_dict, other = checkpoint.load(train.init_checkpoint, classifier=isinstance(settings, ClassifierTraining))
         load_fitting(model, state_dict, train.init_checkpoint, (other.get("class_names"), data.class_names))
     model.to(distributed.dev())
-    settings = settings.replace(precision=precision, use_fp16=False)
     _log_model(settings, model)
     config = {name: value for name, value in sorted(settings.values().items()) if name not in _NOT_KEPT}
     description = {

@@ -145,6 +145,10 @@ def test_a_list_of_noise_levels_is_at_their_timesteps(schedule):
     grid = timestep_grid("sigma:40, 0.5,5,1.5", 0, alpha_bar)
     np.testing.assert_allclose(sigma_at(alpha_bar, grid), [0.5, 1.5, 5, 40], rtol=1e-9)
     assert timestep_grid("sigma:2", 1, alpha_bar).shape == (1,)
+    low, high = sigma_at(alpha_bar, np.array([0, len(alpha_bar) - 1]))
+    for shown in ("{:.4g}", "{:.6g}"):  # as messages show the ends
+        ends = timestep_grid(f"sigma:{shown.format(low)},{shown.format(high)}", 0, alpha_bar)
+        assert ends.tolist() == [0, len(alpha_bar) - 1]
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,9 @@ class Teacher:
     def module(self) -> th.nn.Module:
         """A network of the teacher's form, without its weights: on the device, in the run's precision and eval mode,
         without gradients."""
-        train = self.settings.train
         with th.random.fork_rng(devices=[]):  # where a step makes it, the step draws the same
             network = build_model(self.settings.model, self.settings.diffusion.learn_sigma)
-        return to_device(network, "fp16" if train.use_fp16 else train.precision).eval().requires_grad_(False)
+        return to_device(network, self.settings.train.precision).eval().requires_grad_(False)
 
     @cached_property
     def network(self) -> th.nn.Module:

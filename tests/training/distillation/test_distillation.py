@@ -16,6 +16,8 @@ from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageModel, SuperResModel
 from improved_diffusion.models.factories import create_model_and_diffusion
+from improved_diffusion.sampling.guided import to_device
+from improved_diffusion.training.distillation import teacher
 from improved_diffusion.training.distillation.teacher import chosen_prediction
 
 # With few steps, RAdam would stand still.
@@ -71,6 +73,8 @@ def test_the_student_says_whose_it_is_and_samples_in_few_steps(place, capsys):
     few = student.sample(2, classes=[0, 1], progress=False)
     same = student.sample(2, classes=[0, 1], sampler="renoise", steps=4, progress=False)
     np.testing.assert_array_equal(few.array, same.array)
+    assert len(list(student.sample_steps(1, classes=[0], timestep_grid="trailing"))) == 4
+    assert len(list(student.sample_steps(1, classes=[0], timestep_grid="sigma:5,0.5"))) == 2
     for options in (dict(steps=2), dict(sampler="ddim", steps=4), dict(use_ddim=True, steps=4)):
         other = student.sample(2, classes=[0, 1], progress=False, **options)
         assert (other.array != few.array).any()
@@ -130,6 +134,18 @@ def test_a_student_of_a_guided_teacher(place):
     assert resumed.step == 5
     with pytest.raises(UserError, match="never trained with its class hidden"):
         student.sample(1, guidance_scale=2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("options", [
+    dict(guidance_scale=2), dict(method="progressive", steps=4, to=2, student_prediction="v"),
+])  # fmt: skip
+def test_a_teacher_computes_in_the_precision_that_auto_means(place, monkeypatch, options, precision):
+    made = []
+    monkeypatch.setattr("improved_diffusion.distributed.computes_bf16", lambda device: precision == "bf16")
+    monkeypatch.setattr(teacher, "to_device", lambda *given: made.append(given[1]) or to_device(*given))
+    idf.distill("hidden.pt", "photos", out_dir="new", precision="auto", **{**QUICK, **options, "max_steps": 2})
+    assert made == [precision] == [checkpoint.load("new/model000002.pt")[1]["config"]["precision"]]
 
 
 @pytest.mark.parametrize("method", [{}, dict(method="progressive", steps=4, to=2)])

@@ -295,6 +295,7 @@ def test_from_a_teacher_to_a_student_of_few_steps(place, capsys):
     few = student.sample(2, progress=False).array
     for options in (dict(sampler="ddim"), dict(use_ddim=True), dict(timestep_grid="9,19", sampler="ddim")):
         np.testing.assert_array_equal(student.sample(2, progress=False, **options).array, few)
+    assert len(list(student.sample_steps(1, timestep_grid="logsnr"))) == 2  # not all of ddim's
     for options in (dict(sampler="dpmpp_2m", steps=2), dict(steps=4), dict(timestep_grid="ddim", steps=2)):
         assert (student.sample(2, progress=False, **options).array != few).any()
     dispatch(["sample", "--model_path", "run", "--num_samples", "2", "--out_dir", "drawn"])
