@@ -18,7 +18,10 @@ class DistillConfig(Config):
     """Distillation."""
 
     teacher: str = extra(
-        "", "checkpoint of the model to distil, or its run's folder; a moving average is best", parse=path_of
+        "",
+        "checkpoint of the model to distil, or its run's folder; a moving average is best. The network, batch_size, "
+        "random_flip, labels and how images are read are as in its training, unless given",
+        parse=path_of,
     )
     method: str = extra(
         "consistency",

@@ -90,8 +90,8 @@ class TrainConfig(Config):
     fp16_scale_growth: float = option(1e-3, "added to log2 of fp16's loss scale after each good step", low=0, high=10)
     precision: str = extra(
         "fp32",
-        "number format of the network's blocks; master weights stay fp32; auto: bf16 where the processor or GPU "
-        "computes in it, else fp32",
+        "number format of the network's blocks; 16 bits round, and are faster where the processor or GPU computes in "
+        "them; master weights stay fp32; auto: bf16 where it is computed in, else fp32",
         choices=(*PRECISIONS, AUTO_PRECISION),
     )
     total_batch_size: int = extra(0, "images a step over all ranks; 0: batch_size x ranks", low=0)

@@ -56,4 +56,5 @@ def title_of(report: Any) -> str:
 def _draw(axes: Any, t: np.ndarray, levels: Any, target: str, name: str, color: str, label: str) -> None:
     value, error = np.array([level[target][name] for level in levels]).T
     axes.plot(t, value, color=color, linewidth=1.4, marker="o", markersize=3, label=label)
-    axes.fill_between(t, value - 2 * error, value + 2 * error, color=color, alpha=0.25, linewidth=0)
+    low = np.maximum(value - 2 * error, np.finfo(float).tiny)  # a logarithmic axis drops the corners that are below 0
+    axes.fill_between(t, low, value + 2 * error, color=color, alpha=0.25, linewidth=0)

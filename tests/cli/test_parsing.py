@@ -97,7 +97,8 @@ def test_a_wrong_word_is_named(argv, culprits):
     (Distilling, "--model_path", "--teacher"), (ImageSampling, "--teacher", "--model_path"),
     (ImageTraining, "--learning_rate", "--lr"), (ImageTraining, "--output_dir", "--out_dir"),
     (ImageTraining, "--epochs=3", "--max_steps"), (ImageTraining, "--batch", "--batch_size"),
-    (Distilling, "--student", "--student_prediction"),
+    (Distilling, "--student", "--student_prediction"), (ImageSampling, "--to", "--steps"),
+    (ImageSampling, "--class", "--classes"),
 ])  # fmt: skip
 def test_a_flag_under_another_name_is_recognised(settings, word, meant):
     with pytest.raises(UserError, match=rf"did you mean {meant}\?"):

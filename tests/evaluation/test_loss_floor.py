@@ -11,7 +11,9 @@ from script_helpers import call, refused, write_images
 
 import improved_diffusion as idf
 from improved_diffusion.config.settings import SuperResModel
-from improved_diffusion.evaluation import loss_floor
+from improved_diffusion.evaluation import loss_floor, loss_floor_plot
+from improved_diffusion.training.loss_by_noise import Mean
+from improved_diffusion.utils.figures import new_figure
 
 SMALL = ("--image_size", 8, "--diffusion_steps", 40, "--noise_schedule", "cosine", "--floor_draws", 100,
          "--floor_levels", 5)  # fmt: skip
@@ -120,6 +122,16 @@ def test_a_model_below_the_floor_is_warned_of(photos, tmp_path, monkeypatch):
     result = floor("photos", *args, cwd=tmp_path).succeed()
     assert "warning: timesteps 15 to 19: the loss on these images" in result.out
     assert content(tmp_path / "out")["warnings"]
+
+
+def test_the_band_of_a_level_whose_error_exceeds_it_reaches_the_bottom_of_the_plot():
+    """A logarithmic axis drops corners that are not positive, which would join the others across the plot."""
+    levels = [{"x_0": {"loss": Mean(value, error)}} for value, error in ((0.1, 0.01), (9.0, 8.0), (0.2, 0.01))]
+    figure = new_figure((4, 3))
+    axes = figure.subplots()
+    loss_floor_plot._draw(axes, np.arange(3), levels, "x_0", "loss", "red", "the model")
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert (corners[:, 1] > 0).all() and np.isfinite(corners).all()
 
 
 def test_without_matplotlib_the_numbers_are_written(photos, tmp_path, monkeypatch):
