@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .base import Config, extra, with_default
 from .messages import UserError
-from .training import TrainConfig
+from .training import TrainConfig, WatchConfig
 from .values import path_of
 
 METHODS = ("consistency", "progressive")
+# Options that one method alone has.
+OF_METHOD = {"consistency": ("max_q", "q_steps", "p_mean", "p_std"), "progressive": ("steps",)}
 PREDICTIONS = ("auto", "teacher", "eps", "x0", "v")
 
 
@@ -56,6 +58,7 @@ class DistillConfig(Config):
     p_std: float = extra(2.0, "consistency: standard deviation of log sigma", low=0, high=20)
 
     def validate(self) -> None:
+        self._refuse_other_methods()
         if self.max_q & (self.max_q - 1):
             raise UserError(f"--max_q {self.max_q} must be a power of 2: q doubles from 2 on")
         doubled = [self.to * 2**n for n in range(1, 15)]
@@ -65,6 +68,17 @@ class DistillConfig(Config):
                 f"--steps {self.steps} is not --to {self.to} doubled once or several times: the steps are halved stage "
                 f"by stage, give --steps {nearest} for example"
             )
+
+    def _refuse_other_methods(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for method, names in OF_METHOD.items():
+            for name in names if method != self.method else ():
+                if getattr(self, name) != defaults[name]:
+                    instead = f" or, for a student of {self.steps} steps, give --to {self.steps}"
+                    raise UserError(
+                        f"--{name} is for --method {method}, not {self.method}: leave it out"
+                        + (instead if name == "steps" else "")
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +103,10 @@ class DistillTrainConfig(TrainConfig):
             raise UserError(
                 "--max_steps 0: a distillation has stages, whose lengths follow from its end: give a number"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillWatchConfig(WatchConfig):
+    """Monitoring."""
+
+    sample_interval: int = with_default(WatchConfig, "sample_interval", 500)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from .base import Config
-from .distillation import DistillConfig, DistillTrainConfig
+from .distillation import DistillConfig, DistillTrainConfig, DistillWatchConfig
 from .editing import (
     CopiesConfig,
     EditConfig,
@@ -254,7 +254,7 @@ class Distilling(Settings):
     reading: ReadingConfig
     train: DistillTrainConfig
     speed: TrainSpeedConfig
-    watch: WatchConfig
+    watch: DistillWatchConfig
     model: ModelConfig
     sizes: SizesConfig
     diffusion: DiffusionConfig
@@ -269,6 +269,7 @@ class ImageDistillation(ImageTraining):
 
     distill: DistillConfig
     train: DistillTrainConfig
+    watch: DistillWatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +280,7 @@ class SuperResDistillation(SuperResTraining):
 
     distill: DistillConfig
     train: DistillTrainConfig
+    watch: DistillWatchConfig
 
 
 Training = ImageTraining | SuperResTraining | ClassifierTraining

@@ -88,7 +88,8 @@ def backward(loss: th.Tensor) -> None:
     So a loss that is not finite is seen in the gradient, and all ranks skip the step.
     """
     value = loss.detach()
-    loss.backward(value - value + 1)  # NaN - NaN and inf - inf are NaN
+    # NaN - NaN and inf - inf are NaN. A product, as a gradient given to backward() makes it import sympy, in a second.
+    (loss * (value - value + 1)).backward()
 
 
 @th.no_grad()

@@ -213,6 +213,8 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(schedule_sampler="loss-second-moment"), "--schedule_sampler loss-second-moment"),
     (dict(max_steps=0, lr_schedule="constant"), "--max_steps 0"),
     (dict(max_q=12), "--max_q 12"),
+    (dict(steps=3), "--steps is for --method progressive, not consistency: leave it out or, for a student of 3 steps"),
+    (dict(method="progressive", steps=8, max_q=8), "--max_q is for --method consistency, not progressive"),
     (dict(loss_floor=True), "--loss_floor"),
     (dict(out_dir="run"), "run holds checkpoints of an earlier run"),
     (dict(out_dir="run", resume="auto", teacher="other.pt"), "--teacher other.pt is not the teacher of"),
