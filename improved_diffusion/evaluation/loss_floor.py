@@ -185,7 +185,8 @@ class FloorReport:
         height, width = height_width(about["image_size"])
         size = f"{width}x{height} pixels, {counted(about['channels'], 'channel')}"
         lines = [
-            f"floor of the loss on {images}{part}{classes}: {size}, {about['noise_schedule']} schedule of {counted(about['diffusion_steps'], 'timestep')}",
+            f"floor of the loss on {images}{part}{classes}: {size}, {about['noise_schedule']} schedule of "
+            f"{counted(about['diffusion_steps'], 'timestep')}",
             f"{about['draws']:,} noisy images; squared errors per pixel",
         ]
         columns = [f"floor {each}" for each in self.targets]
