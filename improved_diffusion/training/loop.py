@@ -192,7 +192,7 @@ class TrainLoop(CheckpointedStep):
                 self._write_row()
             if self._is_save_due():
                 self._save_for_loop()
-            if self.absolute_step > 0 and self.absolute_step % self.save_interval == 0 and self._is_test():
+            if self._is_test() and self.absolute_step > 0 and self.absolute_step % self.save_interval == 0:
                 break
             self.step += 1
             self.run_log.advance()

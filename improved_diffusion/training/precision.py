@@ -98,7 +98,7 @@ def clip_gradients(params: Sequence[th.Tensor], largest: float) -> th.Tensor:
 
     As torch.nn.utils.clip_grad_norm_, which would take each tensor's norm to its device by itself.
     """
-    grads = [grad for p in params if (grad := p.grad) is not None]
+    grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return th.zeros(())
     norm = th.linalg.vector_norm(th.stack(th._foreach_norm(grads)))

@@ -52,18 +52,16 @@ def test_a_step_that_found_inf_changes_nothing():
         assert (str([params, opt.state_dict()]) != str(before)) == changes
 
 
-def test_parameters_of_several_types_that_begin_at_different_steps():
+def test_parameters_without_gradients_and_of_several_types():
     params = [*parameters(), th.nn.Parameter(th.randn(2, dtype=th.float64)), th.nn.Parameter(th.randn(2))]
-    others, states = copy.deepcopy(params), []
+    others = copy.deepcopy(params)
     for each, kind in ((params, AdamW), (others, torchs_adamw)):
         opt = kind(each, **OPTIONS)
-        for used in (1, 3, 3, 2):
-            opt.zero_grad()
-            sum(p.double().exp().sum() for p in each[:used]).backward()
+        for _ in range(2):
+            sum(p.double().exp().sum() for p in each[:3]).backward()
             opt.step()
-        states.append(opt.state_dict()["state"])
-    assert all(map(th.equal, params, others)) and str(states[0]) == str(states[1])
-    assert [float(state["step"]) for state in states[0].values()] == [4, 3, 2]
+        assert len(opt.state) == 3
+    assert all(map(th.equal, params, others))
 
 
 def test_it_keeps_hooks_closures_and_groups():
