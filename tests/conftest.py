@@ -8,10 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-gc.disable()  # while the tests and what they need are imported, a third of whose time it takes
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks in a test would share a GPU; before torch looks
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; before triton is imported
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling this package takes each process that a test starts 0.4 s
 
 import numpy as np
 import pytest
@@ -24,6 +22,9 @@ from improved_diffusion.utils.stop_signals import SIGNALS
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
             "DIFFUSION_TRAINING_TEST")  # fmt: skip
 
+gc.disable()  # while the tests are collected, a third of whose time it would take
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling this package takes each process that a test starts 0.4 s
+
 # A shell's background job ignores Ctrl-C, and one under nohup a hang-up, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
@@ -32,7 +33,7 @@ th.set_num_threads(1)  # the tensors are small, and threads that wait for each o
 
 
 def pytest_collection_finish():
-    """Later collections pass over what is there by now, in which each would look for half a second."""
+    """Later collections skip what is there by now: a look through it takes half a second."""
     gc.freeze()
     gc.enable()
 
@@ -41,6 +42,14 @@ def pytest_collection_finish():
 def own_config(tmp_path_factory):
     """The user's own files, such as the list of trusted programs, are neither read nor changed."""
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """Nothing that a test writes needs to survive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -69,8 +78,7 @@ def fresh_start(monkeypatch):
 
 
 @pytest.fixture
-def out_dir(tmp_path, monkeypatch):
+def out_dir(tmp_path):
     """Where a training loop in this test logs and saves."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # nothing here needs to survive a power cut
     logger.configure(dir=str(tmp_path / "run"), format_strs=["csv"])
     return tmp_path / "run"

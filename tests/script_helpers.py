@@ -279,7 +279,7 @@ def contents(folder):
     }
 
 
-def wait_for(condition, what, process=None, seconds=90):
+def wait_for(condition, what, process=None, seconds=TIMEOUT):
     """Wait until a condition holds; fail with the process's output where it ends before, or after too long."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -49,7 +49,7 @@ def one_host(tmp_path_factory):
 )
 def test_two_hosts_learn_bit_for_bit_what_two_ranks_on_one_learn(launcher, options, hosts, one_host, tmp_path):
     args = training(tmp_path, "--max_steps", 6, "--out_dir", "run")
-    results = [wait(p, 60).succeed() for p in getattr(hosts, launcher)(TRAIN, *args, cwd=tmp_path, **options)]
+    results = [wait(p).succeed() for p in getattr(hosts, launcher)(TRAIN, *args, cwd=tmp_path, **options)]
     log = "".join(result.out for result in results)
     for host in NAMES:  # torchrun's c10d gives out the ranks as it likes
         assert f"-> {host} -> cpu" in log
@@ -68,18 +68,18 @@ def test_a_cut_link_ends_both_sides_and_one_host_goes_on(launcher, ranks_after, 
     processes = getattr(hosts, launcher)(WORKER, "script", TRAIN, *args, cwd=tmp_path)
     wait_for(lambda: (tmp_path / "run/manifest000005.json").exists(), "checkpoint", processes[0])
     hosts.cut()
-    results = [wait(process, 30) for process in processes]
+    results = [wait(process) for process in processes]
     # mpiexec's own process holds the output of both hosts: of the one that is cut off nothing reaches it.
     for result, (here, there) in zip(results, [(0, 1), (1, 0)]):
         assert result.code == 1
         message = (
-            f"rank {here} on {NAMES[here]}: error: rank {there} on {NAMES[there]} did not answer for 3 s: the host"
+            f"rank {here} on {NAMES[here]}: error: rank {there} on {NAMES[there]} did not answer for 8 s: the host"
         )
         assert result.err.count(message) == 1
         assert result.err.count("error: ") == 1
-    wait_for(lambda: not any(map(hosts.pids, hosts.namespaces.values())), "end of all processes", seconds=30)
+    wait_for(lambda: not any(map(hosts.pids, hosts.namespaces.values())), "end of all processes")
     # A process whose first thread has ended is in no namespace any more, though its other threads keep its files open.
-    wait_for(lambda: is_free(tmp_path / "run" / LOCK), "end of the claim on the run's folder", seconds=30)
+    wait_for(lambda: is_free(tmp_path / "run" / LOCK), "end of the claim on the run's folder")
     newest = max(int(path.name[8:14]) for path in (tmp_path / "run").glob("manifest*.json"))
     args += ["--resume", "auto", "--max_steps", newest + 3]
     if ranks_after == 1:
@@ -91,8 +91,8 @@ def test_a_cut_link_ends_both_sides_and_one_host_goes_on(launcher, ranks_after, 
 
 def test_a_host_that_never_starts_its_rank_is_named(hosts, tmp_path):
     processes = hosts.torchrun(WORKER, "absent", tmp_path, cwd=tmp_path)
-    err = wait(processes[0], 60).err
+    err = wait(processes[0]).err
     assert "rank 0 on nodea: error: waited 4 s for all 2 ranks to join the store at nodea:29400: missing rank 1" in err
     assert "present: rank 0 on nodea: check the output of the missing" in err
     hosts.kill(hosts.namespaces["nodeb"])
-    wait(processes[1], 60)
+    wait(processes[1])

@@ -66,6 +66,7 @@ def test_unreadable_files_are_passed_over_unless_there_is_nothing_else(tmp_path)
 
 def test_a_run_takes_the_recipe_and_its_checkpoint_holds_the_options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("improved_diffusion.training.tasks.PREVIEWS", 4)
     folder = write(tmp_path / "photos", 6)
     model = idf.train(folder, preset="auto", **TINY)
     assert model.path.startswith(str(tmp_path / "runs" / "photos"))

@@ -12,7 +12,7 @@ from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.config import UserError
 
 TINY = dict(
-    image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1,1", attention_resolutions="4",
+    image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1", attention_resolutions="4",
     diffusion_steps=20, noise_schedule="cosine", num_workers=0, batch_size=2, max_steps=1,
 )  # fmt: skip
 

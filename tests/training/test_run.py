@@ -20,7 +20,7 @@ from improved_diffusion.training.signals import SIGNALS, Stopped
 from improved_diffusion.training.tasks import ImageTask
 
 TINY = dict(
-    image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1,1", attention_resolutions="4",
+    image_size=8, num_channels=32, num_res_blocks=1, num_heads=1, channel_mult="1", attention_resolutions="4",
     diffusion_steps=20, noise_schedule="cosine", num_workers=0, batch_size=2, max_steps=1,
 )  # fmt: skip
 
@@ -186,9 +186,10 @@ def test_a_moving_average_is_not_taken_for_a_model_that_starts_at_step_0(photos,
 
 @pytest.mark.parametrize(
     "wrong", [
-        dict(data_dir="nowhere"), dict(batch_size=100), dict(image_size=7), dict(class_cond=True, num_classes=1),
-        dict(resume_checkpoint="model000010.pt"), dict(init_checkpoint="model.pt"), dict(val_dir="nowhere"),
-        dict(total_batch_size=2, batch_size=4), dict(label_drop=0.1), dict(resume="elsewhere"),
+        dict(data_dir="nowhere"), dict(batch_size=100), dict(image_size=7, channel_mult="1,1"),
+        dict(class_cond=True, num_classes=1), dict(resume_checkpoint="model000010.pt"),
+        dict(init_checkpoint="model.pt"), dict(val_dir="nowhere"), dict(total_batch_size=2, batch_size=4),
+        dict(label_drop=0.1), dict(resume="elsewhere"),
     ], ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
 @pytest.mark.parametrize("checkpoints", ["", "checkpoints"])
