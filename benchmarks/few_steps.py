@@ -27,7 +27,9 @@ from improved_diffusion.evaluation.metrics.kid import kernel_distance
 from improved_diffusion.sampling.solvers import RULES
 
 EVALUATIONS = (1, 2, 4, 8)
-PICTURED, PICTURED_LINES = 20, [("dpmpp_2m", "logsnr"), ("dpmpp_2m_sde", "coarse")]  # samples, by rules of the teacher
+# Lines of the teacher (rule, grid) in the plot, and in the picture of so many samples.
+PLOTTED = [("ddim", "ddim"), ("dpmpp_2m", "logsnr"), ("dpmpp_2m_sde", "coarse"), ("renoise", "coarse")]
+PICTURED, PICTURED_LINES = 20, [("dpmpp_2m", "logsnr"), ("dpmpp_2m_sde", "coarse")]
 BASELINE = ("ancestral", "uniform", 250)
 ON_COARSE = [rule for rule in RULES if rule not in ("ancestral", "renoise")]  # renoise's own grid is coarse
 # The options of a distillation that tell one from another.
@@ -101,36 +103,39 @@ def cell(row):
 
 
 def plot(path, rows, students):
-    """KID and agreement against evaluations, with the band of the baseline."""
+    """KID and agreement against evaluations, with the band of the baseline; a few lines of the teacher."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
     base = next(row for row in rows if (row["rule"], row["grid"], row["asked"]) == BASELINE)
     low, high = (base["kid"] + sign * 2 * base["standard_error"] for sign in (-1, 1))
     left.axhspan(
-        low, high, color="0.9", label=f"teacher, {BASELINE[0]}, {BASELINE[-1]} evaluations, ± 2 standard errors"
+        low, high, color="0.88", label=f"teacher, {BASELINE[0]}, {BASELINE[-1]} evaluations ± 2 standard errors"
     )
+    right.axhline(base["agreement"], color="0.7", linewidth=4)
     for (model, rule, grid), cells in lines_of(rows).items():
-        row_of = {n: cells[n] for n in EVALUATIONS if n in cells}
         taught = model in students
-        name = model if taught else f"teacher, {rule} on {grid}"
-        style = dict(linewidth=2.5, marker="o") if taught else dict(linewidth=1, marker=".", alpha=0.7)
+        if not taught and (rule, grid) not in PLOTTED:
+            continue
+        row_of = {n: cells[n] for n in EVALUATIONS if n in cells}
+        name = f"student {model}" if taught else f"teacher, {rule} on {grid}"
+        style = dict(linewidth=2.5, marker="o") if taught else dict(linewidth=1.2, marker=".", linestyle="--")
         kids, errors = ([row[key] for row in row_of.values()] for key in ("kid", "standard_error"))
         left.errorbar(list(row_of), kids, errors, capsize=2, label=name, **style)
         right.plot(list(row_of), [row["agreement"] for row in row_of.values()], **style)
     # Near 0 an unbiased estimate may be negative.
     left.set_yscale("symlog", linthresh=2e-3)
     left.set_ylabel("kernel distance to real images")
-    right.set_ylabel("samples in which the classifier sees the class that was asked for")
+    right.set_ylabel("samples seen as the class that was asked for")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
         axes.set_xlabel("evaluations of the network for each image")
         axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
@@ -141,7 +146,7 @@ def picture(path, lines):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(lines), 1, figsize=(6.5, 0.75 * len(lines)), layout="constrained")
+    figure, axes = plt.subplots(len(lines), 1, figsize=(9, 0.36 * len(lines)), layout="constrained")
     for line, (title, checkpoint, (rule, grid, n)) in zip(np.atleast_1d(axes), lines):
         images = checkpoint.draw(flags_for(rule, n, grid), PICTURED).images
         line.imshow(np.concatenate(list(images), axis=1).squeeze(), cmap="gray", vmin=0, vmax=255)

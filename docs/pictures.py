@@ -19,7 +19,7 @@ import improved_diffusion as idf
 
 DOCS = Path(__file__).resolve().parent
 SCALE = 3  # digits are small
-EVALUATIONS = (5, 8, 10, 15, 50)
+EVALUATIONS = (2, 4, 8, 15, 50)
 SAMPLERS = ("ancestral", "ddim", "plms", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun")
 DIGITS = list("0123456789")
 

@@ -576,16 +576,17 @@ def _trained(settings: Any, given: frozenset[str], default_name: str, preset: st
 
 
 def distill(
-    teacher: str | os.PathLike, data_dir: str | os.PathLike, *, preset: str = "", **options: Any
+    teacher: str | os.PathLike | Model, data_dir: str | os.PathLike, *, preset: str = "", **options: Any
 ) -> Model:  # fmt: skip
     """A model that samples in a few steps, made of a trained one; options are those of `improved-diffusion distill`.
 
-    :param teacher: the checkpoint of the trained model, or its run's folder; "" with resume: the run's own.
+    :param teacher: the trained model, its checkpoint, or its run's folder; "" with resume: the run's own.
     :param data_dir: the images that it was trained on, or others like them.
     :param preset: the published model that the teacher is, where its file does not describe it.
     Ctrl-C, resume="auto" and errors are as in `train`. Collective where there are several ranks.
     """
-    options |= {"data_dir": data_dir, **({"teacher": teacher} if teacher else {})}
+    path = teacher.path if isinstance(teacher, Model) else teacher
+    options |= {"data_dir": data_dir, **({"teacher": path} if path else {})}
     asked = _with_preset(preset, Distilling, options)
     return _trained(Distilling.of(asked), frozenset(asked), "distill")
 

@@ -283,19 +283,47 @@ def test_memory():
             assert agrees(cell, row["one"] / 1e9, row["of_8"] / 1e9, row["fits"])
 
 
+def assert_few_steps(cells, results, model, rule, grid):
+    """The cells for 1, 2, 4 and 8 evaluations."""
+    wanted = (model, rule.strip("`"), grid.strip("`"))
+    rows = {row["asked"]: row for row in results["rows"] if (row["model"], row["rule"], row["grid"]) == wanted}
+    assert rows
+    for evaluations, cell in zip((1, 2, 4, 8), cells, strict=True):
+        row = rows.get(evaluations)
+        values = (1e3 * row["kid"], 1e3 * row["standard_error"], 100 * row["agreement"]) if row else ()
+        assert agrees(cell, *values), (wanted, evaluations)
+
+
 @pytest.mark.parametrize(
-    "page, heading, rows",
-    [
-        ("docs/distillation.md", "| model | 1 |", {"few_steps_digits": ["runs/digits", "runs/digits_fast"]}),
-        ("docs/sampling.md", "| evaluations | 1 | 2 | 4 |",
-         {"few_steps_digits": ["runs/digits"], "few_steps_digits_sde": ["runs/digits"]}),
-    ],
-)  # fmt: skip
-def test_few_steps(page, heading, rows):
-    expected = []
-    for name, models in rows.items():
-        text, results = page_and_results(page, name)
-        expected += [[row for row in results["rows"] if row["model"] == model] for model in models]
-    for (_, *cells), found in zip(table(text, heading), expected, strict=True):
-        for cell, row in zip(cells, found, strict=True):
-            assert agrees(cell, 1e3 * row["kid"], 1e3 * row["standard_error"], 100 * row["agreement"])
+    "heading, name", [("| demo's model |", "few_steps_digits"), ("| long-trained model |", "few_steps_digits_long")]
+)
+def test_students_and_their_teachers(heading, name):
+    text, results = page_and_results("docs/distillation.md", name)
+    students = {row["model"] for row in results["students"]}
+    rows = table(text, heading)
+    for model, sampler, *cells in rows:
+        rule, _, grid = sampler.partition(", ")
+        assert_few_steps(cells, results, model.strip("`"), rule, grid or "auto")
+    assert students <= {model.strip("`") for model, *_ in rows}
+    (baseline,) = (row for row in results["rows"] if row["asked"] == 250)
+    after = text[text.index(heading) :]
+    shown = re.search(r"in 250 evaluations: (.*?%)", after)[1]
+    assert agrees(shown, 1e3 * baseline["kid"], 1e3 * baseline["standard_error"], 100 * baseline["agreement"])
+
+
+def test_students_by_prediction_and_length():
+    text, results = page_and_results("docs/distillation.md", "few_steps_digits_options")
+    _, demo = page_and_results("docs/distillation.md", "few_steps_digits")
+    for student, predicts, steps, *cells in table(text, "| student | predicts |"):
+        name = student.strip("`")
+        found = next(each for each in (results, demo) if any(row["model"] == name for row in each["students"]))
+        (facts,) = (row for row in found["students"] if row["model"] == name)
+        assert predicts == {"v": "v", "teacher": "eps"}[facts["options"]["student_prediction"]]
+        assert int(steps.replace(",", "")) == facts["options"]["max_steps"]
+        assert_few_steps(cells, found, name, "renoise", "auto")
+
+
+def test_few_steps_by_timestep_grid():
+    text, results = page_and_results("docs/sampling.md", "few_steps_digits_long")
+    for sampler, *cells in table(text, "| sampler and grid |"):
+        assert_few_steps(cells, results, "runs/digits_long", *sampler.split(", "))

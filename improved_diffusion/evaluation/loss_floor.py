@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import distributed
 from ..checkpoints.loading import LoadedModel
-from ..config import UserError
+from ..config import UserError, height_width
 from ..config.settings import LossFloor
 from ..data.classes import read_classes
 from ..data.dataset import ImageDataset
@@ -27,10 +27,12 @@ from ..sampling.request import model_name
 from ..schedules import sigma_at
 from ..training.loss_by_noise import Draws, FiniteSet, Level, LossByNoise, Mean, measure_floor, model_errors, target_of
 from ..utils import files
+from ..utils.text import counted
 from .likelihood import open_dataset
 from .loss_floor_plot import write_floor_plot
 
 QUARTERS = 4
+SEVERAL = 5  # images that a noisy one could be of, where a model may come near the floor
 JSON_FILE, PLOT_FILE = "loss_floor.json", "loss_floor.png"
 
 
@@ -180,8 +182,12 @@ class FloorReport:
         images = f"{about['images']:,} images" + (" and their mirror images" if about["random_flip"] else "")
         classes = f", of {about['classes']} classes, each by itself" if about["classes"] else ""
         part = "" if about["is_whole"] else f" of {about['of_images']:,}: a lower bound of the floor of all"
+        height, width = height_width(about["image_size"])
+        size = f"{width}x{height} pixels, {counted(about['channels'], 'channel')}"
         lines = [
-            f"floor of the loss on {images}{part}{classes}; {about['draws']:,} noisy images; squared errors per pixel"
+            f"floor of the loss on {images}{part}{classes}: {size}, {about['noise_schedule']} schedule of "
+            f"{counted(about['diffusion_steps'], 'timestep')}",
+            f"{about['draws']:,} noisy images; squared errors per pixel",
         ]
         columns = [f"floor {each}" for each in self.targets]
         if self.has_model:
@@ -199,7 +205,26 @@ class FloorReport:
             )
         quarters = " ".join(f"{level[target]['floor'].value:.4g}" for level in self.levels(QUARTERS))
         lines.append(f"floor of mse_q0 to mse_q{QUARTERS - 1} in the log of a training ({target}): {quarters}")
-        return [*lines, *self.memorised]
+        return [*lines, *self.verdict]
+
+    @property
+    def verdict(self) -> list[str]:
+        """What the loss of the model says of it, in sentences; [] without a model."""
+        if not self.has_model or self.warnings:  # which say it
+            return []
+        return self.memorised or ["no sign that the model knows the images one by one: " + self._comparison()]
+
+    def _comparison(self) -> str:
+        """How far the model is above the floor where a noisy image could be of several images."""
+        open_levels = [level for level in self.levels() if level["images"] >= SEVERAL]
+        if not open_levels:
+            return f"but no noisy image could be of {SEVERAL} or more images, where the floor is an aim"
+        floor, loss = (sum(level[self.target][name].value for level in open_levels) for name in ("floor", "loss"))
+        first = open_levels[0]["timesteps"][0]
+        return (
+            f"its loss is {loss / floor:.1f} times the floor from timestep {first} on, where a noisy image could be of "
+            f"{SEVERAL} or more"
+        )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What a notebook shows."""
@@ -215,8 +240,8 @@ class FloorReport:
             "warnings": self.warnings,
         }
 
-    def save(self, folder: str | os.PathLike) -> str:
-        """Write loss_floor.json and loss_floor.png; returns the path of the former."""
+    def save(self, folder: str | os.PathLike) -> list[str]:
+        """Write loss_floor.json and loss_floor.png; returns their paths. Without matplotlib, warns of the latter."""
         folder = os.fspath(folder)
         files.make_dirs(folder)
         path = files.join(folder, JSON_FILE)
@@ -226,7 +251,8 @@ class FloorReport:
             write_floor_plot(plot, self)
         except UserError as error:
             logger.warn(f"no {plot}: {error}")
-        return path
+            return [path]
+        return [path, plot]
 
 
 def _text(mean: Mean) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -33,11 +34,12 @@ def write(loaded: LoadedModel, options: ExportConfig) -> list[str]:
         settings = settings.replace(learn_sigma=False)
         description = {**description, "config": {**description["config"], "learn_sigma": False}}
         state_dict = {name: _mean(name, tensor) for name, tensor in state_dict.items()}
-    pipeline = _pipeline(settings, state_dict, ddim=options.drop_variance)
+    student = loaded.metadata.get("distilled", {})
+    pipeline = _pipeline(settings, state_dict, options.drop_variance, student.get("timestep_grid") == "trailing")
     if files.exists(files.join(options.out, folders.INDEX)):
         logger.warn(f"{options.out}: replaces the pipeline that was there")
     _save(pipeline, options.out, description)
-    return _lost(settings, options.drop_variance)
+    return _lost(settings, options.drop_variance, student)
 
 
 def _mean(name: str, tensor: th.Tensor) -> th.Tensor:
@@ -45,8 +47,11 @@ def _mean(name: str, tensor: th.Tensor) -> th.Tensor:
     return tensor.chunk(2)[0] if name.startswith("out.2.") else tensor
 
 
-def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool) -> Any:
-    """The pipeline with the weights, which may share memory with the state dict."""
+def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool, trailing: bool) -> Any:
+    """The pipeline with the weights, which may share memory with the state dict.
+
+    :param trailing: whether fewer steps are those of the grid of this name.
+    """
     diffusers = _package()
     with outline():
         network = build_model(settings.model, settings.diffusion.learn_sigma)
@@ -59,7 +64,8 @@ def _pipeline(settings: Any, state_dict: dict[str, th.Tensor], ddim: bool) -> An
     with outline():
         unet = diffusers.UNet2DModel(**config)
     unet.load_state_dict(tensors, assign=True)
-    scheduler = diffusers.DDPMScheduler(**folders.scheduler_config(settings.diffusion))
+    steps = folders.scheduler_config(settings.diffusion)
+    scheduler = diffusers.DDPMScheduler(**(steps | ({"timestep_spacing": "trailing"} if trailing else {})))
     if ddim:
         return diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler.from_config(scheduler.config))
     return diffusers.DDPMPipeline(unet, scheduler)
@@ -121,8 +127,22 @@ def _save(pipeline: Any, folder: str, description: dict[str, Any]) -> None:
         raise
 
 
-def _lost(settings: Any, dropped: bool) -> list[str]:
+def _lost(settings: Any, dropped: bool, student: Mapping[str, Any]) -> list[str]:
+    """What the pipeline does not have.
+
+    :param student: what a distilled model's file says of it; {} for others.
+    """
     lost = ["the learned variance (DDIM does not use it)"] if dropped else []
+    if student.get("sampler") == "ddim":
+        lost.append(
+            f"the student's own steps: call DDIMPipeline with num_inference_steps={student['steps']} and "
+            "use_clipped_model_output=True"
+        )
+    elif student:
+        lost.append(
+            f"the student's sampler, {student['sampler']} in {student['steps']} steps, which diffusers does not have: "
+            "it was not trained for others"
+        )
     if settings.diffusion.learn_sigma:
         lost.append("sampling by DDIMPipeline, which takes no learned variance: give --drop_variance True for it")
     if settings.model.class_cond:

@@ -7,7 +7,7 @@ import sys
 import diffusers
 import pytest
 import torch as th
-from model_helpers import CLASSES, save_checkpoint, tiny_settings
+from model_helpers import CLASSES, STUDENT, save_checkpoint, tiny_settings
 from script_helpers import ROOT, call, contents, refused
 
 import improved_diffusion as idf
@@ -15,6 +15,7 @@ from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import SuperResModel
 from improved_diffusion.gaussian_diffusion import noise_from
 from improved_diffusion.models.build import build_diffusion
+from improved_diffusion.sampling.timestep_grids import timestep_grid
 from improved_diffusion.utils import files
 
 diffusers.utils.logging.set_verbosity_error()
@@ -67,6 +68,32 @@ def noise(model, n=2, seed=0):
     config = model.settings.model
     height, width = (8, 16) if config.image_size == "8x16" else (8, 8)
     return th.randn(n, config.channels, height, width, generator=th.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_a_student_of_progressive_distillation_draws_the_same_in_its_steps(learn_sigma, tmp_path):
+    facts = {**STUDENT, "method": "progressive", "sampler": "ddim", "timestep_grid": "trailing", "steps": 4}
+    settings = tiny_settings(predict_v=True, learn_sigma=learn_sigma)
+    model = idf.load(save_checkpoint(tmp_path / "student.pt", settings, distilled=facts))
+    pipeline = exported(model, tmp_path / "out", drop_variance=learn_sigma)
+    unet, scheduler, x = pipeline.unet, diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), noise(model)
+    few = model.diffusion.respaced(timestep_grid("trailing", 4, model.diffusion.base_alphas_cumprod))
+    expected = few.ddim_sample_loop(model.network.eval(), x.shape, noise=x, device="cpu")
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        with th.no_grad():
+            x = scheduler.step(unet(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
+    th.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("facts, said", [
+    (dict(sampler="ddim", timestep_grid="trailing"), "num_inference_steps=3"),
+    (dict(sampler="renoise"), "renoise in 3 steps, which diffusers does not have"),
+])  # fmt: skip
+def test_how_a_student_samples_is_said(facts, said, tmp_path, capfd):
+    model = idf.load(save_checkpoint(tmp_path / "student.pt", tiny_settings(), distilled={**STUDENT, **facts}))
+    model.to_diffusers(tmp_path / "out")
+    assert said in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)

@@ -23,4 +23,4 @@ def evaluate(parsed: Parsed[LossFloor]) -> None:
             logger.log(line)
         for warning in result.warnings:
             logger.warn(warning)
-        logger.log(f"wrote {result.save(folder.path)}")
+        logger.log(f"wrote {' and '.join(result.save(folder.path))}")

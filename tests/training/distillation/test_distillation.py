@@ -108,7 +108,8 @@ def test_the_same_command_continues(place):
 
 @pytest.mark.parametrize("prediction, flags", [("v", (True, False)), ("x0", (False, True)), ("eps", (False, False))])
 def test_a_student_may_predict_something_else(place, prediction, flags):
-    student = idf.distill("plain.pt", "photos", out_dir="new", student_prediction=prediction, to=1, **QUICK)
+    teacher = idf.load("plain.pt")
+    student = idf.distill(teacher, "photos", out_dir="new", student_prediction=prediction, to=1, **QUICK)
     diffusion = student.settings.diffusion
     assert (diffusion.predict_v, diffusion.predict_xstart) == flags
     assert facts_of("new/model000004.pt")["teacher_prediction"] == "v"
