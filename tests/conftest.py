@@ -1,7 +1,5 @@
 """Every test starts from the same generators and settings, whatever ran before it."""
 
-# ruff: noqa: E402  (what follows must come before torch is imported)
-
 import gc
 import os
 import signal
