@@ -45,8 +45,8 @@ class TrainLoop(CheckpointedStep):
         returns a dict of terms, [N] or without dimensions, with "loss" among them. `noise` is optional. If it has
         `at_step(step)`, that is called before each step with its number, counted from the very first, and with that of
         the first one here. If it has `restarts`, a list of such numbers, the optimizer, its schedule and the moving
-        averages begin anew there. If it has `description(done)`, that is what changes on the way in the checkpoints'
-        description, after so many steps.
+        averages begin anew there, and what was before is saved. If it has `description(done)`, that is what changes on
+        the way in the checkpoints' description, after so many steps.
     :param resume_checkpoint: a modelNNNNNN.pt, to continue from step NNNNNN with the ema_* and opt files beside it; ""
         to start at step 0. One of those files that is missing raises UserError if `strict_resume`, else is a warning.
     :param schedule_sampler: any object with `sample(batch_size, device)`; uniform unless given.
@@ -233,7 +233,8 @@ class TrainLoop(CheckpointedStep):
         return distributed.get_world_size() == 1 and bool(self.signals and self.signals.received)
 
     def _is_save_due(self) -> bool:
-        if self.absolute_step % self.save_interval:
+        ends_stage = self.steps_done in self.lr_schedule.restarts
+        if self.absolute_step % self.save_interval and not ends_stage:
             return self._postponed
         # Never over the set that this run has just been resumed from.
         return self.checkpointer.number_here(self.resume_checkpoint) != self.absolute_step

@@ -351,6 +351,21 @@ def test_a_checkpoint_says_the_steps_of_its_stage(place):
     assert checkpoint.load("run/best.pt")[1]["distilled"]["steps"] == 1 == len(list(student.sample_steps(1)))
 
 
+def test_the_student_of_each_stage_is_kept(place):
+    idf.distill("v.pt", "photos", out_dir="run", **{**QUICK, "steps": 8, "to": 1, "max_steps": 6, "save_interval": 100})
+    files = sorted(path.name for path in (place / "run").glob("ema_*"))
+    assert files == [f"ema_0.9993_{step:06d}.pt" for step in (0, 1, 3, 6)]  # of the first step, of stages, of the end
+    steps = [checkpoint.load(f"run/{name}")[1]["distilled"]["steps"] for name in files]
+    assert steps == [4, 4, 2, 1]
+    whole = {name: load(f"run/{name}000006.pt") for name in ("model", "ema_0.9993_")}
+    for path in (place / "run").glob("*000006.pt"):
+        path.unlink()
+    idf.distill("", "photos", out_dir="run", resume="auto", num_workers=0)
+    for name, weights in whole.items():
+        again = load(f"run/{name}000006.pt")
+        assert all(th.equal(again[key], value) for key, value in weights.items())
+
+
 def test_a_run_in_its_second_stage_can_be_tried_without_the_teacher(place, capsys):
     idf.distill("v.pt", "photos", out_dir="run", **{**QUICK, "steps": 4, "to": 1, "save_interval": 3})
     os.remove("v.pt")
