@@ -20,7 +20,6 @@ from improved_diffusion.utils.stop_signals import SIGNALS
 SETTINGS = ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI", "DIFFUSION_BLOB_LOGDIR",
             "DIFFUSION_TRAINING_TEST")  # fmt: skip
 
-gc.disable()  # while the tests are collected, a third of whose time it would take
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling this package takes each process that a test starts 0.4 s
 
 # A shell's background job ignores Ctrl-C, and one under nohup a hang-up, and so would every process that a test starts.
@@ -30,10 +29,16 @@ if hasattr(signal, "SIGHUP"):
 th.set_num_threads(1)  # the tensors are small, and threads that wait for each other on a busy machine cost more
 
 
-def pytest_collection_finish():
-    """Later collections skip what is there by now: a look through it takes half a second."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage in what the tests import: while they are collected that takes a third of the time, and later
+    half a second each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

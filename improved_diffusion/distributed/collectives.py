@@ -17,6 +17,7 @@ from ..utils import files, torch_files
 from .launchers import get_rank, get_world_size
 
 BROADCAST_BYTES = 2**26  # sent at once
+LARGE_FILE = 2**26  # bytes
 
 
 def all_gather_object(obj: Any) -> list[Any]:
@@ -76,14 +77,16 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     Nothing in the file is executed, and each tensor has memory of its own (`torch_files.load`). Raises UserError for a
     missing, damaged or unsafe file.
     """
-    from_rank0(_check_torch_file, path)  # before a large file of something else is read whole
+    from_rank0(_check_large_file, path)
     return torch_files.load(io.BytesIO(read_bytes(path)), path, **kwargs)
 
 
-def _check_torch_file(path: str) -> None:
+def _check_large_file(path: str) -> None:
+    """Refuse a large file of something else before it is read whole."""
     if not files.is_url(path):
         with files.open_read(path) as f:
-            torch_files.check(f, path)
+            if f.seek(0, os.SEEK_END) > LARGE_FILE:
+                torch_files.check(f, path)
 
 
 def read_bytes(path: str) -> bytes | bytearray:
