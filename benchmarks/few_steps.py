@@ -146,7 +146,7 @@ def picture(path, lines):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(lines), 1, figsize=(7.4, 0.36 * len(lines)), layout="constrained")
+    figure, axes = plt.subplots(len(lines), 1, figsize=(8.4, 0.36 * len(lines)), layout="constrained")
     for line, (title, checkpoint, (rule, grid, n)) in zip(np.atleast_1d(axes), lines):
         images = checkpoint.draw(flags_for(rule, n, grid), PICTURED).images
         line.imshow(np.concatenate(list(images), axis=1).squeeze(), cmap="gray", vmin=0, vmax=255)
