@@ -40,25 +40,36 @@ class AdamW(th.optim.AdamW):
             for p in group["params"]:
                 if (grad := p.grad) is not None:
                     kinds.setdefault((p.device, p.dtype), []).append((p, grad))
+            if sum(map(len, kinds.values())) < len(group["params"]):
+                self._separate_counts(group["params"])
             for pairs in kinds.values():
                 self._step(group, *zip(*pairs))
         return loss
 
+    def _separate_counts(self, params: list[th.Tensor]) -> None:
+        """Where some of the parameters have no gradient and wait, the others' counts go on without theirs."""
+        waiting = {id(self.state[p]["step"]) for p in params if p.grad is None and self.state.get(p)}
+        for p in params:
+            if p.grad is not None and (state := self.state.get(p)) and id(state["step"]) in waiting:
+                state["step"] = state["step"].clone()
+
     def _step(self, group: dict[str, Any], params: tuple[th.Tensor, ...], grads: tuple[th.Tensor, ...]) -> None:
         """A step on parameters of one type on one device."""
-        states = [self.state[p] or self._begin(p) for p in params]
+        states = [self.state[p] for p in params]
+        self._begin([(p, state) for p, state in zip(params, states) if not state])
         averages, squares, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
         found_inf = None if self.found_inf is None else self.found_inf.to(params[0].device)
-        th._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
+        counts = list({id(step): step for step in steps}.values())
+        th._foreach_add_(counts, 1 if found_inf is None else [1 - found_inf] * len(counts))
         th._fused_adamw_(
             params, grads, averages, squares, [], steps, lr=group["lr"], beta1=group["betas"][0],
             beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
             maximize=False, found_inf=found_inf,
         )  # fmt: skip
 
-    def _begin(self, p: th.Tensor) -> dict[str, th.Tensor]:
-        """A parameter's state before its first step."""
-        state = self.state[p]
-        state["step"] = th.zeros((), dtype=th.float32, device=p.device)
-        state["exp_avg"], state["exp_avg_sq"] = th.zeros_like(p), th.zeros_like(p)
-        return state
+    def _begin(self, fresh: list[tuple[th.Tensor, dict[str, th.Tensor]]]) -> None:
+        """Fill the states of parameters before their first step. They share its count, so that it is added to once."""
+        if fresh:
+            count = th.zeros((), dtype=th.float32, device=fresh[0][0].device)
+        for p, state in fresh:
+            state["step"], state["exp_avg"], state["exp_avg_sq"] = count, th.zeros_like(p), th.zeros_like(p)

@@ -52,16 +52,24 @@ def test_a_step_that_found_inf_changes_nothing():
         assert (str([params, opt.state_dict()]) != str(before)) == changes
 
 
-def test_parameters_without_gradients_and_of_several_types():
-    params = [*parameters(), th.nn.Parameter(th.randn(2, dtype=th.float64)), th.nn.Parameter(th.randn(2))]
-    others = copy.deepcopy(params)
+def test_parameters_of_several_types_begin_wait_and_go_on():
+    used = [(0,), (0, 1, 2), (0, 1, 2, 3), (0, 2), (1, 3), (0, 1, 2, 3, 4)]  # by step
+    params = [
+        *parameters(),
+        *(th.nn.Parameter(th.randn(2, dtype=kind)) for kind in (th.float32, th.float64, th.float32)),
+    ]
+    others, states = copy.deepcopy(params), []
     for each, kind in ((params, AdamW), (others, torchs_adamw)):
         opt = kind(each, **OPTIONS)
-        for _ in range(2):
-            sum(p.double().exp().sum() for p in each[:3]).backward()
+        for numbers in used:
+            opt.zero_grad()
+            sum(each[number].double().exp().sum() for number in numbers).backward()
             opt.step()
-        assert len(opt.state) == 3
+            states.append(copy.deepcopy(opt.state_dict()["state"]))
     assert all(map(th.equal, params, others))
+    for ours, torchs in zip(states[: len(used)], states[len(used) :], strict=True):
+        assert str(dict(sorted(ours.items()))) == str(dict(sorted(torchs.items())))
+    assert [float(states[-1][number]["step"]) for number in range(5)] == [5, 4, 4, 3, 1]
 
 
 def test_it_keeps_hooks_closures_and_groups():
