@@ -9,7 +9,7 @@ import torch as th
 
 from improved_diffusion import distributed
 from improved_diffusion.nn import update_ema
-from improved_diffusion.training.ema import ParameterEMA, PowerEMA, flatten
+from improved_diffusion.training.ema import Followed, ParameterEMA, PowerEMA, flatten
 
 from .context import Context
 from .ways import Way
@@ -43,8 +43,8 @@ def _diffusers(params: list[th.Tensor]) -> Callable[[], Any]:
 
 
 def _ours(params: list[th.Tensor], kind: Any = ParameterEMA, rate: float = RATE) -> Callable[[], Any]:
-    average, applied = kind(rate, params), th.ones((), device=params[0].device)
-    return lambda: average.update(flatten(params), applied, 1000)
+    average, applied, followed = kind(rate, params), th.ones((), device=params[0].device), Followed()
+    return lambda: average.update(followed(params), applied, 1000)
 
 
 def _ours_power(params: list[th.Tensor]) -> Callable[[], Any]:

@@ -22,7 +22,7 @@ from improved_diffusion.data.pixels import to_model_range
 from improved_diffusion.logs import logger
 from improved_diffusion.logs.trackers import make_trackers
 from improved_diffusion.models.build import build_model_and_diffusion
-from improved_diffusion.training.ema import ParameterEMA, flatten
+from improved_diffusion.training.ema import Followed, ParameterEMA
 from improved_diffusion.training.kinds import task_of
 from improved_diffusion.training.run import build_loop
 
@@ -84,7 +84,7 @@ class BareLoop:
         self.model = model.to(distributed.dev())
         self.params = list(self.model.parameters())
         self.opt = th.optim.AdamW(self.params, lr=1e-4, fused=True)
-        self.average = ParameterEMA(RATE, self.params)
+        self.average, self.followed = ParameterEMA(RATE, self.params), Followed()
         self.applied = th.ones((), device=distributed.dev())
 
     def step(self, images: th.Tensor, kwargs: dict[str, th.Tensor], number: int) -> None:
@@ -96,7 +96,7 @@ class BareLoop:
         t = th.randint(self.diffusion.num_timesteps, (len(batch),), device=batch.device)
         self.diffusion.training_losses(self.model, batch, t, kwargs)["loss"].mean().backward()
         self.opt.step()
-        self.average.update(flatten(self.params), self.applied, number)
+        self.average.update(self.followed(self.params), self.applied, number)
 
 
 class Interleaved(Repeated):

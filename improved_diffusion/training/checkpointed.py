@@ -111,7 +111,7 @@ class CheckpointedStep(TrainStep):
 
     def _is_finite(self) -> bool:
         """Whether the parameters and their averages are. Waits for the device."""
-        params = [*self.master_params, *(ema.flat for ema in self.emas)]
+        params = [*self.master_params, *(part for ema in self.emas for part in ema.parts)]
         largest = [th.linalg.vector_norm(p.detach(), math.inf).float() for p in params if p.numel()]
         return not largest or bool(th.isfinite(th.stack(largest)).all())
 

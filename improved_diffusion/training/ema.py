@@ -23,17 +23,24 @@ def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
     return th.cat([p.detach().reshape(-1) for p in params])
 
 
-class Flattener:
-    """`flatten`, in one operation: the views of the parameters are kept until a parameter lies elsewhere."""
+class Followed:
+    """Parameters in the form in which averages follow them: as they are on CPUs, elsewhere as one vector.
+
+    A device would take longer to start an operation for each of them than to copy them all; a CPU would not. The views
+    that the vector is made of are kept until a parameter lies elsewhere.
+    """
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
         self._parts: list[th.Tensor] = []
         self._copied: list[int] = []  # those whose memory is in another order (channels_last), which views cannot join
 
-    def __call__(self, params: Sequence[th.Tensor]) -> th.Tensor:
-        if len(params) == 1:
-            return flatten(params)
+    def __call__(self, params: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+        if len(params) == 1 or params[0].device.type == "cpu":
+            return params
+        return [self._flat(params)]
+
+    def _flat(self, params: Sequence[th.Tensor]) -> th.Tensor:
         addresses = [p.data_ptr() for p in params]
         if addresses != self._addresses:
             self._addresses = addresses
@@ -51,7 +58,7 @@ class _Average:
     restarts = True  # where training begins anew (TrainLoop's `diffusion.restarts`); otherwise it is of the whole run
 
     def __init__(self, params: Sequence[th.Tensor]):
-        self.flat = flatten(params).clone()
+        self.parts = [p.detach().clone() for p in Followed()(params)]
         self.like = [th.empty(p.shape, device="meta") for p in params]
 
     def share(self, step: int) -> float:
@@ -67,18 +74,24 @@ class _Average:
         """The average's entry in a checkpoint's description."""
         raise NotImplementedError
 
-    def update(self, flat_params: th.Tensor, applied: th.Tensor, step: int) -> None:
-        """Move towards the flat parameters; `applied`, on the device, is 1, or 0 for no change."""
-        self.flat.lerp_(flat_params, self.share(step) * applied)
+    def update(self, followed: Sequence[th.Tensor], applied: th.Tensor, step: int) -> None:
+        """Move towards what `Followed` makes of the parameters; `applied`, on the device, is 1, or 0 for no change."""
+        self._move(followed, self.share(step) * applied)
+
+    @th.no_grad()
+    def _move(self, followed: Sequence[th.Tensor], share: th.Tensor) -> None:
+        th._foreach_lerp_(self.parts, tuple(followed), [share] * len(self.parts))
 
     @property
     def params(self) -> list[th.Tensor]:
-        """Views of the average in the parameters' shapes."""
-        return list(_unflatten_dense_tensors(self.flat, self.like))
+        """The average in the parameters' shapes."""
+        is_joined = len(self.parts) < len(self.like)
+        return list(_unflatten_dense_tensors(self.parts[0], self.like) if is_joined else self.parts)
 
     def load(self, params: Sequence[th.Tensor]) -> None:
         """Continue from the given values."""
-        self.flat.copy_(flatten(params))
+        for own, value in zip(self.params, params, strict=True):
+            own.copy_(value.detach())
 
 
 class ParameterEMA(_Average):
@@ -122,9 +135,9 @@ class PowerEMA(_Average):
         self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
         self.label = f"sigma_rel{sigma_rel}"
 
-    def update(self, flat_params: th.Tensor, applied: th.Tensor, step: int) -> None:
+    def update(self, followed: Sequence[th.Tensor], applied: th.Tensor, step: int) -> None:
         # Skipped steps count too: the parameters stay the same for that time.
-        self.flat.lerp_(flat_params, self.share(step))
+        self._move(followed, self.share(step) * th.ones_like(applied))
 
     def share(self, step: int) -> float:
         return 1 - (1 - 1 / (step + 1)) ** (self.gamma + 1)  # 1 - beta_gamma(t) with t = step + 1

@@ -20,7 +20,7 @@ from ..models.acceleration import accelerate, checkpoint_levels
 from ..resample import LossAwareSampler
 from . import objective
 from . import precision as precision_util
-from .ema import Flattener, ParameterEMA, PowerEMA
+from .ema import Followed, ParameterEMA, PowerEMA
 from .lr_schedule import LRSchedule
 from .optimizer import AdamW
 from .run_log import RunLog
@@ -85,7 +85,7 @@ class TrainStep:
         checkpoint_levels(self.model, self.speed.levels)
         self.ddp_model: Any = accelerate(self.model, self.speed)
         self._master_copy = precision_util.MasterCopy(self.model_params)
-        self._flatten = Flattener()
+        self._followed = Followed()
         self.opt: th.optim.Optimizer = AdamW(
             self.master_params, lr=self.lr, weight_decay=self.weight_decay, betas=adam_betas, eps=adam_eps
         )
@@ -266,9 +266,9 @@ class TrainStep:
             self._master_copy.update_model(*self.master_params)
             precision_util.clear_gradients(self.master_params)
         if self.emas:
-            flat, start = self._flatten(self.master_params), self.lr_schedule.start(self.absolute_step)
+            followed, start = self._followed(self.master_params), self.lr_schedule.start(self.absolute_step)
             for ema in self.emas:
-                ema.update(flat, good, self.absolute_step - (start if ema.restarts else 0))
+                ema.update(followed, good, self.absolute_step - (start if ema.restarts else 0))
         self._whole = True
         return bad
 

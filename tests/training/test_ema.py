@@ -10,7 +10,7 @@ import torch as th
 from improved_diffusion.logs import logger
 from improved_diffusion.nn import update_ema
 from improved_diffusion.training.ema import (
-    Flattener,
+    Followed,
     ParameterEMA,
     PowerEMA,
     flatten,
@@ -37,14 +37,18 @@ def test_flatten_joins_all_parameters():
     th.testing.assert_close(flatten(params[:1]), params[0].detach().flatten())
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9999])
-def test_average_is_the_one_parameter_by_parameter(rate):
-    params = parameters()
+def test_average_is_the_one_parameter_by_parameter(rate, joined, monkeypatch):
+    """Where the parameters are followed one by one, and where they are joined, as on GPUs."""
+    if joined:
+        monkeypatch.setattr(Followed, "__call__", lambda self, params: [self._flat(params)])
+    params, followed = parameters(), Followed()
     ema, expected = ParameterEMA(rate, params), [p.detach().clone() for p in params]
     for step in range(5):
         for p in params:
             p.data += th.randn_like(p)
-        ema.update(flatten(params), ONE, step)
+        ema.update(followed(params), ONE, step)
         update_ema(expected, params, rate)
     for got, want in zip(ema.params, expected):
         th.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -54,7 +58,7 @@ def test_average_of_a_constant_step_response():
     """After n steps from 0 towards 1 the average is 1 - rate^n."""
     ema = ParameterEMA(0.9, [th.zeros(3)])
     for step in range(20):
-        ema.update(th.ones(3), ONE, step)
+        ema.update([th.ones(3)], ONE, step)
     th.testing.assert_close(ema.params[0], th.full((3,), 1 - 0.9**20))
 
 
@@ -62,7 +66,7 @@ def test_average_of_a_constant_step_response():
 def test_a_skipped_step_leaves_the_average_alone(warmup):
     ema = ParameterEMA(0.1, [th.ones(3)], warmup)
     for step in range(3):
-        ema.update(th.full((3,), 5.0), ZERO, step)
+        ema.update([th.full((3,), 5.0)], ZERO, step)
     assert ema.params[0].tolist() == [1, 1, 1]
 
 
@@ -70,9 +74,9 @@ def test_a_power_function_average_weighs_the_time_of_skipped_steps_too():
     """The parameters stand still meanwhile, and its profile is one of time."""
     ema, other = PowerEMA(0.1, [th.zeros(3)]), PowerEMA(0.1, [th.zeros(3)])
     for step in range(6):
-        ema.update(th.full((3,), 5.0), ZERO if step % 2 else ONE, step)
-        other.update(th.full((3,), 5.0), ONE, step)
-    assert th.equal(ema.flat, other.flat)
+        ema.update([th.full((3,), 5.0)], ZERO if step % 2 else ONE, step)
+        other.update([th.full((3,), 5.0)], ONE, step)
+    assert th.equal(ema.params[0], other.params[0])
 
 
 def test_average_is_a_copy_and_continues_from_given_values():
@@ -83,7 +87,7 @@ def test_average_is_a_copy_and_continues_from_given_values():
     th.testing.assert_close(ema.params[0], before)
     ema.load([p.detach() for p in params])
     for got, p in zip(ema.params, params):
-        assert got.shape == p.shape
+        assert got.shape == p.shape and not got.requires_grad
         th.testing.assert_close(got, p.detach())
 
 
@@ -91,15 +95,15 @@ def test_without_warmup_the_update_is_one_lerp():
     """Bit for bit, so that runs go on as they began."""
     start, step = th.randn(1000), th.randn(1000)
     ema = ParameterEMA(0.9999, [start])
-    ema.update(step, ONE, 0)
-    assert th.equal(ema.flat, start.lerp(step, (1 - 0.9999) * ONE))
+    ema.update([step], ONE, 0)
+    assert th.equal(ema.params[0], start.lerp(step, (1 - 0.9999) * ONE))
 
 
 @pytest.mark.parametrize("step, rate", [(0, 0.1), (8, 0.5), (90, 0.91), (900, 0.95)])
 def test_with_warmup_the_rate_rises_to_its_final_value(step, rate):
     ema = ParameterEMA(0.95, [th.zeros(1)], warmup=True)
-    ema.update(th.ones(1), ONE, step)
-    assert ema.flat.item() == pytest.approx(1 - rate, rel=1e-6)
+    ema.update([th.ones(1)], ONE, step)
+    assert ema.params[0].item() == pytest.approx(1 - rate, rel=1e-6)
 
 
 def test_averages_are_named_after_what_they_are():
@@ -132,14 +136,14 @@ def test_power_average_follows_the_papers_formula():
     walk = random_walk(500, 50)
     ema = PowerEMA(0.1, [th.full((50,), 9.0)])
     for step, parameters in enumerate(walk):
-        ema.update(th.from_numpy(parameters).float(), ONE, step)
-    np.testing.assert_allclose(ema.flat.numpy(), track(walk, 0.1), rtol=2e-6, atol=2e-6)
+        ema.update([th.from_numpy(parameters).float()], ONE, step)
+    np.testing.assert_allclose(ema.params[0].numpy(), track(walk, 0.1), rtol=2e-6, atol=2e-6)
 
 
 def test_first_update_takes_the_parameters_entirely():
     ema, params = PowerEMA(0.05, [th.full((100,), 1e9)]), th.randn(100)
-    ema.update(params, ONE, 0)
-    assert th.equal(ema.flat, params)
+    ema.update([params], ONE, 0)
+    assert th.equal(ema.params[0], params)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.15])
@@ -148,8 +152,8 @@ def test_weights_of_a_power_average_are_its_profile(sigma_rel):
     steps = 200
     ema = PowerEMA(sigma_rel, [th.zeros(steps)])
     for step, impulse in enumerate(th.eye(steps)):
-        ema.update(impulse, ONE, step)
-    weights = ema.flat.double().numpy()
+        ema.update([impulse], ONE, step)
+    weights = ema.params[0].double().numpy()
     edges = np.arange(steps + 1) / steps
     np.testing.assert_allclose(weights, np.diff(edges ** (ema.gamma + 1)), rtol=1e-4, atol=1e-7)
     middle = (edges[1:] + edges[:-1]) / 2
@@ -279,15 +283,15 @@ def test_a_step_before_all_snapshots_is_an_error():
 def test_the_share_of_the_first_parameters_is_what_is_left_of_them(rate, warmup, steps):
     ema = ParameterEMA(rate, [th.ones(1, dtype=th.float64)], warmup)
     for step in range(steps):
-        ema.update(th.zeros(1, dtype=th.float64), ONE.double(), step)
-    assert ema.flat.item() == pytest.approx(ema.initial_share(steps), rel=1e-9, abs=1e-300)
+        ema.update([th.zeros(1, dtype=th.float64)], ONE.double(), step)
+    assert ema.params[0].item() == pytest.approx(ema.initial_share(steps), rel=1e-9, abs=1e-300)
 
 
 def test_a_power_average_holds_nothing_of_the_first_parameters():
     ema = PowerEMA(0.1, [th.ones(1)])
     assert ema.initial_share(0) == 1
-    ema.update(th.zeros(1), ONE, 0)
-    assert ema.flat.item() == ema.initial_share(1) == 0
+    ema.update([th.zeros(1)], ONE, 0)
+    assert ema.params[0].item() == ema.initial_share(1) == 0
 
 
 @pytest.mark.parametrize(
@@ -312,7 +316,7 @@ def test_the_rate_advised_forgets(steps):
 
 
 def test_kept_views_follow_the_parameters():
-    params, join = parameters(), Flattener()
+    params, join = parameters(), Followed()._flat
     for change in (
         lambda: None,
         lambda: params[0].data.add_(1),  # in place
@@ -326,7 +330,7 @@ def test_kept_views_follow_the_parameters():
 
 
 def test_channels_last_parameters_are_joined_in_their_shapes_order():
-    params, join = [th.nn.Parameter(th.randn(2, 3, 4, 4)), th.nn.Parameter(th.randn(5))], Flattener()
+    params, join = [th.nn.Parameter(th.randn(2, 3, 4, 4)), th.nn.Parameter(th.randn(5))], Followed()._flat
     params[0].data = params[0].data.to(memory_format=th.channels_last)
     for _ in range(3):
         assert th.equal(join(params), flatten(params))
@@ -334,7 +338,7 @@ def test_channels_last_parameters_are_joined_in_their_shapes_order():
 
 
 def test_what_is_joined_is_a_copy():
-    params, join = parameters(), Flattener()
+    params, join = parameters(), Followed()._flat
     before = join(params)
     params[0].data += 1
     assert not th.equal(before, join(params))

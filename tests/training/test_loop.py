@@ -312,12 +312,12 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(out_dir):
     loop.loss_scale.lg.fill_(8.0)
     loop.run_step(*next(loop.data))
     loop.step = 1
-    before = [v.clone() for v in (parameters_of(loop), parameters(loop.model), loop.emas[0].flat)]
+    before = [v.clone() for v in (parameters_of(loop), parameters(loop.model), loop.emas[0].params[0])]
     state = {name: value.clone() for name, value in loop.opt.state[loop.master_params[0]].items()}
     loop.loss_scale.lg.fill_(120.0)
     loop.run_step(*next(loop.data))
     assert loop.lg_loss_scale == 119
-    for old, new in zip(before, (parameters_of(loop), parameters(loop.model), loop.emas[0].flat)):
+    for old, new in zip(before, (parameters_of(loop), parameters(loop.model), loop.emas[0].params[0])):
         assert th.equal(old, new)
     assert_same(state, dict(loop.opt.state[loop.master_params[0]]))
     assert loop.run_log.meter.read()["skipped_steps"] == 0.5
@@ -613,7 +613,7 @@ def test_weights_that_are_not_finite_are_never_saved(out_dir, part, value):
             with th.no_grad():
                 loop.model_params[-1][0] = value
         else:
-            loop.emas[0 if part == "average" else 1].flat[0] = value
+            loop.emas[0 if part == "average" else 1].params[0].view(-1)[0] = value
 
     loop.hooks = [(5, spoil)]
     with pytest.raises(UserError, match=r"(not finite|at step 5).*last good checkpoint, .*model000003\.pt"):

@@ -10,7 +10,7 @@ from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.config.settings import ImageModel
 from improved_diffusion.models.build import build_model_and_diffusion
-from improved_diffusion.training.ema import PowerEMA
+from improved_diffusion.training.ema import PowerEMA, flatten
 
 ONE = th.tensor(1.0)
 WIDTHS = (0.05, 0.1)
@@ -40,16 +40,17 @@ def trained(tmp_path_factory):
     params = list(model.parameters())
     stored = [PowerEMA(width, params) for width in WIDTHS]
     tracked = [PowerEMA(width, params) for width in (0.08, 0.15)]
-    flat = th.cat([p.detach().flatten() for p in params])
+    flat, sizes = th.cat([p.detach().flatten() for p in params]), [p.numel() for p in params]
     truth = {}
     for step in range(STEPS):
         flat = flat + 0.05 * th.randn_like(flat)
         for ema in (*stored, *tracked):
-            ema.update(flat, ONE, step)
+            values = [v.view_as(p) for v, p in zip(flat.split(sizes), params)]
+            ema.update(values, ONE, step)
         if step % EVERY == 0:
             for ema in stored:
                 save(folder, ema, model, step)
-            truth.update({(ema.sigma_rel, step): ema.flat.clone() for ema in (*stored, *tracked)})
+            truth.update({(ema.sigma_rel, step): flatten(ema.params) for ema in (*stored, *tracked)})
     checkpoint.save_state_dict(model.state_dict(), str(folder / "model000096.pt"), {"config": CONFIG, "step": 97})
     return folder, truth
 

@@ -175,7 +175,7 @@ def test_published_optimizer_states_resume(tmp_path):
     assert resumed.absolute_step == 3
     resumed.run_loop()
     th.testing.assert_close(parameters(resumed.model), parameters(whole.model), rtol=1e-4, atol=1e-5)
-    th.testing.assert_close(resumed.emas[0].flat, whole.emas[0].flat, rtol=1e-4, atol=1e-5)
+    th.testing.assert_close(resumed.emas[0].params, whole.emas[0].params, rtol=1e-4, atol=1e-5)
 
 
 def test_published_optimizer_states_of_fp16_resume(tmp_path):
