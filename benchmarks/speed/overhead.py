@@ -34,7 +34,7 @@ from .workloads import Workload
 
 RATE = 0.9999
 SAVE_INTERVAL = 1000  # steps over which the cost of a save is spread; image_train.py saves every 10,000
-SMALL = Workload("tiny-1", "tiny", 1)
+SMALL = Workload("tiny-2", "tiny", 2)
 BARE, LOOP, SAVING = "bare loop", "TrainLoop", "TrainLoop, with a save"
 
 
@@ -42,7 +42,7 @@ def run(context: Context) -> None:
     """Report a step of each."""
     context.report.begin("overhead", "a step of TrainLoop beside its arithmetic alone")
     workload = context.workloads()[-1] if context.on_gpu else SMALL
-    block, blocks = (3, 2) if context.quick else (20, 8)
+    block, blocks = (3, 2) if context.quick else (20, 32)
     with _logged(workload):
         data = Interleaved(workload, block, context.clock)
         settings = workload.settings(
@@ -52,14 +52,15 @@ def run(context: Context) -> None:
         loop, _ = build_loop(task_of(settings), data, data)  # type: ignore[arg-type]
         loop.run_loop()
     step = {name: statistics.median(values) / block for name, values in data.seconds.items()}
+    ratio = {name: statistics.median(values) for name, values in data.ratios.items()}
     save = max(0.0, step[SAVING] - step[LOOP]) * block
     rows = [
-        {"workload": workload.name, "way": name, "seconds": value, "ratio": step[BARE] / value,
+        {"workload": workload.name, "way": name, "seconds": value, "ratio": 1 / ratio[name],
          "rounds": len(data.seconds[name]), "per_second": workload.batch_size / value}
         for name, value in step.items()
     ]  # fmt: skip
     context.report.add(*rows)
-    overhead, saving = step[LOOP] / step[BARE] - 1, save / SAVE_INTERVAL / step[BARE]
+    overhead, saving = ratio[LOOP] - 1, save / SAVE_INTERVAL / step[BARE]
     context.report.note(overhead=overhead, overhead_of_saves=saving, seconds_of_a_save=save)
     print(f"overhead of a step: {overhead:.1%}; of saves every {SAVE_INTERVAL} steps: {saving:.1%} more")
 
@@ -107,20 +108,24 @@ class Interleaved(Repeated):
         self.bare, self.block, self.clock = BareLoop(workload), block, clock
         self.taken = 0
         self.seconds: dict[str, list[float]] = {BARE: [], LOOP: [], SAVING: []}
+        self.ratios: dict[str, list[float]] = {BARE: [1.0], LOOP: [], SAVING: []}  # to the bare blocks beside each
         self.since = 0.0
 
     def __next__(self) -> Any:
         if self.taken % self.block == 0:
             now = _time()
             number = self.taken // self.block - 1  # of the block that has just ended; the first ones warm up
-            if number > 0:
-                self.seconds[SAVING if number % 2 == 0 else LOOP].append(now - self.since)
+            taken, bare = now - self.since, self.seconds[BARE]
             start = _time()
             for i in range(self.block):
                 self.bare.step(*self.batch, i)
             self.since = _time()
             if number >= 0:
-                self.seconds[BARE].append(self.since - start)
+                bare.append(self.since - start)
+            if number > 0:
+                way = SAVING if number % 2 == 0 else LOOP
+                self.seconds[way].append(taken)
+                self.ratios[way].append(taken / statistics.mean(bare[-2:]))
         self.taken += 1
         return super().__next__()
 

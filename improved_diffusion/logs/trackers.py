@@ -89,6 +89,7 @@ class TensorBoardOutput(Tracker):
 
     name = "TensorBoard"
     FLUSH_SECONDS = 30
+    WAITING = 1000  # values on their way to the thread that writes them: with torch's 10, training would wait for it
     PROBE_BYTES = 2**16  # free space needed to start again
 
     def __init__(self, run_dir: str, config: Mapping[str, Any], resume_step: int = 0):
@@ -110,7 +111,9 @@ class TensorBoardOutput(Tracker):
             ) from None
 
     def _open(self, purge_step: int | None) -> Any:
-        return self.make_writer(self.folder, purge_step=purge_step, flush_secs=self.FLUSH_SECONDS)
+        return self.make_writer(
+            self.folder, purge_step=purge_step, flush_secs=self.FLUSH_SECONDS, max_queue=self.WAITING
+        )
 
     def _working_writer(self) -> Any:
         """The writer; a new one with its own file if the last has failed, because its thread has ended."""
