@@ -173,8 +173,10 @@ def _rounds(ready: list[_Ready], clock: Clock, least: int, most: int) -> None:
     while ready and number < most and (number < least or clock.left > longest):
         started = time.perf_counter()
         for each in list(ready):
-            each.switches.apply()
             try:
+                if each.switches.apply():
+                    each.call()
+                    synchronize()
                 start = time.perf_counter()
                 for _ in range(each.calls):
                     each.call()

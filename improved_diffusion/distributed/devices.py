@@ -11,6 +11,7 @@ import torch as th
 import torch.distributed as dist
 
 from ..config import UserError
+from ..utils import host_memory
 from . import launchers
 from .collectives import all_gather_object
 
@@ -248,6 +249,8 @@ def memory_info(device: th.device) -> tuple[int, int] | None:
 
 
 def empty_cache(device: th.device) -> None:
-    """Give memory that torch keeps for later back to the accelerator."""
-    if device.type != "cpu":
+    """Give memory that is kept for later back to the accelerator, or to the system."""
+    if device.type == "cpu":
+        host_memory.return_freed()
+    else:
         th.get_device_module(device).empty_cache()

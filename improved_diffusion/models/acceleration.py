@@ -26,6 +26,7 @@ from ..config import SpeedConfig, UserError, one_line
 from ..logs import logger
 from ..nn import GroupNorm32
 from ..unet import AttentionBlock, Downsample, ResBlock, Upsample
+from ..utils import host_memory
 from ..utils.downloads import cache_dir
 from ..utils.text import counted
 from .determinism import be_deterministic
@@ -41,11 +42,13 @@ _MATMUL = {"all": "high", "none": "highest"}
 def accelerate(model: nn.Module, options: SpeedConfig) -> Any:
     """What to call in place of the model: the model itself where the options ask for nothing that replaces calls.
 
-    The model's memory layout changes, and so do torch's settings of TF32, cuDNN and determinism in this process. Raises
-    UserError for what this machine cannot do.
+    The model's memory layout changes, and so do torch's settings of TF32, cuDNN and determinism in this process; on a
+    CPU the process keeps the memory of freed tensors. Raises UserError for what this machine cannot do.
     """
     _check(model, options, device_of(model))
     _set_arithmetic(options, device_of(model))
+    if device_of(model).type == "cpu":
+        host_memory.keep_freed()
     if options.memory_format == "channels_last":
         model.to(memory_format=th.channels_last)  # type: ignore[call-overload]
         if device_of(model).type == "cuda" and options.compile == "off":
