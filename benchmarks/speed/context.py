@@ -73,16 +73,18 @@ class Context:
             return row
         if per_call:
             row["per_second"] = per_call / row["seconds"]
-        flops = row.pop("flops", 0)
+        flops, kinds = row.pop("flops", 0), row.pop("kinds", ("convolution", "matmul"))
         if flops:
             row["flops_per_second"] = flops / row["seconds"]
             for kind, peak in self.peaks.get(row.get("arithmetic", ""), {}).items():
-                row[f"share_of_{kind}_peak"] = row["flops_per_second"] / peak
+                if kind in kinds:
+                    row[f"share_of_{kind}_peak"] = row["flops_per_second"] / peak
         return row
 
     @property
     def peaks(self) -> dict[str, dict[str, float]]:
-        """number format -> {"convolution", "matmul"}: the machine's own FLOP/s, as the group `peak` measured them."""
+        """number format -> {"convolution", "convolution_step", "matmul"}: the machine's own FLOP/s, as the group `peak`
+        measured them."""
         return self.report.groups.get("peak", {}).get("peaks", {})
 
 

@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ratio": ("speed", _number(2, unit="x")),
     "flops_per_second": ("TFLOP/s", _number(2, 1e-12)),
     "share_of_convolution_peak": ("of conv.", _number(0, 100, "%")),
+    "share_of_convolution_step_peak": ("of conv. both ways", _number(0, 100, "%")),
     "share_of_matmul_peak": ("of matmul", _number(0, 100, "%")),
     "peak_bytes": ("peak GiB", _number(2, 2**-30)),
     "first_seconds": ("first", _seconds),

@@ -96,7 +96,10 @@ def _ways(workload: Workload, context: Context) -> list[Way]:
 
 def columns(workload: Workload, arithmetic: str, **more: Any) -> dict[str, Any]:
     """Of a row: the model FLOPs are those of our network, whoever computes it and however."""
-    return {"arithmetic": arithmetic, "flops": workload.training_flops * workload.batch_size, **more}
+    return {
+        "arithmetic": arithmetic, "flops": workload.training_flops * workload.batch_size,
+        "kinds": ("convolution", "convolution_step", "matmul"), **more,
+    }  # fmt: skip
 
 
 # Ours
