@@ -15,7 +15,6 @@ import torch as th
 from torch.profiler import ProfilerActivity, profile
 
 from improved_diffusion import distributed
-from improved_diffusion.utils import host_memory
 
 
 def device_name() -> str:
@@ -55,22 +54,16 @@ def synchronize() -> None:
 
 
 class Switches:
-    """torch's global switches for float32 arithmetic and for the choice of algorithms, and the C library's for freed
-    memory, as they are now."""
+    """torch's global switches for float32 arithmetic and for the choice of algorithms, as they are now."""
 
     def __init__(self) -> None:
         cudnn = th.backends.cudnn
         self.values = (th.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark)
-        self.keeps_memory = host_memory.keeps
 
-    def apply(self) -> bool:
-        """Set them so again. Whether memory is handled otherwise than before, so that a call has to get it anew."""
+    def apply(self) -> None:
+        """Set them so again."""
         matmul, th.backends.cudnn.allow_tf32, th.backends.cudnn.benchmark = self.values
         th.set_float32_matmul_precision(matmul)
-        changes = self.keeps_memory != host_memory.keeps
-        if changes:
-            host_memory.keep_freed() if self.keeps_memory else host_memory.keep_little()
-        return changes
 
 
 @contextmanager

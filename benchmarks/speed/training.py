@@ -16,6 +16,7 @@ from improved_diffusion import distributed
 from improved_diffusion.training.kinds import task_of
 from improved_diffusion.training.run import build_loop
 
+from .apart import apart
 from .context import Context
 from .ways import Clock, Way
 from .workloads import Workload, parameters
@@ -88,10 +89,17 @@ def _ways(workload: Workload, context: Context) -> list[Way]:
     compiled = {} if context.quick else GPU_COMPILED if gpu else CPU_COMPILED
     ours = our_ways(workload, options)
     others = [published_way(workload, fp16=False)] if gpu else []
-    return [
+    ways = [
         published_way(workload, fp16=gpu), *ours[:2], diffusers_way(workload, bf16=gpu), *ours[2:], *others,
         *our_ways(workload, compiled),
     ]  # fmt: skip
+    return ways if gpu or context.quick else [apart(way, workload) for way in ways]
+
+
+def way_named(workload: Workload, name: str) -> Way:
+    """One of the ways on a CPU."""
+    ways = [published_way(workload, fp16=False), diffusers_way(workload, bf16=False)]
+    return next(way for way in [*ways, *our_ways(workload, CPU_OPTIONS | CPU_COMPILED)] if way.name == name)
 
 
 def columns(workload: Workload, arithmetic: str, **more: Any) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _prepare(timing: Timing, block: float) -> _Ready | None:
         call = None
         _fail(timing, error)
         return None
-    timing.peak = memory.read()
+    timing.peak = getattr(call, "peak", None) or memory.read()
     calls = max(1, round(block / max(seconds, 1e-6)))
     return _Ready(timing, call, Switches(), calls, calls * seconds)
 
@@ -173,10 +173,8 @@ def _rounds(ready: list[_Ready], clock: Clock, least: int, most: int) -> None:
     while ready and number < most and (number < least or clock.left > longest):
         started = time.perf_counter()
         for each in list(ready):
+            each.switches.apply()
             try:
-                if each.switches.apply():
-                    each.call()
-                    synchronize()
                 start = time.perf_counter()
                 for _ in range(each.calls):
                     each.call()

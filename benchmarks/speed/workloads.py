@@ -169,6 +169,11 @@ ON_CPU = (Workload("cifar10-8", CIFAR10, 8), Workload("demo-32", "demo", 32))
 QUICK = (Workload("tiny-4", "tiny", 4),)
 
 
+def workload_named(name: str) -> Workload:
+    """One of them."""
+    return next(each for each in (*ON_GPU, *ON_CPU, *QUICK) if each.name == name)
+
+
 def workloads(quick: bool) -> Iterator[Workload]:
     """Those for the device at hand."""
     yield from QUICK if quick else ON_GPU if distributed.dev().type == "cuda" else ON_CPU

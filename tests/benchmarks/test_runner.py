@@ -6,10 +6,11 @@ import pytest
 import torch as th
 
 from benchmarks.__main__ import GROUPS, main
+from benchmarks.speed.apart import Elsewhere
 from benchmarks.speed.kernels import Profiles, kind_of
 from benchmarks.speed.report import Report
 from benchmarks.speed.ways import Clock, Way, compare
-from benchmarks.speed.workloads import ON_CPU
+from benchmarks.speed.workloads import ON_CPU, QUICK, parameters
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
@@ -136,3 +137,14 @@ def test_switches_of_one_way_do_not_reach_the_others():
 @pytest.mark.parametrize("workload", ON_CPU, ids=lambda workload: workload.name)
 def test_floating_point_operations_are_those_of_a_forward_and_a_backward_pass(workload):
     assert 2.9 < workload.training_flops / workload.forward_flops < 3.05
+
+
+def test_a_way_may_run_in_a_process_of_its_own():
+    """It answers each call, with the memory that it takes; what fails in it is said."""
+    (workload,) = QUICK
+    call = Elsewhere(workload.name, "fp32")
+    assert call.peak > parameters(workload.model()) * 4
+    for _ in range(2):
+        assert call() is None
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        Elsewhere(workload.name, "there is none")
