@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..data.dataset import ImageDataset
 from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
 from ..logs import logger
-from ..logs.curves import write_curves
+from ..logs.curves import DISTILLATION_PANELS, PANELS, Panel, write_curves
 from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
 from ..models.build import with_levels
@@ -360,7 +360,7 @@ def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]
     finally:
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
         if distributed.get_rank() == 0 and loop.step and not interrupted:
-            _draw_curves(logger.get_dir())
+            _draw_curves(logger.get_dir(), DISTILLATION_PANELS if "distilled" in description else PANELS)
 
 
 def _write_description(description: Mapping[str, Any]) -> None:
@@ -381,10 +381,10 @@ def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None
         logger.add_output(tracker)
 
 
-def _draw_curves(folder: str) -> None:
+def _draw_curves(folder: str, panels: Sequence[Panel]) -> None:
     """curves.png of progress.csv; what goes wrong with it must not hide how the run ended."""
     try:
-        write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"))
+        write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"), panels)
         logger.log(f"wrote {os.path.join(folder, 'curves.png')}")
     except Exception as error:
         logger.warn(f"no curves.png: {error}")

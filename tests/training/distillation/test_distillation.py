@@ -15,6 +15,7 @@ from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageModel, SuperResModel
+from improved_diffusion.logs import curves
 from improved_diffusion.models.factories import create_model_and_diffusion
 from improved_diffusion.sampling.guided import to_device
 from improved_diffusion.training.distillation import teacher
@@ -116,10 +117,13 @@ def test_a_student_may_predict_something_else(place, prediction, flags):
     assert len(list(student.sample_steps(1))) == 1
 
 
-def test_a_student_of_super_resolution(place):
+def test_a_student_of_super_resolution(place, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("improved_diffusion.training.run.write_curves", lambda *given: drawn.append(given[2]))
     student = idf.distill("large.pt", "photos", out_dir="new", val_dir="photos", val_interval=2, sample_interval=2,
                           to=2, **QUICK)  # fmt: skip
     assert student.is_super_resolution and os.path.exists("new/best.pt")
+    assert drawn == [curves.DISTILLATION_PANELS]
     assert sorted(os.listdir("new/previews"))[0] == "step_000002.png"
     small = np.zeros((1, 4, 4, 3), np.uint8)
     few, same = (
