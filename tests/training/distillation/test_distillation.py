@@ -14,7 +14,7 @@ import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
-from improved_diffusion.config.settings import ImageModel, SuperResModel
+from improved_diffusion.config.settings import Distilling, ImageModel, SuperResModel
 from improved_diffusion.logs import curves
 from improved_diffusion.models.factories import create_model_and_diffusion
 from improved_diffusion.sampling.guided import to_device
@@ -55,6 +55,19 @@ def facts_of(path):
 
 
 # The student
+
+
+def test_what_help_calls_the_teachers_is_the_teachers(place):
+    of_training = {"labels": "folder", "random_flip": True, "total_batch_size": 6}
+    trained = {**tiny_settings(resize_mode="stretch", background="black", dropout=0.1).values(), **of_training}
+    save_checkpoint(place / "told.pt", tiny_settings(), config=trained)
+    student, _ = teacher.take_teacher(Distilling.of({"teacher": "told.pt", "student_prediction": "eps"}), frozenset())
+    values = {**student.values(), "batch_size": student.train.total_batch_size}
+    trained["batch_size"] = 6
+    named = {name for name, text in Distilling.shown_defaults.items() if text == "the teacher's"}
+    assert named >= {*of_training, "image_size", "num_channels", "noise_schedule", "resize_mode", "batch_size"}
+    common = named & values.keys()
+    assert common <= trained.keys() and {name: values[name] for name in common} == {n: trained[n] for n in common}
 
 
 def test_the_student_starts_as_the_teacher_and_moves(made):
