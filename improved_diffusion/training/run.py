@@ -208,7 +208,10 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     data_options, model, needs_classes = settings.data, settings.model, task_of(settings).needs_classes
     label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
     if label_drop and not needs_classes:
-        raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
+        raise UserError(
+            f"--label_drop {label_drop} hides classes, but the model has none: leave it out or, for a new model, give "
+            "--class_cond True"
+        )
     classes, names = None, None
     if needs_classes:
         classes, names = read_classes(
@@ -262,7 +265,10 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
         )
     wanted = settings.model.num_classes
     if wanted and len(names) > wanted:
-        raise UserError(f"{data_dir} has {len(names)} classes, more than --num_classes {wanted}")
+        raise UserError(
+            f"{data_dir} has {len(names)} classes, more than --num_classes {wanted} of the model: give images of fewer "
+            "classes or, for a new model, leave --num_classes out"
+        )
     return settings.replace(num_classes=wanted or len(names))
 
 

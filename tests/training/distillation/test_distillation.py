@@ -36,6 +36,7 @@ def made(tmp_path_factory):
     cats = dict(class_cond=True, num_classes=2)
     save_checkpoint(place / "hidden.pt", tiny_settings(ImageModel, **cats, label_drop=0.1), class_names=CLASSES)
     save_checkpoint(place / "last.pt", tiny_settings(ImageModel, predict_v=True, zero_terminal_snr=True))
+    save_checkpoint(place / "grey.pt", tiny_settings(ImageModel, channels=1))
     large = tiny_settings(SuperResModel, image_size=None, large_size=8, small_size=4)
     save_checkpoint(place / "large.pt", large)
     write_images(place / "photos", 8, size=(8, 8))
@@ -225,6 +226,8 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(to=21), "--to 21: the teacher was trained with 20 noise levels"),
     (dict(timestep_respacing="5"), "--timestep_respacing 5 is not for distillation"),
     (dict(out_dir="run", resume="auto", timestep_respacing="5"), "--timestep_respacing 5 is not for distillation"),
+    (dict(teacher="grey.pt"), "the model has --channels 1: convert the images to grey or, for a new model"),
+    (dict(teacher="plain.pt", label_drop=0.1), "the model has none: leave it out or, for a new model"),
     (dict(init_checkpoint="plain.pt"), "--init_checkpoint plain.pt does not fit the model"),
     (dict(teacher="plain.pt", init_checkpoint="large.pt"), "--init_checkpoint large.pt does not fit the model"),
     (dict(teacher="last.pt", student_prediction="eps"), "--student_prediction eps, for last.pt: --zero_terminal_snr"),
