@@ -69,8 +69,7 @@ class Consistency(Distillation):
             )
         self.guided = teacher.guided if self.keeps_teacher(settings) else None
         self.at_step(0)
-        stages = counted(self.stage_length, "training step")
-        logger.log(f"q is {', '.join(map(str, self.qs))} in turn, for {stages} each")
+        self._log_stages()
 
     def schedule_sampler(self) -> LogNormalLevels:
         options = self.settings.distill
@@ -90,6 +89,19 @@ class Consistency(Distillation):
         """The training steps of each stage; the last one goes on to the end."""
         train = self.settings.train
         return self.settings.distill.q_steps or math.ceil((train.max_steps or train.lr_anneal_steps) / len(self.qs))
+
+    def _log_stages(self) -> None:
+        """Log the stages that the training steps suffice for."""
+        total = self.settings.train.max_steps or self.settings.train.lr_anneal_steps
+        firsts = range(0, total, self.stage_length)[: len(self.qs)]
+        ends = [*firsts[1:], total]
+        reached = [f"{q} in {end - first:,}" for q, first, end in zip(self.qs, firsts, ends)]
+        logger.log(f"q (in training steps): {', '.join(reached)}")
+        if len(reached) < len(self.qs):
+            logger.warn(
+                f"the run of {counted(total, 'step')} ends at q = {self.qs[len(reached) - 1]}, before --max_q "
+                f"{self.qs[-1]}: more --max_steps or fewer --q_steps lead further"
+            )
 
     def at_step(self, step: int) -> None:
         self.q = self.qs[min(step // self.stage_length, len(self.qs) - 1)]
