@@ -19,7 +19,13 @@ from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
 from ..config import AUTO_PRECISION, TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
-from ..config.settings import ClassifierTraining, Distilling, Training
+from ..config.settings import (
+    ClassifierTraining,
+    Distilling,
+    ImageDistillation,
+    SuperResDistillation,
+    Training,
+)
 from ..data.cache import use_cache
 from ..data.classes import check_several, read_classes
 from ..data.dataset import ImageDataset
@@ -34,6 +40,7 @@ from ..models.determinism import refusals_explained
 from ..utils import files
 from ..utils.text import counted, listed
 from .auto import take_recipe
+from .distillation.consistency import keep_stages
 from .distillation.teacher import resume_student, take_teacher
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .kinds import task_of
@@ -142,6 +149,8 @@ def resolve(
             raise UserError(f"{resumed} is from a distillation: improved-diffusion distill continues it")
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
         settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
+        if isinstance(settings, (ImageDistillation, SuperResDistillation)):
+            settings = keep_stages(settings, given, metadata)
     elif isinstance(settings, Distilling):
         settings, metadata = take_teacher(settings, given)
     with distributed.working(f"the list of the images in {settings.data.data_dir}"):

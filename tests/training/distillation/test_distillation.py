@@ -14,11 +14,12 @@ import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
-from improved_diffusion.config.settings import Distilling, ImageModel, SuperResModel
+from improved_diffusion.config.settings import Distilling, ImageDistillation, ImageModel, SuperResModel
 from improved_diffusion.logs import curves
 from improved_diffusion.models.factories import create_model_and_diffusion
 from improved_diffusion.sampling.guided import to_device
 from improved_diffusion.training.distillation import teacher
+from improved_diffusion.training.distillation.consistency import keep_stages, qs_of, stage_length_of
 from improved_diffusion.training.distillation.teacher import chosen_prediction
 
 # With few steps, RAdam would stand still.
@@ -203,6 +204,35 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     os.rename("cats.pt", "moved.pt")
     idf.distill("moved.pt", "photos", out_dir="run", resume="auto", max_steps=5, num_workers=0)
     assert facts_of("run/model000005.pt") == facts_of("run/model000004.pt")
+
+
+@pytest.mark.parametrize("asked, expected", [
+    (dict(), [0, 1, 2, 3]),
+    (dict(max_steps=12), [0, 1, 2, 3]),
+    (dict(max_steps=12, max_q=32), [0, 1, 2, 3, 4]),
+    (dict(max_steps=12, q_steps=0), [0, 3, 6, 9]),
+    (dict(max_steps=12, q_steps=2), [0, 2, 4, 6]),
+])  # fmt: skip
+@pytest.mark.parametrize("of_lr", [False, True])
+def test_more_steps_prolong_the_last_stage(place, asked, expected, of_lr):
+    given = dict(max_steps=0, lr_anneal_steps=4) if of_lr else dict(max_steps=4)
+    began = ImageDistillation.of({**tiny_settings().values(), "max_q": 16, **given})
+    metadata = {"config": began.values(), "distilled": {"teacher_prediction": "eps"}}
+    settings = keep_stages(began.replace(**asked), frozenset(asked), metadata)
+    again = keep_stages(
+        settings.replace(max_steps=20), frozenset({"max_steps"}), {**metadata, "config": settings.values()}
+    )
+    for each in (settings, again) if asked.get("q_steps") != 0 else (settings,):
+        assert stage_length_of(each, "eps") == expected[1]
+        assert len(qs_of(each, "eps")) == len(expected)
+
+
+def test_a_finished_run_goes_on_where_its_stages_were(place):
+    idf.distill("cats.pt", "photos", out_dir="run", resume="auto", max_steps=20, num_workers=0)
+    log = (place / "run/log.txt").read_text()
+    assert "q (in training steps): 1 in 1, 2 in 1, 4 in 1, 8 in 1\n" in log  # of the first start, for fewer than all
+    assert "q (in training steps): 1 in 1, 2 in 1, 4 in 1, 8 in 1, 16 in 16\n" in log
+    assert checkpoint.load("run/model000020.pt")[1]["config"]["q_steps"] == 1
 
 
 # What is refused
