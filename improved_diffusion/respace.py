@@ -28,9 +28,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         try:
             section_counts = [int(count) for count in section_counts.split(",")]
         except ValueError:
-            raise UserError(
-                f"{option}: expected a count (250), counts (10,15,20) or a stride (ddim50)"
-            ) from None
+            raise UserError(f"{option}: expected a count (250), counts (10,15,20) or a stride (ddim50)") from None
     sections = len(section_counts)
     kept: set[int] = set()
     start = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -30,6 +31,23 @@ def catch(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
     hang_up = getattr(signal, "SIGHUP", None)
     ignored = hang_up is not None and signal.getsignal(hang_up) is signal.SIG_IGN
     return {number: signal.signal(number, handler) for number in numbers if not (number == hang_up and ignored)}
+
+
+@contextmanager
+def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
+    """Call `clean` if a signal ends the process in the block, as SIGTERM and SIGHUP do where nothing handles them."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        clean()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = catch(tuple(number for number in ending if signal.getsignal(number) is signal.SIG_DFL), end)
+    try:
+        yield
+    finally:
+        put_back(before)
 
 
 def put_back(handlers: dict[int, Any]) -> None:
