@@ -21,16 +21,14 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         integer stride of DDIM that keeps exactly N.
     Raises UserError for counts that the sections do not hold and for an N that no stride gives.
     """
+    option = f"--timestep_respacing {shown(section_counts)}"
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _ddim_stride(num_timesteps, section_counts)
         try:
             section_counts = [int(count) for count in section_counts.split(",")]
         except ValueError:
-            raise UserError(
-                f"timestep_respacing {shown(section_counts)}: expected a count (250), counts (10,15,20) or a stride "
-                "(ddim50)"
-            ) from None
+            raise UserError(f"{option}: expected a count (250), counts (10,15,20) or a stride (ddim50)") from None
     sections = len(section_counts)
     kept: set[int] = set()
     start = 0
@@ -38,8 +36,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         size = num_timesteps // sections + (1 if i < num_timesteps % sections else 0)
         if not 1 <= count <= size:
             raise UserError(
-                f"timestep_respacing: section {i + 1} of {sections} holds {size} of the {num_timesteps} steps, "
-                f"cannot take {shown(count)} of them: give 1 to {size}"
+                f"{option}: section {i + 1} of {sections} holds {size} of the {num_timesteps} steps, cannot take "
+                f"{shown(count)} of them: give 1 to {size}"
             )
         stride = (size - 1) / (count - 1) if count > 1 else 1
         # Accumulated by addition: another order of operations rounds to other steps.
@@ -55,14 +53,17 @@ def _ddim_stride(num_timesteps: int, text: str) -> set[int]:
     try:
         desired = int(text[len("ddim") :])
     except ValueError:
-        raise UserError(f"timestep_respacing {shown(text)}: expected ddim and a number, such as ddim50") from None
+        raise UserError(f"--timestep_respacing {shown(text)}: expected ddim and a number, such as ddim50") from None
     for stride in range(1, max(num_timesteps, 2)):
         if len(range(0, num_timesteps, stride)) == desired:
             return set(range(0, num_timesteps, stride))
     possible = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps)}
     number = shown(desired)
     near = min(possible, key=lambda n: (abs(n - desired), n), default=1)
-    raise UserError(f"no integer stride keeps exactly {number} of {num_timesteps} steps: try ddim{near}, or {number}")
+    raise UserError(
+        f"--timestep_respacing {shown(text)}: no integer stride keeps exactly {number} of {num_timesteps} steps: try "
+        f"ddim{near}, or {number}"
+    )
 
 
 class SpacedDiffusion(GaussianDiffusion):

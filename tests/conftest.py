@@ -60,7 +60,7 @@ def no_curves():
     """A run that ends draws no curves.png, which takes longer than a small run; tests/logs/test_curves.py draws, and
     tests/cli/test_scripts.py looks for the picture of a run in a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_curves", lambda csv_path, png_path: Path(png_path).write_bytes(b"not drawn"))
+        patch.setattr(run, "write_curves", lambda csv_path, png_path, panels: Path(png_path).write_bytes(b"not drawn"))
         yield
 
 

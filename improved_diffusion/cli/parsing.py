@@ -117,7 +117,8 @@ def _build_parser(kind: type[Settings], program: str, description: str, first: S
         section = parser.add_argument_group((group.__doc__ or "").strip().splitlines()[0].rstrip("."))
         for f in (f for f in fields(group) if f.name not in added):
             added.add(f.name)
-            _add_option(section, f, hidden=bool(first) and f.name not in first)
+            default = kind.shown_defaults.get(f.name, f.default)
+            _add_option(section, f, default, hidden=bool(first) and f.name not in first)
     if kind.unused:
         section = parser.add_argument_group("Accepted, and not used")
         for name, reason in kind.unused.items():
@@ -125,13 +126,14 @@ def _build_parser(kind: type[Settings], program: str, description: str, first: S
     return parser
 
 
-def _add_option(section: Any, f: Any, hidden: bool) -> None:
+def _add_option(section: Any, f: Any, default: Any, hidden: bool) -> None:
+    """Add the flags of an option. :param default: as --help shows it."""
     bare = f.metadata["bare"]
     extra: dict[str, Any] = {"nargs": "?", "const": bare} if bare else {}
     if f.metadata["choices"] or bare:
         extra["metavar"] = "|".join(f.metadata["choices"] or ("True", "False"))
-    default = f.default if f.default != "" else "empty"
-    text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+    shown_default = "empty" if default == "" else default
+    text = f"{f.metadata['help']} (default: {shown_default})".replace("%", "%%")
     section.add_argument(f"--{f.name}", help=argparse.SUPPRESS if hidden else text, **extra)
     for name, convert in f.metadata["flags"].items():
         section.add_argument(f"--{name}", dest=f.name, type=_reporting(convert), help=argparse.SUPPRESS)

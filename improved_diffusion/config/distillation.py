@@ -50,10 +50,14 @@ class DistillConfig(Config):
         high=100,
     )
     max_q: int = extra(
-        16, "consistency: the pairs of noise levels move together until they are 1/q apart; 2, 4, 8, ... up to this",
+        16,
+        "consistency: the pairs of noise levels move together until they are 1/q apart; q is 2, 4, 8, ... up to this, "
+        "or as far as the training steps suffice",
         low=2, high=4096,
     )  # fmt: skip
-    q_steps: int = extra(0, "consistency: steps of each q; 0: max_steps shared equally", low=0)
+    q_steps: int = extra(
+        0, "consistency: steps of each q, the last one's go on to the end; 0: max_steps shared equally", low=0
+    )
     p_mean: float = extra(0.5, "consistency: mean of log sigma, the noise level", low=-20, high=20)
     p_std: float = extra(2.0, "consistency: standard deviation of log sigma", low=0, high=20)
 

@@ -105,6 +105,8 @@ class Settings:
     unused: ClassVar[Mapping[str, str]] = {}
     # Options that presets leave as they are.
     not_from_presets: ClassVar[frozenset[str]] = frozenset()
+    # What --help shows in place of the default of an option that has another one in this command.
+    shown_defaults: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     @cache
@@ -239,6 +241,11 @@ class ClassifierTraining(Settings):
     run: RunConfig
 
 
+# What a student's training takes from its teacher's, unless told otherwise, besides the model and how images are read.
+TAKEN_FROM_TEACHER = ("labels", "random_flip", "total_batch_size")
+_OF_THE_TEACHER = {
+    f.name for group in (ModelConfig, SizesConfig, DiffusionConfig, ReadingConfig) for f in fields(group)
+} - {"timestep_respacing"} | {"batch_size", *TAKEN_FROM_TEACHER}  # fmt: skip
 # A preset describes the teacher, and how that was trained.
 _OF_THE_STUDENT = frozenset(f.name for f in fields(TrainConfig)) - {"total_batch_size"}
 
@@ -248,6 +255,9 @@ class Distilling(Settings):
     """Distilling a model of any kind: the teacher decides which of the two that follow it is."""
 
     not_from_presets: ClassVar[frozenset[str]] = _OF_THE_STUDENT
+    shown_defaults: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(_OF_THE_TEACHER, "the teacher's"), "optimizer": "radam, or adamw with --method progressive"
+    }  # fmt: skip
 
     distill: DistillConfig
     data: DataConfig

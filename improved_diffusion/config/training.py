@@ -192,7 +192,7 @@ class ProgressConfig(Config):
 
     val_dir: str = extra(
         "",
-        "held-out images to measure loss and bits/dim (a classifier's accuracy) on",
+        "held-out images to measure the model on: loss and bits/dim, a classifier's accuracy, or a student's samples",
         parse=path_of,
         flags={"val_data_dir": str},
     )

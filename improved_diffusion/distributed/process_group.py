@@ -6,12 +6,14 @@ import atexit
 import socket
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 
 import torch as th
 import torch.distributed as dist
 
 from ..config import RunConfig, UserError
+from ..utils.text import counted, listed
 from . import launchers, watchdog
 from .collectives import all_gather_object, barrier
 from .devices import check_devices, choose_device, dev, device_name
@@ -23,6 +25,7 @@ _CONNECTIONS = (
     "the hosts must reach each other on every port (check the firewall); GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
     "name the network interface to use"
 )
+MOST_HOSTS_NAMED = 8
 _self_test = ""
 
 
@@ -126,7 +129,23 @@ def _leave() -> None:
 
 
 def describe_ranks() -> str:
-    """A line for each rank, rank -> host -> device; for several ranks also the time of a collective. Collective."""
-    rows = all_gather_object((socket.gethostname(), device_name()))
-    lines = [f"rank {rank} -> {host} -> {device}" for rank, (host, device) in enumerate(rows)]
-    return "\n".join([*lines, _self_test] if _self_test else lines)
+    """A line on the processes, their hosts and devices; for several also one with the time of a collective.
+
+    Collective.
+    """
+    devices: dict[str, Counter[str]] = {}
+    ranks = all_gather_object((socket.gethostname(), device_name()))
+    for host, device in ranks:
+        devices.setdefault(host, Counter())[device] += 1
+    on_host = {
+        host: ", ".join(f"{n} x {device}" if n > 1 else device for device, n in found.items())
+        for host, found in devices.items()
+    }
+    processes = counted(len(ranks), "process", "processes")
+    if len(on_host) == 1:
+        ((host, found),) = on_host.items()
+        line = f"{processes} on {host}: {found}"
+    else:
+        hosts = listed([f"{host} ({found})" for host, found in on_host.items()], MOST_HOSTS_NAMED)
+        line = f"{processes} on {len(on_host):,} hosts: {hosts}"
+    return f"{line}\n{_self_test}" if _self_test else line

@@ -19,7 +19,17 @@ from ..logs import logger
 from ..utils import files
 from ..utils.resizing import PREPARED
 from . import report
-from .feature_sets import AS_THEY_ARE, IN_MEMORY, MIN_IMAGES, FeatureSet, ImageSet, by, extract, metrics_device
+from .feature_sets import (
+    AS_THEY_ARE,
+    IN_MEMORY,
+    MIN_IMAGES,
+    FeatureSet,
+    ImageSet,
+    by,
+    check_resizing,
+    extract,
+    metrics_device,
+)
 from .features import FeatureNetwork
 from .loss_floor import FloorReport
 from .metrics.copies import nearest
@@ -52,6 +62,7 @@ class Inputs:
         self, config: FeaturesConfig, reference: Images, train: Images | None = None, held_out: Images | None = None,
         reading: ReadingConfig = _DEFAULT_READING,
     ):  # fmt: skip
+        check_resizing(config.resize, reading)
         self.config, self.reading = config, reading
         self.network = FeatureNetwork.of(config)
         self.statistics = None if isinstance(reference, np.ndarray) else load_reference(_path(reference), "--reference")

@@ -128,6 +128,15 @@ class ImageSet:
         }
 
 
+def check_resizing(resize: str, reading: ReadingConfig) -> None:
+    """Raise UserError for a way of resizing without a size to resize to: it would change nothing."""
+    if not resize and reading.resize_mode != ReadingConfig.resize_mode:
+        raise UserError(
+            f"--resize_mode {reading.resize_mode} says how images are resized, but without --resize they are taken as "
+            "they are: give --resize, such as --resize 64, or leave it out"
+        )
+
+
 class _InMemory(ArrayImages):
     """Images given as an array."""
 

@@ -15,7 +15,7 @@ from ..config.settings import ReferenceStatistics
 from ..logs import logger
 from ..utils import files, images
 from ..utils.text import counted
-from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, extract
+from .feature_sets import AS_THEY_ARE, MIN_IMAGES, FeatureSet, ImageSet, check_resizing, extract
 from .features import LARGEST, FeatureNetwork
 from .metrics.frechet import Moments
 from .report import checked_about
@@ -37,6 +37,7 @@ def write_reference(settings: ReferenceStatistics) -> None:
         raise UserError(f"--out {out or 'is missing'}: name an npz to write, such as reference.npz")
     if files.is_url(out):
         raise UserError(f"--out {out} must be a local file: write it locally, then copy it")
+    check_resizing(settings.features.resize, settings.reading)
     network = FeatureNetwork.of(settings.features)
     if not path:
         raise UserError("--images is missing: name real images, a folder, a zip or an npz")

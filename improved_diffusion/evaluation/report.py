@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ from .metrics.scores import METRICS
 JSON_FILE, TEXT_FILE = "report.json", "report.md"
 GRID_FILE, NEIGHBOURS_FILE, DISTANCES_FILE = "report_samples.png", "report_neighbours.png", "report_distances.png"
 LOSS_FILE = "report_loss.png"
+_PLOTS = {"distances": DISTANCES_FILE, "loss": LOSS_FILE}  # what needs matplotlib, by its name in `shown`
+_NONE: Mapping[str, str] = MappingProxyType({})
 SHOWN_SAMPLES = 100  # in the grid
 SHOWN_COPIES, SHOWN_NEIGHBOURS = 10, 5  # rows and columns of the picture of the nearest training images
 LONGEST_CELL = 1000  # of a value from a file, in characters
@@ -116,8 +119,8 @@ class Pictures:
     distances: tuple[np.ndarray, np.ndarray] | None = None  # of samples [N] and held-out images [K], to training images
     loss: FloorReport | None = None  # of the model on its training images
 
-    def encode(self) -> dict[str, bytes]:
-        """The PNG of each, by its file's name."""
+    def encode(self) -> tuple[dict[str, bytes], dict[str, str]]:
+        """(the PNG of each, by its file's name; why a plot could not be drawn, by its file's name)."""
         found = {GRID_FILE: images.encode_png(images.grid(self.samples, 10, min_side=images.SHOWN_SIDE))}
         if self.neighbours is not None:
             found[NEIGHBOURS_FILE] = images.encode_png(self.neighbours.picture())
@@ -126,12 +129,14 @@ class Pictures:
             plots[DISTANCES_FILE] = (plot_distances, *self.distances)
         if self.loss is not None:
             plots[LOSS_FILE] = (loss_floor_plot.figure_of, self.loss)
+        undrawn: dict[str, str] = {}
         for name, plot in plots.items():
             try:
                 found[name] = png_of(*plot)
             except UserError as error:
                 logger.warn(f"no {name}: {error}")
-        return found
+                undrawn[name] = str(error)
+        return found, undrawn
 
 
 @dataclass(frozen=True)
@@ -219,8 +224,12 @@ class Report:
         """The numbers and texts only."""
         return replace(self, pictures=None)
 
-    def markdown(self, pictures: bool = True) -> str:
-        """The report as text. :param pictures: refer to the files of its pictures."""
+    def markdown(self, pictures: bool = True, undrawn: Mapping[str, str] = _NONE) -> str:
+        """The report as text.
+
+        :param pictures: refer to the files of its pictures.
+        :param undrawn: why there is no plot, by its file's name.
+        """
         lines = [
             "# Evaluation",
             "",
@@ -232,6 +241,8 @@ class Report:
             lines += ["", f"**Warning:** {escape(warning)}."]
         if pictures:
             lines += self._pictures()
+        for name, why in undrawn.items():
+            lines += ["", f"No {name}: {escape(why)}."]
         lines += self._loss_by_noise()
         lines += ["", "## What was compared", "", "| | samples | reference |", "|---|---|---|"]
         keys = [key for key in dict.fromkeys([*self.samples, *self.reference]) if key != "made_by"]
@@ -301,9 +312,11 @@ class Report:
         """Write report.json, report.md and the pictures, all or none. Returns the path of report.md."""
         folder = os.fspath(folder)
         files.make_dirs(folder)
-        contents = self.pictures.encode() if self.pictures else {}
-        contents[TEXT_FILE] = self.markdown().encode(errors="replace")
-        contents[JSON_FILE] = (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
+        contents, undrawn = self.pictures.encode() if self.pictures else ({}, {})
+        shown = {name: there and _PLOTS.get(name) not in undrawn for name, there in self.shown.items()}
+        saved = replace(self, shown=shown)
+        contents[TEXT_FILE] = saved.markdown(undrawn=undrawn).encode(errors="replace")
+        contents[JSON_FILE] = (json.dumps(saved.to_dict(), indent=1, allow_nan=False) + "\n").encode()
         files.write_together((files.join(folder, name), content) for name, content in contents.items())
         for name in {NEIGHBOURS_FILE, DISTANCES_FILE, LOSS_FILE} - contents.keys():  # of an earlier report
             files.remove(files.join(folder, name))

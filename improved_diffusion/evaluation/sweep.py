@@ -105,7 +105,8 @@ def run_sweep(points: Sequence[Point]) -> str:
     except KeyboardInterrupt as error:
         done = f"{len(rows)} of {len(points)} settings are done; rerun the same command to continue"
         raise KeyboardInterrupt(f"{error}; {done}" if str(error) else done) from None
-    logger.log(f"wrote {path}, and {JSON_FILE} and {PLOT_FILE} beside it")
+    plot = f" and {PLOT_FILE}" if files.exists(files.join(out_dir, PLOT_FILE)) else ""
+    logger.log(f"wrote {path}, and {JSON_FILE}{plot} beside it")
     return path
 
 
@@ -191,19 +192,25 @@ def find_checkpoint(model_path: str, ema: str) -> str:
 
 def write_table(out_dir: str, rows: Sequence[Row], last: Report) -> str:
     """Write sweep.md, sweep.json and sweep.png; returns the path of the first. :param last: one of the reports."""
+    plot, undrawn = files.join(out_dir, PLOT_FILE), ""
     try:
-        save_figure(files.join(out_dir, PLOT_FILE), figure_of, rows)
+        save_figure(plot, figure_of, rows)
     except UserError as error:
-        logger.warn(f"no {files.join(out_dir, PLOT_FILE)}: {error}")
+        logger.warn(f"no {plot}: {error}")
+        undrawn = str(error)
+        files.remove(plot)  # of fewer rows
     content = json.dumps([row.to_dict() for row in rows], indent=1) + "\n"
     files.write_bytes(files.join(out_dir, JSON_FILE), content.encode())
     path = files.join(out_dir, TABLE_FILE)
-    files.write_bytes(path, table(rows, last).encode(errors="replace"))
+    files.write_bytes(path, table(rows, last, undrawn).encode(errors="replace"))
     return path
 
 
-def table(rows: Sequence[Row], last: Report) -> str:
-    """The text of sweep.md. :param last: one of the reports."""
+def table(rows: Sequence[Row], last: Report, undrawn: str = "") -> str:
+    """The text of sweep.md.
+
+    :param last: one of the reports; :param undrawn: why there is no plot.
+    """
     names = _metrics_of(rows)
     head = [*rows[0].chosen, "evaluations", *map(report.title, names)]
     model = (last.samples.get("made_by") or {}).get("model_path")
@@ -221,7 +228,10 @@ def table(rows: Sequence[Row], last: Report) -> str:
         chosen = map(report.escape, row.chosen.values())
         lines.append(f"| {' | '.join([*chosen, str(row.evaluations or ''), *cells])} |")
     lines += [
-        "", f"![the metrics against the swept options]({PLOT_FILE})", "",
+        "",
+        f"No {PLOT_FILE}: {report.escape(undrawn)}." if undrawn
+        else f"![the metrics against the swept options]({PLOT_FILE})",
+        "",
         "The report of each row is in its folder:", "",
     ]  # fmt: skip
     lines += [f"- [{report.escape(row.folder)}]({quote(row.folder)}/{report.TEXT_FILE})" for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ def _quarter(key: str) -> str:
     return key[-2:] + {"q0": " (least noise)", "q3": " (most noise)"}.get(key[-2:], "")
 
 
+VALIDATION_LOSS = Panel(
+    title="Validation loss", unit="loss", label=_weights, log=True,
+    shows=lambda key: key.startswith("val_loss") and not key.endswith("_se"),
+)  # fmt: skip
 PANELS = (
     Panel(title="Training loss", unit="loss", shows=_is("loss", "mse", "vb"), smooth=True, log=True),
     Panel(
@@ -61,10 +65,7 @@ PANELS = (
         title="Squared error on held-out images by quarter", unit="mse", label=_quarter, log=True,
         shows=_is("val_mse_q0", "val_mse_q1", "val_mse_q2", "val_mse_q3"),
     ),
-    Panel(
-        title="Validation loss", unit="loss", label=_weights, log=True,
-        shows=lambda key: key.startswith("val_loss") and not key.endswith("_se"),
-    ),
+    VALIDATION_LOSS,
     Panel(
         title="Validation bound, \N{PLUS-MINUS SIGN} standard error", unit="bits/dim", label=_weights,
         shows=lambda key: key.startswith("val_bpd") and not key.endswith("_se"),
@@ -76,29 +77,38 @@ PANELS = (
     Panel(title="Waiting for data", unit="share of the time", shows=_is("data_wait"), smooth=True, share=True),
     Panel(title="Skipped steps", unit="share of the steps", shows=_is("skipped_steps"), share=True),
 )  # fmt: skip
+# Of a distillation, whose val_loss compares samples in few steps with held-out images.
+DISTILLATION_PANELS = tuple(
+    replace(panel, title="Energy distance to held-out images", unit="energy distance")
+    if panel is VALIDATION_LOSS
+    else panel
+    for panel in PANELS
+)
 
 
-def write_curves(csv_path: str | os.PathLike, png_path: str | os.PathLike) -> None:
+def write_curves(
+    csv_path: str | os.PathLike, png_path: str | os.PathLike, panels: Sequence[Panel] = PANELS
+) -> None:  # fmt: skip
     """Plot the columns of a run's progress.csv against the step, without panels that have no column.
 
     Raises UserError if there is nothing to plot, or if it cannot be drawn.
     """
-    save_figure(png_path, figure_of, csv_path)
+    save_figure(png_path, figure_of, csv_path, panels)
 
 
-def figure_of(csv_path: str | os.PathLike) -> Any:
+def figure_of(csv_path: str | os.PathLike, panels: Sequence[Panel] = PANELS) -> Any:
     """The matplotlib Figure that `write_curves` saves."""
     steps, columns = _read(csv_path)
-    panels = [(panel, sorted(filter(panel.shows, columns))) for panel in PANELS]
-    panels = [(panel, keys) for panel, keys in panels if keys]
-    if not panels:
+    found = [(panel, sorted(filter(panel.shows, columns))) for panel in panels]
+    found = [(panel, keys) for panel, keys in found if keys]
+    if not found:
         raise UserError(f"{csv_path} has no rows to plot yet: the first log row with a step and a loss is needed")
-    across = min(COLUMNS, len(panels))
-    down = -(-len(panels) // across)
+    across = min(COLUMNS, len(found))
+    down = -(-len(found) // across)
     figure = new_figure((5.4 * across, 3.4 * down + 0.4))
     run = os.path.basename(os.path.dirname(os.path.abspath(csv_path)))
     figure.suptitle(f"{run}: {len(steps):,} rows up to step {int(steps[-1]):,}", fontsize=12, parse_math=False)
-    for i, (panel, keys) in enumerate(panels):
+    for i, (panel, keys) in enumerate(found):
         _draw(figure.add_subplot(down, across, i + 1), panel, keys, steps, columns)
     return figure
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,14 +19,20 @@ from ..checkpoints.loading import read, take_options
 from ..checkpoints.transfer import load_fitting, take_network
 from ..config import AUTO_PRECISION, TrainConfig, UserError, comma_list, one_line
 from ..config.recipes import AUTO
-from ..config.settings import ClassifierTraining, Distilling, Training
+from ..config.settings import (
+    ClassifierTraining,
+    Distilling,
+    ImageDistillation,
+    SuperResDistillation,
+    Training,
+)
 from ..data.cache import use_cache
 from ..data.classes import check_several, read_classes
 from ..data.dataset import ImageDataset
 from ..data.sources import open_images, stem
 from ..data.stream import BatchStream
 from ..logs import logger
-from ..logs.curves import write_curves
+from ..logs.curves import DISTILLATION_PANELS, PANELS, Panel, write_curves
 from ..logs.run_folder import Claims, RunFolder
 from ..logs.trackers import make_trackers
 from ..models.build import with_levels
@@ -34,6 +40,7 @@ from ..models.determinism import refusals_explained
 from ..utils import files
 from ..utils.text import counted, listed
 from .auto import take_recipe
+from .distillation.consistency import keep_stages
 from .distillation.teacher import resume_student, take_teacher
 from .dry_run import check_memory, dry_run, warn_of_small_disk
 from .kinds import task_of
@@ -142,6 +149,8 @@ def resolve(
             raise UserError(f"{resumed} is from a distillation: improved-diffusion distill continues it")
         left_out = _NOT_KEPT | ({"total_batch_size"} if "batch_size" in given else set())
         settings = take_options(settings, given, resumed, state_dict, metadata, settings.options().keys() - left_out)
+        if isinstance(settings, (ImageDistillation, SuperResDistillation)):
+            settings = keep_stages(settings, given, metadata)
     elif isinstance(settings, Distilling):
         settings, metadata = take_teacher(settings, given)
     with distributed.working(f"the list of the images in {settings.data.data_dir}"):
@@ -208,7 +217,10 @@ def open_data(settings: Training, metadata: Mapping[str, Any], source: Any) -> t
     data_options, model, needs_classes = settings.data, settings.model, task_of(settings).needs_classes
     label_drop = 0.0 if isinstance(settings, ClassifierTraining) else settings.model.label_drop
     if label_drop and not needs_classes:
-        raise UserError(f"--label_drop {label_drop} hides classes, but the model has none: give --class_cond True")
+        raise UserError(
+            f"--label_drop {label_drop} hides classes, but the model has none: leave it out or, for a new model, give "
+            "--class_cond True"
+        )
     classes, names = None, None
     if needs_classes:
         classes, names = read_classes(
@@ -262,7 +274,10 @@ def _count_classes(settings: Training, names: list[str], metadata: Mapping[str, 
         )
     wanted = settings.model.num_classes
     if wanted and len(names) > wanted:
-        raise UserError(f"{data_dir} has {len(names)} classes, more than --num_classes {wanted}")
+        raise UserError(
+            f"{data_dir} has {len(names)} classes, more than --num_classes {wanted} of the model: give images of fewer "
+            "classes or, for a new model, leave --num_classes out"
+        )
     return settings.replace(num_classes=wanted or len(names))
 
 
@@ -360,7 +375,7 @@ def run_loop(loop: TrainLoop, settings: Training, description: Mapping[str, Any]
     finally:
         interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
         if distributed.get_rank() == 0 and loop.step and not interrupted:
-            _draw_curves(logger.get_dir())
+            _draw_curves(logger.get_dir(), DISTILLATION_PANELS if "distilled" in description else PANELS)
 
 
 def _write_description(description: Mapping[str, Any]) -> None:
@@ -381,10 +396,10 @@ def _open_trackers(names: str, config: dict[str, Any], resume_step: int) -> None
         logger.add_output(tracker)
 
 
-def _draw_curves(folder: str) -> None:
+def _draw_curves(folder: str, panels: Sequence[Panel]) -> None:
     """curves.png of progress.csv; what goes wrong with it must not hide how the run ended."""
     try:
-        write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"))
+        write_curves(os.path.join(folder, "progress.csv"), os.path.join(folder, "curves.png"), panels)
         logger.log(f"wrote {os.path.join(folder, 'curves.png')}")
     except Exception as error:
         logger.warn(f"no curves.png: {error}")

@@ -15,7 +15,7 @@ import torch as th
 import torch.distributed as dist
 
 from .. import distributed
-from ..utils.stop_signals import SIGNALS, catch, put_back, stopped_early, take_kept
+from ..utils.stop_signals import NOTHING_SAVED, SIGNALS, catch, put_back, stopped_early, take_kept
 
 EXIT_RESUME = distributed.STOPPED
 GRACE = 2.0  # seconds
@@ -91,7 +91,7 @@ class StopSignals:
         self.interrupts += number == signal.SIGINT
         if self.interrupts > (0 if self.starting else 1):
             self.left.set()
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(NOTHING_SAVED if self.starting else "")
         if self.starting and number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):
             raise Stopped(number, 0)
 

@@ -23,6 +23,7 @@ from ..config import UserError, repeated, shown
 from ..config.messages import shorten
 from ..config.values import MAX_DIGITS
 from . import hub
+from .stop_signals import cleaning_up
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -293,8 +294,8 @@ def write_together(
 
     Under a URL each file becomes visible as soon as it is complete.
     """
-    staged: list[tuple[Path, Path]] = []
-    try:
+    with _removed_at_end() as temporaries:
+        staged: list[tuple[Path, Path]] = []
         for path, data in contents:
             with _storage("write", path, advice):
                 if is_url(path):
@@ -303,6 +304,7 @@ def write_together(
                 else:
                     target = Path(path)
                     staged.append((_temporary(target), target))
+                    temporaries.append(staged[-1][0])
                     _write_file(staged[-1][0], data, durable)
         for temporary, target in staged:
             with _storage("write", target, advice):
@@ -310,10 +312,26 @@ def write_together(
         for folder in {target.parent for _, target in staged} if durable else ():
             with _storage("write", folder, advice):
                 _fsync_dir(folder)
-    finally:
-        for temporary, _ in staged:
+
+
+@contextmanager
+def _removed_at_end() -> Iterator[list[Path]]:
+    """A list of temporary files and folders. Those still there are removed when the block ends, also by an error,
+    Ctrl-C or a signal that ends the process."""
+    temporaries: list[Path] = []
+
+    def remove_all() -> None:
+        for path in temporaries:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
-                temporary.unlink()  # exists only after an error or Ctrl-C
+                path.unlink()
+
+    with cleaning_up(remove_all):
+        try:
+            yield temporaries
+        finally:
+            remove_all()
 
 
 @contextmanager
@@ -324,17 +342,14 @@ def open_write(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """
     target = Path(path)
     temporary = _temporary(target)
-    with _storage("write", path, _ADVICE):
-        try:
-            with _create(temporary) as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, target)
-            _fsync_dir(target.parent)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()  # exists only after an error or Ctrl-C
+    with _storage("write", path, _ADVICE), _removed_at_end() as temporaries:
+        temporaries.append(temporary)
+        with _create(temporary) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+        _fsync_dir(target.parent)
 
 
 @contextmanager
@@ -351,20 +366,18 @@ def staging(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f"{path} is a folder, not a file")
     _require_replaceable(target)
     make_dirs(target.parent)
-    with _storage("write", path, ": free some space or choose another --out"):
+    with _storage("write", path, ": free some space or choose another --out"), _removed_at_end() as temporaries:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
-            yield folder
-            others = sorted(each for each in folder.iterdir() if each.name != target.name)
-            if others:  # a crash must not leave the old file with new ones
-                target.unlink(missing_ok=True)
-            for staged in [*others, folder / target.name]:
-                with open(staged, "rb") as f:
-                    os.fsync(f.fileno())
-                os.replace(staged, target.parent / staged.name)
-            _fsync_dir(target.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        temporaries.append(folder)
+        yield folder
+        others = sorted(each for each in folder.iterdir() if each.name != target.name)
+        if others:  # a crash must not leave the old file with new ones
+            target.unlink(missing_ok=True)
+        for staged in [*others, folder / target.name]:
+            with open(staged, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(staged, target.parent / staged.name)
+        _fsync_dir(target.parent)
 
 
 def _temporary(target: Path) -> Path:

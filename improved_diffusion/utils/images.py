@@ -211,8 +211,8 @@ def with_channels(decoded: Decoded, channels: int, reading: ReadingConfig, name:
     if channels in (1, 2) and has in (3, 4):
         if not is_grey(image):
             raise UserError(
-                f"{name} has {has} channels ({decoded.image.mode}) and colour, but --channels {channels} was given: "
-                f"give --channels {has}, or convert the images"
+                f"{name} has {has} channels ({decoded.image.mode}) and colour, but the model has --channels "
+                f"{channels}: convert the images to grey or, for a new model, give --channels {has}"
             )
         done = (*done, "grey stored as colour")
     return Decoded(to_mode(image, channels), done)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
+# What a training says that Ctrl-C interrupts before its first step.
+NOTHING_SAVED = "before the first step, nothing new was saved; run the same command again"
 STOPPED = 75  # the exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, run it again
 # SIGUSR1 is how SLURM's --signal=USR1@120 warns; a terminal that closes sends SIGHUP. Windows has neither.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
@@ -29,6 +33,23 @@ def catch(numbers: tuple[int, ...], handler: Any) -> dict[int, Any]:
     return {number: signal.signal(number, handler) for number in numbers if not (number == hang_up and ignored)}
 
 
+@contextmanager
+def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
+    """Call `clean` if a signal ends the process in the block, as SIGTERM and SIGHUP do where nothing handles them."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        clean()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = catch(tuple(number for number in ending if signal.getsignal(number) is signal.SIG_DFL), end)
+    try:
+        yield
+    finally:
+        put_back(before)
+
+
 def put_back(handlers: dict[int, Any]) -> None:
     """Set the handlers that `catch` has returned."""
     for number, handler in handlers.items():
@@ -46,7 +67,7 @@ def catch_early(trains: bool) -> None:
     if trains:
         catch(tuple(number for number in SIGNALS if number != signal.SIGINT), _end)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
-        _early.update(catch((signal.SIGINT,), _end))
+        _early.update(catch((signal.SIGINT,), partial(_end, trains=trains)))
 
 
 def begin() -> None:
@@ -55,12 +76,14 @@ def begin() -> None:
     _early.clear()
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: FrameType | None, trains: bool = True) -> None:
     if number == getattr(signal, "SIGUSR1", None):
         _kept.append(number)
         return
     # Not an exception: a package that is half imported would make something else of it.
-    text, code = ("interrupted", 130) if number == signal.SIGINT else (stopped_early(number), STOPPED)
+    text, code = stopped_early(number), STOPPED
+    if number == signal.SIGINT:
+        text, code = f"interrupted: {NOTHING_SAVED}" if trains else "interrupted", 130
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
     os._exit(code)

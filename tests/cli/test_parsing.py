@@ -63,7 +63,7 @@ def test_help_all_shows_every_option_once_with_its_default_below_its_group(name,
     assert sorted(flags_in(text)) == sorted([*kind.options(), "preset", "config"])
     plain = " ".join(text.split())
     for option, f in kind.options().items():
-        default = "empty" if f.default == "" else f.default
+        default = kind.shown_defaults.get(option, "empty" if f.default == "" else f.default)
         assert f"{f.metadata['help']} (default: {default})" in plain, option
     for group in kind.groups().values():
         title = group.__doc__.strip().splitlines()[0].rstrip(".")

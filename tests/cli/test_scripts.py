@@ -108,7 +108,7 @@ def test_training_says_what_it_does_and_nothing_on_stderr(trained, animals):
     folder, result = trained
     lines = result.out.splitlines()
     assert lines[0] == f"logging to {folder}"
-    assert re.fullmatch(r"rank 0 -> \S+ -> (cpu|cuda:0 \(.*\))", lines[1])
+    assert re.fullmatch(r"1 process on \S+: (cpu|cuda:0 \(.*\))", lines[1])
     assert "total batch: 4 images a step (4 per rank x 1 ranks)" in lines
     assert f"{animals}: 20 images of 2 classes (cat, dog); 6 steps: 1.2 epochs" in lines
     assert f"saved {folder / 'model000006.pt'}" in lines

@@ -16,6 +16,7 @@ from script_helpers import environment, run, start, started_by, wait, wait_for, 
 
 from improved_diffusion import distributed
 from improved_diffusion.config import UserError
+from improved_diffusion.distributed import process_group
 from improved_diffusion.logs import logger
 from improved_diffusion.resample import LossSecondMomentResampler
 
@@ -82,12 +83,24 @@ def test_every_rank_knows_its_number_and_device(ranks):
     assert [r["rank"] for r in ranks] == [0, 1]
     assert [r["ranks"] for r in ranks] == [2, 2]
     for r in ranks:
-        first, second, times = r["described"].splitlines()
-        assert first.startswith("rank 0 -> ")
-        assert second.startswith("rank 1 -> ") and second.endswith(r["device"])
+        where, times = r["described"].splitlines()
+        assert where.startswith("2 processes on ") and r["device"] in where
         assert re.fullmatch(
             r"collectives: 2 ranks on 1 host, all-reduce of 4 MiB in [\d.]+ ms on (cpu|cuda)(, .*)?", times
         )
+
+
+@pytest.mark.parametrize("rows, expected", [
+    ([("vm", "cpu")], "1 process on vm: cpu"),
+    ([("vm", "cpu")] * 3, "3 processes on vm: 3 x cpu"),
+    ([("vm", "cuda:0 (X)"), ("vm", "cuda:1 (X)")], "2 processes on vm: cuda:0 (X), cuda:1 (X)"),
+    ([("a", "cpu"), ("b", "cpu"), ("a", "cpu")], "3 processes on 2 hosts: a (2 x cpu), b (cpu)"),
+    ([(str(i), "cpu") for i in range(100)], "100 processes on 100 hosts: 0 (cpu), 1 (cpu), 2 (cpu), 3 (cpu), "
+     "4 (cpu), 5 (cpu), 6 (cpu), 7 (cpu), ..."),
+])  # fmt: skip
+def test_the_processes_are_described_in_one_line(rows, expected, monkeypatch):
+    monkeypatch.setattr(process_group, "all_gather_object", lambda mine: rows)
+    assert process_group.describe_ranks() == expected
 
 
 def test_ranks_gather_tensors_of_different_lengths(ranks):

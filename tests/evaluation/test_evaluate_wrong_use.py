@@ -197,6 +197,13 @@ def test_a_corrupt_image_is_named(place, tmp_path):
         assert set(contents(tmp_path / "out")) == set()
 
 
+@pytest.mark.parametrize("mode", ["pad", "stretch", "random_crop"])
+def test_a_way_of_resizing_needs_a_size(mode, place, evaluate):
+    refused(
+        evaluate(*place.given, "--resize_mode", mode), f"--resize_mode {mode}", "give --resize, such as --resize 64"
+    )
+
+
 def test_images_of_several_sizes(place, tmp_path):
     folder = shutil.copytree(place.samples, tmp_path / "mixed")
     write_images(folder, 1, size=(9, 8), classes=["zebra"])

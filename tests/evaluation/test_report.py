@@ -1,6 +1,7 @@
 """Reports: what they say, in which order they are written, and what tells that two cannot be compared."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_a_row_of_the_picture_is_a_sample_and_its_neighbours():
 def with_pictures(count=4, channels=3, neighbours=None, distances=None, **more):
     shown = {"neighbours": neighbours is not None, "distances": distances is not None}
     return replace(made(pictures=shown, **more), pictures=Pictures(noise(count, 8, 8, channels), neighbours, distances))
+
+
+def test_a_plot_that_cannot_be_drawn_is_left_out_and_the_report_says_why(tmp_path, monkeypatch):
+    def fail(*args):
+        raise UserError("no matplotlib")
+
+    monkeypatch.setattr(report, "png_of", fail)
+    with_pictures(distances=(np.ones(4), np.ones(4))).save(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert re.findall(r"\((\w+\.png)\)", text) == ["report_samples.png"]
+    assert "No report_distances.png: no matplotlib." in text.splitlines()
+    assert Report.read(str(tmp_path)).shown["distances"] is False
+    assert not (tmp_path / "report_distances.png").exists()
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -43,6 +43,19 @@ def test_the_table_has_a_row_for_each_combination(tmp_path):
     assert images.decode_png((tmp_path / "sweep.png").read_bytes()).shape[:2] == (340, 920)
 
 
+def test_a_plot_that_cannot_be_drawn_is_left_out_and_the_table_says_why(tmp_path, monkeypatch):
+    def fail(*args):
+        raise UserError("no matplotlib")
+
+    last = Report(samples={"count": 50, "features": "f.pt"}, reference={"images": "/real"})
+    sweep.write_table(str(tmp_path), [row(3.0, 5, steps="5")], last)
+    monkeypatch.setattr(sweep, "save_figure", fail)
+    sweep.write_table(str(tmp_path), [row(3.0, 5, steps="5"), row(2.0, 9, steps="9")], last)
+    text = (tmp_path / "sweep.md").read_text()
+    assert "(sweep.png)" not in text and "No sweep.png: no matplotlib." in text.splitlines()
+    assert not (tmp_path / "sweep.png").exists()
+
+
 def test_steps_are_drawn_as_evaluations_with_a_line_for_each_other_value():
     rows = [
         row(steps * scale, steps * scale, 0.001 * steps, sampler=sampler, steps=str(steps))

@@ -67,6 +67,14 @@ def test_a_run_with_everything_has_every_panel(tmp_path):
     assert len({axes.get_xlim() for axes in shown.values()}) == 1
 
 
+def test_what_a_distillation_validates_is_called_what_it_is(tmp_path):
+    path = write_csv(tmp_path / "progress.csv", run(100))
+    shown = {axes.get_title(loc="left"): axes for axes in curves.figure_of(path, curves.DISTILLATION_PANELS).axes}
+    assert shown.keys() - panels(path).keys() == {"Energy distance to held-out images"}
+    assert shown["Energy distance to held-out images"].get_ylabel() == "energy distance"
+    assert panels(path).keys() - shown.keys() == {"Validation loss"}
+
+
 def test_floors_are_dashed_and_leave_the_scale_to_the_loss(tmp_path):
     axes = panels(write_csv(tmp_path / "progress.csv", run(100)))[
         "Squared error on training images by quarter, and its floor (dashed)"

@@ -72,7 +72,7 @@ def test_a_warning_that_came_while_python_imported_is_kept_for_the_loop_once():
 
 
 def test_before_the_loop_the_first_ctrl_c_interrupts():
-    with pytest.raises(KeyboardInterrupt), StopSignals(starting=True):
+    with pytest.raises(KeyboardInterrupt, match="nothing new was saved"), StopSignals(starting=True):
         os.kill(os.getpid(), signal.SIGINT)
 
 

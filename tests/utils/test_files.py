@@ -3,12 +3,14 @@
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from script_helpers import environment
 
 from improved_diffusion.config import UserError
 from improved_diffusion.utils import files
@@ -146,6 +148,29 @@ def test_a_web_page_is_not_storage():
     for use in (files.exists, files.is_dir, files.read_bytes, files.list_dir):
         with pytest.raises(UserError, match="https://host/a"):
             use("https://host/a")
+
+
+# Signals
+
+
+WRITERS = {
+    "piece by piece": "with files.open_write('new.bin') as f: f.write(b'x'); end()",
+    "in a folder": "with files.staging('new.bin') as folder: (folder / 'new.bin').write_bytes(b'x'); end()",
+    "together": "files.write_together(end() if name == 'c' else (name, b'x') for name in 'abc')",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_process_leaves_no_temporary_file(tmp_path, writer, number):
+    code = (
+        "import os, signal, time\nfrom improved_diffusion.utils import files\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
+        f"def end():\n    assert os.listdir()\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(60)\n"
+        f"{WRITERS[writer]}\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), timeout=60)
+    assert ended.returncode == -number and list(tmp_path.iterdir()) == []
 
 
 # Claims

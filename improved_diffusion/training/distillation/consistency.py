@@ -9,7 +9,7 @@ images in [-1, 1], whose standard deviation EDM takes as 0.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,42 @@ from ...sampling.timestep_grids import SIGMA_MAX, side_of
 from ...utils.text import counted
 from .levels import NoiseLevels, like, x0_of
 from .objective import Distillation, RandomState
-from .teacher import prediction_of
+from .teacher import Settings, prediction_of
 
 FIRST_GUIDED_Q = 8  # below, r is 0 for all but the largest sigma, and a single step of a solver is too long
+_OF_STAGES = ("max_steps", "lr_anneal_steps", "max_q", "q_steps")  # options that decide where the stages end
+
+
+def qs_of(settings: Settings, teacher: str) -> list[int]:
+    """q of each stage. At q = 1 every r is 0: the student learns to denoise, which a new prediction needs first.
+
+    :param teacher: what it predicts: eps, x0 or v.
+    """
+    options = settings.distill
+    first = 2 if options.guidance_scale == 1 else FIRST_GUIDED_Q
+    tuned = [2**n for n in range(int(math.log2(first)), int(math.log2(options.max_q)) + 1)]
+    return tuned if prediction_of(settings.diffusion) == teacher else [1, *tuned]
+
+
+def stage_length_of(settings: Settings, teacher: str) -> int:
+    """The training steps of each stage; the last one goes on to the end. :param teacher: what it predicts."""
+    train = settings.train
+    total = train.max_steps or train.lr_anneal_steps
+    return settings.distill.q_steps or math.ceil(total / len(qs_of(settings, teacher)))
+
+
+def keep_stages(settings: Settings, given: frozenset[str], metadata: Mapping[str, Any]) -> Settings:
+    """The settings of a resumed run, with the stages of its checkpoint: more steps of training prolong the last one.
+
+    :param given: the options that the user gave: --q_steps moves the stages.
+    :param metadata: the checkpoint's description.
+    """
+    if settings.distill.method != "consistency" or "q_steps" in given:
+        return settings
+    stored, teacher = metadata["config"], metadata["distilled"]["teacher_prediction"]
+    before = settings.replace(**{name: stored[name] for name in _OF_STAGES if name in stored})
+    length = stage_length_of(before, teacher)
+    return settings if length == stage_length_of(settings, teacher) else settings.replace(q_steps=length)
 
 
 class LogNormalLevels:
@@ -69,8 +102,7 @@ class Consistency(Distillation):
             )
         self.guided = teacher.guided if self.keeps_teacher(settings) else None
         self.at_step(0)
-        stages = counted(self.stage_length, "training step")
-        logger.log(f"q is {', '.join(map(str, self.qs))} in turn, for {stages} each")
+        self._log_stages()
 
     def schedule_sampler(self) -> LogNormalLevels:
         options = self.settings.distill
@@ -80,16 +112,26 @@ class Consistency(Distillation):
 
     @property
     def qs(self) -> list[int]:
-        """q of each stage. At q = 1 every r is 0: the student learns to denoise, which a new prediction needs first."""
-        first, last = (2 if self.guided is None else FIRST_GUIDED_Q), self.settings.distill.max_q
-        tuned = [2**n for n in range(int(math.log2(first)), int(math.log2(last)) + 1)]
-        return tuned if prediction_of(self.settings.diffusion) == self.teacher.prediction else [1, *tuned]
+        """q of each stage."""
+        return qs_of(self.settings, self.teacher.prediction)
 
     @property
     def stage_length(self) -> int:
         """The training steps of each stage; the last one goes on to the end."""
-        train = self.settings.train
-        return self.settings.distill.q_steps or math.ceil((train.max_steps or train.lr_anneal_steps) / len(self.qs))
+        return stage_length_of(self.settings, self.teacher.prediction)
+
+    def _log_stages(self) -> None:
+        """Log the stages that the training steps suffice for."""
+        total = self.settings.train.max_steps or self.settings.train.lr_anneal_steps
+        firsts = range(0, total, self.stage_length)[: len(self.qs)]
+        ends = [*firsts[1:], total]
+        reached = [f"{q} in {end - first:,}" for q, first, end in zip(self.qs, firsts, ends)]
+        logger.log(f"q (in training steps): {', '.join(reached)}")
+        if len(reached) < len(self.qs):
+            logger.warn(
+                f"the run of {counted(total, 'step')} ends at q = {self.qs[len(reached) - 1]}, before --max_q "
+                f"{self.qs[-1]}: more --max_steps or fewer --q_steps lead further"
+            )
 
     def at_step(self, step: int) -> None:
         self.q = self.qs[min(step // self.stage_length, len(self.qs) - 1)]

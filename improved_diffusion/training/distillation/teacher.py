@@ -22,7 +22,13 @@ from ...checkpoints.loading import (
 )
 from ...config import KINDS, DiffusionConfig, UserError
 from ...config.messages import naming
-from ...config.settings import Distilling, ImageDistillation, ImageModel, SuperResDistillation
+from ...config.settings import (
+    TAKEN_FROM_TEACHER,
+    Distilling,
+    ImageDistillation,
+    ImageModel,
+    SuperResDistillation,
+)
 from ...logs import logger
 from ...models.build import build_diffusion, build_model
 from ...respace import SpacedDiffusion
@@ -34,8 +40,6 @@ from ...utils.outline import outline
 
 Settings = ImageDistillation | SuperResDistillation
 
-# What a student's training takes from its teacher's, unless told otherwise, besides the model.
-_TAKEN = ("labels", "random_flip", "total_batch_size")
 # What a method has for a default, rather than that of distillation: here, since each stage begins with a new optimizer,
 # and RAdam's first steps are short.
 _DEFAULTS = {"progressive": {"optimizer": "adamw"}}
@@ -128,7 +132,7 @@ def take_teacher(settings: Distilling, given: frozenset[str]) -> tuple[Settings,
     warn_of_initial_weights(path, metadata)
     kind = ImageDistillation if read_kind(path, found) is ImageModel else SuperResDistillation
     mine = of_kind(settings, kind, given, path)
-    taken = [name for name in _TAKEN if name != "total_batch_size" or "batch_size" not in given]
+    taken = [name for name in TAKEN_FROM_TEACHER if name != "total_batch_size" or "batch_size" not in given]
     mine = take_options(mine, given, path, state_dict, metadata, [*MODEL_OPTIONS, *READING_OPTIONS, *taken])
     prediction = prediction_of(mine.diffusion)
     if mine.distill.guidance_scale != 1:

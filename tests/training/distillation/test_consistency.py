@@ -9,6 +9,7 @@ from train_helpers import small_model
 
 from improved_diffusion.config import UserError
 from improved_diffusion.config.settings import ImageDistillation
+from improved_diffusion.logs import logger
 from improved_diffusion.models.build import build_diffusion
 from improved_diffusion.training.distillation.consistency import Consistency, LogNormalLevels
 from improved_diffusion.training.distillation.levels import NoiseLevels, like
@@ -63,6 +64,25 @@ def test_q_is_a_function_of_the_step(options, expected):
     for step, q in expected.items():
         made.at_step(step)
         assert made.q == q
+
+
+@pytest.mark.parametrize("options, expected, last", [
+    (dict(max_q=16), "2 in 10, 4 in 10, 8 in 10, 16 in 10", 16),
+    (dict(max_q=8, max_steps=10), "2 in 4, 4 in 4, 8 in 2", 8),
+    (dict(max_q=16, max_steps=3), "2 in 1, 4 in 1, 8 in 1", 8),
+    (dict(max_q=4, max_steps=1), "2 in 1", 2),
+    (dict(max_q=4, q_steps=3), "2 in 3, 4 in 37", 4),
+    (dict(max_q=4, q_steps=50), "2 in 40", 2),
+    (dict(max_q=4, predict_v=True, max_steps=6), "1 in 2, 2 in 2, 4 in 2", 4),
+])  # fmt: skip
+def test_the_log_lists_the_stages_that_there_are(options, expected, last, tmp_path):
+    logger.configure(str(tmp_path), format_strs=["log"])
+    made = consistency(**options)
+    logger.reset()
+    log = (tmp_path / "log.txt").read_text()
+    assert f": {expected}\n" in log
+    made.at_step(made.settings.train.max_steps - 1)
+    assert made.q == last and (f"ends at q = {last}" in log) == (last < made.qs[-1])
 
 
 @pytest.mark.parametrize("q", [2, 16, 1024])

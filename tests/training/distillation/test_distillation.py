@@ -14,10 +14,12 @@ import improved_diffusion as idf
 from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.cli.main import dispatch
 from improved_diffusion.config import UserError
-from improved_diffusion.config.settings import ImageModel, SuperResModel
+from improved_diffusion.config.settings import Distilling, ImageDistillation, ImageModel, SuperResModel
+from improved_diffusion.logs import curves
 from improved_diffusion.models.factories import create_model_and_diffusion
 from improved_diffusion.sampling.guided import to_device
 from improved_diffusion.training.distillation import teacher
+from improved_diffusion.training.distillation.consistency import keep_stages, qs_of, stage_length_of
 from improved_diffusion.training.distillation.teacher import chosen_prediction
 
 # With few steps, RAdam would stand still.
@@ -35,6 +37,7 @@ def made(tmp_path_factory):
     cats = dict(class_cond=True, num_classes=2)
     save_checkpoint(place / "hidden.pt", tiny_settings(ImageModel, **cats, label_drop=0.1), class_names=CLASSES)
     save_checkpoint(place / "last.pt", tiny_settings(ImageModel, predict_v=True, zero_terminal_snr=True))
+    save_checkpoint(place / "grey.pt", tiny_settings(ImageModel, channels=1))
     large = tiny_settings(SuperResModel, image_size=None, large_size=8, small_size=4)
     save_checkpoint(place / "large.pt", large)
     write_images(place / "photos", 8, size=(8, 8))
@@ -54,6 +57,19 @@ def facts_of(path):
 
 
 # The student
+
+
+def test_what_help_calls_the_teachers_is_the_teachers(place):
+    of_training = {"labels": "folder", "random_flip": True, "total_batch_size": 6}
+    trained = {**tiny_settings(resize_mode="stretch", background="black", dropout=0.1).values(), **of_training}
+    save_checkpoint(place / "told.pt", tiny_settings(), config=trained)
+    student, _ = teacher.take_teacher(Distilling.of({"teacher": "told.pt", "student_prediction": "eps"}), frozenset())
+    values = {**student.values(), "batch_size": student.train.total_batch_size}
+    trained["batch_size"] = 6
+    named = {name for name, text in Distilling.shown_defaults.items() if text == "the teacher's"}
+    assert named >= {*of_training, "image_size", "num_channels", "noise_schedule", "resize_mode", "batch_size"}
+    common = named & values.keys()
+    assert common <= trained.keys() and {name: values[name] for name in common} == {n: trained[n] for n in common}
 
 
 def test_the_student_starts_as_the_teacher_and_moves(made):
@@ -116,10 +132,13 @@ def test_a_student_may_predict_something_else(place, prediction, flags):
     assert len(list(student.sample_steps(1))) == 1
 
 
-def test_a_student_of_super_resolution(place):
+def test_a_student_of_super_resolution(place, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("improved_diffusion.training.run.write_curves", lambda *given: drawn.append(given[2]))
     student = idf.distill("large.pt", "photos", out_dir="new", val_dir="photos", val_interval=2, sample_interval=2,
                           to=2, **QUICK)  # fmt: skip
     assert student.is_super_resolution and os.path.exists("new/best.pt")
+    assert drawn == [curves.DISTILLATION_PANELS]
     assert sorted(os.listdir("new/previews"))[0] == "step_000002.png"
     small = np.zeros((1, 4, 4, 3), np.uint8)
     few, same = (
@@ -187,6 +206,35 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     assert facts_of("run/model000005.pt") == facts_of("run/model000004.pt")
 
 
+@pytest.mark.parametrize("asked, expected", [
+    (dict(), [0, 1, 2, 3]),
+    (dict(max_steps=12), [0, 1, 2, 3]),
+    (dict(max_steps=12, max_q=32), [0, 1, 2, 3, 4]),
+    (dict(max_steps=12, q_steps=0), [0, 3, 6, 9]),
+    (dict(max_steps=12, q_steps=2), [0, 2, 4, 6]),
+])  # fmt: skip
+@pytest.mark.parametrize("of_lr", [False, True])
+def test_more_steps_prolong_the_last_stage(place, asked, expected, of_lr):
+    given = dict(max_steps=0, lr_anneal_steps=4) if of_lr else dict(max_steps=4)
+    began = ImageDistillation.of({**tiny_settings().values(), "max_q": 16, **given})
+    metadata = {"config": began.values(), "distilled": {"teacher_prediction": "eps"}}
+    settings = keep_stages(began.replace(**asked), frozenset(asked), metadata)
+    again = keep_stages(
+        settings.replace(max_steps=20), frozenset({"max_steps"}), {**metadata, "config": settings.values()}
+    )
+    for each in (settings, again) if asked.get("q_steps") != 0 else (settings,):
+        assert stage_length_of(each, "eps") == expected[1]
+        assert len(qs_of(each, "eps")) == len(expected)
+
+
+def test_a_finished_run_goes_on_where_its_stages_were(place):
+    idf.distill("cats.pt", "photos", out_dir="run", resume="auto", max_steps=20, num_workers=0)
+    log = (place / "run/log.txt").read_text()
+    assert "q (in training steps): 1 in 1, 2 in 1, 4 in 1, 8 in 1\n" in log  # of the first start, for fewer than all
+    assert "q (in training steps): 1 in 1, 2 in 1, 4 in 1, 8 in 1, 16 in 16\n" in log
+    assert checkpoint.load("run/model000020.pt")[1]["config"]["q_steps"] == 1
+
+
 # What is refused
 
 
@@ -208,6 +256,8 @@ def test_a_run_goes_on_with_its_own_teacher_wherever_that_is_now(place):
     (dict(to=21), "--to 21: the teacher was trained with 20 noise levels"),
     (dict(timestep_respacing="5"), "--timestep_respacing 5 is not for distillation"),
     (dict(out_dir="run", resume="auto", timestep_respacing="5"), "--timestep_respacing 5 is not for distillation"),
+    (dict(teacher="grey.pt"), "the model has --channels 1: convert the images to grey or, for a new model"),
+    (dict(teacher="plain.pt", label_drop=0.1), "the model has none: leave it out or, for a new model"),
     (dict(init_checkpoint="plain.pt"), "--init_checkpoint plain.pt does not fit the model"),
     (dict(teacher="plain.pt", init_checkpoint="large.pt"), "--init_checkpoint large.pt does not fit the model"),
     (dict(teacher="last.pt", student_prediction="eps"), "--student_prediction eps, for last.pt: --zero_terminal_snr"),
