@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch as th
 import torch.nn.functional as F
@@ -16,7 +17,32 @@ NORM_EPS = 1e-5  # what the norms add to the variance
 NULL_LABEL = -1  # the class of an image whose class is hidden
 MOST_KEPT = 1024  # positions whose attention weights, a matrix of positions by positions, may be kept on a CPU
 
+Module = TypeVar("Module", bound=nn.Module)
+_METHODS: dict[type[nn.Module], tuple[tuple[str, Callable], ...]] = {}
 
+
+def published(kind: type[Module]) -> type[Module]:
+    """Remember a class's methods: code that extends it may replace them in the class, which `is_untouched` sees."""
+    _METHODS[kind] = tuple((name, getattr(kind, name)) for name in ("forward", "_forward") if hasattr(kind, name))
+    return kind
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of exactly this kind, and nobody's hook, compiler or replaced forward needs its call."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
+        return False
+    own = module.__dict__
+    return all(name not in own and getattr(kind, name) is method for name, method in _METHODS[kind])
+
+
+for _kind in (nn.Linear, nn.Conv1d, nn.Sequential):
+    published(_kind)
+
+
+@published
 class SiLU(nn.SiLU):
     """x * sigmoid(x)."""
 
@@ -24,6 +50,7 @@ class SiLU(nn.SiLU):
         return super().forward(x)
 
 
+@published
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation computed in float32, whatever the input's type.
 
@@ -45,19 +72,6 @@ class GroupNorm32(nn.GroupNorm):
         if self.in_16_bits:
             return F.group_norm(x, self.num_groups, self.weight.type(x.dtype), self.bias.type(x.dtype), self.eps)
         return super().forward(x.float()).type(x.dtype)
-
-
-# Code that extends these classes may replace it there.
-_FORWARDS: dict[type[nn.Module], Callable] = {kind: kind.forward for kind in (GroupNorm32, SiLU)}
-
-
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of exactly this kind, and nobody's hook or replaced forward needs its call."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    as_published = kind.forward is _FORWARDS.get(kind, kind.forward)
-    return type(module) is kind and as_published and not any(hooks) and "forward" not in module.__dict__
 
 
 def fuses(x: th.Tensor, layers: Sequence[nn.Module]) -> bool:

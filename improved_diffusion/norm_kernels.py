@@ -91,12 +91,14 @@ def _joined_moments(
 
 
 @triton.jit
-def _affine(weight, bias, modulation, image, channels, real, CHANNELS: tl.constexpr, MODULATED: tl.constexpr):
+def _affine(
+    weight, bias, modulation, stride, image, channels, real, CHANNELS: tl.constexpr, MODULATED: tl.constexpr
+):  # fmt: skip
     """(weight, bias, 1 + scale, shift) [1, SIDE, PADDED] of the channels."""
     gain = tl.load(weight + channels, mask=real, other=0.0).to(tl.float32)
     offset = tl.load(bias + channels, mask=real, other=0.0).to(tl.float32)
     if MODULATED:
-        row = modulation + image * 2 * CHANNELS + channels
+        row = modulation + image * stride + channels
         scale = 1 + tl.load(row, mask=real, other=0.0).to(tl.float32)
         shift = tl.load(row + CHANNELS, mask=real, other=0.0).to(tl.float32)
     else:
@@ -120,12 +122,13 @@ def part_moments(
 
 @triton.jit
 def normalise(
-    x, weight, bias, modulation, means, spreads, out, mean_out, rstd_out, eps, LENGTH: tl.constexpr,
+    x, weight, bias, modulation, stride, means, spreads, out, mean_out, rstd_out, eps, LENGTH: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SIDE: tl.constexpr, PADDED: tl.constexpr, LONG: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Write the output of a part of an image, and once for each image its groups' mean and 1 / deviation, [N, GROUPS].
 
+    :param stride: from a row of `modulation` to the next.
     :param means, spreads: from `part_moments`; None where images are whole.
     """
     CHANNELS: tl.constexpr = GROUPS * SIZE
@@ -140,7 +143,7 @@ def normalise(
     once = known & (tl.program_id(1) == 0)
     tl.store(mean_out + image * GROUPS + groups, mean, mask=once)
     tl.store(rstd_out + image * GROUPS + groups, rstd, mask=once)
-    gain, offset, scale, shift = _affine(weight, bias, modulation, image, channels, real, CHANNELS, MODULATED)
+    gain, offset, scale, shift = _affine(weight, bias, modulation, stride, image, channels, real, CHANNELS, MODULATED)
     gain, offset = gain * scale, offset * scale + shift
     for first in range(0, LONG, ROWS):
         positions, exist = _positions(first, LENGTH, LONG, ROWS)
@@ -192,16 +195,16 @@ def _joined_sums(sums, image, channels, real, CHANNELS: tl.constexpr, PARTS: tl.
 
 @triton.jit
 def part_sums(
-    x, grad, weight, bias, modulation, means, rstds, plains, normals, LENGTH: tl.constexpr, GROUPS: tl.constexpr,
-    SIZE: tl.constexpr, SIDE: tl.constexpr, PADDED: tl.constexpr, LONG: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
+    x, grad, weight, bias, modulation, stride, means, rstds, plains, normals, LENGTH: tl.constexpr,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, SIDE: tl.constexpr, PADDED: tl.constexpr, LONG: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of each part of each image, [N, PARTS, C]."""
     CHANNELS: tl.constexpr = GROUPS * SIZE
     image, groups, channels, known, real = _place(GROUPS, SIZE, SIDE, PADDED)
     mean = tl.load(means + image * GROUPS + groups, mask=known, other=0.0)
     rstd = tl.load(rstds + image * GROUPS + groups, mask=known, other=0.0)
-    gain, offset, scale, shift = _affine(weight, bias, modulation, image, channels, real, CHANNELS, MODULATED)
+    gain, offset, scale, shift = _affine(weight, bias, modulation, stride, image, channels, real, CHANNELS, MODULATED)
     plain, normal = _sums(
         x, grad, image, channels, real, mean, rstd, gain * scale, offset * scale + shift, LENGTH, CHANNELS, SIDE,
         PADDED, LONG, ROWS, SILU,
@@ -213,10 +216,10 @@ def part_sums(
 
 @triton.jit
 def gradients(
-    x, grad, weight, bias, modulation, means, rstds, plains, normals, grad_x, grad_weight, grad_bias, grad_modulation,
-    LENGTH: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SIDE: tl.constexpr, PADDED: tl.constexpr,
-    LONG: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr, MODULATED: tl.constexpr,
-    SILU: tl.constexpr,
+    x, grad, weight, bias, modulation, stride, means, rstds, plains, normals, grad_x, grad_weight, grad_bias,
+    grad_modulation, LENGTH: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SIDE: tl.constexpr,
+    PADDED: tl.constexpr, LONG: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr,
+    MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a part of x, and once for each image those of weight and bias, [N, C], and of scale and
     shift, [N, 2C].
@@ -228,7 +231,9 @@ def gradients(
     image, groups, channels, known, real = _place(GROUPS, SIZE, SIDE, PADDED)
     mean = tl.load(means + image * GROUPS + groups, mask=known, other=0.0)
     rstd = tl.load(rstds + image * GROUPS + groups, mask=known, other=0.0)
-    weights, biases, scale, shift = _affine(weight, bias, modulation, image, channels, real, CHANNELS, MODULATED)
+    weights, biases, scale, shift = _affine(
+        weight, bias, modulation, stride, image, channels, real, CHANNELS, MODULATED
+    )
     gain, offset = weights * scale, biases * scale + shift
     if PARTS == 1:
         plain, normal = _sums(
@@ -282,6 +287,11 @@ class _Plan:
         return one, other
 
 
+def _stride(modulation: th.Tensor | None) -> int:
+    """From one image's scale and shift to the next one's: those of several layers may lie side by side."""
+    return 0 if modulation is None else modulation.stride(0)
+
+
 class FusedNorm(th.autograd.Function):
     """`norm` and its gradients, of the first order."""
 
@@ -294,8 +304,8 @@ class FusedNorm(th.autograd.Function):
         if plan.parts > 1:
             part_moments[plan.grid](x, *parts, **plan.constants)
         normalise[plan.grid](
-            x, weight, bias, modulation, *parts, out, mean, rstd, eps, ROOM=plan.room, MODULATED=modulated, SILU=silu,
-            **plan.constants,
+            x, weight, bias, modulation, _stride(modulation), *parts, out, mean, rstd, eps, ROOM=plan.room,
+            MODULATED=modulated, SILU=silu, **plan.constants,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, modulation, mean, rstd)
         ctx.groups, ctx.silu = groups, silu
@@ -309,8 +319,12 @@ class FusedNorm(th.autograd.Function):
         grad = grad.contiguous(memory_format=th.channels_last)
         grad_x = th.empty_like(x, memory_format=th.channels_last)
         of_images = th.empty((2, *x.shape[:2]), dtype=th.float32, device=x.device)  # of weight and bias
-        grad_modulation = None if modulation is None else th.empty_like(modulation)
-        given = (x, grad, weight, bias, modulation, mean, rstd, *plan.scratch(x, x.shape[1]))
+        grad_modulation = None
+        if modulation is not None:
+            grad_modulation = th.empty_like(modulation, memory_format=th.contiguous_format)
+        given = (
+            x, grad, weight, bias, modulation, _stride(modulation), mean, rstd, *plan.scratch(x, x.shape[1])
+        )  # fmt: skip
         if plan.parts > 1:
             part_sums[plan.grid](*given, **kinds, **plan.constants)
         gradients[plan.grid](
@@ -330,7 +344,7 @@ def norm(
     :param modulation: scale and then shift of each image and channel, [N, 2C]; None: neither.
     :param silu: SiLU comes last.
     """
-    if modulation is not None:
+    if modulation is not None and modulation.stride(1) != 1:
         modulation = modulation.contiguous()
     with th.cuda.device_of(x):  # triton runs kernels on the current one
         return FusedNorm.apply(x, weight, bias, modulation, groups, eps, silu)

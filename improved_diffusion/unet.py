@@ -13,6 +13,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
+from .embeddings import joined, projected
 from .fp16_util import convert_module_to_bf16, convert_module_to_f16, convert_module_to_f32
 from .fused_norm import fused_norm, is_channels_last
 from .nn import (
@@ -28,6 +29,7 @@ from .nn import (
     is_untouched,
     linear,
     normalization,
+    published,
     timestep_embedding,
     zero_module,
 )
@@ -41,6 +43,7 @@ class TimestepBlock(nn.Module):
         """x [N, C, ...], emb [N, E] -> [N, C', ...]."""
 
 
+@published
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that passes the embedding to those of its layers that take it."""
 
@@ -90,6 +93,7 @@ class Downsample(nn.Module):
         return self.op(F.pad(x, self.pad) if self.pad else x)
 
 
+@published
 class ResBlock(TimestepBlock):
     """A residual block conditioned on the embedding.
 
@@ -135,7 +139,7 @@ class ResBlock(TimestepBlock):
             self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
 
     def forward(self, x, emb):
-        """x [N, C, ...], emb [N, E] -> [N, out_channels, ...]."""
+        """x [N, C, ...], emb [N, E], or what `joined` makes of it -> [N, out_channels, ...]."""
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
@@ -144,7 +148,7 @@ class ResBlock(TimestepBlock):
             x = self.resample(x)
         else:
             h = self.in_layers(x)
-        emb_out = self.emb_layers(emb)
+        emb_out = projected(self.emb_layers, emb)
         if self.use_scale_shift_norm:
             h = self._modulated(h, emb_out)
         else:
@@ -220,7 +224,6 @@ class AttentionBlock(nn.Module):
         """Whether nobody has replaced what `_attend` computes without calling it."""
         return (
             is_untouched(self.attention, QKVAttention)
-            and QKVAttention.forward is _PUBLISHED_ATTENTION  # code that extends it may replace it in the class
             and is_untouched(self.qkv, nn.Conv1d)
             and is_untouched(self.proj_out, nn.Conv1d)
         )
@@ -249,6 +252,7 @@ def head_by_head(qkv, num_heads):
     return qkv.unflatten(1, (3, num_heads, -1)).transpose(1, 2).flatten(1, 3)
 
 
+@published
 class QKVAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v."""
 
@@ -269,13 +273,11 @@ class QKVAttention(nn.Module):
         model.total_ops += th.DoubleTensor([operations])
 
 
-_PUBLISHED_ATTENTION = QKVAttention.forward
-
-
 class Torso(nn.Module):
     """A network whose blocks, without the embeddings and the last layers, can compute in 16 bits."""
 
     input_blocks: nn.ModuleList
+    middle_block: nn.Module
 
     def _convert_torso(self, convert) -> None:
         for name in ("input_blocks", "middle_block", "output_blocks"):
@@ -293,6 +295,11 @@ class Torso(nn.Module):
     def convert_to_fp32(self) -> None:
         """Convert the torso's convolutions back to float32."""
         self._convert_torso(convert_module_to_f32)
+
+    def _embeddings(self, emb):
+        """What each part of the torso takes for an embedding [N, E]: a dict."""
+        parts = [*self.input_blocks, self.middle_block, *getattr(self, "output_blocks", ())]
+        return joined(emb, parts, TimestepEmbedSequential, ResBlock, TimestepBlock)
 
     @property
     def inner_dtype(self) -> th.dtype:
@@ -461,19 +468,19 @@ class UNetModel(Torso):
 
         :param found: a dict of the lists `down`, `middle` and `up`, which all blocks' outputs are added to.
         """
-        emb = self._embed(x, timesteps, y)
+        embs = self._embeddings(self._embed(x, timesteps, y))
         skips = []
         h = x.type(self.inner_dtype)
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = block(h, embs[block])
             skips.append(h)
             if found is not None:
                 found["down"].append(h)
-        h = self.middle_block(h, emb)
+        h = self.middle_block(h, embs[self.middle_block])
         if found is not None:
             found["middle"].append(h)
         for block in self.output_blocks:
-            h = block(th.cat([h, skips.pop()], dim=1), emb)
+            h = block(th.cat([h, skips.pop()], dim=1), embs[block])
             if found is not None:
                 found["up"].append(h)
         return h
@@ -596,11 +603,11 @@ class EncoderUNetModel(Torso):
         """Logits [N, out_channels] of noisy images x [N, in_channels, H, W] at timesteps [N]."""
         if self.pool == "attention" and tuple(x.shape[2:]) != self.image_size:
             raise ValueError(f"the classifier takes images of {self.image_size}, not {tuple(x.shape[2:])}")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        embs = self._embeddings(self.time_embed(timestep_embedding(timesteps, self.model_channels)))
         h = x.type(self.inner_dtype)
         means = []
         for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)
+            h = block(h, embs[block])
             if self.pool.startswith("spatial"):
                 means.append(h.type(x.dtype).flatten(2).mean(dim=2))
         return self.out(th.cat(means, dim=1) if means else h.type(x.dtype))

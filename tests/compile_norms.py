@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from improved_diffusion import norm_kernels
 
 IMAGES = {"x", "out", "grad", "grad_x"}
+NUMBERS = {"eps": "fp32", "stride": "i32"}
 SCRATCH = {norm_kernels.normalise: ("means", "spreads"), norm_kernels.gradients: ("plains", "normals")}
 
 
@@ -22,7 +23,7 @@ def compile_for(capability, kernel, shape, dtype, modulated, silu):
         constants |= dict.fromkeys(("modulation", "grad_modulation"))
     names = [param.name for param in kernel.params]
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {name: f"*{dtype}" if name in IMAGES else "fp32" if name == "eps" else "*fp32" for name in names}
+    types = {name: f"*{dtype}" if name in IMAGES else NUMBERS.get(name, "*fp32") for name in names}
     types |= dict.fromkeys(constants, "constexpr")
     triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
 

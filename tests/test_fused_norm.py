@@ -54,6 +54,16 @@ def test_outputs_and_gradients_are_exact(dtype, silu, modulated, kernels):
     assert_exact(kernels.norm, given, grad, 8, silu, TOLERANCES)
 
 
+def test_scales_and_shifts_of_several_layers_may_lie_side_by_side(kernels):
+    (x, weight, bias, modulation), grad = draws((2, 24, 5, 7))
+    expected = with_gradients(kernels.norm, (x, weight, bias, modulation), grad, 8, 1e-5, True)
+    wide = th.cat([th.full((2, 3), th.nan), modulation.detach(), th.full((2, 5), th.nan)], dim=1).requires_grad_()
+    part = wide.split([3, 48, 5], dim=1)[1]
+    assert not part.is_contiguous()
+    found = with_gradients(kernels.norm, (x, weight, bias, part), grad, 8, 1e-5, True)
+    assert all(map(th.equal, found, expected))
+
+
 @pytest.mark.parametrize("shape, groups", SHAPES, ids=str)
 def test_groups_of_any_size(shape, groups, kernels):
     assert_exact(kernels.norm, *draws(shape), groups, True, TOLERANCES)
