@@ -36,12 +36,13 @@ def discretized_gaussian_log_likelihood(x, *, means, log_scales):
             f"x {tuple(x.shape)}, means {tuple(means.shape)}, log_scales {tuple(log_scales.shape)} must agree in shape"
         )
     centered = x - means
-    inverse_std = th.exp(-log_scales)
-    cdf_above = approx_standard_normal_cdf(inverse_std * (centered + 1.0 / 255.0))
-    cdf_below = approx_standard_normal_cdf(inverse_std * (centered - 1.0 / 255.0))
+    # Both ends of the level at once: half as many operations.
+    ends = th.stack([centered + 1.0 / 255.0, centered - 1.0 / 255.0])
+    cdf_above, cdf_below = approx_standard_normal_cdf(th.exp(-log_scales) * ends)
     # The outermost bins are open, so that the probabilities of the levels add up to 1.
-    inner = th.where(x > 0.999, 1.0 - cdf_below, cdf_above - cdf_below)
-    return th.log(th.where(x < -0.999, cdf_above, inner).clamp(min=1e-12))
+    cdf_above = th.where(x > 0.999, 1.0, cdf_above)
+    cdf_below = th.where(x < -0.999, 0.0, cdf_below)
+    return th.log((cdf_above - cdf_below).clamp(min=1e-12))
 
 
 def nats_to_bits(nats):

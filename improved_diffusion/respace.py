@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 
 from .config import UserError, shown
-from .gaussian_diffusion import GaussianDiffusion, ModelMeanType, _extract_into_tensor, _on_device
+from .gaussian_diffusion import GaussianDiffusion, GivenOutput, ModelMeanType, _extract_into_tensor, _on_device
 from .schedules import alpha_bar_at
 
 
@@ -119,8 +119,8 @@ class SpacedDiffusion(GaussianDiffusion):
         return super().training_losses(self._wrap_model(model), *args, **kwargs)
 
     def _wrap_model(self, model):
-        """The model called with this process's timesteps; one that is wrapped already is returned as it is."""
-        if isinstance(model, _WrappedModel):
+        """The model called with this process's timesteps; one that is wrapped, or takes none, is returned as it is."""
+        if isinstance(model, (_WrappedModel, GivenOutput)):
             return model
         return _WrappedModel(model, self._timestep_array, self.rescale_timesteps, self.original_num_steps)
 
