@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +62,24 @@ def profile_call(call: Callable[[], Any]) -> dict[str, Any]:
         "kernels": dict(list(_shares(spent, counts, seconds).items())[:SHOWN]),
     }  # fmt: skip
     if on_cpu:
-        with _Operations() as operations:
+        with Operations() as operations:
             call()
         found["operations"] = operations.count
     return found
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the operations that are dispatched."""
+class Operations(TorchDispatchMode):
+    """Counts the operations that are dispatched.
 
-    count = 0
+    :param without: names of operations that do not count.
+    """
+
+    def __init__(self, without: Collection[str] = ()):
+        super().__init__()
+        self.count, self.without = 0, without
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
+        self.count += func.overloadpacket.__name__ not in self.without
         return func(*args, **(kwargs or {}))
 
 

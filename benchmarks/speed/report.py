@@ -36,6 +36,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_bytes": ("peak GiB", _number(2, 2**-30)),
     "first_seconds": ("first", _seconds),
     "parameters": ("parameters", _number(0)),
+    "operations": ("operations", _number(0)),
     "note": ("", str),
 }
 

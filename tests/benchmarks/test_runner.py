@@ -1,16 +1,20 @@
 """`python -m benchmarks`: each group measures tiny networks; failures are rows."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch as th
+from torch import nn
 
 from benchmarks.__main__ import GROUPS, main
+from benchmarks.speed import launches
 from benchmarks.speed.apart import Elsewhere
 from benchmarks.speed.kernels import Profiles, kind_of
 from benchmarks.speed.report import Report
 from benchmarks.speed.ways import Clock, Way, compare
-from benchmarks.speed.workloads import ON_CPU, QUICK, parameters
+from benchmarks.speed.workloads import CIFAR10, ON_CPU, QUICK, Workload, parameters
+from improved_diffusion import embeddings, fused_norm
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
@@ -20,9 +24,19 @@ def test_a_group_measures_its_ways_and_writes_them(group, tmp_path, capsys):
     (path,) = tmp_path.glob("speed_*.json")
     found = json.loads(path.read_text())[group]
     assert {"device", "torch", "threads", "date", "title"} <= found.keys()
-    assert found["rows"] and all("error" not in row and row["seconds"] > 0 for row in found["rows"]), found["rows"]
+    measured = "operations" if group == "launches" else "seconds"
+    assert found["rows"] and all("error" not in row and row[measured] > 0 for row in found["rows"]), found["rows"]
     printed = capsys.readouterr().out
     assert all(row["way"] in printed for row in found["rows"])
+
+
+def test_a_step_of_the_cifar10_preset_starts_at_most_900_operations_on_a_gpu():
+    before = nn.Dropout.forward, fused_norm.obstacle, embeddings.pays
+    whole, network = launches.as_on_a_gpu(Workload("cifar10-2", CIFAR10, 2), num_channels=32)  # its depth counts
+    assert network < whole <= 900
+    assert before == (nn.Dropout.forward, fused_norm.obstacle, embeddings.pays)
+    rows = json.loads((Path(launches.__file__).parents[1] / "results" / "speed_AMD_EPYC.json").read_text())["launches"]
+    assert whole in [row["operations"] for row in rows["rows"]]  # what docs/speed.md says
 
 
 def test_an_unknown_group_is_named(capsys):
