@@ -29,10 +29,9 @@ def published(kind: type[Module]) -> type[Module]:
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of exactly this kind, and nobody's hook, compiler or replaced forward needs its call."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    if type(module) is not kind or any(hooks) or module._compiled_call_impl is not None:
+    if type(module) is not kind or module._compiled_call_impl is not None:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     own = module.__dict__
     return all(name not in own and getattr(kind, name) is method for name, method in _METHODS[kind])
