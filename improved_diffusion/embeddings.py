@@ -60,23 +60,22 @@ def _plain_layers(part: Any, sequence: type[nn.Module], block: type[nn.Module], 
     if not is_untouched(part, sequence):
         return []
     takers = [layer for layer in part if isinstance(layer, taker)]
-    if not all(is_untouched(layer, block) and _is_plain(layer.emb_layers) for layer in takers):
+    if not all(is_untouched(layer, block) for layer in takers):
         return []
-    return [layer.emb_layers for layer in takers]
+    found = [layer.emb_layers for layer in takers]
+    return found if all(map(_is_plain, found)) else []
 
 
 def _is_plain(emb_layers: Any) -> bool:
     """Whether they are SiLU and a linear layer with ordinary parameters, as in the published blocks."""
     if not is_untouched(emb_layers, nn.Sequential) or len(emb_layers) != 2:
         return False
-    silu, linear = emb_layers
-    return (
-        is_untouched(silu, SiLU)
-        and is_untouched(linear, nn.Linear)
-        and type(linear.weight) is type(linear.bias) is nn.Parameter
-    )
+    silu, linear = emb_layers._modules.values()  # faster than to iterate over it
+    if not (is_untouched(silu, SiLU) and is_untouched(linear, nn.Linear)):
+        return False
+    return all(type(p) is nn.Parameter for p in linear._parameters.values())
 
 
 def _kind(linear: Any) -> tuple[Any, ...]:
     """What the parameters of layers that are joined have in common."""
-    return tuple((p.dtype, p.device, p.requires_grad) for p in (linear.weight, linear.bias))
+    return tuple((p.dtype, p.device, p.requires_grad) for p in linear._parameters.values())
