@@ -56,11 +56,12 @@ def _product(emb: th.Tensor, linears: Sequence[Any]) -> Sequence[th.Tensor]:
 
 
 def _plain_layers(part: Any, sequence: type[nn.Module], block: type[nn.Module], taker: type[nn.Module]) -> list[Any]:
-    """The emb_layers of the residual blocks in a part; none where anything that takes the embedding was changed."""
+    """The emb_layers of the residual blocks in a part; none where anything that takes the embedding was changed, or
+    has activation checkpointing, which saves memory rather than time, and which code may replace by one of tensors."""
     if not is_untouched(part, sequence):
         return []
     takers = [layer for layer in part if isinstance(layer, taker)]
-    if not all(is_untouched(layer, block) for layer in takers):
+    if not all(is_untouched(layer, block) and not layer.use_checkpoint for layer in takers):
         return []
     found = [layer.emb_layers for layer in takers]
     return found if all(map(_is_plain, found)) else []

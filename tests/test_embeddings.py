@@ -8,13 +8,13 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from improved_diffusion import embeddings, unet
+from improved_diffusion.models.acceleration import checkpoint_levels
 
 FORMS = {
     "plain": {},
     "scale and shift": dict(use_scale_shift_norm=True),
     "resampling blocks": dict(use_scale_shift_norm=True, resblock_updown=True),
     "classes": dict(num_classes=3),
-    "checkpointing": dict(use_scale_shift_norm=True, use_checkpoint=True),
 }
 
 
@@ -70,6 +70,18 @@ def test_outputs_and_gradients_are_the_same(make, as_on_a_gpu):
     joined = run(model)
     assert joined[2] == 3
     assert_same(joined, separate)
+
+
+@pytest.mark.parametrize("levels, products", [((0, 1), 10), ((0,), 6)])
+def test_blocks_with_activation_checkpointing_take_the_embedding_itself(levels, products, as_on_a_gpu):
+    """Code may replace `checkpoint` by the published function, whose arguments are tensors."""
+    model = network(use_scale_shift_norm=True)
+    separate = run(model)
+    checkpoint_levels(model, levels)
+    as_on_a_gpu()
+    found = run(model)
+    assert found[2] == products
+    assert_same(found, separate)
 
 
 @pytest.mark.parametrize("dtype", [th.bfloat16, th.float16], ids=str)
