@@ -33,7 +33,6 @@ from improved_diffusion.config.settings import ImageModel
 from improved_diffusion.fp16_util import make_master_params, unflatten_master_params
 from improved_diffusion.models.acceleration import checkpoint_levels
 from improved_diffusion.models.build import build_model, with_levels
-from improved_diffusion.training.ema import flatten
 from improved_diffusion.utils.outline import outline
 
 PRESETS = ("cifar10-hybrid", "imagenet64-hybrid", "lsun-bedroom", "adm-imagenet256")
@@ -131,7 +130,8 @@ class Training:
                 p.grad = None
             with th.no_grad():
                 th._foreach_copy_(self.params, unflatten_master_params(self.params, self.master))
-        self.kept[0].lerp_(flatten(self.master), 1e-4)
+        flat = self.master[0] if len(self.master) == 1 else th.cat([p.detach().view(-1) for p in self.master])
+        self.kept[0].lerp_(flat.detach(), 1e-4)
         for p in self.master:
             p.grad = None
 

@@ -204,6 +204,20 @@ def test_rows_of_speed(page, heading, results, group, columns):
         assert any(shows(row) for row in found[group]["rows"] if "error" not in row), f"{name}: {cells}"
 
 
+def test_shares_of_the_convolutions_peak():
+    text, results = page_and_results("docs/speed.md", "speed_AMD_EPYC")
+    (row,) = (row for row in results["training"]["rows"] if (row["workload"], row["way"]) == ("cifar10-8", "fp32"))
+    both, forward = re.search(r"does (\d+)% of the .*\n.*backward pass, and (\d+)% of", text).groups()
+    shares = row["share_of_convolution_step_peak"], row["share_of_convolution_peak"]
+    assert agrees(f"{both} {forward}", *(100 * share for share in shares))
+
+
+def test_operations_of_a_step():
+    text, results = page_and_results("docs/speed.md", "speed_AMD_EPYC")
+    found = [row["operations"] for row in results["launches"]["rows"]]
+    assert [cells[-1] for cells in table(text, "| way | operations |")] == [f"{count:,}" for count in found]
+
+
 def test_seconds_of_images_on_a_cpu():
     text, results = page_and_results("docs/speed.md", "speed_AMD_EPYC")
     found = {row["way"]: row for row in results["sampling"]["rows"]}["dpmpp_2m 15 steps"]

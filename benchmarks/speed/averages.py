@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch as th
+from torch.nn.utils import parameters_to_vector
 
 from improved_diffusion import distributed
 from improved_diffusion.nn import update_ema
-from improved_diffusion.training.ema import Followed, ParameterEMA, PowerEMA, flatten
+from improved_diffusion.training.ema import Followed, ParameterEMA, PowerEMA
 
 from .context import Context
 from .ways import Way
@@ -52,7 +53,7 @@ def _ours_power(params: list[th.Tensor]) -> Callable[[], Any]:
 
 
 def _ours_flat(params: list[th.Tensor]) -> Callable[[], Any]:
-    return _ours([flatten(params)])
+    return _ours([parameters_to_vector(params).detach()])
 
 
 KINDS = {

@@ -16,13 +16,6 @@ from ..utils.text import counted
 FEWEST_STEPS = 10  # with fewer no average can forget the initial weights
 
 
-def flatten(params: Sequence[th.Tensor]) -> th.Tensor:
-    """All parameters as one vector; a single one as it is."""
-    if len(params) == 1:
-        return params[0].detach().view(-1)
-    return th.cat([p.detach().reshape(-1) for p in params])
-
-
 class Followed:
     """Parameters in the form in which averages follow them: as they are on CPUs, elsewhere as one vector.
 

@@ -10,7 +10,7 @@ from improved_diffusion.checkpoints import checkpoint
 from improved_diffusion.checkpoints.loading import load_model
 from improved_diffusion.config.settings import ImageModel
 from improved_diffusion.models.build import build_model_and_diffusion
-from improved_diffusion.training.ema import PowerEMA, flatten
+from improved_diffusion.training.ema import PowerEMA
 
 ONE = th.tensor(1.0)
 WIDTHS = (0.05, 0.1)
@@ -50,7 +50,9 @@ def trained(tmp_path_factory):
         if step % EVERY == 0:
             for ema in stored:
                 save(folder, ema, model, step)
-            truth.update({(ema.sigma_rel, step): flatten(ema.params) for ema in (*stored, *tracked)})
+            truth.update(
+                {(ema.sigma_rel, step): th.cat([p.flatten() for p in ema.params]) for ema in (*stored, *tracked)}
+            )
     checkpoint.save_state_dict(model.state_dict(), str(folder / "model000096.pt"), {"config": CONFIG, "step": 97})
     return folder, truth
 
